@@ -1,0 +1,341 @@
+"""The growth spec: what a user asks for, as one pydantic model.
+
+A spec is a list of operations. It reads the same from YAML, JSON or Python::
+
+    version: 1
+    operations:
+      - {op: widen, axis: "transformer.h.*.mlp/hidden", factor: 2, noise: {kind: antisymmetric, scale: 1.0e-3}}
+      - {op: deepen, stack: transformer.h, factor: 2}
+
+Operations are members of a discriminated union on ``op``. Packages extend the union through the entry-point group
+``fxgrow.operations`` (a class deriving from :class:`Operation`) or with :func:`register_operation`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+
+from fxgrow.errors import SpecError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Noise(_Strict):
+    """Noise that lets copies part.
+
+    ``antisymmetric`` noise sums to zero over the copies of a unit and is added where the copies are *read*, so the
+    function stays exactly the same (Net2Net, Chen et al. 2015, section 3.1.3, made exact). ``independent`` noise goes
+    on every copy, as in hand-written scripts; it changes the function and needs ``preserve: approximate``.
+    """
+
+    kind: Literal["antisymmetric", "independent"] = "antisymmetric"
+    scale: float = Field(1e-3, ge=0, description="standard deviation of the noise")
+    relative: bool = Field(False, description="scale is a fraction of each tensor's own standard deviation")
+    distribution: Literal["bytes", "normal", "rademacher"] = Field(
+        "bytes", description="`bytes`: sum of four random bytes, equal to the bit on every backend"
+    )
+    seed: int = Field(0, ge=0)
+    on: Literal["readers", "writers", "both"] = Field(
+        "readers", description="weights that read the grown axis (exact), or that write it (changes the function)"
+    )
+
+
+class Operation(_Strict):
+    """Base of every operation of a spec; a plug-in derives from it and sets a literal ``op``."""
+
+    preserve: Literal["exact", "approximate", "lossy"] = Field(
+        "exact", description="what may happen to the function; anything but exact has to be asked for"
+    )
+
+
+class Widen(Operation):
+    """Grow every axis that matches ``axis`` by ``factor``, to the size ``to``, or ``by`` an amount."""
+
+    op: Literal["widen"] = "widen"
+    axis: str = Field(description="a glob over axis names, or a parameter's dim as in 'mlp.fc.weight:0'")
+    factor: float | None = Field(None, description="multiply the size; the result must be a whole number")
+    to: int | None = Field(None, description="the new size")
+    by: int | None = Field(None, description="how many units to add")
+    fill: Literal["copy", "add"] = Field("copy", description="new units copy old ones, or are new with no say yet")
+    split: Literal["even", "uneven"] = Field("even", description="how the copies of a unit share its outgoing weight")
+    noise: Noise | None = Field(None, description="without noise and with an even split, copies stay equal for ever")
+    fan_in: Literal["auto", "random", "zero"] = Field("auto", description="fill add: incoming weights of new units")
+    fan_out: Literal["auto", "paired", "zero", "random"] = Field(
+        "auto", description="fill add: outgoing weights of new units; paired is (+z, -z) on two equal new units"
+    )
+    seed: int = Field(0, ge=0, description="fill add: seed of the new units' weights")
+
+    @model_validator(mode="after")
+    def _check(self) -> Widen:
+        if sum(x is not None for x in (self.factor, self.to, self.by)) != 1:
+            raise ValueError("give exactly one of factor, to, by")
+        if self.factor is not None and not self.factor >= 1:
+            raise ValueError(f"factor {self.factor:g} would shrink the axis; growth needs a factor of at least 1")
+        if self.by is not None and self.by < 0:
+            raise ValueError(f"by {self.by} would shrink the axis")
+        if self.to is not None and self.to < 1:
+            raise ValueError(f"to {self.to} is not a size")
+        if self.fill == "add":
+            if self.fan_in == "zero" and self.fan_out == "zero":
+                raise ValueError(
+                    "fan_in zero and fan_out zero together are a dead saddle: the gradients of the new units stay 0 "
+                    "for ever. Make one of them non-zero (fan_out: paired is exact and trains at once)"
+                )
+            if self.fan_in == "random" and self.fan_out == "random" and self.preserve == "exact":
+                raise ValueError(
+                    "fan_in random and fan_out random change the function; use fan_out: paired or zero, or say "
+                    "preserve: approximate"
+                )
+            if self.split == "uneven":
+                raise ValueError("split applies to fill: copy only")
+        elif self.fan_in != "auto" or self.fan_out != "auto":
+            raise ValueError("fan_in and fan_out apply to fill: add only")
+        if self.noise is not None and self.preserve == "exact":
+            if self.noise.kind == "independent":
+                raise ValueError(
+                    "independent noise changes the function; use kind: antisymmetric (exact), or preserve: approximate"
+                )
+            if self.noise.on != "readers":
+                raise ValueError(
+                    f"noise on {self.noise.on} changes the function: only noise on the weights that read the grown "
+                    "axis cancels. Use on: readers, or say preserve: approximate"
+                )
+        return self
+
+
+class Deepen(Operation):
+    """Insert blocks into a repeated stack (LLaMA Pro 2024; G_stack 2024 for ``init: stack``)."""
+
+    op: Literal["deepen"] = "deepen"
+    stack: str = Field(description="module path of the repeated stack, as in transformer.h; may be a glob")
+    factor: float | None = Field(None, description="multiply the number of blocks")
+    by: int | None = Field(None, description="how many blocks to add")
+    after: list[int] | None = Field(None, description="add one block after each of these (old numbers)")
+    order: Literal["interleave", "append"] = "interleave"
+    init: Literal["auto", "zero", "gate", "stack"] = Field(
+        "auto",
+        description="auto: zero the last projections of a pre-norm residual block, otherwise a learned gate at 0; "
+        "stack: plain copies, which change the function (preserve: lossy)",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Deepen:
+        if sum(x is not None for x in (self.factor, self.by, self.after)) != 1:
+            raise ValueError("give exactly one of factor, by, after")
+        if self.factor is not None and not self.factor >= 1:
+            raise ValueError(f"factor {self.factor:g} would remove blocks; growth needs a factor of at least 1")
+        if self.by is not None and self.by < 0:
+            raise ValueError(f"by {self.by} would remove blocks")
+        if self.init == "stack" and self.preserve != "lossy":
+            raise ValueError("init: stack copies blocks and changes the function: it needs preserve: lossy")
+        return self
+
+
+class Insert(Operation):
+    """Insert an identity layer after a named layer of a chain without a residual (Net2DeeperNet, Chen 2015)."""
+
+    op: Literal["insert"] = "insert"
+    layer: Literal["linear", "conv", "batch_norm"] = Field(description="what to insert")
+    after: str = Field(description="module path of the layer whose output is passed on; may be a glob")
+    kernel_size: int = Field(3, ge=1, description="conv: odd kernel size of the Dirac convolution")
+    activation: Literal["auto", "none"] = Field(
+        "auto", description="auto: repeat the activation when the layer is an idempotent one (ReLU)"
+    )
+    bias: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Insert:
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size {self.kernel_size} is even: a Dirac convolution needs an odd one")
+        return self
+
+
+_OPERATIONS: dict[str, type[Operation]] = {}
+ENTRY_POINT_GROUP = "fxgrow.operations"
+
+
+def register_operation(cls: type[Operation]) -> type[Operation]:
+    """Add an operation class to the union that specs are validated against. Usable as a decorator."""
+    field = cls.model_fields.get("op")
+    if field is None or not isinstance(field.default, str):
+        raise TypeError(f"{cls.__name__} needs a field `op: Literal['name'] = 'name'`")
+    _OPERATIONS[field.default] = cls
+    GrowthSpec._adapter = None
+    return cls
+
+
+def operations() -> dict[str, type[Operation]]:
+    """Every known operation by its ``op``, plug-ins included."""
+    _load_plugins()
+    return dict(_OPERATIONS)
+
+
+_plugins_loaded = False
+
+
+def _load_plugins() -> None:
+    global _plugins_loaded
+    if _plugins_loaded:
+        return
+    _plugins_loaded = True
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        register_operation(entry.load())
+
+
+class GrowthSpec(BaseModel):
+    """A list of operations, applied in order. See the module's docstring for the file form."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: Literal[1] = 1
+    operations: list[Any]
+    _adapter: ClassVar[TypeAdapter[Any] | None] = None
+
+    @classmethod
+    def operation_adapter(cls) -> TypeAdapter[Any]:
+        """The discriminated union over every registered operation."""
+        if cls._adapter is None:
+            union: Any = None
+            for name, op in operations().items():
+                member = Annotated[op, Tag(name)]
+                union = member if union is None else union | member
+            cls._adapter = TypeAdapter(Annotated[union, Discriminator(_op_of)])
+        return cls._adapter
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_list(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            value = {"operations": list(value)}
+        if isinstance(value, Mapping) and "op" in value:
+            value = {"operations": [dict(value)]}
+        return value
+
+    @model_validator(mode="after")
+    def _operations(self) -> GrowthSpec:
+        if not self.operations:
+            raise ValueError("a spec needs at least one operation")
+        return self
+
+    @classmethod
+    def parse(cls, spec: GrowthSpec | Operation | Mapping[str, Any] | list[Any] | str | Path) -> GrowthSpec:
+        """Make a spec of a dict, a list of operations, an operation, YAML or JSON text, or the path of a file.
+
+        Raises:
+            SpecError: with one line per mistake, each naming the field.
+        """
+        if isinstance(spec, GrowthSpec):
+            return spec
+        where = "spec"
+        if isinstance(spec, Operation):
+            spec = [spec]
+        if isinstance(spec, str | Path):
+            spec, where = _read(spec)
+        if isinstance(spec, Mapping) and "op" in spec:
+            spec = [spec]
+        if isinstance(spec, list | tuple):
+            spec = {"version": 1, "operations": list(spec)}
+        if not isinstance(spec, Mapping):
+            raise SpecError(f"{where}: expected a mapping with `operations`, got {type(spec).__name__}")
+        try:
+            raw = cls.model_validate(dict(spec))
+        except ValidationError as error:
+            raise SpecError(_explain(where, error, "")) from None
+        parsed = []
+        for number, op in enumerate(raw.operations):
+            if isinstance(op, Operation):
+                parsed.append(op)
+                continue
+            try:
+                parsed.append(cls.operation_adapter().validate_python(op))
+            except ValidationError as error:
+                raise SpecError(_explain(where, error, f"operations.{number}")) from None
+        return cls.model_construct(version=raw.version, operations=parsed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the fields left at their defaults; ``parse`` reads it back."""
+        return {
+            "version": self.version,
+            "operations": [{"op": op.op, **op.model_dump(exclude_defaults=True)} for op in self.operations],
+        }
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _op_of(value: Any) -> str | None:
+    return value.get("op") if isinstance(value, Mapping) else getattr(value, "op", None)
+
+
+def _read(source: str | Path) -> tuple[Any, str]:
+    text, where = str(source), "spec"
+    if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml", ".json"))):
+        path = Path(source)
+        if not path.is_file():
+            raise SpecError(f"spec file {path} does not exist")
+        text, where = path.read_text(encoding="utf-8"), str(path)
+    try:
+        return yaml.safe_load(text), where
+    except yaml.YAMLError as error:
+        raise SpecError(f"{where}: not YAML or JSON: {error}") from None
+
+
+def _explain(where: str, error: ValidationError, prefix: str) -> str:
+    """One line per mistake: the field, what is wrong, and the nearest valid name."""
+    import difflib
+
+    lines = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        if prefix and location and location[0] in _OPERATIONS:
+            kind, location = location[0], location[1:]
+        else:
+            kind = None
+        path = ".".join(p for p in [prefix, *location] if p) or "(top)"
+        message = item["msg"].removeprefix("Value error, ")
+        known: list[str] = []
+        if item["type"] == "extra_forbidden":
+            model = _OPERATIONS.get(kind or "")
+            known = list(model.model_fields) if model is not None else list(GrowthSpec.model_fields)
+            if kind and len(location) > 1 and location[0] == "noise":
+                known = list(Noise.model_fields)
+            message = "no such field"
+        elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            known = sorted(_OPERATIONS)
+            message = "no such operation" if item["type"] == "union_tag_invalid" else "an operation needs `op`"
+            value = item["input"].get("op") if isinstance(item["input"], Mapping) else None
+            location = [str(value)]
+            if value is not None:
+                message += f" {value!r}"
+        if known:
+            near = difflib.get_close_matches(location[-1] if location else "", known, n=3)
+            message += f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
+        lines.append(f"{where}: {path}: {message}")
+    return "\n".join(lines)
+
+
+for _cls in (Widen, Deepen, Insert):
+    register_operation(_cls)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a spec file, plug-ins included (draft 2020-12)."""
+    schema = GrowthSpec.model_json_schema()
+    operation = GrowthSpec.operation_adapter().json_schema(ref_template="#/$defs/{model}")
+    defs = operation.pop("$defs", {})
+    schema["properties"]["operations"] = {"type": "array", "minItems": 1, "items": operation}
+    schema["$defs"] = {**schema.get("$defs", {}), **defs}
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+def dumps_schema() -> str:
+    return json.dumps(json_schema(), indent=2)
