@@ -1,0 +1,310 @@
+"""Schedules: parsing, errors that name the field, triggers, and the scheduler's state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import fxgrow
+from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.schedule import GrowthScheduler, Scale, Schedule, dumps_schema, json_schema
+
+WIDEN = {"op": "widen", "axis": "*/hidden", "factor": 2}
+
+
+def entry(**trigger: Any) -> dict[str, Any]:
+    return {"trigger": trigger, "operations": [WIDEN]}
+
+
+FULL = """
+version: 1
+growths:
+  - name: wider
+    trigger: {step: 10}
+    operations:
+      - {op: widen, axis: "*/hidden", factor: 2, noise: {kind: antisymmetric, scale: 1.0e-3}}
+    optimizer: {policy: exact, warmup: 7}
+    learning_rate: {policy: rewarm, steps: 4, from: 0.5}
+    accumulation: 2
+  - trigger: {plateau: {metric: val_loss, patience: 2, min_delta: 0.1}}
+    operations: [{op: deepen, stack: h, factor: 2}]
+    optimizer: reset
+    learning_rate: {policy: scale, factor: 0.5}
+"""
+
+
+def test_yaml_json_python_and_file_agree(tmp_path: Path) -> None:
+    parsed = Schedule.parse(FULL)
+    data = yaml.safe_load(FULL)
+    path = tmp_path / "schedule.yaml"
+    path.write_text(FULL)
+    for other in (data, data["growths"], json.dumps(data), path, str(path), parsed.to_yaml(), parsed.to_dict()):
+        assert Schedule.parse(other) == parsed
+    first, second = parsed.growths
+    assert first.trigger.step == 10
+    assert first.operations[0].factor == 2
+    assert first.optimizer.policy == "exact"
+    assert second.optimizer.policy == "reset"
+    assert isinstance(second.learning_rate, Scale)
+    assert str(second.trigger) == "plateau of val_loss"
+    assert Schedule.parse(None).growths == []
+    json.dumps(parsed.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"triger": {"step": 1}}, "schedule: growths.0.triger: no such field; did you mean trigger?"),
+        ({"trigger": {"steps": 1}}, "schedule: growths.0.trigger.steps: no such field; did you mean step?"),
+        ({"trigger": {}}, "growths.0.trigger: give exactly one of step, tokens, epoch, plateau"),
+        ({"trigger": {"step": 1, "tokens": 3}}, "growths.0.trigger: give exactly one of"),
+        ({"trigger": {"step": -1}}, "growths.0.trigger.step: "),
+        (
+            {"trigger": {"plateau": {"metrik": "val_loss"}}},
+            "growths.0.trigger.plateau.metrik: no such field; did you mean metric?",
+        ),
+        ({"optimizer": "asymetric"}, "growths.0.optimizer.policy: no such optimizer policy 'asymetric'; did you mean"),
+        ({"optimizer": {"warmpu": 3}}, "growths.0.optimizer.warmpu: no such field; did you mean warmup?"),
+        (
+            {"learning_rate": "rewrm"},
+            "growths.0.learning_rate: no such learning-rate policy 'rewrm'; did you mean rewarm?",
+        ),
+        (
+            {"learning_rate": {"policy": "rewarm", "steps": 2, "form": 0}},
+            "growths.0.learning_rate.form: no such field; did you mean from?",
+        ),
+        ({"learning_rate": {"policy": "rewarm"}}, "growths.0.learning_rate.steps: Field required"),
+        ({"accumulation": 0}, "growths.0.accumulation: "),
+        ({"operations": []}, "growths.0.(top): a spec needs at least one operation"),
+        ({"operations": [{**WIDEN, "factor": 0.5}]}, "growths.0.operations.0: factor 0.5 would shrink the axis"),
+        (
+            {"operations": [WIDEN, {"op": "widne"}]},
+            "growths.0.operations.1: no such operation 'widne'; did you mean widen",
+        ),
+        ({"operations": [{**WIDEN, "axsi": "x"}]}, "growths.0.operations.0.axsi: no such field; did you mean axis"),
+    ],
+)
+def test_mistakes_name_the_field_and_the_nearest_name(change: dict[str, Any], expected: str) -> None:
+    data = {**entry(step=1), **change}
+    if "triger" in change:
+        del data["trigger"]
+    with pytest.raises(SpecError) as caught:
+        Schedule.parse([data])
+    assert expected in str(caught.value)
+    assert all(line.startswith("schedule: ") for line in str(caught.value).splitlines())
+
+
+def test_other_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="no such field; did you mean growths"):
+        Schedule.parse({"growth": []})
+    with pytest.raises(SpecError, match="does not exist"):
+        Schedule.parse(tmp_path / "missing.yaml")
+    with pytest.raises(SpecError, match="not YAML"):
+        Schedule.parse("growths: [\n}")
+    with pytest.raises(SpecError, match=r"growths\.1 waits for step 3 .* after growths\.0 at step 5"):
+        Schedule.parse([entry(step=5), entry(step=3)])
+    path = tmp_path / "bad.yaml"
+    path.write_text("growths: [{trigger: {step: 1}}]")
+    with pytest.raises(SpecError, match=r"bad\.yaml: growths\.0\.operations: Field required"):
+        Schedule.parse(path)
+
+
+def test_schema_describes_what_parse_takes() -> None:
+    schema = json_schema()
+    assert json.loads(dumps_schema()) == schema
+    growth = schema["$defs"]["Growth"]
+    assert growth["additionalProperties"] is False
+    assert {"Trigger", "Plateau", "Widen", "Deepen", "Rewarm"} <= set(schema["$defs"])
+    assert growth["properties"]["operations"]["minItems"] == 1
+
+    def refs(node: Any) -> Any:
+        if isinstance(node, dict):
+            yield from ([node["$ref"]] if isinstance(node.get("$ref"), str) else [])
+            node = list(node.values())
+        if isinstance(node, list):
+            for item in node:
+                yield from refs(item)
+
+    found = set(refs(schema))
+    assert found
+    assert {ref.removeprefix("#/$defs/") for ref in found} <= set(schema["$defs"])
+
+
+class FakeGrowth:
+    """Stands in for a compiled growth, so that triggers are tested apart from the compiler."""
+
+    def __init__(self, module: torch.nn.Module, spec: Any, how: dict[str, Any]) -> None:
+        self.module, self.spec, self.how = torch.nn.Linear(1, 1), spec, how
+
+    def carry(self, optimizer: torch.optim.Optimizer, policy: str, warmup: int) -> torch.optim.Optimizer:
+        self.carried = (policy, warmup)
+        return torch.optim.SGD(self.module.parameters(), lr=optimizer.param_groups[0]["lr"])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    made: list[SimpleNamespace] = []
+
+    def grow(model: torch.nn.Module, spec: Any, args: Any, kwargs: Any = None, **how: Any) -> FakeGrowth:
+        made.append(SimpleNamespace(model=model, spec=spec, args=args, kwargs=kwargs, how=how))
+        return FakeGrowth(model, spec, how)
+
+    monkeypatch.setattr(fxgrow, "grow", grow, raising=False)
+    return made
+
+
+MODEL = torch.nn.Linear(1, 1)
+
+
+def test_step_trigger_fires_once_and_in_order(calls: list[SimpleNamespace]) -> None:
+    optimizer = torch.optim.SGD(MODEL.parameters(), lr=0.25)
+    scheduler = GrowthScheduler([entry(step=2), {**entry(step=4), "name": "second"}], args=("x",))
+    fired = {}
+    for step in range(8):
+        event = scheduler.step(MODEL, optimizer, step=step)
+        if event is not None:
+            fired[step] = event
+    assert {step: (event.index, event.name) for step, event in fired.items()} == {
+        2: (0, "growth 1"),
+        4: (1, "second"),
+    }
+    assert calls[0].args == ("x",)
+    assert calls[0].model is MODEL
+    assert fired[2].optimizer is not None
+    assert fired[2].optimizer.param_groups[0]["lr"] == 0.25
+    assert fired[2].growth.carried == ("asymmetric", 250)
+    assert scheduler.next is None
+
+
+def test_entries_due_together_come_one_per_call(calls: list[SimpleNamespace]) -> None:
+    scheduler = GrowthScheduler([entry(step=1), entry(step=1), entry(tokens=50)])
+    seen = []
+    while event := scheduler.step(MODEL, step=9, tokens=50):
+        seen.append(event.index)
+        assert event.optimizer is None
+    assert seen == [0, 1, 2]
+
+
+def test_tokens_and_epochs(calls: list[SimpleNamespace]) -> None:
+    scheduler = GrowthScheduler([entry(tokens=100), entry(epoch=1.5)])
+    assert scheduler.step(MODEL, step=1, tokens=99) is None
+    assert scheduler.step(MODEL, step=2, tokens=100) is not None
+    with pytest.raises(SpecError, match=r"growths\.1 waits for epoch, but the training loop passes no epoch="):
+        scheduler.step(MODEL, step=3, tokens=500)
+    assert scheduler.step(MODEL, step=3, epoch=1.4) is None
+    assert scheduler.step(MODEL, step=4, epoch=1.5) is not None
+
+
+def test_plateau_counts_reports_without_improvement(calls: list[SimpleNamespace]) -> None:
+    scheduler = GrowthScheduler([entry(plateau={"metric": "val_loss", "patience": 2, "min_delta": 0.1})] * 2)
+    # 3.0 sets the best; 2.95 is too small a fall (1); no report at step 3; 2.8 improves (0); 2.75, 2.9 are 1 and 2
+    reports = {1: 3.0, 2: 2.95, 4: 2.8, 5: 2.75, 6: 2.9, 7: 5.0, 8: 5.0, 9: float("nan")}
+    fired = []
+    for step in range(1, 10):
+        metrics = {"val_loss": reports[step]} if step in reports else None
+        while scheduler.step(MODEL, step=step, metrics=metrics):
+            fired.append(step)
+        if step == 5:  # passing the same report again must not count twice
+            assert scheduler.step(MODEL, step=step, metrics=metrics) is None
+    assert fired == [6, 9]
+
+
+def test_plateau_of_an_unknown_metric(calls: list[SimpleNamespace]) -> None:
+    scheduler = GrowthScheduler([entry(plateau={"metric": "val_los"})])
+    with pytest.raises(SpecError, match=r"'val_los', which is not reported; did you mean val_loss\?"):
+        scheduler.step(MODEL, step=0, metrics={"val_loss": 1.0})
+
+
+def test_learning_rate_and_accumulation_factors(calls: list[SimpleNamespace]) -> None:
+    scheduler = GrowthScheduler(
+        [
+            {
+                **entry(step=10),
+                "learning_rate": {"policy": "rewarm", "steps": 4, "from": 0.2},
+                "accumulation": 1.5,
+            },
+            {**entry(step=12), "learning_rate": {"policy": "scale", "factor": 0.5}, "accumulation": 0.1},
+        ]
+    )
+    assert scheduler.lr_factor(5) == 1.0
+    first = scheduler.step(MODEL, step=10)
+    assert first is not None
+    assert first.lr_factor == pytest.approx(0.2)
+    assert first.accumulation == 1.5
+    assert [scheduler.lr_factor(step) for step in (10, 11, 12, 14, 100)] == pytest.approx([0.2, 0.4, 0.6, 1.0, 1.0])
+    assert scheduler.accumulation(3) == 4
+    second = scheduler.step(MODEL, step=12)
+    assert second is not None
+    assert second.lr_factor == pytest.approx(0.3)
+    assert scheduler.lr_factor(100) == 0.5
+    assert scheduler.accumulation(3) == 1
+
+
+def test_a_failed_growth_raises_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise GrowthRefused("no")
+
+    monkeypatch.setattr(fxgrow, "grow", refuse, raising=False)
+    scheduler = GrowthScheduler([entry(plateau={"patience": 1})])
+    scheduler.step(MODEL, step=1, metrics={"val_loss": 1.0})
+    before = scheduler.state_dict()
+    with pytest.raises(GrowthRefused):
+        scheduler.step(MODEL, step=2, metrics={"val_loss": 1.0})
+    assert scheduler.state_dict() == before
+    assert scheduler.fired == []
+
+
+def test_state_survives_json_and_resumes(calls: list[SimpleNamespace]) -> None:
+    schedule = [
+        {**entry(step=1), "learning_rate": {"policy": "rewarm", "steps": 10, "from": 0.5}, "optimizer": "copy"},
+        entry(plateau={"patience": 2}),
+    ]
+    scheduler = GrowthScheduler(schedule)
+    scheduler.step(MODEL, step=1)
+    scheduler.step(MODEL, step=2, metrics={"val_loss": 1.0})
+    scheduler.step(MODEL, step=3, metrics={"val_loss": 1.0})
+    state = json.loads(json.dumps(scheduler.state_dict()))
+    other = GrowthScheduler(schedule)
+    other.load_state_dict(state)
+    assert other.state_dict() == scheduler.state_dict()
+    assert other.lr_factor(6) == scheduler.lr_factor(6) == pytest.approx(0.75)
+    assert other.step(MODEL, step=4, metrics={"val_loss": 1.0}) is not None
+    calls.clear()
+    optimizer = torch.optim.SGD(MODEL.parameters(), lr=0.5)
+    module, carried = other.replay(MODEL, optimizer)
+    assert len(calls) == 2
+    assert calls[0].model is MODEL
+    assert calls[1].model is not MODEL
+    assert calls[0].how == {"verify": False, "consume": False}
+    assert carried is not optimizer
+    assert module is not MODEL
+
+
+def test_state_of_another_schedule_is_refused(calls: list[SimpleNamespace]) -> None:
+    scheduler = GrowthScheduler([entry(step=1)])
+    scheduler.step(MODEL, step=1)
+    state = scheduler.state_dict()
+    other = GrowthScheduler([{**entry(step=1), "operations": [{**WIDEN, "factor": 3}]}])
+    with pytest.raises(SpecError, match=r"growths\.0 of the schedule is not the one that this run has already made"):
+        other.load_state_dict(state)
+    assert other.fired == []
+    with pytest.raises(SpecError, match="version 9"):
+        other.load_state_dict({**state, "version": 9})
+    longer = GrowthScheduler([entry(step=1), entry(step=5)])  # adding a growth still to come is fine
+    longer.load_state_dict(state)
+    assert longer.next is not None
+
+
+def test_example_inputs_may_be_made_anew_and_compiled_models_are_unwrapped(calls: list[SimpleNamespace]) -> None:
+    scheduler = GrowthScheduler([entry(step=0)], args=lambda: ((1,), {"k": 2}))
+    compiled: Any = torch.compile(MODEL)
+    scheduler.step(compiled, step=0)  # never called, so nothing is compiled
+    assert calls[0].args == (1,)
+    assert calls[0].kwargs == {"k": 2}
+    assert calls[0].model is MODEL
