@@ -127,7 +127,7 @@ class Growth(_Strict):
     name: str | None = Field(None, description="a label for logs and pictures")
     trigger: Trigger
     operations: list[Any] = Field(description="the operations of a growth spec, applied in order")
-    optimizer: OptimizerPolicy = Field(default_factory=OptimizerPolicy)
+    optimizer: OptimizerPolicy = Field(default_factory=lambda: OptimizerPolicy.model_validate({}))
     learning_rate: Annotated[Unchanged | Rewarm | Scale, Field(discriminator="policy")] = Field(
         default_factory=Unchanged
     )

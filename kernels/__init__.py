@@ -1,1 +1,16 @@
-"""placeholder"""
+"""fxgrow.kernels: weights grown at the speed of memory. Read once, written once, no temporaries; see docs/kernels.md."""
+
+from fxgrow.kernels.interface import materialise
+from fxgrow.kernels.job import NoiseTooSmall
+from fxgrow.kernels.maps import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, DimMap, Noise
+
+__all__ = [
+    "FILL_CONSTANT",
+    "FILL_MEAN",
+    "FILL_RANDOM",
+    "FILL_ZERO",
+    "DimMap",
+    "Noise",
+    "NoiseTooSmall",
+    "materialise",
+]

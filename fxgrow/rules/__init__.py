@@ -1,1 +1,10 @@
-"""placeholder"""
+"""One rule per ATen op: how its dims are related, what growth does to it, which literals depend on sizes.
+
+Each file registers the rules of one kind of op in :data:`RULES`.
+"""
+
+from fxgrow.rules import attention, contraction, indexing, norm, pointwise, reduction, shape
+from fxgrow.rules.base import RULES, Content, Opaque, Pattern, Pointwise, Rule, Structural, register_rule
+
+__all__ = ["RULES", "Content", "Opaque", "Pattern", "Pointwise", "Rule", "Structural", "register_rule"]
+_ = (attention, contraction, indexing, norm, pointwise, reduction, shape)

@@ -1,0 +1,502 @@
+"""Analysis: run every op's rule over a graph and collect the model's axes."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from fxgrow.axes.expr import (
+    UNIT,
+    Axis,
+    Conflict,
+    Expr,
+    Frozen,
+    Size,
+    Unifier,
+    axes_of,
+    is_static,
+    is_unit,
+    resolve,
+    same_size,
+    size_of,
+)
+from fxgrow.axes.naming import name_axes
+from fxgrow.errors import SpecError
+
+if TYPE_CHECKING:
+    from fxgrow.capture import Program
+    from fxgrow.rules.base import Dims
+
+
+@dataclass(frozen=True)
+class Member:
+    """One place where an axis appears in a parameter or buffer: ``mlp.c_fc.weight:0``."""
+
+    tensor: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.tensor}:{self.dim}"
+
+
+@dataclass
+class AxisInfo:
+    """One named axis of the model.
+
+    Attributes:
+        name: ``<module path>/<role>``, unique and the same from run to run.
+        size: number of units.
+        role: what the axis is (hidden, heads, residual ...).
+        members: the parameter and buffer dims it appears in.
+        growable: nothing found pins it.
+        reason: why it is frozen, else None.
+    """
+
+    name: str
+    size: int
+    role: str
+    members: list[Member]
+    reason: Frozen | None
+    axis: Axis = field(repr=False)
+
+    @property
+    def growable(self) -> bool:
+        return self.reason is None
+
+
+def sizes_of(node: fx.Node) -> list[Size] | None:
+    """Sizes of a node's tensor: ints, or sympy expressions where dynamic; None where the result is no tensor.
+
+    ``node.meta["sizes"]`` holds them where a growth has changed them since capture.
+    """
+    if "sizes" in node.meta:
+        return list(node.meta["sizes"])
+    value = node.meta.get("val")
+    return shape_of(value) if isinstance(value, torch.Tensor) else None
+
+
+def shape_of(value: torch.Tensor) -> list[Size]:
+    out: list[Size] = []
+    for s in value.shape:
+        if isinstance(s, torch.SymInt):
+            expr = s.node.expr
+            out.append(int(expr) if expr.is_number else expr)
+        else:
+            out.append(int(s))
+    return out
+
+
+def result_sizes(node: fx.Node) -> list[list[Size] | None] | None:
+    """Sizes of each result of an op with several, None where it has one."""
+    if "result_sizes" in node.meta:
+        return list(node.meta["result_sizes"])
+    value = node.meta.get("val")
+    if isinstance(value, list | tuple):
+        return [shape_of(v) if isinstance(v, torch.Tensor) else None for v in value]
+    return None
+
+
+class Axes:
+    """The axes of a program; iterates :class:`AxisInfo`, and answers what is tied to what and why.
+
+    ``graph`` is a bipartite networkx graph of axes and ops: an edge says that the op handles the axis; the node of
+    each axis carries its name, size and frozen reason.
+    """
+
+    def __init__(self, program: Program, unifier: Unifier, dims: dict[fx.Node, Any], unknown: dict[str, list[str]]):
+        self.program, self.unifier, self.unknown_ops = program, unifier, unknown
+        self.dims: dict[fx.Node, Any] = {n: _resolve_all(d) for n, d in dims.items()}
+        self._infos: dict[str, AxisInfo] | None = None
+
+    @property
+    def by_name(self) -> dict[str, AxisInfo]:
+        if self._infos is None:
+            self._infos = name_axes(self)
+        return self._infos
+
+    def __iter__(self) -> Iterator[AxisInfo]:
+        return iter(self.by_name.values())
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    def __getitem__(self, name: str) -> AxisInfo:
+        return self.by_name[name]
+
+    def tensor_dims(self) -> dict[str, Dims]:
+        """The dims of every parameter, buffer and constant that the graph reads."""
+        return {str(n.target): d for n, d in self.dims.items() if n.op == "get_attr" and isinstance(d, list)}
+
+    @cached_property
+    def uses(self) -> dict[int, list[fx.Node]]:
+        """Axis id to the nodes whose operands or results carry it, in graph order."""
+        out: dict[int, list[fx.Node]] = {}
+        carried: dict[fx.Node, set[int]] = {}
+        for node in self.program.graph.nodes:
+            own = {a.id for d in flat_dims(self.dims.get(node)) for a in axes_of(d)}
+            carried[node] = own
+            touched = set(own)
+            for source in node.all_input_nodes:
+                touched |= carried.get(source, set())
+            for axis in touched:
+                out.setdefault(axis, []).append(node)
+        return out
+
+    def find(self, pattern: str) -> list[AxisInfo]:
+        """Axes by a glob over names, or by a parameter's dim (``mlp.c_fc.weight:0``, the name may be a glob).
+
+        Raises:
+            SpecError: nothing matches (the nearest names are listed), or a dim carries several axes.
+        """
+        names = [n for n in self.by_name if fnmatch.fnmatchcase(n, pattern)]
+        if names:
+            return [self.by_name[n] for n in names]
+        tensor, colon, dim = pattern.rpartition(":")
+        if colon and dim.lstrip("-").isdigit():
+            return self._by_dim(tensor, int(dim), pattern)
+        import difflib
+
+        near = difflib.get_close_matches(pattern, list(self.by_name), n=4, cutoff=0.4) or list(self.by_name)[:6]
+        raise SpecError(f"no axis matches {pattern!r}. Nearest names: {', '.join(near) or '(the model has no axes)'}")
+
+    def _by_dim(self, tensor: str, dim: int, pattern: str) -> list[AxisInfo]:
+        table = self.tensor_dims()
+        aliases = self.program.aliases
+        matching = [n for n in [*table, *aliases] if fnmatch.fnmatchcase(n, tensor)]
+        if not matching:
+            import difflib
+
+            near = difflib.get_close_matches(tensor, list(table), n=3, cutoff=0.3)
+            raise SpecError(f"{pattern!r}: no parameter matches {tensor!r}; nearest: {', '.join(near) or 'none'}")
+        found: dict[str, AxisInfo] = {}
+        for name in matching:
+            dims = table[aliases.get(name, name)]
+            if not -len(dims) <= dim < len(dims):
+                raise SpecError(f"{pattern!r}: {name} has {len(dims)} dims")
+            ids = {a.id for a in axes_of(dims[dim])}
+            infos = [i for i in self if i.axis.id in ids]
+            if len(infos) > 1:
+                names = ", ".join(i.name for i in infos)
+                raise SpecError(
+                    f"{pattern!r} is ambiguous: dim {dim} of {name} is {self.describe(dims[dim])}; "
+                    f"name one of its axes instead: {names}"
+                )
+            if not infos:
+                raise SpecError(f"{pattern!r}: dim {dim} of {name} has size 1 and no axis of its own")
+            found[infos[0].name] = infos[0]
+        return list(found.values())
+
+    def name_of(self, axis: Axis) -> str:
+        for info in self:
+            if info.axis is axis:
+                return info.name
+        return f"(unnamed axis of size {axis.size})"
+
+    def describe(self, dim: Expr) -> str:
+        """A dim in words: ``heads 4 x head_dim 8 + ...``."""
+        from fxgrow.axes.expr import Concat, Leaf, Product
+
+        names = {i.axis.id: i.name.rpartition("/")[2] for i in self}
+        dim = resolve(dim)
+        if isinstance(dim, Leaf):
+            dim = dim.axis
+        if isinstance(dim, Axis):
+            return f"{names.get(dim.id, 'size')} {dim.size}"
+        if isinstance(dim, Product):
+            return " x ".join(self.describe(f) for f in dim.factors) or "1"
+        assert isinstance(dim, Concat)
+        return "(" + " + ".join(self.describe(p) for p in dim.parts) + ")"
+
+    @cached_property
+    def graph(self) -> nx.Graph:
+        out = nx.Graph()
+        infos = {i.axis.id: i for i in self}
+        for info in self:
+            out.add_node(info.name, kind="axis", size=info.size, role=info.role, frozen=str(info.reason or ""))
+        for ident, nodes in self.uses.items():
+            if ident not in infos:
+                continue
+            for node in nodes:
+                if node.op == "get_attr":
+                    out.add_node(str(node.target), kind="tensor")
+                    out.add_edge(infos[ident].name, str(node.target))
+                elif node.op == "call_function":
+                    out.add_node(
+                        node.name, kind="op", target=str(node.target), source=node.meta.get("source", "")
+                    )
+                    out.add_edge(infos[ident].name, node.name)
+        return out
+
+    def explain(self, name: str) -> str:
+        """Why an axis is frozen, or what grows with it: tensors, and the ops that tie them, with source lines."""
+        (info, *_) = self.find(name)
+        lines = [f"{info.name}  size {info.size}, {'growable' if info.growable else 'frozen'}"]
+        if info.reason is not None:
+            lines.append(f"  frozen by {info.reason}")
+        lines.append("  in " + ", ".join(map(str, info.members)) if info.members else "  in no parameter")
+        seen: set[tuple[str, str]] = set()
+        for node in self.uses.get(info.axis.id, []):
+            if node.op != "call_function":
+                continue
+            key = (str(node.target), node.meta.get("source", ""))
+            if key not in seen:
+                seen.add(key)
+                lines.append(f"  => {node.target}" + (f"  {key[1]}" if key[1] else ""))
+        return "\n".join(lines)
+
+
+def from_parameter(value: Any) -> bool:
+    """Whether a value is a parameter, seen through views and casts only."""
+    from fxgrow.rules.base import RULES, op_name
+
+    while isinstance(value, fx.Node):
+        if value.op == "get_attr":
+            return True
+        rule = RULES.get(op_name(value.target)) if value.op == "call_function" else None
+        if rule is None or not rule.moves or not value.all_input_nodes:
+            return False
+        value = value.all_input_nodes[0]
+    return False
+
+
+def flat_dims(dims: Any) -> Iterator[Expr]:
+    """Every dim of a node's result or results."""
+    if dims is None:
+        return
+    for d in dims:
+        if isinstance(d, list):
+            yield from d
+        elif d is not None:
+            yield d
+
+
+def _resolve_all(dims: Any) -> Any:
+    if dims is None:
+        return None
+    return [_resolve_all(d) if isinstance(d, list) or d is None else resolve(d) for d in dims]
+
+
+class Relate:
+    """What a rule sees during analysis."""
+
+    def __init__(self, unifier: Unifier, env: dict[fx.Node, Any]) -> None:
+        self.unifier, self.env = unifier, env
+        self.node: fx.Node
+        self.args: dict[str, Any] = {}
+
+    def at(self, node: fx.Node) -> Relate:
+        from fxgrow.rules.base import bound_arguments
+
+        self.node, self.args = node, bound_arguments(node)
+        return self
+
+    @property
+    def op(self) -> str:
+        return str(self.node.target)
+
+    @property
+    def source(self) -> str:
+        return str(self.node.meta.get("source", ""))
+
+    @property
+    def first(self) -> str:
+        return next(n for n, a in self.args.items() if isinstance(a, fx.Node) and self.env.get(a) is not None)
+
+    @property
+    def shape(self) -> list[Size]:
+        """Sizes of the result; of the first one where there are several."""
+        several = result_sizes(self.node)
+        return (several[0] if several else sizes_of(self.node)) or []
+
+    @property
+    def result_count(self) -> int | None:
+        """Number of results of an op with several, else None."""
+        several = result_sizes(self.node)
+        return len(several) if several is not None else None
+
+    def results(self, node: fx.Node) -> Any:
+        return self.env.get(node)
+
+    def dims(self, name: str | fx.Node) -> Dims | None:
+        value = self.args.get(name) if isinstance(name, str) else name
+        dims = self.env.get(value) if isinstance(value, fx.Node) else None
+        return [resolve(d) for d in dims] if dims is not None else None
+
+    def tensor_operands(self) -> list[tuple[str, Dims]]:
+        """Every tensor operand, those inside lists included, in order."""
+        out: list[tuple[str, Dims]] = []
+        for name, value in self.args.items():
+            for item in value if isinstance(value, list | tuple) else [value]:
+                dims = self.env.get(item) if isinstance(item, fx.Node) else None
+                if dims is not None and not any(isinstance(d, list) for d in dims):
+                    out.append((name, [resolve(d) for d in dims]))
+        return out
+
+    def unify(self, a: Expr, b: Expr) -> None:
+        """Tie two dims; where that cannot be, freeze both and say why."""
+        try:
+            self.unifier.unify(a, b, self.op, self.source)
+        except Conflict as conflict:
+            self.freeze(a, str(conflict))
+            self.freeze(b, str(conflict))
+
+    def freeze(self, expr: Expr, why: str) -> None:
+        self.unifier.freeze(expr, Frozen(why, self.op, self.source))
+
+    def role(self, expr: Expr, role: str, weight: int = 1) -> None:
+        self.unifier.role(expr, role, weight)
+
+    def regroup(self, dims: Sequence[Expr], sizes: Sequence[Size]) -> list[Expr]:
+        return self.unifier.regroup(dims, sizes)
+
+    def split(self, dim: Expr, sizes: Sequence[Size]) -> list[Expr]:
+        """Cut a dim into parts end to end."""
+        out: list[Expr] = []
+        for size in sizes[:-1]:
+            head, dim = self.unifier.split_concat(dim, size)
+            out.append(resolve(head))
+        return [*out, resolve(dim)]
+
+    def units(self, dim: Expr) -> list[Expr] | None:
+        return self.unifier.units(dim)
+
+    def sized(self, size: Size) -> Expr:
+        """A new axis that nothing ties yet."""
+        return self.unifier.fresh(size)
+
+    def born(self, i: int) -> Expr:
+        """A new axis for dim ``i`` of the result, along which the result does not vary."""
+        return self.sized(self.shape[i])
+
+    def inner(self, i: int, size: int) -> Expr:
+        """A new axis that becomes the inner factor of dim ``i`` of the result, a broadcast."""
+        return self.sized(size)
+
+    def constant_like(self, dim: Expr) -> Expr:
+        """The dim of another tensor, along which the result does not vary."""
+        return dim
+
+    def merge(self, exprs: Sequence[Expr]) -> Expr:
+        """One dim that several operands share, each with entries of its own."""
+        for other in exprs[1:]:
+            self.unify(exprs[0], other)
+        return resolve(exprs[0])
+
+    def close(self, expr: Expr) -> Expr:
+        return expr
+
+    def from_parameter(self, value: Any) -> bool:
+        return from_parameter(value)
+
+    def from_input(self, value: Any) -> bool:
+        """Whether a value depends on what the user passes in, and not only on its sizes."""
+        stack, seen = [value], set()
+        while stack:
+            node = stack.pop()
+            if not isinstance(node, fx.Node) or node in seen:
+                continue
+            seen.add(node)
+            if node.op == "placeholder":
+                return True
+            if isinstance(node.meta.get("val"), torch.Tensor):
+                stack.extend(node.all_input_nodes)
+        return False
+
+    def opaque(self, size: Size, why: str) -> Expr:
+        """A new axis that cannot grow."""
+        axis = self.unifier.fresh(size)
+        self.freeze(axis, why)
+        return axis
+
+    def opaque_results(self, why: str) -> Any:
+        several = result_sizes(self.node)
+        if several is not None:
+            return [None if r is None else [self.opaque(s, why) for s in r] for r in several]
+        one = sizes_of(self.node)
+        return None if one is None else [self.opaque(s, why) for s in one]
+
+
+_warned: set[str] = set()
+
+
+def analyse(program: Program) -> Axes:
+    """Find the axes of a program. Never fails: what cannot be related is frozen with the reason."""
+    from fxgrow.rules import RULES
+    from fxgrow.rules.base import Opaque, op_name
+
+    unifier = Unifier()
+    env: dict[fx.Node, Any] = {}
+    ctx = Relate(unifier, env)
+    unknown: dict[str, list[str]] = {}
+    for node in program.graph.nodes:
+        sizes = sizes_of(node)
+        if node.op == "placeholder":
+            if sizes is not None:
+                env[node] = [unifier.fresh(s) for s in sizes]
+                for i, dim in enumerate(env[node]):
+                    unifier.freeze(dim, Frozen(f"dim {i} of the input {node.name!r}", "input"))
+        elif node.op == "get_attr":
+            if sizes is not None:
+                env[node] = [unifier.fresh(s) for s in sizes]
+                if str(node.target) in program.constants:
+                    for dim in env[node]:
+                        unifier.freeze(dim, Frozen(f"dim of the constant tensor {node.target}", "constant"))
+        elif node.op == "output":
+            for number, out in enumerate(_output_nodes(node)):
+                for i, dim in enumerate(flat_dims(env.get(out))):
+                    unifier.freeze(
+                        dim, Frozen(f"dim {i} of output {number} ({out.name}), which the model returns", "output")
+                    )
+        elif node.op == "call_function":
+            if sizes is None and not any(result_sizes(node) or []):
+                continue  # sizes and flags
+            name = op_name(node.target)
+            rule = RULES.get(name)
+            ctx.at(node)
+            if rule is None:
+                unknown.setdefault(name, []).append(node.meta.get("source", ""))
+                rule = Opaque(f"fxgrow has no rule for {name}")
+            try:
+                env[node] = rule.relate(ctx)
+            except Conflict as conflict:
+                env[node] = Opaque(f"fxgrow cannot relate its dims ({conflict})").relate(ctx)
+            _check_result(node, env[node])
+    for name, places in unknown.items():
+        if name not in _warned:
+            _warned.add(name)
+            warnings.warn(
+                f"no rule for {name} (at {places[0] or 'unknown line'}); the axes it touches are frozen. "
+                f"If it is element-wise: fxgrow.register_rule({name!r}, fxgrow.rules.Pointwise())",
+                stacklevel=3,
+            )
+    return Axes(program, unifier, env, unknown)
+
+
+def _output_nodes(node: fx.Node) -> list[fx.Node]:
+    import torch.utils._pytree as pytree
+
+    return [x for x in pytree.tree_leaves(node.args[0]) if isinstance(x, fx.Node)]
+
+
+def _check_result(node: fx.Node, dims: Any) -> None:
+    """A rule that returns dims of other sizes than the tensor has is a bug, caught where it happens."""
+    several = result_sizes(node)
+    pairs = list(zip(several, dims or [], strict=False)) if several is not None else [(sizes_of(node), dims)]
+    for sizes, d in pairs:
+        if sizes is None or d is None:
+            continue
+        if len(sizes) != len(d) or not all(same_size(size_of(x), s) for x, s in zip(d, sizes, strict=True)):
+            raise AssertionError(
+                f"rule for {node.target} gives dims of sizes {[size_of(x) for x in d]} for a tensor of {sizes}"
+            )
+
+
+_ = (UNIT, is_static, is_unit)

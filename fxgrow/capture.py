@@ -1,0 +1,509 @@
+"""From an ``nn.Module`` and example inputs to a :class:`Program`: one clean ATen graph with names.
+
+Capture goes through ``torch.export`` (non-strict, every input dim ``Dim.AUTO``), twice: in train and in eval mode.
+Where the two graphs differ only in literals, the literal is rewired to the module's own ``training`` flag, so that
+one graph serves both modes. Parameters are ``get_attr`` nodes under their own names; ties are kept.
+"""
+
+from __future__ import annotations
+
+import linecache
+import operator
+import re
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind, OutputKind
+
+from fxgrow.errors import CaptureError
+
+if TYPE_CHECKING:
+    from fxgrow.axes.analysis import Axes
+
+#: ops that only check; a regenerated module has no use for them
+_ASSERTIONS = ("_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range", "_assert_async")
+
+
+@dataclass
+class Program:
+    """A captured model.
+
+    Attributes:
+        graph: ATen ops; parameters, buffers and constants are ``get_attr`` nodes, inputs placeholders, and the output
+            node holds the model's own output structure. ``node.meta["val"]`` is a fake tensor,
+            ``node.meta["module_path"]`` the module the op ran in, ``node.meta["source"]`` the user's line.
+        parameters, buffers, constants: by name; the tensors are the model's own, not copies.
+        aliases: further names of a tied parameter or buffer, to the name it is kept under.
+        persistent: names of the buffers that are in the state dict.
+        module_types: module path to class name, in order of first use.
+        both_modes: train and eval share this graph; otherwise it is that of ``mode`` alone, for the reason given.
+        args, kwargs: the example inputs (clones).
+    """
+
+    graph: fx.Graph
+    parameters: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    constants: dict[str, torch.Tensor]
+    aliases: dict[str, str]
+    persistent: set[str]
+    requires_grad: dict[str, bool]
+    module_types: dict[str, str]
+    class_name: str
+    training: bool
+    both_modes: bool
+    mode_reason: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    containers: dict[str, str] = field(default_factory=dict)  # module path -> class name of the whole module tree
+    seconds: float = 0.0
+    _axes: Axes | None = None
+
+    @property
+    def axes(self) -> Axes:
+        """The axes of the model, analysed on first use."""
+        if self._axes is None:
+            from fxgrow.axes.analysis import analyse
+
+            self._axes = analyse(self)
+        return self._axes
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter, buffer or constant by any of its names."""
+        name = self.aliases.get(name, name)
+        for table in (self.parameters, self.buffers, self.constants):
+            if name in table:
+                return table[name]
+        raise KeyError(name)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {**self.parameters, **self.buffers, **self.constants}
+
+
+def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
+    """Trace ``model`` as it is called with ``args`` and ``kwargs``.
+
+    Every dim of every tensor input is dynamic unless the model itself fixes it; dims of size 1 are taken as fixed, so
+    use a batch of at least 2. The model is left as it was.
+
+    Raises:
+        CaptureError: the model cannot be exported; the message carries PyTorch's reason and the source line.
+    """
+    start = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"capture needs an nn.Module, got {type(model).__name__}")
+    if isinstance(args, torch.Tensor):
+        raise CaptureError("args must be a tuple of inputs, got a tensor: write (x,)")
+    args, kwargs = _distinct(tuple(args)), _distinct(dict(kwargs or {}))
+    _check_plain(model)
+    modes = {name: m.training for name, m in model.named_modules()}
+    was_training = model.training
+    try:
+        if not was_training:
+            model.train()
+        train = _export(model, args, kwargs)
+        model.eval()
+        evaluation = _export(model, args, kwargs)
+    finally:
+        for name, m in model.named_modules():
+            m.training = modes[name]
+    both, reason, flags = _align(train, evaluation)
+    program = _program(model, train if both or was_training else evaluation, flags if both else {}, args, kwargs)
+    program.both_modes, program.mode_reason, program.training = both, reason, was_training
+    program.seconds = time.perf_counter() - start
+    return program
+
+
+def _distinct(value: Any) -> Any:
+    """Clone tensors, so that one tensor passed twice is two inputs."""
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, value)
+
+
+def _check_plain(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
+            raise CaptureError(
+                f"module {name or '(root)'} is wrapped ({type(module).__name__}); capture the module inside "
+                "(.module or ._orig_mod) and wrap the grown one again"
+            )
+        hooks = [h for h in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, h)]
+        if hooks and not torch.nn.utils.parametrize.is_parametrized(module):
+            warnings.warn(f"module {name or '(root)'} has forward hooks; what they compute is traced in", stacklevel=4)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+    def dims(value: Any) -> Any:
+        return pytree.tree_map(
+            lambda x: {i: Dim.AUTO for i in range(x.dim())} if isinstance(x, torch.Tensor) else None, value
+        )
+
+    shapes: Any = dims(args)
+    if kwargs:
+        names = [p for p in _positional(model) if p not in kwargs][: len(args)]
+        shapes = dict(zip(names, shapes, strict=False)) | dims(kwargs)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes or None, strict=False)
+    except Exception as error:
+        raise CaptureError(_capture_message(model, error)) from error
+
+
+def _positional(model: nn.Module) -> list[str]:
+    import inspect
+
+    return list(inspect.signature(model.forward).parameters)
+
+
+def _capture_message(model: nn.Module, error: Exception) -> str:
+    import traceback
+
+    text = str(error).strip()
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    location = ""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not _library_file(frame.filename):
+            location = f"\n  at {frame.filename}:{frame.lineno} in {frame.name}: {(frame.line or '').strip()}"
+            break
+    if not location:
+        found = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)', text)
+        for file, line, name, code in reversed(found):
+            if not _library_file(file):
+                location = f"\n  at {file}:{line} in {name}: {code.strip()}"
+                break
+    return (
+        f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {reason}{location}\n"
+        "  The graph must not depend on tensor values; see https://pytorch.org/docs/stable/export.html"
+    )
+
+
+def _library_file(path: str) -> bool:
+    return "/torch/" in path or "site-packages" in path or path.startswith("<") or "/fxgrow/" in path
+
+
+def _align(
+    train: torch.export.ExportedProgram, evaluation: torch.export.ExportedProgram
+) -> tuple[bool, str, dict[str, list[tuple[Any, Any]]]]:
+    """Where the train and the eval graph differ in literals.
+
+    Returns:
+        Whether one graph can serve both modes; otherwise why not; and, by train node, the (path, eval literal) pairs.
+    """
+    flags: dict[str, list[tuple[Any, Any]]] = {}
+    names: dict[str, str] = {}  # eval node -> train node
+    todo = list(evaluation.graph.nodes)[::-1]
+    for node in train.graph.nodes:
+        if not todo:
+            return False, "the eval graph is shorter than the train graph", {}
+        other = todo[-1]
+        while other.target == _CONTIGUOUS and node.target != _CONTIGUOUS:
+            todo.pop()  # a copy that only eval needs; views are traced as reshapes, which make it themselves
+            names[other.name] = names[other.args[0].name]
+            other = todo[-1]
+        if node.op != other.op or (node.op == "call_function" and node.target != other.target):
+            if node.target == _CONTIGUOUS:
+                continue
+            if _counts_batches(node):
+                flags[node.name] = [(("args", 1), 0)]
+                continue
+            return False, f"train runs {node.target} where eval runs {other.target}", {}
+        todo.pop()
+        names[other.name] = _through_copies(node).name
+        if node.op == "placeholder" and node.name != other.name:
+            return False, "the inputs differ between train and eval", {}
+        differences: list[tuple[Any, Any]] = []
+        if not _compare(node.args, other.args, names, ("args",), differences) or not _compare(
+            dict(node.kwargs), dict(other.kwargs), names, ("kwargs",), differences
+        ):
+            return False, f"train and eval compute {node.name} from different values", {}
+        if differences and node.op == "call_function":
+            flags[node.name] = differences
+    if todo:
+        return False, "the eval graph is longer than the train graph", {}
+    return True, "", flags
+
+
+_CONTIGUOUS = torch.ops.aten.contiguous.default
+
+
+def _through_copies(node: fx.Node) -> fx.Node:
+    """The node whose values these are: a copy into another memory layout is the same value."""
+    while node.target == _CONTIGUOUS:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _counts_batches(node: fx.Node) -> bool:
+    """``num_batches_tracked.add_(1)``, the one op that only the train graph of a batch norm has."""
+    return node.op == "call_function" and str(node.target) == "aten.add_.Tensor" and node.args[1] == 1
+
+
+def _compare(a: Any, b: Any, names: dict[str, str], path: tuple[Any, ...], out: list[tuple[Any, Any]]) -> bool:
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        return isinstance(a, fx.Node) and isinstance(b, fx.Node) and names.get(b.name) == _through_copies(a).name
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(
+            _compare(x, y, names, (*path, i), out) for i, (x, y) in enumerate(zip(a, b, strict=True))
+        )
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_compare(a[k], b[k], names, (*path, k), out) for k in a)
+    if type(a) is type(b) and (a == b or a is b):
+        return True
+    if isinstance(a, bool | int | float) and isinstance(b, bool | int | float):
+        if float(a) != float(b):
+            out.append((path, b))
+        return True
+    return False
+
+
+def _program(
+    model: nn.Module,
+    exported: torch.export.ExportedProgram,
+    flags: dict[str, list[tuple[Any, Any]]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Program:
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    kept: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in own.items():
+        first = kept.setdefault(id(tensor), name)
+        if first != name:
+            aliases[name] = first
+    parameter_names = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    persistent = {n for n in model.state_dict(keep_vars=True) if n not in parameter_names}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    constants: dict[str, torch.Tensor] = {}
+    specs = {_argument_name(s.arg): s for s in exported.graph_signature.input_specs}
+    for out in exported.graph_signature.output_specs:
+        if out.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(f"the graph returns a {out.kind.name.lower()} ({out.target}); this is not supported")
+    attributes: dict[str, fx.Node] = {}
+
+    def attribute(name: str, node: fx.Node) -> fx.Node:
+        name = aliases.get(name, name)
+        if name not in attributes:
+            attributes[name] = graph.get_attr(name)
+            attributes[name].meta = {"val": node.meta.get("val"), "module_path": name.rpartition(".")[0], "source": ""}
+        return attributes[name]
+
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node.name]
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                env[node] = attribute(str(spec.target), node)
+            elif spec.kind is InputKind.CONSTANT_TENSOR:
+                name = "constant_" + re.sub(r"\W", "_", str(spec.target))
+                value = exported.constants[str(spec.target)]
+                constants[name] = value.detach() if isinstance(value, torch.Tensor) else value
+                env[node] = attribute(name, node)
+            elif spec.kind is InputKind.USER_INPUT:
+                value = getattr(spec.arg, "value", None)
+                if isinstance(node.meta.get("val"), torch.Tensor):
+                    new = graph.placeholder(node.name)
+                else:
+                    new = graph.placeholder(node.name, default_value=value)
+                new.meta = {"val": node.meta.get("val"), "module_path": "", "source": ""}
+                env[node] = new
+            else:
+                raise CaptureError(f"input {node.name} is a {spec.kind.name.lower()}, which is not supported")
+            continue
+        if node.op == "output":
+            flat = pytree.tree_map_only(fx.Node, lambda n: env[n], list(node.args[0]))
+            graph.output(_structure(graph, flat, exported.call_spec.out_spec))
+            continue
+        if any(word in str(node.target) for word in _ASSERTIONS):
+            continue
+        if node.op == "get_attr":
+            env[node] = node  # a subgraph, entered below
+            continue
+        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+            env[node] = _inline(graph, exported.graph_module, node, env)
+            continue
+        if node.target is operator.getitem and isinstance(env.get(node.args[0]), _Region):  # type: ignore[arg-type]
+            env[node] = env[node.args[0]][node.args[1]]  # type: ignore[index]
+            continue
+        new = graph.node_copy(node, lambda n: env[n])
+        new.meta = _meta(node)
+        for path, literal in flags.get(node.name, ()):
+            _rewire(graph, new, path, literal)
+        env[node] = new
+    graph.eliminate_dead_code(is_impure_node=_impure)
+    _views_to_reshapes(graph)
+    used = {n.target for n in graph.nodes if n.op == "get_attr"}
+    for name, tensor in own.items():
+        if aliases.get(name, name) == name and name not in used and name in parameter_names | persistent:
+            used.add(name)  # unused, but part of the state dict
+    types: dict[str, str] = {}
+    for node in exported.graph.nodes:
+        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
+            types.setdefault(_clean(path), cls if isinstance(cls, str) else cls.__qualname__)
+    program = Program(
+        graph=graph,
+        parameters={n: p for n, p in own.items() if n in used and n in parameter_names},
+        buffers={n: b for n, b in own.items() if n in used and n not in parameter_names},
+        constants=constants,
+        aliases={a: n for a, n in aliases.items() if n in used},
+        persistent=persistent,
+        requires_grad={n: p.requires_grad for n, p in own.items()},
+        module_types=types,
+        class_name=type(model).__name__,
+        training=True,
+        both_modes=True,
+        mode_reason="",
+        args=args,
+        kwargs=kwargs,
+        containers={n: type(m).__name__ for n, m in model.named_modules()},
+    )
+    graph.lint()
+    return program
+
+
+def _views_to_reshapes(graph: fx.Graph) -> None:
+    """Whether a view is possible depends on strides, which differ between modes, kernels and sizes.
+
+    Only where something is written in place can it matter that a view shares memory; then views stay.
+    """
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable and getattr(node.args[0], "op", "") != "get_attr":
+            return
+    for node in graph.nodes:
+        if node.target == torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+
+
+def _argument_name(arg: Any) -> str:
+    return str(arg.name)
+
+
+def _impure(node: fx.Node) -> bool:
+    """Keep inputs, the output, and ops that write into a buffer."""
+    if node.op in ("placeholder", "output"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
+
+
+def _meta(node: fx.Node) -> dict[str, Any]:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = _clean(list(stack.values())[-1][0]) if stack else ""
+    calls = list(stack.values())[-1][0] if stack else ""
+    if path.startswith("_empty_nn_module_stack"):
+        path = calls = ""
+    return {
+        "val": node.meta.get("val"),
+        "module_path": path,
+        "module_call": calls,
+        "source": source_line(node.meta.get("stack_trace") or ""),
+    }
+
+
+def _clean(path: str) -> str:
+    """Module path without the mark of a repeated call (``layer@1``)."""
+    return re.sub(r"@\d+", "", path)
+
+
+def source_line(stack_trace: str) -> str:
+    """The innermost frame of the user's own code, as ``file.py:12: code``."""
+    best = ""
+    for file, line, _, code in re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)', stack_trace):
+        if not _library_file(file):
+            best = f"{file}:{line}: {(code or linecache.getline(file, int(line))).strip()}"
+    return best
+
+
+def _structure(graph: fx.Graph, flat: list[Any], spec: Any) -> Any:
+    """The model's own output structure over graph nodes."""
+    tree = pytree.tree_unflatten(list(flat), spec)
+
+    def plain(value: Any) -> bool:
+        if type(value) in (list, tuple):
+            return all(plain(v) for v in value)
+        if type(value) is dict:
+            return all(isinstance(k, str) and plain(v) for k, v in value.items())
+        return value is None or isinstance(value, fx.Node | int | float | bool | str)
+
+    if plain(tree):
+        return tree
+    raise CaptureError(
+        f"the model returns a {type(tree).__name__}; return tensors in tuples, lists or dicts "
+        "(for Hugging Face models: return_dict=False)"
+    )
+
+
+def _rewire(graph: fx.Graph, node: fx.Node, path: tuple[Any, ...], eval_value: Any) -> None:
+    """Replace a literal that differs between the modes by a choice on the module's ``training`` flag."""
+    holder: Any = node.args if path[0] == "args" else node.kwargs
+    literal: Any = holder
+    for key in path[1:]:
+        literal = literal[key]
+    with graph.inserting_before(node):
+        flag = graph.get_attr("training")
+        flag.meta = {**node.meta, "val": None, "is_flag": True}
+        if literal is True and eval_value is False:
+            value = flag
+        elif isinstance(literal, int | float) and eval_value in (0, False):
+            value = graph.call_function(operator.mul, (literal, flag))
+        else:
+            value = graph.call_function(operator.getitem, ((eval_value, literal), flag))
+        if value is not flag:
+            value.meta = dict(flag.meta)
+
+    def put(container: Any, keys: tuple[Any, ...]) -> Any:
+        if not keys:
+            return value
+        if isinstance(container, dict):
+            return {**container, keys[0]: put(container[keys[0]], keys[1:])}
+        return type(container)(put(v, keys[1:]) if i == keys[0] else v for i, v in enumerate(container))
+
+    if path[0] == "args":
+        node.args = put(tuple(node.args), path[1:])
+    else:
+        node.kwargs = put(dict(node.kwargs), path[1:])
+
+
+def _inline(graph: fx.Graph, owner: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """Copy the body of a ``wrap_with_set_grad_enabled`` region in; outputs of a no-grad region are detached."""
+    name = str(node.target)
+    if "set_grad_enabled" not in name:
+        raise CaptureError(
+            f"the graph contains a region of {name}"
+            + (f" at {source_line(node.meta.get('stack_trace') or '')}" if node.meta.get("stack_trace") else "")
+            + "; put autocast around the model instead of inside it, and export without it"
+        )
+    enabled, body_node, *operands = node.args
+    assert isinstance(body_node, fx.Node)
+    body = getattr(owner, str(body_node.target))
+    inner: dict[fx.Node, Any] = {}
+    inputs = iter(operands)
+    for n in body.graph.nodes:
+        if n.op == "placeholder":
+            value = next(inputs)
+            inner[n] = env[value] if isinstance(value, fx.Node) else value
+        elif n.op == "output":
+            results = pytree.tree_map_only(fx.Node, lambda x: inner[x], list(n.args[0]))
+            if enabled:
+                return _Region(results)
+            detached = []
+            for r in results:
+                d = graph.call_function(torch.ops.aten.detach.default, (r,))
+                d.meta = dict(r.meta)
+                detached.append(d)
+            return _Region(detached)
+        else:
+            inner[n] = graph.node_copy(n, lambda x: inner[x])
+            inner[n].meta = _meta(n)
+    raise CaptureError(f"region {body_node.target} has no output")
+
+
+class _Region(list):  # type: ignore[type-arg]
+    """Results of an inlined region, picked apart by the ``getitem`` nodes that follow it."""

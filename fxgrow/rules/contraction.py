@@ -1,0 +1,166 @@
+"""Sums of products: linear, matrix products, einsum, convolutions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from fxgrow.axes.expr import Conflict, is_static, size_of
+from fxgrow.rules.base import Dims, Pattern, Resize, Rule, op_name, register_rule
+
+if TYPE_CHECKING:
+    from fxgrow.axes.analysis import Relate
+    from fxgrow.propagate import Grow
+
+register_rule(
+    "aten.linear.default", Pattern("... i, o i, o? -> ... o", ["input", "weight", "bias"], sum="i")
+)
+register_rule("aten.mm.default", Pattern("m k, k n -> m n", ["self", "mat2"], sum="k"))
+register_rule("aten.mv.default", Pattern("m k, k -> m", ["self", "vec"], sum="k"))
+register_rule("aten.dot.default", Pattern("k, k ->", ["self", "tensor"], sum="k"))
+register_rule("aten.outer.default", Pattern("m, n -> m n", ["self", "vec2"]))
+
+
+class AddMM(Rule):
+    """``beta * bias + a @ b``, the bias of one or two dims."""
+
+    def _pattern(self, ctx: Any) -> Pattern:
+        bias = "n" if len(ctx.dims("self")) == 1 else "m n"
+        return Pattern(f"{bias}, m k, k n -> m n", ["self", "mat1", "mat2"], sum="k", bias=("self",))
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        return self._pattern(ctx).relate(ctx)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        return self._pattern(ctx).grow(ctx)
+
+
+register_rule("aten.addmm.default", AddMM())
+
+_PASSES = ("dropout", "to", "_to_copy", "contiguous", "clone", "mul", "div", "type_as", "view", "reshape", "expand")
+
+
+def after_softmax(node: Any) -> bool:
+    """Whether a value is attention weights: a softmax, seen through dropout, casts and views."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        name = op_name(node.target).removeprefix("aten.").partition(".")[0].strip("_")
+        if "softmax" in name:
+            return True
+        if name not in {p.strip("_") for p in _PASSES} or not isinstance(node.args[0], fx.Node):
+            return False
+        node = node.args[0]
+    return False
+
+
+class MatMul(Rule):
+    """``torch.matmul`` at every rank; between two activations it is attention, and names its axes so."""
+
+    operands = ("self", "other")
+
+    def _pattern(self, ctx: Any) -> Pattern:
+        a, b = (len(ctx.dims(x)) for x in self.operands)
+        left = "k" if a == 1 else ("m k" if a == 2 and b <= 2 else "... m k")
+        right = "k" if b == 1 else ("k n" if b == 2 else "... k n")
+        out = " ".join(
+            (["..."] if "..." in left + right else []) + (["m"] if a > 1 else []) + (["n"] if b > 1 else [])
+        )
+        return Pattern(f"{left}, {right} -> {out}", list(self.operands), sum="k")
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        a, b = (ctx.dims(x) for x in self.operands)
+        assert a is not None and b is not None
+        left, right = (ctx.args[x] for x in self.operands)
+        if len(a) > 2 and len(b) > 2 and not (ctx.from_parameter(left) or ctx.from_parameter(right)):
+            for dim in (*a[1:-2], *b[1:-2]):
+                ctx.role(dim, "heads")
+            if after_softmax(left):
+                ctx.role(b[-1], "value_dim")
+            elif is_static(size_of(a[-1])):
+                ctx.role(a[-1], "head_dim")
+        return self._pattern(ctx).relate(ctx)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        return self._pattern(ctx).grow(ctx)
+
+
+class BatchMatMul(MatMul):
+    operands = ("self", "mat2")
+
+
+register_rule("aten.matmul.default", MatMul())
+register_rule("aten.bmm.default", BatchMatMul())
+
+
+class Einsum(Rule):
+    """``torch.einsum``: its equation is the rule."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        return self._run(ctx, "relate")
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        return self._run(ctx, "grow")
+
+    def _run(self, ctx: Any, method: str) -> Dims | list[Dims] | None:
+        equation = str(ctx.args["equation"]).replace(" ", "")
+        left, arrow, right = equation.partition("->")
+        if not arrow:
+            raise Conflict(f"einsum {equation!r} without '->'")
+        terms = left.split(",")
+        nodes = list(ctx.args["tensors"])
+        names = [f"tensors{i}" for i in range(len(nodes))]
+        ctx.args = {**ctx.args, **dict(zip(names, nodes, strict=True))}
+        if any(len(set(t)) != len(t) for t in (x.replace("...", "") for x in terms)):
+            raise Conflict(f"einsum {equation!r} takes a diagonal")
+
+        def spaced(term: str) -> str:
+            return " ".join("..." if c == "@" else c for c in term.replace("...", "@"))
+
+        summed = sorted(set(left) - set(right) - set(",."))
+        for letter in summed:
+            if sum(letter in t for t in terms) == 1:
+                raise Conflict(f"einsum {equation!r} sums {letter!r} of one operand alone")
+        if len(terms) > 2 and any(sum(letter in t for t in terms) > 2 for letter in summed):
+            raise Conflict(f"einsum {equation!r} contracts three operands at once")
+        rule = Pattern(
+            ", ".join(map(spaced, terms)) + " -> " + spaced(right), names, sum=" ".join(summed), bias=()
+        )
+        return getattr(rule, method)(ctx)
+
+
+register_rule("aten.einsum.default", Einsum())
+
+
+class Convolution(Pattern):
+    """Convolutions of any rank and group count; the spatial extents do not grow."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__(
+            pattern,
+            ["input", "weight", "bias"],
+            sum="i",
+            why="the spatial extent of a convolution",
+            sizes=lambda args: {"g": args["groups"]},
+            roles={"g": "channels", "o": "channels", "i": "channels"},
+            literals={"groups": "g"},
+        )
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        for name in ("input", "weight"):
+            for dim in (ctx.dims(name) or [])[2:]:
+                ctx.freeze(dim, self.why)
+        return super().relate(ctx)
+
+    def resize(self, ctx: Resize) -> None:
+        if ctx.args["groups"] != 1:
+            super().resize(ctx)
+
+
+register_rule(
+    [f"aten.conv{n}d.{o}" for n in (1, 2, 3) for o in ("default", "padding")],
+    Convolution("b (g i) *, (g o) i *, (g o)? -> b (g o) *"),
+)
+register_rule(
+    ["aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"],
+    Convolution("b (g i) *, (g i) o *, (g o)? -> b (g o) *"),
+)

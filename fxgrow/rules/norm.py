@@ -1,0 +1,152 @@
+"""Normalisation: statistics over an axis, with the recipes that keep them exact when it grows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxgrow.axes.expr import UNIT, Expr, Leaf, resolve
+from fxgrow.rules.base import Content, Dims, Info, Pattern, Rule, annotate, infos, register_rule
+
+if TYPE_CHECKING:
+    from fxgrow.axes.analysis import Relate
+    from fxgrow.propagate import Grow
+
+
+class LastDimsNorm(Rule):
+    """LayerNorm and RMSNorm over the last dims.
+
+    Copies with equal multiplicities leave every statistic as it is. Newborn entries are exact when they hold the mean
+    of the others (LayerNorm; LEMON, ICLR 2024) or zero (RMSNorm): with k whole copies of d units in d' entries and
+    eta^2 = k d / d', the weight is scaled by eta and eps by eta^2, and newborn entries normalise to zero.
+    """
+
+    def __init__(self, needed: Content, eps_default: bool = False) -> None:
+        self.needed, self.eps_default = needed, eps_default
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        dims = ctx.dims("input")
+        assert dims is not None
+        lead = len(dims) - len(ctx.args["normalized_shape"])
+        for name in ("weight", "bias"):
+            for mine, theirs in zip(dims[lead:], ctx.dims(name) or [], strict=False):
+                ctx.unify(mine, theirs)
+        return [resolve(d) for d in dims]
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims = ctx.dims("input")
+        assert dims is not None
+        lead = len(dims) - len(ctx.args["normalized_shape"])
+        weight, bias = ctx.dims("weight"), ctx.dims("bias")
+        out: Dims = list(dims[:lead])
+        over = [d for d in dims[lead:] if ctx.grows(d)]
+        eta = ctx.statistic(over, self.needed, len(dims) - lead) if over else 1.0
+        for i, dim in enumerate(dims[lead:]):
+            result: Expr = dim
+            if ctx.grows(dim) and ctx.newborn:
+                result = annotate(dim, lambda info: Info(Content.ZERO, info.sources))
+            if weight is not None:
+                ctx.newborn_constants({"weight": 1.0})
+                result = ctx.combine(result, weight[i], "mul")
+            if bias is not None:
+                if ctx.newborn and ctx.grows(bias[i]):
+                    ctx.pin(bias[i], Content.ZERO)
+                result = ctx.combine(result, bias[i], "add")
+            out.append(ctx.close(result))
+        if eta != 1.0:
+            ctx.edit("eps", self._eps(ctx) * eta**2)
+            if bias is not None or weight is not None:
+                if weight is None or not ctx.scale_parameter("weight", eta):
+                    raise ctx.refuse("the norm's weight is shared or missing, so that its scale cannot be adjusted")
+            else:
+                ctx.rescale_output(eta)
+        return out
+
+    def _eps(self, ctx: Grow) -> float:
+        eps = ctx.args.get("eps")
+        return float(eps) if eps is not None else float(torch.finfo(ctx.node.meta["val"].dtype).eps)
+
+    def resize(self, ctx: Any) -> None:
+        dims = ctx.dims(ctx.args["input"])
+        ctx.set_shape("normalized_shape", dims[len(dims) - len(ctx.args["normalized_shape"]) :])
+
+
+register_rule("aten.layer_norm.default", LastDimsNorm(Content.MEAN))
+register_rule("aten.rms_norm.default", LastDimsNorm(Content.ZERO))
+
+
+class BatchNorm(Pattern):
+    """Batch norm: each channel by itself; newborn channels get mean 0, variance 1, weight 1, bias 0."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "b c ..., c?, c?, c?, c? -> b c ...",
+            ["input", "weight", "bias", "running_mean", "running_var"],
+            roles={"c": "channels"},
+            newborn={"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0},
+        )
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        out = super().grow(ctx)
+        assert out is not None
+        out[1] = annotate(out[1], lambda info: Info(Content.FREE, info.sources))  # type: ignore[arg-type]
+        return out
+
+
+register_rule("aten.batch_norm.default", BatchNorm())
+
+
+class GroupNorm(Rule):
+    """Group norm: groups are independent, a group's channels are normalised together with the spatial dims."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        dims = ctx.dims("input")
+        assert dims is not None
+        g = ctx.args["num_groups"]
+        channels = resolve(dims[1])
+        ctx.role(channels, "channels")
+        for name in ("weight", "bias"):
+            other = ctx.dims(name)
+            if other is not None:
+                ctx.unify(channels, other[0])
+        from fxgrow.axes.expr import size_of
+
+        ctx.regroup([channels], [g, size_of(channels) // g])
+        for dim in dims[2:]:
+            ctx.freeze(dim, "group norm takes statistics over it")
+        return [resolve(d) for d in dims]
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        from fxgrow.axes.expr import size_of
+
+        dims = ctx.dims("input")
+        assert dims is not None
+        g = ctx.args["num_groups"]
+        groups, inner = ctx.regroup([dims[1]], [g, size_of(dims[1]) // g])
+        if ctx.grows(inner):
+            if ctx.newborn:
+                raise ctx.refuse("group norm over a group with new channels; grow by whole copies instead")
+            ctx.uniform_factor([inner])
+        out = list(dims)
+        total: Expr = dims[1]
+        if ctx.grows(groups) and ctx.newborn:
+            ctx.newborn_constants({"weight": 1.0, "bias": 0.0})
+        for name, how in (("weight", "mul"), ("bias", "add")):
+            other = ctx.dims(name)
+            if other is not None:
+                total = ctx.combine(total, other[0], how)
+        out[1] = ctx.close(annotate(total, lambda info: Info(Content.FREE, info.sources)))
+        return out
+
+    def resize(self, ctx: Any) -> None:
+        from fxgrow.axes.expr import Unifier, size_of
+
+        channels = ctx.dims(ctx.args["input"])[1]
+        g = ctx.args["num_groups"]
+        groups, _ = Unifier().regroup([channels], [g, size_of(channels) // g])
+        ctx.set("num_groups", ctx.new_size(groups))
+
+
+register_rule("aten.group_norm.default", GroupNorm())
+_ = (UNIT, Leaf, infos)

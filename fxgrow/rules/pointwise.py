@@ -1,0 +1,171 @@
+"""Element-wise ops: activations, arithmetic with broadcasting, casts, comparisons, dropout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fxgrow.axes.expr import UNIT, is_unit
+from fxgrow.rules.base import Content, Dims, Info, Pointwise, Structural, annotate, infos, register_rule
+
+if TYPE_CHECKING:
+    from fxgrow.propagate import Grow
+
+
+def _with_in_place(names: str) -> list[str]:
+    out = []
+    for name in names.split():
+        base, _, overload = name.partition(".")
+        out += [f"aten.{base}.{overload or 'default'}", f"aten.{base}_.{overload or 'default'}"]
+    return out
+
+
+class Finite(Pointwise):
+    """An element-wise op that is not finite everywhere: newborn entries of unknown value may become NaN or infinite."""
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        risky = {Content.FREE, Content.ZERO, Content.MEAN}
+        operands = ctx.tensor_operands()
+        for name, dims in operands[-1:] if len(operands) > 1 else operands:
+            for dim in dims:
+                for info in infos(dim):
+                    if ctx.newborn and info.content in risky:
+                        raise ctx.refuse(f"the new units' values may be outside the domain of {ctx.op} (operand {name})")
+        return super().grow(ctx)
+
+
+class Difference(Pointwise):
+    """``a - b``; ``x - mean(x)`` is known to be zero where newborn entries hold the mean."""
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        out = super().grow(ctx)
+        a, b = ctx.args["self"], ctx.args["other"]
+        reduced = ctx.mean_of(b)
+        if out is None or reduced is None or reduced[0] is not a or ctx.args.get("alpha", 1) != 1:
+            return out
+        left = ctx.dims("self")
+        assert left is not None
+        for i in reduced[1]:
+            if infos(left[i]) and all(x.content is Content.MEAN for x in infos(left[i])):
+                out[i] = annotate(out[i], lambda info: Info(Content.ZERO, info.sources))  # type: ignore[call-overload,arg-type]
+        return out
+
+
+ZERO = "relu gelu silu tanh neg abs sin sinh asinh atan erf sign leaky_relu elu selu celu mish hardswish square expm1 relu6"
+FREE = "sigmoid exp exp2 cos cosh softplus hardsigmoid log_sigmoid sgn round floor ceil trunc logical_not bitwise_not isnan isinf isfinite"
+DOMAIN = "log log2 log10 log1p rsqrt sqrt reciprocal acos asin"
+
+for _name in ZERO.split():
+    _affine = _name == "neg"
+    register_rule(_with_in_place(_name), Pointwise(zero=True, mean=_affine))
+for _name in FREE.split():
+    register_rule(_with_in_place(_name), Pointwise())
+for _name in DOMAIN.split():
+    register_rule(_with_in_place(_name), Finite())
+register_rule(
+    _with_in_place("hardtanh clamp") + ["aten.clamp.Tensor"],
+    Pointwise(zero=lambda a: (a.get("min_val", a.get("min")) or 0) <= 0 <= (a.get("max_val", a.get("max")) or 0)),
+)
+register_rule(_with_in_place("clamp_min clamp_max"), Pointwise())
+register_rule(
+    _with_in_place("dropout alpha_dropout feature_dropout") + ["aten.native_dropout.default"], Pointwise(zero=True, mean=True)
+)
+
+# arithmetic; with one tensor operand the other is a literal
+_scalar_add = {"zero": False, "mean": True}
+register_rule(_with_in_place("add.Tensor add.Scalar"), Pointwise("add", **_scalar_add))
+register_rule(_with_in_place("sub.Tensor sub.Scalar"), Difference("add", **_scalar_add))
+register_rule(["aten.rsub.Scalar", "aten.rsub.Tensor"], Pointwise("add", **_scalar_add))
+register_rule(_with_in_place("mul.Tensor mul.Scalar"), Pointwise("mul", zero=True, mean=True))
+
+
+class Quotient(Pointwise):
+    """``a / b``: like a product where b does not vary along the axis, refused where newborn entries of b may be 0."""
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        if isinstance(ctx.args["other"], int | float):
+            return super().grow(ctx)
+        for dim in ctx.dims("other") or []:
+            for info in infos(dim):
+                if ctx.newborn and info.content is not Content.CONST:
+                    raise ctx.refuse("divides by new units whose values may be 0")
+        return super().grow(ctx)
+
+
+register_rule(_with_in_place("div.Tensor div.Scalar"), Quotient("mul", zero=True, mean=True))
+register_rule(["aten.div.Tensor_mode", "aten.floor_divide.default", "aten.remainder.Scalar"], Finite())
+
+
+def _positive_power(args: dict[str, Any]) -> bool:
+    return isinstance(args["exponent"], int | float) and args["exponent"] > 0
+
+
+class Power(Pointwise):
+    """``x ** p``: smooth everywhere for whole p >= 1 only."""
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        exponent = ctx.args["exponent"]
+        if ctx.newborn and not (isinstance(exponent, int | float) and exponent >= 1 and float(exponent).is_integer()):
+            raise ctx.refuse(f"the new units' values may be outside the domain of x ** {exponent}")
+        return super().grow(ctx)
+
+
+register_rule(["aten.pow.Tensor_Scalar", "aten.pow_.Scalar"], Power(zero=_positive_power))
+register_rule("aten.pow.Tensor_Tensor", Finite())
+register_rule("aten.pow.Scalar", Pointwise())
+register_rule(["aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other"], Pointwise("zero"))
+register_rule(["aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar"], Pointwise())
+register_rule(_with_in_place("masked_fill.Scalar masked_fill.Tensor"), Pointwise())
+register_rule(
+    [f"aten.{n}.{o}" for n in ("eq", "ne", "lt", "le", "gt", "ge") for o in ("Scalar", "Tensor")]
+    + [f"aten.{n}.default" for n in ("logical_and", "logical_or", "logical_xor")]
+    + [f"aten.bitwise_{n}.{o}" for n in ("and", "or", "xor") for o in ("Tensor", "Scalar")],
+    Pointwise(),
+)
+register_rule(["aten.lerp.Tensor", "aten.lerp.Scalar", "aten.addcmul.default"], Pointwise())
+register_rule(["aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default"], Pointwise())
+register_rule(["aten.empty_like.default", "aten.rand_like.default", "aten.randn_like.default"], Pointwise())
+
+
+def _same(ctx: Any, dims: Dims) -> Dims:
+    return dims
+
+
+register_rule(
+    [
+        "aten.to.dtype",
+        "aten.to.device",
+        "aten.to.dtype_layout",
+        "aten.to.other",
+        "aten._to_copy.default",
+        "aten.contiguous.default",
+        "aten.clone.default",
+        "aten.detach.default",
+        "aten.detach_.default",
+        "aten.alias.default",
+        "aten.lift_fresh_copy.default",
+        "aten.type_as.default",
+    ],
+    Structural(_same),
+)
+
+
+class Glu(Pointwise):
+    """``glu(x, dim)``: the first half times the sigmoid of the second."""
+
+    def relate(self, ctx: Any) -> Dims | list[Dims] | None:
+        dims = ctx.dims("self")
+        i = ctx.args["dim"] % len(dims)
+        half = ctx.shape[i]
+        a, b = ctx.split(dims[i], [half, half])
+        return [*dims[:i], ctx.merge([a, b]), *dims[i + 1 :]]
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims = ctx.dims("self")
+        assert dims is not None
+        i = ctx.args["dim"] % len(dims)
+        a, b = ctx.split(dims[i], [ctx.shape[i], ctx.shape[i]])
+        return [*dims[:i], ctx.close(ctx.combine(a, b, "mul_first")), *dims[i + 1 :]]
+
+
+register_rule("aten.glu.default", Glu())
+_ = (UNIT, is_unit)

@@ -1,0 +1,186 @@
+"""Reductions over dims: means, sums, variances, extrema, softmax, pooling."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fxgrow.axes.expr import UNIT
+from fxgrow.rules.base import Content, Dims, Info, Rule, Structural, annotate, infos, register_rule
+
+if TYPE_CHECKING:
+    from fxgrow.axes.analysis import Relate
+    from fxgrow.propagate import Grow
+
+
+def reduced_dims(args: dict[str, Any], rank: int) -> list[int]:
+    """The dims a reduction runs over, as non-negative numbers; all of them where none is named."""
+    value = args.get("dim")
+    if value is None or value == []:
+        return list(range(rank))
+    return sorted(v % rank for v in (value if isinstance(value, list | tuple) else [value])) if rank else []
+
+
+class Reduce(Rule):
+    """A reduction that growth along the reduced dims may keep exact.
+
+    Args:
+        kind: ``mean`` and ``sum`` are linear; ``variance`` and ``square`` are even statistics (``square``: a norm);
+            ``extremum`` is unchanged by copies; ``blocked`` does not allow growth along the reduced dims.
+    """
+
+    def __init__(self, kind: str, operand: str = "self") -> None:
+        self.kind, self.operand = kind, operand
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        dims = ctx.dims(self.operand)
+        assert dims is not None
+        over = reduced_dims(ctx.args, len(dims))
+        if self.kind == "blocked":
+            for i in over:
+                ctx.freeze(dims[i], "its entries are reduced in a way that growth would change")
+        keep = bool(ctx.args.get("keepdim"))
+        out = [UNIT if i in over else d for i, d in enumerate(dims) if keep or i not in over]
+        return out if ctx.result_count is None else [list(out) for _ in range(ctx.result_count)]
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims = ctx.dims(self.operand)
+        assert dims is not None
+        over = reduced_dims(ctx.args, len(dims))
+        grown = [dims[i] for i in over if ctx.grows(dims[i])]
+        if grown:
+            self._statistic(ctx, grown)
+        keep = bool(ctx.args.get("keepdim"))
+        out: Dims = []
+        for i, dim in enumerate(dims):
+            if i in over:
+                if keep:
+                    out.append(UNIT)
+            elif self.kind in ("mean", "sum"):
+                out.append(ctx.close(dim))
+            else:
+                out.append(annotate(ctx.close(dim), _nonlinear))
+        return out if ctx.result_count is None else [list(out) for _ in range(ctx.result_count)]
+
+    def _statistic(self, ctx: Grow, grown: Dims) -> None:
+        contents = {i.content for d in grown for i in infos(d)}
+        growth = ctx.growth
+        for d in grown:
+            ctx.close(d)
+        if self.kind == "extremum":
+            if ctx.newborn and contents != {Content.CONST} and contents != {Content.MEAN}:
+                raise ctx.refuse("an extremum over new units")
+            return
+        if not ctx.newborn:
+            n = ctx.uniform_factor(grown)
+            if self.kind == "sum":
+                ctx.rescale_output(1.0 / n)
+            return
+        wanted = {"mean": Content.MEAN, "variance": Content.MEAN, "sum": Content.ZERO, "square": Content.ZERO}[self.kind]
+        if len(grown) != 1 or len(infos(grown[0])) != 1 or not ctx.is_whole(grown[0]):
+            raise ctx.refuse("a statistic over a dim of which the growing axis is only a part")
+        (info,) = infos(grown[0])
+        if self.kind == "mean" and info.content is Content.ZERO:
+            ctx.uniform_factor(grown)
+            ctx.rescale_output(growth.new / (growth.copies * growth.old))
+            return
+        if info.content is Content.FREE:
+            # a mean of squares is a root mean square's: zeros are what it can take
+            wanted = Content.ZERO if self.kind == "mean" and ctx.of_square() else wanted
+            ctx.demand(info, wanted, "a statistic runs over the axis")
+        if info.content is Content.MEAN and self.kind == "mean":
+            ctx.uniform_factor(grown)
+            return
+        if info.content is Content.MEAN and self.kind == "variance":
+            if ctx.args.get("correction", 1) not in (0, 0.0) and ctx.args.get("unbiased") is not False:
+                raise ctx.refuse("an unbiased variance depends on the number of units")
+            ctx.uniform_factor(grown)
+            ctx.rescale_output(growth.new / (growth.copies * growth.old))
+            return
+        if info.content is Content.ZERO and self.kind in ("sum", "square"):
+            n = ctx.uniform_factor(grown)
+            if n != 1:
+                ctx.rescale_output(1.0 / n if self.kind == "sum" else n**-0.5)
+            return
+        raise ctx.refuse(f"new units hold {info.content.value} where {wanted.value} would be exact")
+
+
+def _nonlinear(info: Info) -> Info:
+    return Info(info.content if info.content is Content.CONST else Content.FREE, info.sources)
+
+
+class Variance(Reduce):
+    """Variance: unbiased estimates depend on the number of units, so copies change them."""
+
+    def __init__(self) -> None:
+        super().__init__("variance")
+
+    def _statistic(self, ctx: Grow, grown: Dims) -> None:
+        unbiased = ctx.args.get("unbiased", ctx.args.get("correction", 1) not in (0, 0.0))
+        if unbiased:
+            raise ctx.refuse("an unbiased variance depends on the number of units")
+        super()._statistic(ctx, grown)
+
+
+register_rule(["aten.mean.dim", "aten.mean.default"], Reduce("mean"))
+register_rule(["aten.sum.dim_IntList", "aten.sum.default"], Reduce("sum"))
+register_rule(["aten.var.correction", "aten.var.dim", "aten.var.default"], Variance())
+register_rule(["aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim"], Reduce("extremum"))
+register_rule(
+    ["aten.argmax.default", "aten.argmin.default", "aten.prod.dim_int", "aten.any.dim", "aten.all.dim"]
+    + ["aten.std.correction", "aten.linalg_vector_norm.default", "aten.logsumexp.default", "aten.var_mean.correction"],
+    Reduce("blocked"),
+)
+
+
+class Softmax(Rule):
+    """Normalised exponentials: no entry of the dim can be copied or added without changing the others."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        dims = ctx.dims("self")
+        assert dims is not None
+        ctx.freeze(dims[ctx.args["dim"] % len(dims)], "softmax runs over it")
+        return dims
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims = ctx.dims("self")
+        assert dims is not None
+        return [annotate(ctx.close(d), _nonlinear) for d in dims]
+
+
+register_rule(
+    ["aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default"], Softmax()
+)
+
+
+class Pool(Structural):
+    """Pooling over the last ``n`` dims; the leading ones, channels among them, pass."""
+
+    moves = False
+
+    def __init__(self, n: int, linear: bool, results: int = 1) -> None:
+        def f(ctx: Any, dims: Dims) -> Any:
+            why = "pooling runs over it"
+            for d in dims[-n:]:
+                ctx.freeze(d, why)
+            lead = [d if linear else annotate(d, _nonlinear) for d in dims[:-n]]
+            out = [*map(ctx.close, lead), *(ctx.opaque(s, why) for s in ctx.shape[-n:])]
+            return out if ctx.result_count is None else [list(out) for _ in range(results)]
+
+        super().__init__(f)
+
+
+for _n in (1, 2, 3):
+    register_rule([f"aten.avg_pool{_n}d.default", f"aten.adaptive_avg_pool{_n}d.default"], Pool(_n, linear=True))
+    register_rule(f"aten.max_pool{_n}d.default", Pool(_n, linear=False))
+    register_rule(
+        [f"aten.adaptive_max_pool{_n}d.default", f"aten.max_pool{_n}d_with_indices.default"],
+        Pool(_n, linear=False, results=2),
+    )
+register_rule("aten._adaptive_avg_pool2d.default", Pool(2, linear=True))
+register_rule(
+    [f"aten.upsample_{m}.{o}" for m in ("nearest2d", "bilinear2d", "bicubic2d") for o in ("default", "vec")],
+    Pool(2, linear=True),
+)
+register_rule(
+    [f"aten.upsample_{m}.{o}" for m in ("nearest1d", "linear1d") for o in ("default", "vec")], Pool(1, linear=True)
+)

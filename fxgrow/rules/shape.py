@@ -1,0 +1,418 @@
+"""Ops that only move elements: reshapes, permutations, splits, concatenations, slices, broadcasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from fxgrow.axes.expr import (
+    UNIT,
+    Conflict,
+    Expr,
+    Size,
+    Unifier,
+    concat,
+    is_static,
+    is_unit,
+    resolve,
+    same_size,
+    size_of,
+)
+from fxgrow.rules.base import Dims, Resize, Rule, Structural, register_rule
+
+if TYPE_CHECKING:
+    from fxgrow.axes.analysis import Relate
+    from fxgrow.propagate import Grow
+
+
+def _dim(ctx: Any, dims: Dims, name: str = "dim", extra: int = 0) -> int:
+    return int(ctx.args[name]) % (len(dims) + extra)
+
+
+# reshape -----------------------------------------------------------------------------------------------------------
+
+
+def _reshape(ctx: Any, dims: Dims) -> Dims:
+    return list(ctx.regroup(dims, ctx.shape))
+
+
+def _resize_shape(name: str) -> Callable[[Resize], None]:
+    def resize(ctx: Resize) -> None:
+        ctx.set_shape(name, ctx.dims(ctx.node))
+
+    return resize
+
+
+register_rule(
+    ["aten.view.default", "aten._unsafe_view.default"], Structural(_reshape, _resize_shape("size"))
+)
+register_rule("aten.reshape.default", Structural(_reshape, _resize_shape("shape")))
+register_rule("aten.flatten.using_ints", Structural(_reshape))
+
+
+def _resize_unflatten(ctx: Resize) -> None:
+    source = ctx.dims(ctx.args["self"])
+    dim = int(ctx.args["dim"]) % len(source)
+    ctx.set_shape("sizes", ctx.dims(ctx.node)[dim : dim + len(ctx.args["sizes"])])
+
+
+register_rule("aten.unflatten.int", Structural(_reshape, _resize_unflatten))
+
+
+# permute -----------------------------------------------------------------------------------------------------------
+
+
+def _transpose(ctx: Any, dims: Dims) -> Dims:
+    a, b = ctx.args["dim0"] % len(dims), ctx.args["dim1"] % len(dims)
+    out = list(dims)
+    out[a], out[b] = out[b], out[a]
+    return out
+
+
+def _movedim(ctx: Any, dims: Dims) -> Dims:
+    source, target = ctx.args["source"], ctx.args["destination"]
+    source = [s % len(dims) for s in (source if isinstance(source, list | tuple) else [source])]
+    target = [t % len(dims) for t in (target if isinstance(target, list | tuple) else [target])]
+    rest = [d for i, d in enumerate(dims) if i not in source]
+    moved = dict(zip(target, (dims[s] for s in source), strict=True))
+    return [moved[i] if i in moved else rest.pop(0) for i in range(len(dims))]
+
+
+register_rule(["aten.transpose.int", "aten.swapaxes.default"], Structural(_transpose))
+register_rule("aten.permute.default", Structural(lambda ctx, dims: [dims[i] for i in ctx.args["dims"]]))
+register_rule(
+    ["aten.t.default", "aten.numpy_T.default", "aten.mT.default"],
+    Structural(lambda ctx, dims: dims[::-1] if len(dims) <= 2 else [*dims[:-2], dims[-1], dims[-2]]),
+)
+register_rule(["aten.movedim.int", "aten.movedim.intlist"], Structural(_movedim))
+
+
+# dims of size 1 ----------------------------------------------------------------------------------------------------
+
+
+def _unsqueeze(ctx: Any, dims: Dims) -> Dims:
+    i = _dim(ctx, dims, extra=1)
+    return [*dims[:i], UNIT, *dims[i:]]
+
+
+def _squeeze(ctx: Any, dims: Dims) -> Dims:
+    which = ctx.args.get("dim")
+    if which is None:
+        return [d for d in dims if not is_unit(d)]
+    which = [w % len(dims) for w in (which if isinstance(which, list | tuple) else [which])]
+    return [d for i, d in enumerate(dims) if i not in which or not is_unit(d)]
+
+
+register_rule("aten.unsqueeze.default", Structural(_unsqueeze))
+register_rule(["aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims"], Structural(_squeeze))
+
+
+# broadcasts --------------------------------------------------------------------------------------------------------
+
+
+def _expand(ctx: Any, dims: Dims) -> Dims:
+    shape = ctx.shape
+    lead = len(shape) - len(dims)
+    out: Dims = []
+    for i, size in enumerate(shape):
+        dim = dims[i - lead] if i >= lead else UNIT
+        out.append(dim if not is_unit(dim) or same_size(size, 1) else ctx.born(i))
+    return out
+
+
+register_rule("aten.expand.default", Structural(_expand, _resize_shape("size")))
+
+
+def _expand_as(ctx: Any, dims: Dims) -> Dims:
+    other = ctx.dims("other")
+    lead = len(other) - len(dims)
+    out: Dims = []
+    for i, like in enumerate(other):
+        dim = dims[i - lead] if i >= lead else UNIT
+        out.append(ctx.constant_like(like) if is_unit(dim) and not is_unit(like) else dim)
+    return out
+
+
+register_rule("aten.expand_as.default", Structural(_expand_as))
+
+
+def _view_as(ctx: Any, dims: Dims) -> Dims:
+    return list(ctx.regroup(dims, ctx.shape))
+
+
+register_rule(["aten.view_as.default", "aten.reshape_as.default"], Structural(_view_as))
+
+
+def _repeat_interleave(ctx: Any, dims: Dims) -> Dims:
+    """Each entry repeated in place: a new inner factor."""
+    from fxgrow.axes.expr import product
+
+    repeats, dim = ctx.args["repeats"], ctx.args["dim"]
+    if not isinstance(repeats, int) or dim is None:
+        raise Conflict("repeats that are not one number")
+    i = int(dim) % len(dims)
+    return [*dims[:i], product([dims[i], ctx.inner(i, repeats)]), *dims[i + 1 :]]
+
+
+def _resize_repeat_interleave(ctx: Resize) -> None:
+    i = int(ctx.args["dim"]) % len(ctx.dims(ctx.args["self"]))
+    before, after = ctx.dims(ctx.args["self"])[i], ctx.dims(ctx.node)[i]
+    ctx.set("repeats", ctx.new_size(after) // ctx.new_size(before))
+
+
+register_rule("aten.repeat_interleave.self_int", Structural(_repeat_interleave, _resize_repeat_interleave))
+
+
+# split and join ----------------------------------------------------------------------------------------------------
+
+
+def _part_sizes(total: Size, size: int) -> list[int]:
+    if not is_static(total):
+        raise Conflict("splits a dim of dynamic size")
+    return [min(size, total - s) for s in range(0, total, size)]
+
+
+def _split_into(ctx: Any, dims: Dims, sizes: list[int]) -> list[Dims]:
+    i = _dim(ctx, dims)
+    parts = [p for p in sizes if p > 0]
+    pieces = iter(ctx.split(dims[i], parts))
+    return [[*dims[:i], next(pieces), *dims[i + 1 :]] for _ in parts]
+
+
+def _split(ctx: Any, dims: Dims) -> list[Dims]:
+    return _split_into(ctx, dims, _part_sizes(size_of(dims[_dim(ctx, dims)]), int(ctx.args["split_size"])))
+
+
+def _split_with_sizes(ctx: Any, dims: Dims) -> list[Dims]:
+    sizes = ctx.args.get("split_sizes", ctx.args.get("split_size"))
+    if not all(isinstance(s, int) and s > 0 for s in sizes):
+        raise Conflict("splits into parts of dynamic or empty size")
+    return _split_into(ctx, dims, list(sizes))
+
+
+def _chunk(ctx: Any, dims: Dims) -> list[Dims]:
+    total = size_of(dims[_dim(ctx, dims)])
+    n = int(ctx.args["chunks"])
+    return _split_into(ctx, dims, _part_sizes(total, -(-total // n) if is_static(total) else 1))
+
+
+def _resize_split(ctx: Resize) -> None:
+    """Parts of unequal new size need ``split_with_sizes``."""
+    import torch
+
+    source = ctx.dims(ctx.args["self"])
+    i = int(ctx.args["dim"]) % len(source)
+    if not ctx.changed(source[i]):
+        return
+    sizes = [ctx.new_size(part[i]) for part in ctx.dims(ctx.node)]
+    ctx.node.target = torch.ops.aten.split_with_sizes.default
+    ctx.node.args = (ctx.args["self"], sizes, i)
+    ctx.node.kwargs = {}
+
+
+register_rule("aten.split.Tensor", Structural(_split, _resize_split))
+register_rule(["aten.split_with_sizes.default", "aten.split.sizes"], Structural(_split_with_sizes, _resize_split))
+register_rule("aten.chunk.default", Structural(_chunk, _resize_split))
+
+
+def _unbind(ctx: Any, dims: Dims) -> list[Dims]:
+    i = _dim(ctx, dims)
+    units = ctx.units(dims[i])
+    if units is None:
+        raise Conflict(f"every one of {size_of(dims[i])} entries is used by itself")
+    return [[*dims[:i], *dims[i + 1 :]] for _ in units]
+
+
+register_rule("aten.unbind.int", Structural(_unbind))
+
+
+class Cat(Rule):
+    """Concatenation along one dim; the other dims are shared."""
+
+    moves = True
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        return self._join(ctx)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        return self._join(ctx)
+
+    def _join(self, ctx: Any) -> Dims:
+        operands = [d for _, d in ctx.tensor_operands()]
+        operands = [d for d in operands if not (len(d) == 1 and same_size(size_of(d[0]), 0))]
+        i = int(ctx.args.get("dim") or 0) % len(operands[0])
+        out: Dims = []
+        for j in range(len(operands[0])):
+            column = [d[j] for d in operands]
+            out.append(concat([resolve(c) for c in column]) if j == i else ctx.merge(column))
+        return out
+
+
+register_rule(["aten.cat.default", "aten.concat.default"], Cat())
+
+
+class Stack(Rule):
+    moves = True
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        return self._join(ctx)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        return self._join(ctx)
+
+    def _join(self, ctx: Any) -> Dims:
+        operands = [d for _, d in ctx.tensor_operands()]
+        i = int(ctx.args.get("dim") or 0) % (len(operands[0]) + 1)
+        out = [ctx.merge([d[j] for d in operands]) for j in range(len(operands[0]))]
+        out.insert(i, concat([UNIT] * len(operands)))
+        return out
+
+
+register_rule("aten.stack.default", Stack())
+
+
+# slices ------------------------------------------------------------------------------------------------------------
+
+_END = 2**63 - 1
+
+
+def _slice_range(args: dict[str, Any], total: Size) -> tuple[Any, Any, int]:
+    start, end = args.get("start"), args.get("end")
+    start = 0 if start is None else start
+    end = _END if end is None else end
+    if is_static(total):
+        if isinstance(start, int):
+            start = max(0, start + total) if start < 0 else min(start, total)
+        if isinstance(end, int):
+            end = max(0, end + total) if end < 0 else min(end, total)
+    return start, end, int(args.get("step") or 1)
+
+
+def _cut(ctx: Any, dim: Expr, start: int, end: int) -> Expr:
+    total = size_of(dim)
+    sizes = [s for s in (start, end - start, total - end) if s > 0]
+    return list(ctx.split(dim, sizes))[1 if start > 0 else 0] if len(sizes) > 1 else dim
+
+
+def _slice(ctx: Any, dims: Dims) -> Dims:
+    i = _dim(ctx, dims)
+    total = size_of(dims[i])
+    start, end, step = _slice_range(ctx.args, total)
+    if (start, step) == (0, 1) and isinstance(end, int) and end in (_END, total):
+        return dims
+    out = list(dims)
+    if not is_static(total) or not isinstance(start, int) or not isinstance(end, int):
+        ctx.freeze(dims[i], "it is sliced to a dynamic length")
+        out[i] = ctx.opaque(ctx.shape[i], "it is sliced to a dynamic length")
+    elif step == 1 and end > start:
+        out[i] = _cut(ctx, dims[i], start, end)
+    elif step > 1 and total % step == 0 and start < step and end + step > total:
+        outer, inner = ctx.regroup([dims[i]], [total // step, step])
+        if ctx.units(inner) is None:
+            raise Conflict(f"takes every {step}th entry")
+        out[i] = outer
+    else:
+        raise Conflict(f"takes entries {start}:{end}:{step} of {total}")
+    return out
+
+
+def _resize_slice(ctx: Resize) -> None:
+    dims = ctx.dims(ctx.args["self"])
+    i = int(ctx.args["dim"]) % len(dims)
+    total = size_of(dims[i])
+    start, end, step = _slice_range(ctx.args, total)
+    if not is_static(total) or not isinstance(start, int) or not isinstance(end, int) or not ctx.changed(dims[i]):
+        return
+    if step != 1:
+        ctx.set("end", _END)
+        return
+    scratch = Unifier()
+    if start > 0:
+        ctx.set("start", ctx.new_size(scratch.split_concat(dims[i], start)[0]))
+    if end < total:
+        ctx.set("end", ctx.new_size(scratch.split_concat(dims[i], end)[0]))
+
+
+register_rule("aten.slice.Tensor", Structural(_slice, _resize_slice))
+
+
+def _narrow(ctx: Any, dims: Dims) -> Dims:
+    i = _dim(ctx, dims)
+    start, length = ctx.args["start"], ctx.args["length"]
+    if not isinstance(start, int) or not isinstance(length, int) or not is_static(size_of(dims[i])):
+        raise Conflict("narrows to a dynamic range")
+    return [*dims[:i], _cut(ctx, dims[i], start, start + length), *dims[i + 1 :]]
+
+
+def _resize_narrow(ctx: Resize) -> None:
+    dims = ctx.dims(ctx.args["self"])
+    i = int(ctx.args["dim"]) % len(dims)
+    if ctx.args["start"] > 0:
+        ctx.set("start", ctx.new_size(Unifier().split_concat(dims[i], ctx.args["start"])[0]))
+    ctx.set("length", ctx.new_size(ctx.dims(ctx.node)[i]))
+
+
+register_rule("aten.narrow.default", Structural(_narrow, _resize_narrow))
+
+
+def _select(ctx: Any, dims: Dims) -> Dims:
+    i = _dim(ctx, dims)
+    if ctx.units(dims[i]) is None:
+        ctx.freeze(dims[i], f"entry {ctx.args['index']} is picked by its number")
+    return [*dims[:i], *dims[i + 1 :]]
+
+
+register_rule("aten.select.int", Structural(_select))
+
+
+# moves along a dim that keep the others ----------------------------------------------------------------------------
+
+
+class Blocked(Structural):
+    """Mixes or reorders entries along some dims, which cannot grow; the others pass."""
+
+    def __init__(self, which: Callable[[Any, int], list[int]], why: str) -> None:
+        def f(ctx: Any, dims: Dims) -> Dims:
+            blocked = {w % len(dims) for w in which(ctx.args, len(dims))}
+            out: Dims = []
+            for i, dim in enumerate(dims):
+                if i in blocked:
+                    ctx.freeze(dim, why)
+                    out.append(ctx.opaque(ctx.shape[i], why))
+                else:
+                    out.append(dim)
+            return out
+
+        super().__init__(f)
+
+
+def _listed(name: str) -> Callable[[Any, int], list[int]]:
+    def which(args: Any, rank: int) -> list[int]:
+        value = args.get(name)
+        if value is None or value == []:
+            return list(range(rank))
+        return list(value) if isinstance(value, list | tuple) else [int(value)]
+
+    return which
+
+
+register_rule(["aten.roll.default"], Blocked(_listed("dims"), "its entries are rolled"))
+register_rule(["aten.flip.default"], Blocked(_listed("dims"), "its entries are reversed"))
+register_rule(
+    ["aten.cumsum.default", "aten.cumprod.default", "aten.sort.default"],
+    Blocked(_listed("dim"), "its entries depend on their order"),
+)
+
+
+def _padded(args: Any, rank: int) -> list[int]:
+    pad = list(args["pad"])
+    return [rank - 1 - i // 2 for i, p in enumerate(pad) if p != 0]
+
+
+register_rule(["aten.pad.default", "aten.constant_pad_nd.default"], Blocked(_padded, "it is padded"))
+register_rule(
+    ["aten.tril.default", "aten.triu.default"], Blocked(lambda a, rank: [rank - 2, rank - 1], "a triangle is cut out")
+)
+_ = fx

@@ -1,0 +1,100 @@
+"""`materialise`: one tensor, or one rectangular shard of it, of a growth plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxgrow.kernels import reference
+from fxgrow.kernels.job import Job, prepare
+from fxgrow.kernels.maps import FILL_ZERO, DimMap, Noise
+
+
+@torch.no_grad()
+def materialise(
+    source: Tensor | None,
+    dims: Sequence[DimMap | None],
+    *,
+    shape: Sequence[int] | None = None,
+    scale: float = 1.0,
+    random_std: float = 0.02,
+    constant: float = 0.0,
+    noise: Noise | None = None,
+    key: int = 0,
+    offset: Sequence[int] | None = None,
+    local_shape: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+    fill: int = FILL_ZERO,
+    random_seed: int = 0,
+) -> Tensor:
+    """Make one grown tensor: gather per dim, scale, fill, split, add noise, round once, store.
+
+    ``out[i] = scale · Π scale_d[i_d] · share[i_s] · source[index_0[i_0], …]``, computed in float64 for a float64
+    destination and in float32 otherwise. Fills define what stands at newborn coordinates (zero wins over constant, constant
+    over mean, mean over random): constants and random draws are taken as they are, means are scaled like the source they
+    average, and the split applies to all of them. The copies of a split group sum to exactly the value rounded to the
+    destination dtype; values that are not finite are copied.
+
+    Args:
+        source: the old tensor, any strides, or ``None`` for a tensor with no predecessor.
+        dims: one map per dim; ``None`` is the identity.
+        shape: the new shape; needed without a source where a map is ``None``, otherwise checked.
+        scale: factor of every source value.
+        random_std: standard deviation of randomly filled entries.
+        constant: value of constant entries.
+        noise: see `Noise`.
+        key: number of this tensor; tensors with different keys get independent noise and fills.
+        offset, local_shape: a rectangle of the new tensor to make instead of the whole, in elements per dim.
+        dtype, device: of the result; the source's if ``None``.
+        out: written to and returned, if given. Must not overlap `source`.
+        backend: ``torch``, ``cpu`` or ``triton``; ``None`` chooses by device, see `backends`.
+        fill: without a source and with every map ``None``: the fill of all entries.
+        random_seed: seed of random fills, independent of the noise.
+
+    Returns:
+        The new tensor (or shard), without gradient history.
+
+    Raises:
+        ValueError: maps, shares, shard or dtype that do not fit together.
+    """
+    job = prepare(
+        source,
+        dims,
+        shape=shape,
+        scale=scale,
+        random_std=random_std,
+        constant=constant,
+        noise=noise,
+        key=key,
+        offset=offset,
+        local_shape=local_shape,
+        dtype=dtype if dtype is not None or out is None else out.dtype,
+        device=device if device is not None or out is None else out.device,
+        fill=fill,
+        random_seed=random_seed,
+    )
+    result = _destination(job, out)
+    _run(job, result, backend)
+    return result
+
+
+def _destination(job: Job, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.empty(job.local, dtype=job.dtype, device=job.device)
+    if list(out.shape) != job.local or out.dtype != job.dtype or out.device != job.device:
+        raise ValueError(
+            f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}, "
+            f"but the result is {job.dtype} of shape {tuple(job.local)} on {job.device}"
+        )
+    return out.detach()
+
+
+def _run(job: Job, out: Tensor, backend: str | None) -> None:
+    if backend not in (None, "torch"):
+        raise ValueError(f"backend {backend!r}: choose torch")
+    reference.run(job, out)

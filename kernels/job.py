@@ -1,0 +1,332 @@
+"""One call of `materialise`, checked and normalised: what every backend receives."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxgrow.kernels.maps import (
+    FILL_CONSTANT,
+    FILL_MEAN,
+    FILL_RANDOM,
+    FILL_ZERO,
+    OLD,
+    Bytes,
+    Dim,
+    DimMap,
+    Ints,
+    Noise,
+    prepare_dim,
+    row_major,
+)
+from fxgrow.kernels.philox import UNIT, key_words
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class NoiseTooSmall(UserWarning):
+    """Noise below half a unit in the last place leaves most copies identical."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A normalised call. All values are computed in `compute` (float64 for a float64 destination, else float32).
+
+    Attributes:
+        source: the source with one dim per entry of `dims`, or ``None``; already on the destination's device.
+        dims: the prepared dims. offset, local: the rectangle of the destination to make, in elements per dim.
+        scale: global factor. fill: code of entries no dim calls newborn, when there is no source.
+        random_std, constant: what the fills use. random_key, noise_key: Philox key words.
+        noise: with absolute scales, or ``None``. split: the dim whose copies share their source, or ``None``.
+        virtual_strides: per dim, of the linear index of virtual coordinates (random fills).
+        split_strides: the same with destination coordinates outside the split dim (antisymmetric noise).
+        target_strides: of destination coordinates (independent noise).
+        means: per set of MEAN dims (bit mask), the table of means, in `compute`; size 1 in the dims averaged over and
+            virtual size in the others.
+    """
+
+    source: Tensor | None
+    dims: list[Dim]
+    dtype: torch.dtype
+    device: torch.device
+    offset: list[int]
+    local: list[int]
+    scale: float
+    fill: int
+    random_std: float
+    constant: float
+    random_key: tuple[int, int]
+    noise: Noise | None
+    noise_key: tuple[int, int]
+    means: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        split = [d for d, dim in enumerate(self.dims) if dim.tree is not None or dim.pair is not None]
+        self.split: int | None = split[0] if split else None
+        self.compute: torch.dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        sizes = [dim.size for dim in self.dims]
+        virtual = [dim.virtual for dim in self.dims]
+        self.target_strides = row_major(sizes)
+        self.virtual_strides = row_major(virtual)
+        self.split_strides = row_major([virtual[d] if d == self.split else n for d, n in enumerate(sizes)])
+        self.births: list[int] = [d for d, dim in enumerate(self.dims) if dim.fill is not None]
+        antisymmetric = self.noise is not None and self.noise.kind == "antisymmetric"
+        tree = self.dims[self.split].tree if self.split is not None else None
+        pair = self.dims[self.split].pair if self.split is not None else None
+        self.tree_noise: bool = bool(antisymmetric and self.noise and self.noise.scale > 0 and tree is not None)
+        self.pair_noise: bool = bool(self.noise and self.noise.newborn_scale > 0 and pair is not None)
+        self.independent: bool = bool(
+            self.noise
+            and self.noise.kind == "independent"
+            and self.noise.scale > 0
+            and any(dim.copy is not None for dim in self.dims)
+        )
+
+    @property
+    def trivial(self) -> bool:
+        """Whether the result is a slice of the source, converted."""
+        return self.source is not None and self.scale == 1 and all(d.identity for d in self.dims)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every value is a source element as it is: a gather and a conversion."""
+        return (
+            self.source is not None
+            and self.scale == 1
+            and not self.births
+            and not self.independent
+            and all(d.scale is None and d.tree is None for d in self.dims)
+        )
+
+    def amplitude(self, scale: float) -> float:
+        """Factor from a raw draw to noise of standard deviation `scale`."""
+        assert self.noise is not None
+        return scale * UNIT[self.noise.distribution]
+
+    def entries(self, d: int, lo: int = 0, n: int | None = None) -> slice:
+        """Global entries ``[lo, lo + n)`` of the local rectangle along dim d."""
+        start = self.offset[d] + lo
+        return slice(start, start + (self.local[d] - lo if n is None else n))
+
+    def units(self, d: int, entries: slice) -> Ints:
+        """Virtual coordinates of some entries of dim d."""
+        index = self.dims[d].index
+        return np.arange(entries.start, entries.stop) if index is None else index[entries]
+
+
+def mean_tables(job: Job) -> dict[int, Tensor]:
+    """Every table of means the fills of `job` can ask for, summed by halving: equal on every device and thread count."""
+    dims = [d for d in job.births if (job.dims[d].fill == FILL_MEAN).any()]  # type: ignore[union-attr]
+    tables = {}
+    for n in range(1, len(dims) + 1):
+        for over in itertools.combinations(dims, n):
+            tables[sum(1 << d for d in over)] = _mean_table(job, over)
+    return tables
+
+
+def _mean_table(job: Job, over: tuple[int, ...]) -> Tensor:
+    source = job.source
+    count = math.prod(job.dims[d].source for d in over)
+    if source is None or count == 0:
+        raise ValueError("fill mean needs a source that is not empty")
+    shape = [1 if d in over else dim.virtual for d, dim in enumerate(job.dims)]
+    table = torch.zeros(shape, dtype=job.compute, device=job.device)
+    old = table[tuple(slice(0, 1 if d in over else dim.source) for d, dim in enumerate(job.dims))]
+    kept = [d for d in range(source.dim()) if d not in over]
+    axis = max(kept, key=lambda d: source.shape[d], default=None)
+    step = source.shape[axis] if axis is not None else 1
+    if axis is not None and source.numel() > 1 << 20:
+        step = max(1, (1 << 20) * source.shape[axis] // source.numel())
+    for lo in range(0, source.shape[axis] if axis is not None else 1, max(step, 1)):
+        part = source if axis is None else source.narrow(axis, lo, min(step, source.shape[axis] - lo))
+        total = _halving_sum(part.to(torch.float64), over)
+        (old if axis is None else old.narrow(axis, lo, part.shape[axis])).copy_(total / count)
+    from fxgrow.kernels.reference import random_means  # the draws live with the torch backend
+
+    random_means(job, over, table)
+    return table
+
+
+def _halving_sum(x: Tensor, over: Sequence[int]) -> Tensor:
+    for d in over:
+        while (n := x.shape[d]) > 1:
+            half = n // 2
+            rest = x.narrow(d, 2 * half, n - 2 * half)
+            x = x.narrow(d, 0, half) + x.narrow(d, half, half)
+            if rest.shape[d]:
+                x = torch.cat([x.narrow(d, 0, half - 1), x.narrow(d, half - 1, 1) + rest], d)
+    return x
+
+
+def deviation(source: Tensor) -> float:
+    """Standard deviation of a tensor, rounded to ten bits so that the order of summation cannot show."""
+    if source.numel() == 0:
+        return 0.0
+    count, total, squares = source.numel(), 0.0, 0.0
+    flat = source.detach().reshape(-1) if source.is_contiguous() else source.detach().flatten()
+    for part in flat.split(1 << 20):
+        wide = part.to(torch.float64)
+        total += float(wide.sum())
+        squares += float((wide * wide).sum())
+    variance = max(squares / count - (total / count) ** 2, 0.0)
+    if not math.isfinite(variance) or variance == 0:
+        return 0.0
+    mantissa, exponent = math.frexp(math.sqrt(variance))
+    return math.ldexp(round(mantissa * 1024) / 1024, exponent)
+
+
+def _warn_if_too_small(source: Tensor, noise: Noise, dtype: torch.dtype, shares: float) -> None:
+    flat = source.detach()
+    if flat.numel() > 4096:
+        flat = flat.reshape(-1)[:: flat.numel() // 4096] if flat.is_contiguous() else flat[(slice(0, 64),) * flat.dim()]
+    half = flat.abs().to("cpu", torch.float64).flatten() * shares
+    half = half[(half > 0) & half.isfinite()]
+    if not half.numel():
+        return
+    ulp = torch.finfo(dtype).eps * torch.exp2((torch.frexp(half).exponent - 1).to(torch.float64))
+    same = float(torch.erf(ulp / 2 / (noise.scale * math.sqrt(2))).mean())
+    if same > 0.25:
+        warnings.warn(
+            f"noise of standard deviation {noise.scale:.3g} is below the resolution of {dtype}: about {same:.0%} of the "
+            "copies stay identical. Use a larger scale, or grow in float32 and convert afterwards.",
+            NoiseTooSmall,
+            stacklevel=4,
+        )
+
+
+def prepare(
+    source: Tensor | None,
+    dims: Sequence[DimMap | None],
+    *,
+    shape: Sequence[int] | None,
+    scale: float,
+    random_std: float,
+    constant: float,
+    noise: Noise | None,
+    key: int,
+    offset: Sequence[int] | None,
+    local_shape: Sequence[int] | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    fill: int,
+    random_seed: int,
+) -> Job:
+    """Check a call and normalise it; the destination is not made yet."""
+    if source is not None:
+        source = source.detach()
+        if len(dims) != source.dim():
+            raise ValueError(f"{len(dims)} dim maps for a source of shape {tuple(source.shape)}")
+    elif shape is not None and len(shape) != len(dims):
+        raise ValueError(f"{len(dims)} dim maps for shape {tuple(shape)}")
+    ready = [
+        prepare_dim(
+            m,
+            None if source is None else source.shape[d],
+            None if shape is None else int(shape[d]),
+            f"dim {d}",
+        )
+        for d, m in enumerate(dims)
+    ]
+    sizes = [dim.size for dim in ready]
+    if shape is not None and list(shape) != sizes:
+        raise ValueError(f"the maps make a tensor of shape {sizes}, but shape= says {list(shape)}")
+    if sum(dim.has_split for dim in ready) > 1:
+        split = [d for d, dim in enumerate(ready) if dim.tree is not None or dim.has_split]
+        raise ValueError(f"at most one dim may have a split, but dims {split} do: make the other plain copies")
+    start = [0] * len(sizes) if offset is None else [int(o) for o in offset]
+    if local_shape is not None:
+        local = [int(n) for n in local_shape]
+    else:
+        local = [n - o for n, o in zip(sizes, start, strict=True)]
+    if len(start) != len(sizes) or len(local) != len(sizes):
+        raise ValueError(f"offset {start} and local_shape {local} must have {len(sizes)} entries")
+    if any(o < 0 or n < 0 or o + n > size for o, n, size in zip(start, local, sizes, strict=True)):
+        raise ValueError(f"the shard at {start} of shape {local} leaves the tensor of shape {sizes}")
+    dtype = dtype or (source.dtype if source is not None else torch.get_default_dtype())
+    where = torch.device(device) if device is not None else (source.device if source is not None else torch.device("cpu"))
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    if source is not None and source.device != where:
+        source = source.to(where)
+    if noise is not None and noise.relative:
+        if source is None:
+            raise ValueError("relative noise needs a source to take the standard deviation of")
+        std = deviation(source) * abs(scale)
+        noise = Noise(noise.kind, noise.scale * std, noise.newborn_scale * std, noise.distribution, noise.seed)
+    floating = dtype in FLOATS and (source is None or source.dtype in FLOATS)
+    job = Job(
+        source,
+        ready,
+        dtype,
+        where,
+        start,
+        local,
+        float(scale),
+        int(fill),
+        float(random_std),
+        float(constant),
+        key_words(random_seed, key),
+        noise,
+        key_words(noise.seed if noise is not None else 0, key),
+    )
+    if not floating:
+        _check_exact_only(job)
+    if source is None and not any((dim.fill is not None and (dim.fill != OLD).all()) for dim in ready):
+        if job.fill == FILL_MEAN:
+            raise ValueError("fill mean needs a source")
+        if job.births:
+            raise ValueError("without a source, one dim must be newborn throughout, or every dim None with fill=")
+    if floating and dtype.itemsize == 2 and job.tree_noise and source is not None:
+        assert noise is not None
+        _warn_if_too_small(source, noise, dtype, abs(scale) / 2)
+    if floating and job.births:
+        job.means = mean_tables(job)
+    return job
+
+
+def _check_exact_only(job: Job) -> None:
+    """Integers, booleans and other types are gathered, never computed with."""
+    kind = job.source.dtype if job.source is not None else job.dtype
+    wrong = []
+    if job.scale != 1 or any(dim.scale is not None for dim in job.dims):
+        wrong.append("scale")
+    if any(dim.tree is not None for dim in job.dims):
+        wrong.append("split")
+    if job.tree_noise or job.independent or job.pair_noise:
+        wrong.append("noise")
+    codes = {int(c) for d in job.births for c in np.unique(job.dims[d].fill)}  # type: ignore[arg-type]
+    if codes & {FILL_RANDOM, FILL_MEAN} or (job.source is None and job.fill in (FILL_RANDOM, FILL_MEAN)):
+        wrong.append("random or mean fill")
+    if wrong:
+        raise ValueError(f"{kind} is copied, not computed with: {', '.join(wrong)} needs float32, bfloat16, float16 or float64")
+
+
+def combine(codes: Sequence[Bytes | None], shape: Sequence[int], default: int) -> Bytes:
+    """Fill code of every element of a block from the codes per dim: zero wins, then constant, mean, random, old."""
+    result = np.full((1,) * len(shape), default, np.uint8)
+    order = np.zeros(256, np.uint8)
+    order[[FILL_ZERO, FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, OLD]] = [0, 1, 2, 3, 4]
+    back = np.array([FILL_ZERO, FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, OLD], np.uint8)
+    for d, code in enumerate(codes):
+        if code is not None:
+            lined = code.reshape([-1 if e == d else 1 for e in range(len(shape))])
+            result = back[np.minimum(order[result], order[lined])]
+    return result
+
+
+def blocks(local: Sequence[int], target: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Cut a rectangle into blocks of about `target` elements, trailing dims whole: yields (lo, size) per block."""
+    sizes = []
+    room = max(target, 1)
+    for n in reversed(local):
+        sizes.insert(0, max(1, min(n, room)))
+        room = max(1, room // max(n, 1))
+    for lo in itertools.product(*(range(0, n, size) for n, size in zip(local, sizes, strict=True))):
+        yield list(lo), [min(size, n - at) for at, size, n in zip(lo, sizes, local, strict=True)]
