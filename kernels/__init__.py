@@ -1,4 +1,4 @@
-"""fxgrow.kernels: weights grown at the speed of memory. Read once, written once, no temporaries; see docs/kernels.md."""
+"""fxgrow.kernels: weights grown at the speed of memory, without temporaries; see docs/kernels.md."""
 
 from fxgrow.kernels.interface import materialise
 from fxgrow.kernels.job import NoiseTooSmall

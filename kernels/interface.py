@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from fxgrow.kernels import reference
 from fxgrow.kernels.job import Job, prepare
 from fxgrow.kernels.maps import FILL_ZERO, DimMap, Noise
+from torch import Tensor
 
 
 @torch.no_grad()
@@ -35,10 +34,10 @@ def materialise(
     """Make one grown tensor: gather per dim, scale, fill, split, add noise, round once, store.
 
     ``out[i] = scale · Π scale_d[i_d] · share[i_s] · source[index_0[i_0], …]``, computed in float64 for a float64
-    destination and in float32 otherwise. Fills define what stands at newborn coordinates (zero wins over constant, constant
-    over mean, mean over random): constants and random draws are taken as they are, means are scaled like the source they
-    average, and the split applies to all of them. The copies of a split group sum to exactly the value rounded to the
-    destination dtype; values that are not finite are copied.
+    destination and in float32 otherwise. Fills define what stands at newborn coordinates (zero wins over constant,
+    constant over mean, mean over random): constants and random draws are taken as they are, means are scaled like the
+    source they average, and the split applies to all of them. The copies of a split group sum to exactly
+    the value rounded to the destination dtype; values that are not finite are copied.
 
     Args:
         source: the old tensor, any strides, or ``None`` for a tensor with no predecessor.

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from fxgrow.kernels.maps import (
     FILL_CONSTANT,
     FILL_MEAN,
@@ -27,6 +25,7 @@ from fxgrow.kernels.maps import (
     row_major,
 )
 from fxgrow.kernels.philox import UNIT, key_words
+from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -122,7 +121,7 @@ class Job:
 
 
 def mean_tables(job: Job) -> dict[int, Tensor]:
-    """Every table of means the fills of `job` can ask for, summed by halving: equal on every device and thread count."""
+    """Every table of means the fills can ask for, summed by halving: equal on every device and thread count."""
     dims = [d for d in job.births if (job.dims[d].fill == FILL_MEAN).any()]  # type: ignore[union-attr]
     tables = {}
     for n in range(1, len(dims) + 1):
@@ -194,8 +193,8 @@ def _warn_if_too_small(source: Tensor, noise: Noise, dtype: torch.dtype, shares:
     same = float(torch.erf(ulp / 2 / (noise.scale * math.sqrt(2))).mean())
     if same > 0.25:
         warnings.warn(
-            f"noise of standard deviation {noise.scale:.3g} is below the resolution of {dtype}: about {same:.0%} of the "
-            "copies stay identical. Use a larger scale, or grow in float32 and convert afterwards.",
+            f"noise of standard deviation {noise.scale:.3g} is below the resolution of {dtype}: about {same:.0%} of "
+            "the copies stay identical. Use a larger scale, or grow in float32 and convert afterwards.",
             NoiseTooSmall,
             stacklevel=4,
         )
@@ -250,7 +249,9 @@ def prepare(
     if any(o < 0 or n < 0 or o + n > size for o, n, size in zip(start, local, sizes, strict=True)):
         raise ValueError(f"the shard at {start} of shape {local} leaves the tensor of shape {sizes}")
     dtype = dtype or (source.dtype if source is not None else torch.get_default_dtype())
-    where = torch.device(device) if device is not None else (source.device if source is not None else torch.device("cpu"))
+    where = (
+        torch.device(device) if device is not None else (source.device if source is not None else torch.device("cpu"))
+    )
     if where.type == "cuda" and where.index is None:
         where = torch.device("cuda", torch.cuda.current_device())
     if source is not None and source.device != where:
@@ -305,7 +306,9 @@ def _check_exact_only(job: Job) -> None:
     if codes & {FILL_RANDOM, FILL_MEAN} or (job.source is None and job.fill in (FILL_RANDOM, FILL_MEAN)):
         wrong.append("random or mean fill")
     if wrong:
-        raise ValueError(f"{kind} is copied, not computed with: {', '.join(wrong)} needs float32, bfloat16, float16 or float64")
+        raise ValueError(
+            f"{kind} is copied, not computed with: {', '.join(wrong)} needs float32, bfloat16, float16 or float64"
+        )
 
 
 def combine(codes: Sequence[Bytes | None], shape: Sequence[int], default: int) -> Bytes:
@@ -323,7 +326,7 @@ def combine(codes: Sequence[Bytes | None], shape: Sequence[int], default: int) -
 
 def blocks(local: Sequence[int], target: int) -> Iterator[tuple[list[int], list[int]]]:
     """Cut a rectangle into blocks of about `target` elements, trailing dims whole: yields (lo, size) per block."""
-    sizes = []
+    sizes: list[int] = []
     room = max(target, 1)
     for n in reversed(local):
         sizes.insert(0, max(1, min(n, room)))

@@ -48,9 +48,9 @@ class Noise:
     """Noise that lets copies part, drawn with Philox 4x32-10 from global coordinates: equal under any sharding.
 
     Attributes:
-        kind: ``antisymmetric`` noise sums to exactly zero over the copies of a split group; ``independent`` noise goes on
-            every copy but the first and changes what the copies sum to.
-        scale: standard deviation of the noise of one copy. Antisymmetric noise is cut where it would turn a copy's sign.
+        kind: ``antisymmetric`` noise sums to exactly zero over the copies of a split group; ``independent`` noise goes
+            on every copy but the first and changes what the copies sum to.
+        scale: standard deviation of the noise of one copy. Antisymmetric noise is cut where it would turn a sign.
         newborn_scale: standard deviation of the (+z, -z) pairs put into groups of zero-filled newborn entries of the
             split dim; an odd one out stays 0.
         distribution: ``bytes`` (sum of four random bytes), ``normal`` (inverse CDF of 24 bits) or ``rademacher``.
@@ -80,8 +80,9 @@ class Noise:
 class Tree:
     """Recursive halving of the groups of the split dim: level by level, which half an entry is in.
 
-    All arrays are ``(levels, new_size)``. At a level, the running value w of an entry's subgroup is cut in two; the left
-    half takes ``1/2 + lean`` of it plus ``spread`` standard deviations of noise. ``node`` numbers the cut (heap order, root 1).
+    All arrays are ``(levels, new_size)``. At a level, the running value w of an entry's subgroup is cut in two; the
+    left half takes ``1/2 + lean`` of it plus ``spread`` standard deviations of noise. ``node`` numbers the cut (heap
+    order, root 1).
     """
 
     node: npt.NDArray[np.int32]
@@ -136,7 +137,7 @@ def _vector(values: Tensor, dtype: torch.dtype, size: int | None, what: str) -> 
 
 
 def _build_tree(order: Ints, start: Ints, count: Ints, shares: Floats, size: int) -> Tree | None:
-    """Cut every group that shares its source. `order` sorts entries by unit; groups are ``order[start:start + count]``."""
+    """Cut every group that shares its source. `order` sorts entries by unit; groups are consecutive in it."""
     tables: list[tuple[Ints, list[list[tuple[int, bool]]], Floats, Floats]] = []
     levels = 0
     for n in np.unique(count):
@@ -240,7 +241,9 @@ def _prepare(dim_map: DimMap, source: int | None, where: str) -> Dim:
         single = order[start[count == 1]]
         if (shares[single] != 1).any():
             entry = int(single[np.argmax(shares[single] != 1)])
-            raise ValueError(f"{where}: entry {entry} is the only copy of its unit but takes a share of {shares[entry]}")
+            raise ValueError(
+                f"{where}: entry {entry} is the only copy of its unit but takes a share of {shares[entry]}"
+            )
         tree = _build_tree(order, start, count, shares, size)
         if tree is not None and scale is not None:
             first_scale = np.repeat(scale[order[start]], count)

@@ -1,8 +1,8 @@
 """Philox 4x32-10 (Salmon et al., SC 2011) in torch integer operations, and the draws made of its words.
 
-A value is addressed by a linear index L: its quad ``L >> 2`` and a node make the counter, its lane ``L & 3`` picks one of
-the four words. Every backend computes these same integers and the same float32 operations on them, in the same order and
-without fused multiply-adds, so that draws are equal to the bit.
+A value is addressed by a linear index L: its quad ``L >> 2`` and a node make the counter, its lane ``L & 3`` picks one
+of the four words. Every backend computes these same integers and the same float32 operations on them, in the same order
+and without fused multiply-adds, so that draws are equal to the bit.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: int, key: tuple[int, int]) ->
 
 
 def _log(y: Tensor) -> Tensor:
-    """Natural logarithm of float32 in (0, 1] (the polynomial of Cephes' logf), from multiplications and additions alone."""
+    """Natural logarithm of float32 in (0, 1] (Cephes' logf), from multiplications and additions alone."""
     bits = y.view(torch.int32)
     exponent = ((bits >> 23) - 126).to(torch.float32)
     m = ((bits & 0x007FFFFF) | 0x3F000000).view(torch.float32)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from fxgrow.kernels import philox
 from fxgrow.kernels.job import FLOATS, Job, blocks, combine
 from fxgrow.kernels.maps import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, OLD, Ints, Tree
+from torch import Tensor
 
 PLAIN_BLOCK = 1 << 20  # elements; a block of plain copying
 NOISE_BLOCK = 1 << 16  # elements; the int64 temporaries of a block of noise stay in the second-level cache
@@ -20,10 +19,9 @@ def run(job: Job, out: Tensor) -> None:
     """Fill `out` (shape ``job.local``) as `job` says."""
     if 0 in job.local:
         return
-    if job.source is not None and (job.trivial or not job.dims):
-        if job.scale == 1:
-            out.copy_(job.source[tuple(job.entries(d) for d in range(len(job.dims)))])
-            return
+    if job.trivial and job.source is not None:
+        out.copy_(job.source[tuple(job.entries(d) for d in range(len(job.dims)))])
+        return
     computed = not job.plain and job.dtype in FLOATS
     for lo, size in blocks(job.local, NOISE_BLOCK if computed else PLAIN_BLOCK):
         target = out[tuple(slice(a, a + n) for a, n in zip(lo, size, strict=True))] if job.dims else out
@@ -38,7 +36,7 @@ def run(job: Job, out: Tensor) -> None:
 
 
 def _gather(job: Job, table: Tensor, entries: Sequence[slice], mean_over: int | None) -> Tensor:
-    """Elements of the source (or of a table of means) at the virtual coordinates of `entries`, clamped where newborn."""
+    """Elements of the source (or of a table of means) at the virtual coordinates, clamped where newborn."""
     for d, at in enumerate(entries):
         dim = job.dims[d]
         if mean_over is not None and mean_over >> d & 1:
@@ -151,9 +149,11 @@ def _draw(
             where = where + line
         columns = lines[-1].flatten()
         nodes = torch.zeros_like(columns) if node is None else node.flatten().expand_as(columns)
-        distinct, inverse = torch.unique(torch.stack([columns >> 2, nodes]), dim=1, return_inverse=True)
-        quad = (where >> 2) + distinct[0]
-        words = torch.stack(_words(quad, distinct[1].expand_as(quad), purpose, key), -1).flatten(-2)
+        quads = columns >> 2
+        first, many = quads.min(), int(nodes.max()) + 1
+        distinct, inverse = torch.unique((quads - first) * many + nodes, return_inverse=True)
+        quad = (where >> 2) + first + distinct // many
+        words = torch.stack(_words(quad, (distinct % many).expand_as(quad), purpose, key), -1).flatten(-2)
         raw = words.index_select(words.dim() - 1, inverse * 4 + (columns & 3))
         return draw_values(raw, distribution)
     for line in lines:
@@ -197,7 +197,8 @@ def _block(job: Job, entries: Sequence[slice]) -> Tensor:
     if job.independent:
         assert job.noise is not None
         lines = [
-            _along(np.arange(span.start, span.stop) * job.target_strides[d], d, n, job) for d, span in enumerate(entries)
+            _along(np.arange(span.start, span.stop) * job.target_strides[d], d, n, job)
+            for d, span in enumerate(entries)
         ]
         raw = _draw(job, lines, None, philox.INDEPENDENT, job.noise_key, job.noise.distribution, shape)
         e = raw.to(job.compute) * _constant(job, job.amplitude(job.noise.scale))
@@ -246,7 +247,8 @@ def _pairs(job: Job, pair: np.ndarray, x: Tensor, lines: Sequence[Tensor], shape
     if not pair.any():
         return x
     n, d = len(shape), job.split
-    assert d is not None and job.noise is not None
+    assert d is not None
+    assert job.noise is not None
     node = _along(np.abs(pair).astype(np.int64), d, n, job)
     raw = _draw(job, lines, node, philox.PAIR, job.noise_key, job.noise.distribution, shape)
     z = raw.to(job.compute) * _constant(job, job.amplitude(job.noise.newborn_scale))
@@ -285,7 +287,5 @@ def random_means(job: Job, over: tuple[int, ...], table: Tensor) -> None:
         lines = [_along(u * job.virtual_strides[d], d, n, job) for d, u in enumerate(coordinates)]
         raw = _draw(job, lines, None, philox.RANDOM, job.random_key, "bytes", [len(u) for u in coordinates])
         mean = (_halving_sum((raw.to(job.compute) * std).to(torch.float64), over) / count).to(job.compute)
-        block = tuple(
-            _along(np.zeros(1, np.int64) if d in over else coordinates[d], d, n, job) for d in range(n)
-        )
+        block = tuple(_along(np.zeros(1, np.int64) if d in over else coordinates[d], d, n, job) for d in range(n))
         table[block] = torch.where(born_here, mean, table[block])

@@ -6,21 +6,22 @@ import itertools
 from fractions import Fraction
 
 import torch
-from torch import Tensor
-
 from fxgrow.kernels import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, DimMap
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def shares(index: Tensor, uneven: bool = False) -> Tensor:
     """Shares that sum to 1 in every group of old units, even or in the ratio 1 : 2 : 3 …; 1 elsewhere."""
-    result = torch.ones(len(index), dtype=torch.float64)
-    for unit in index.unique().tolist():
-        members = (index == unit).nonzero().flatten()
-        weights = torch.arange(1, len(members) + 1, dtype=torch.float64) if uneven else torch.ones(len(members))
-        result[members] = weights.double() / weights.double().sum()
-    return result
+    order = torch.argsort(index, stable=True)
+    _, unit, count = index.unique(return_inverse=True, return_counts=True)
+    rank = torch.empty_like(index)
+    starts = count.cumsum(0) - count
+    rank[order] = torch.arange(len(index)) - starts[unit[order]]
+    weight = (rank + 1 if uneven else torch.ones_like(rank)).double()
+    total = torch.zeros(len(count), dtype=torch.float64).index_add_(0, unit, weight)
+    return weight / total[unit]
 
 
 def tiled(size: int, new: int, split: bool = False, uneven: bool = False, scale: Tensor | None = None) -> DimMap:

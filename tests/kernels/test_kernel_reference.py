@@ -6,7 +6,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-
 from fxgrow.kernels import (
     FILL_CONSTANT,
     FILL_MEAN,
@@ -18,7 +17,6 @@ from fxgrow.kernels import (
     materialise,
     philox,
 )
-
 from kernel_oracle import DTYPES, exact_sums, expected, interleaved, padded, same_bits, shares, tiled
 
 
@@ -130,7 +128,9 @@ def test_many_copies_sum_exactly(dtype: torch.dtype, copies: int) -> None:
     """Random bit patterns, every exponent: sums of the copies in exact two-term arithmetic."""
     count = 1 << 16
     width = dtype.itemsize * 8
-    bits = torch.randint(-(1 << (width - 1)), (1 << (width - 1)) - 1, (count,), generator=torch.Generator().manual_seed(1))
+    bits = torch.randint(
+        -(1 << (width - 1)), (1 << (width - 1)) - 1, (count,), generator=torch.Generator().manual_seed(1)
+    )
     x = bits.to({16: torch.int16, 32: torch.int32, 64: torch.int64}[width]).view(dtype)
     x = torch.where(x.isfinite(), x, torch.ones_like(x))[None]
     with warnings.catch_warnings():
