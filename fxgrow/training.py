@@ -37,6 +37,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -205,7 +206,7 @@ def train(
     if resumed:
         restore(run)
     eval_batches = [batch("val", number) for number in range(hyper.eval_batches)]
-    log = Log(out / "log.jsonl", keep_before=run if resumed else None)
+    log = Log(out / "log.jsonl", resumed=run if resumed else None)
     log.write("resume" if resumed else "start", **standing(run), name=task.name, hyper=asdict(hyper))
     forward = compiled(run.model) if hyper.compile else run.model
     apart = Copies.none()
@@ -426,18 +427,22 @@ class Copies:
 
 
 class Log:
-    """JSON lines, flushed one by one. With ``keep_before`` the lines that the resumed run will write again are cut."""
+    """JSON lines, flushed one by one.
 
-    def __init__(self, path: Path, keep_before: Run | None = None) -> None:
+    A new log replaces an old one. ``append`` goes on after its last line; with ``resumed`` the lines after that run's
+    checkpoint, which it will write again, are cut off first.
+    """
+
+    def __init__(self, path: Path, *, append: bool = False, resumed: Run | None = None) -> None:
         kept: list[str] = []
-        if keep_before is not None and path.is_file():
+        if resumed is not None and path.is_file():
             for text in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # the line a crash cut short
                     line = json.loads(text)
-                    redone = line["event"] in ("eval", "growth") and line["step"] >= keep_before.step
-                    if not redone and line["event"] != "end" and line.get("step", 0) <= keep_before.step:
+                    redone = line["event"] in ("eval", "growth") and line["step"] >= resumed.step
+                    if not redone and line.get("step", math.inf) <= resumed.step and line["event"] not in _LAST:
                         kept.append(text + "\n")
-        self._file: TextIO = path.open("w", encoding="utf-8")
+        self._file: TextIO = path.open("a" if append else "w", encoding="utf-8")
         self._file.writelines(kept)
 
     def write(self, event: str, **fields: Any) -> None:
@@ -446,6 +451,9 @@ class Log:
 
     def close(self) -> None:
         self._file.close()
+
+
+_LAST = ("end", "sample", "strict_load")  # what only a finished run has
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -593,7 +601,7 @@ def restore(run: Run) -> None:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         model_tensors = load_file(path / "model.safetensors")
         optimizer_tensors = load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
     if state.get("format") != 1:
         raise CheckpointError(f"checkpoint {path} has format {state.get('format')!r}; this version reads 1")
