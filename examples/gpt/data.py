@@ -15,12 +15,12 @@ def python_help() -> str:
     """The texts behind Python's ``help()``: some 450,000 characters of English about the language.
 
     Raises:
-        RuntimeError: this Python was packaged without them.
+        ValueError: this Python was packaged without them.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise RuntimeError("this Python ships without pydoc_data; give a text file instead (--text FILE)") from error
+        raise ValueError("this Python ships without pydoc_data; give a text file instead (--text FILE)") from error
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 

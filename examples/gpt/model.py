@@ -168,7 +168,7 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens are more than the block size {self.config.block_size}")
         positions = torch.arange(T, device=idx.device)
         x = self.transformer["drop"](self.transformer["wte"](idx) + self.transformer["wpe"](positions))
-        for block in self.transformer["h"]:  # type: ignore[union-attr]
+        for block in self.transformer["h"].children():
             x = block(x)
         x = self.transformer["ln_f"](x)
         if targets is None:
