@@ -1,3 +1,48 @@
-"""fxgrow: a torch.fx growth compiler. Grow neural networks while they train, exactly."""
+"""fxgrow: a torch.fx growth compiler. Grow neural networks while they train, exactly.
+
+program = fxgrow.capture(model, args)
+growth = fxgrow.grow(model, spec, args)
+optimizer = growth.carry(optimizer)
+"""
+
+from fxgrow import passes
+from fxgrow.capture import Program, capture
+from fxgrow.errors import (
+    CaptureError,
+    CheckpointError,
+    ExactnessError,
+    FxgrowError,
+    GrowthRefused,
+    SpecError,
+)
+from fxgrow.growth import Growth, grow, plan_growth
+from fxgrow.plan import GrowthPlan
+from fxgrow.rules import register_rule
+from fxgrow.spec import Deepen, GrowthSpec, Insert, Noise, Widen, register_operation
+from fxgrow.verify import Receipt
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "Deepen",
+    "ExactnessError",
+    "FxgrowError",
+    "Growth",
+    "GrowthPlan",
+    "GrowthRefused",
+    "GrowthSpec",
+    "Insert",
+    "Noise",
+    "Program",
+    "Receipt",
+    "SpecError",
+    "Widen",
+    "capture",
+    "grow",
+    "passes",
+    "plan_growth",
+    "register_operation",
+    "register_rule",
+]

@@ -141,7 +141,7 @@ def _check_plain(model: nn.Module) -> None:
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
     def dims(value: Any) -> Any:
         return pytree.tree_map(
-            lambda x: {i: Dim.AUTO for i in range(x.dim())} if isinstance(x, torch.Tensor) else None, value
+            lambda x: dict.fromkeys(range(x.dim()), Dim.AUTO) if isinstance(x, torch.Tensor) else None, value
         )
 
     shapes: Any = dims(args)

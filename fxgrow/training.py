@@ -492,29 +492,31 @@ def growth_line(run: Run, event: GrowthEvent, before: int, loss_before: float, s
     }
 
 
-def human(value: float) -> str:
-    """1234567 → 1.23 M."""
-    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.2f} {name}"
-    return f"{value:g} "
+def human(value: float, unit: str = "") -> str:
+    """Three digits and a prefix: (1234567, "FLOP") → "1.23 MFLOP"."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:
+            return f"{value / size:#.3g}".rstrip(".") + f" {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
 
 
 def describe(run: Run, metrics: Mapping[str, float]) -> str:
-    width = len(str(run.task.hyper.steps))
-    trained = f"  train {metrics['train_loss']:.4f}" if "train_loss" in metrics else " " * 14
+    """A line of at most 80 characters."""
+    total = run.task.hyper.steps
+    trained = f"train {metrics['train_loss']:.4f}" if "train_loss" in metrics else " " * 12
     return (
-        f"step {run.step:>{width}}/{run.task.hyper.steps}  validation loss {run.val_loss:.4f}{trained}"
-        f"  {human(count_parameters(run.model))}parameters  {human(run.flops)}FLOP  {run.seconds:5.1f} s"
+        f"step {run.step:>{len(str(total))}}/{total}  val {run.val_loss:.4f}  {trained}"
+        f"  {human(count_parameters(run.model)):>6} params  {human(run.flops, 'FLOP'):>10}  {run.seconds:4.0f} s"
     )
 
 
 def describe_growth(line: Mapping[str, Any]) -> str:
+    """Two lines of at most 80 characters each, with rich's markup."""
     error = line["error_float64"]
     return (
-        f"[bold]  grown: {escape(line['name'])}[/bold]: {human(line['parameters_before'])}→ "
-        f"{human(line['parameters'])}parameters in {line['grow_seconds']:.1f} s; validation loss "
-        f"{line['val_loss_before']:.6f} → {line['val_loss_after']:.6f}, moved by {line['moved']:.1e}"
+        f"[bold]grown: {escape(line['name'])}[/bold], {human(line['parameters_before'])} → "
+        f"{human(line['parameters'])} parameters, in {line['grow_seconds']:.1f} s\n"
+        f"       val {line['val_loss_before']:.6f} → {line['val_loss_after']:.6f}, moved by {line['moved']:.1e}"
         + (f"; float64 error {error:.1e}" if error is not None else "")
     )
 
@@ -528,7 +530,7 @@ def progress_bar(console: Console, total: int, done: int) -> Iterator[Callable[[
 
         def update(run: Run, loss: float, lr: float) -> None:
             speed = run.tokens / max(run.seconds, 1e-9)
-            text = f"loss {loss:.3f}  lr {lr:.1e}  {human(speed)}tokens/s"
+            text = f"loss {loss:.3f}  lr {lr:.1e}  {human(speed)} tokens/s"
             progress.update(bar, completed=run.step, description=text)
 
         yield update

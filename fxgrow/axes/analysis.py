@@ -229,9 +229,7 @@ class Axes:
                     out.add_node(str(node.target), kind="tensor")
                     out.add_edge(infos[ident].name, str(node.target))
                 elif node.op == "call_function":
-                    out.add_node(
-                        node.name, kind="op", target=str(node.target), source=node.meta.get("source", "")
-                    )
+                    out.add_node(node.name, kind="op", target=str(node.target), source=node.meta.get("source", ""))
                     out.add_edge(infos[ident].name, node.name)
         return out
 

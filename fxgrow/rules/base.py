@@ -43,6 +43,7 @@ from fxgrow.axes.expr import (
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
+    from fxgrow.plan import Edit
     from fxgrow.propagate import Grow
 
 Dims = list[Expr]
@@ -188,41 +189,59 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
     node.kwargs = {**node.kwargs, name: value}
 
 
-@dataclass
 class Resize:
-    """What :meth:`Rule.resize` sees: the node, and the dims of operands and results with their sizes before and after."""
+    """What :meth:`Rule.resize` sees: the node, and the dims of operands and results with their sizes before and after.
 
-    node: fx.Node
-    dims: Callable[[fx.Node], Any]
-    new_size: Callable[[Expr], Size]
-    refuse: Callable[[str], Exception]
+    Changes are recorded as an :class:`~fxgrow.plan.Edit`; the graph itself is left alone.
+    """
 
-    @property
-    def args(self) -> dict[str, Any]:
-        return bound_arguments(self.node)
-
-    def sizes(self, dims: Dims) -> list[Size]:
-        return [self.new_size(d) for d in dims]
+    def __init__(
+        self,
+        node: fx.Node,
+        dims: Callable[[Any], Any],
+        new_size: Callable[[Expr], Size],
+        refuse: Callable[[str], Exception],
+    ) -> None:
+        self.node, self.dims, self.new_size, self.refuse = node, dims, new_size, refuse
+        self.args = bound_arguments(node)
+        self.edit: Edit | None = None
 
     def changed(self, dim: Expr) -> bool:
         return not same_size(self.new_size(dim), size_of(dim))
 
     def set(self, name: str, value: Any) -> None:
-        set_argument(self.node, name, value)
+        """Give an argument a new value."""
+        from fxgrow.plan import Edit, node_references
+
+        if self.edit is None:
+            self.edit = Edit(node=self.node.name, why="size")
+        self.edit.arguments[name] = node_references(value)
+
+    def retarget(self, target: str, arguments: dict[str, Any]) -> None:
+        """Replace the op by another one, with all its arguments."""
+        for name, value in arguments.items():
+            self.set(name, value)
+        assert self.edit is not None
+        self.edit.target = target
 
     def set_shape(self, name: str, dims: Dims) -> None:
         """Re-emit a list of sizes: ints of grown dims change, -1 and dynamic entries stay."""
         old = list(self.args[name])
-        if len(old) == len(dims):
-            for i, dim in enumerate(dims):
-                if self.changed(dim) and old[i] != -1:
-                    if not isinstance(old[i], int):
-                        if -1 in old:
-                            raise self.refuse("a grown dim is computed from a dynamic size")
-                        old[i] = -1
-                    else:
-                        old[i] = self.new_size(dim)
-            self.set(name, old)
+        if len(old) != len(dims):
+            if any(self.changed(d) for d in dims):
+                raise self.refuse(f"cannot re-emit {name}={old}")
+            return
+        new = list(old)
+        for i, dim in enumerate(dims):
+            if self.changed(dim) and old[i] != -1:
+                if isinstance(old[i], int):
+                    new[i] = self.new_size(dim)
+                elif -1 in new:
+                    raise self.refuse("a grown dim is computed from a dynamic size")
+                else:
+                    new[i] = -1
+        if new != old:
+            self.set(name, new)
 
 
 class Structural(Rule):
@@ -416,14 +435,10 @@ class Pattern(Rule):
             i += width
 
     @staticmethod
-    def _pieces(
-        ctx: Any, token: tuple[str, ...], expr: Expr, known: dict[str, Size], out: Letters
-    ) -> list[Expr]:
+    def _pieces(ctx: Any, token: tuple[str, ...], expr: Expr, known: dict[str, Size], out: Letters) -> list[Expr]:
         if len(token) == 1:
             return [expr]
-        sizes: list[Size | None] = [
-            known.get(x, size_of(out.exprs[x][0]) if x in out.exprs else None) for x in token
-        ]
+        sizes: list[Size | None] = [known.get(x, size_of(out.exprs[x][0]) if x in out.exprs else None) for x in token]
         total: Size = size_of(expr)
         unknown = [i for i, s in enumerate(sizes) if s is None]
         if len(unknown) > 1:

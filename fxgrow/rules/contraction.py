@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
     from fxgrow.propagate import Grow
 
-register_rule(
-    "aten.linear.default", Pattern("... i, o i, o? -> ... o", ["input", "weight", "bias"], sum="i")
-)
+register_rule("aten.linear.default", Pattern("... i, o i, o? -> ... o", ["input", "weight", "bias"], sum="i"))
 register_rule("aten.mm.default", Pattern("m k, k n -> m n", ["self", "mat2"], sum="k"))
 register_rule("aten.mv.default", Pattern("m k, k -> m", ["self", "vec"], sum="k"))
 register_rule("aten.dot.default", Pattern("k, k ->", ["self", "tensor"], sum="k"))
@@ -62,9 +60,7 @@ class MatMul(Rule):
         a, b = (len(ctx.dims(x)) for x in self.operands)
         left = "k" if a == 1 else ("m k" if a == 2 and b <= 2 else "... m k")
         right = "k" if b == 1 else ("k n" if b == 2 else "... k n")
-        out = " ".join(
-            (["..."] if "..." in left + right else []) + (["m"] if a > 1 else []) + (["n"] if b > 1 else [])
-        )
+        out = " ".join((["..."] if "..." in left + right else []) + (["m"] if a > 1 else []) + (["n"] if b > 1 else []))
         return Pattern(f"{left}, {right} -> {out}", list(self.operands), sum="k")
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
@@ -122,9 +118,7 @@ class Einsum(Rule):
                 raise Conflict(f"einsum {equation!r} sums {letter!r} of one operand alone")
         if len(terms) > 2 and any(sum(letter in t for t in terms) > 2 for letter in summed):
             raise Conflict(f"einsum {equation!r} contracts three operands at once")
-        rule = Pattern(
-            ", ".join(map(spaced, terms)) + " -> " + spaced(right), names, sum=" ".join(summed), bias=()
-        )
+        rule = Pattern(", ".join(map(spaced, terms)) + " -> " + spaced(right), names, sum=" ".join(summed), bias=())
         return getattr(rule, method)(ctx)
 
 

@@ -145,7 +145,8 @@ class GroupNorm(Rule):
         channels = ctx.dims(ctx.args["input"])[1]
         g = ctx.args["num_groups"]
         groups, _ = Unifier().regroup([channels], [g, size_of(channels) // g])
-        ctx.set("num_groups", ctx.new_size(groups))
+        if ctx.changed(groups):
+            ctx.set("num_groups", ctx.new_size(groups))
 
 
 register_rule("aten.group_norm.default", GroupNorm())

@@ -29,7 +29,9 @@ class Finite(Pointwise):
             for dim in dims:
                 for info in infos(dim):
                     if ctx.newborn and info.content in risky:
-                        raise ctx.refuse(f"the new units' values may be outside the domain of {ctx.op} (operand {name})")
+                        raise ctx.refuse(
+                            f"the new units' values may be outside the domain of {ctx.op} (operand {name})"
+                        )
         return super().grow(ctx)
 
 
@@ -67,7 +69,8 @@ register_rule(
 )
 register_rule(_with_in_place("clamp_min clamp_max"), Pointwise())
 register_rule(
-    _with_in_place("dropout alpha_dropout feature_dropout") + ["aten.native_dropout.default"], Pointwise(zero=True, mean=True)
+    _with_in_place("dropout alpha_dropout feature_dropout") + ["aten.native_dropout.default"],
+    Pointwise(zero=True, mean=True),
 )
 
 # arithmetic; with one tensor operand the other is a literal

@@ -75,7 +75,9 @@ class Reduce(Rule):
             if self.kind == "sum":
                 ctx.rescale_output(1.0 / n)
             return
-        wanted = {"mean": Content.MEAN, "variance": Content.MEAN, "sum": Content.ZERO, "square": Content.ZERO}[self.kind]
+        wanted = {"mean": Content.MEAN, "variance": Content.MEAN, "sum": Content.ZERO, "square": Content.ZERO}[
+            self.kind
+        ]
         if len(grown) != 1 or len(infos(grown[0])) != 1 or not ctx.is_whole(grown[0]):
             raise ctx.refuse("a statistic over a dim of which the growing axis is only a part")
         (info,) = infos(grown[0])

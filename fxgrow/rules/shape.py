@@ -45,9 +45,7 @@ def _resize_shape(name: str) -> Callable[[Resize], None]:
     return resize
 
 
-register_rule(
-    ["aten.view.default", "aten._unsafe_view.default"], Structural(_reshape, _resize_shape("size"))
-)
+register_rule(["aten.view.default", "aten._unsafe_view.default"], Structural(_reshape, _resize_shape("size")))
 register_rule("aten.reshape.default", Structural(_reshape, _resize_shape("shape")))
 register_rule("aten.flatten.using_ints", Structural(_reshape))
 
@@ -200,16 +198,12 @@ def _chunk(ctx: Any, dims: Dims) -> list[Dims]:
 
 def _resize_split(ctx: Resize) -> None:
     """Parts of unequal new size need ``split_with_sizes``."""
-    import torch
-
     source = ctx.dims(ctx.args["self"])
     i = int(ctx.args["dim"]) % len(source)
     if not ctx.changed(source[i]):
         return
     sizes = [ctx.new_size(part[i]) for part in ctx.dims(ctx.node)]
-    ctx.node.target = torch.ops.aten.split_with_sizes.default
-    ctx.node.args = (ctx.args["self"], sizes, i)
-    ctx.node.kwargs = {}
+    ctx.retarget("aten.split_with_sizes.default", {"self": ctx.args["self"], "split_sizes": sizes, "dim": i})
 
 
 register_rule("aten.split.Tensor", Structural(_split, _resize_split))

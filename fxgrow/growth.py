@@ -1,0 +1,201 @@
+"""``grow``: the whole compiler in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from fxgrow.capture import Program, capture
+from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.materialise import check_finite, materialise_all
+from fxgrow.passes.base import State, run_operation
+from fxgrow.plan import GrowthPlan
+from fxgrow.regenerate import regenerate
+from fxgrow.spec import GrowthSpec
+from fxgrow.verify import Receipt, verify
+
+Verify = Literal["auto", "float64", "native"]
+
+#: "auto" verifies in float64 up to this many parameters of the grown model, beyond that in the model's own dtype
+AUTO_FLOAT64_PARAMETERS = 50_000_000
+
+
+class Growth:
+    """A finished growth.
+
+    Attributes:
+        module: the grown model, a GraphModule with the original's parameter names.
+        plan: every decision that was made.
+        receipt: what was measured.
+        program: the grown graph and its names; ``program.axes`` has the new sizes.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, plan: GrowthPlan, receipt: Receipt, program: Program, source: nn.Module
+    ) -> None:
+        self.module, self.plan, self.receipt, self.program = module, plan, receipt, program
+        self._source_names = {id(p): n for n, p in source.named_parameters(remove_duplicate=True)}
+
+    def carry(
+        self, optimizer: torch.optim.Optimizer, policy: str = "asymmetric", **options: Any
+    ) -> torch.optim.Optimizer:
+        """A new optimizer of the same class over the grown parameters, with the old one's state carried over.
+
+        See :func:`fxgrow.optimizer.carry` for the policies and options.
+        """
+        from fxgrow.optimizer import carry
+
+        return carry(self, optimizer, policy, **options)
+
+    def compile(self, **options: Any) -> fx.GraphModule:
+        """Compile the grown module region by region: blocks that are alike are compiled once.
+
+        Options go to ``torch.compile``. Returns the module itself.
+        """
+        from fxgrow.compile import compile_regions
+
+        return compile_regions(self.module, **options)
+
+    def __repr__(self) -> str:
+        return f"Growth({self.receipt.summary()})"
+
+
+def plan_growth(program: Program, spec: GrowthSpec) -> tuple[GrowthPlan, Program]:
+    """Decide a growth. Needs shapes only: works on meta tensors.
+
+    Returns:
+        The plan, and the grown program (graph and names, without tensors).
+
+    Raises:
+        SpecError: the spec names something the model does not have.
+        GrowthRefused: a growth that cannot be proved exact.
+    """
+    state = State.start(program)
+    plan = GrowthPlan(model=program.class_name)
+    for number, operation in enumerate(spec.operations):
+        try:
+            plan.steps.extend(run_operation(state, operation))
+        except FxgrowError as error:
+            if len(spec.operations) > 1:
+                kind = SpecError if isinstance(error, SpecError) else type(error)
+                raise kind(f"operations.{number} ({operation.op}): {error}") from error
+            raise
+    plan.tensors = state.tensors
+    plan.aliases = dict(state.program.aliases)
+    parameters = program.parameters
+    plan.parameters_before = sum(p.numel() for p in parameters.values())
+    plan.parameters_after = sum(
+        int(torch.Size(t.shape).numel()) for n, t in state.tensors.items() if n in state.program.parameters
+    )
+    return plan, state.program
+
+
+def grow(
+    model: nn.Module | Program,
+    spec: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    verify: Verify | Literal[False] = "auto",
+    consume: bool = False,
+) -> Growth:
+    """Grow a model by a spec.
+
+    Args:
+        model: any module that ``torch.export`` can trace, or a :class:`~fxgrow.capture.Program` of it.
+        spec: a dict, a list of operations, YAML or JSON text, a path, or a :class:`~fxgrow.spec.GrowthSpec`.
+        args, kwargs: example inputs, at least two in every dynamic dim (batch, sequence).
+        verify: ``"float64"`` compares both models in float64 (a second, wider copy of both); ``"native"`` in the
+            model's own dtype; ``"auto"`` chooses by size; False measures nothing, and the receipt says so.
+        consume: free each old tensor as soon as its successors are made. The original model is destroyed, so nothing
+            can be verified against it afterwards.
+
+    Returns:
+        The grown module, its plan and its receipt. Unless ``consume``, the original is never changed.
+
+    Raises:
+        CaptureError, SpecError, GrowthRefused: see there; nothing has been changed then.
+        ExactnessError: an exact plan measured inexact.
+    """
+    seconds: dict[str, float] = {}
+    parsed = GrowthSpec.parse(spec)
+    if consume and verify not in (False, "auto"):
+        raise SpecError("consume=True frees the original, so that there is nothing to verify against; use verify=False")
+    with _timed(seconds, "capture"):
+        program = model if isinstance(model, Program) else capture(model, args, kwargs)
+    check_finite(program.tensors)
+    with _timed(seconds, "analyse and plan"):
+        plan, grown_program = plan_growth(program, parsed)
+    module, tensors = build(program, grown_program, plan, seconds, consume=consume)
+    level = verify
+    if level == "auto":
+        level = "native" if plan.parameters_after > AUTO_FLOAT64_PARAMETERS else "float64"
+    if consume or _on_meta(program):
+        level = False
+    if level is False:
+        receipt = Receipt(exactness=plan.exactness, notes=["not measured: verification was switched off"])
+    else:
+        source = model if isinstance(model, nn.Module) else None
+        receipt = _verify(program, grown_program, plan, source, module, level, tensors)
+    receipt.params_before, receipt.params_after = plan.parameters_before, plan.parameters_after
+    receipt.bytes_before = _bytes(program.parameters.values()) if not consume else 0
+    receipt.bytes_after = _bytes(module.parameters())
+    receipt.seconds = {**seconds, **receipt.seconds}
+    receipt.notes.extend(plan.notes)
+    if _has_dropout(program):
+        receipt.notes.append("with dropout active, copies agree in expectation only")
+    source_module = model if isinstance(model, nn.Module) else _Names(program)
+    return Growth(module, plan, receipt, grown_program, source_module)
+
+
+_verify = verify
+
+
+class _Names(nn.Module):
+    """Stands for a module where only a program is known: the names of its parameters."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self._named = program.parameters
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return iter(self._named.items())  # type: ignore[arg-type]
+
+
+def build(
+    program: Program, grown_program: Program, plan: GrowthPlan, seconds: dict[str, float], *, consume: bool = False
+) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+    """Materialise a plan's tensors and regenerate the module."""
+
+    def free(name: str) -> None:
+        program.tensor(name).untyped_storage().resize_(0)  # type: ignore[no-untyped-call]
+
+    with _timed(seconds, "materialise"):
+        tensors = dict(materialise_all(plan, lambda n: program.tensor(n), done=free if consume else None))
+    with _timed(seconds, "regenerate"):
+        module = regenerate(grown_program, tensors)
+    return module, tensors
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _on_meta(program: Program) -> bool:
+    return any(t.device.type == "meta" for t in program.parameters.values())
+
+
+def _has_dropout(program: Program) -> bool:
+    return any("dropout" in str(n.target) and n.args[1] not in (0, 0.0) for n in program.graph.nodes if len(n.args) > 1)

@@ -1,0 +1,203 @@
+"""From plan to tensors: every container of tensors is filled from the same tensor plans, through the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fxgrow import kernels
+from fxgrow.errors import GrowthRefused
+from fxgrow.plan import DimPlan, GrowthPlan, TensorPlan
+
+Moment = Literal["gradient", "square"]
+
+
+def _vector(values: np.ndarray | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if values is None else torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
+
+
+def _splits(plan: TensorPlan) -> int | None:
+    """The dim whose copies must add up exactly: the last one with shares."""
+    found = [i for i, d in enumerate(plan.dims) if d is not None and d.split is not None]
+    for i in reversed(found):
+        dim = plan.dims[i]
+        assert dim is not None and dim.split is not None
+        sums = _group_sums(dim.index, dim.split)
+        if np.allclose(sums, 1.0):
+            return i
+    return None
+
+
+def _group_sums(index: np.ndarray, share: np.ndarray) -> np.ndarray:
+    _, inverse = np.unique(index, return_inverse=True)
+    return np.bincount(inverse, weights=share)
+
+
+def _dim_map(dim: DimPlan | None, closes: bool) -> kernels.DimMap | None:
+    if dim is None:
+        return None
+    share = _vector(dim.split, torch.float64)
+    return kernels.DimMap(
+        index=torch.from_numpy(np.ascontiguousarray(dim.index)),
+        split=share if closes else None,
+        scale=None if closes else share,
+        fill=_vector(dim.fill, torch.uint8),
+    )
+
+
+def materialise_tensor(
+    plan: TensorPlan, source: torch.Tensor | None, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """One tensor of the grown model.
+
+    Args:
+        plan: what it is made of.
+        source: the old tensor, or None where the plan has none.
+        dtype: of the result; the source's where None.
+    """
+    if plan.init is not None:
+        return _initial(plan, dtype or torch.get_default_dtype(), source.device if source is not None else None)
+    assert source is not None
+    dtype = dtype or source.dtype
+    if plan.zero:
+        return torch.zeros(plan.shape, dtype=dtype, device=source.device)
+    closing = _splits(plan)
+    spread = 0.0
+    needs_spread = plan.random_std is None and (
+        plan.paired or any(d is not None and d.fill is not None for d in plan.dims)
+    )
+    noise = plan.noise
+    if (needs_spread or (noise is not None and noise.relative)) and source.numel() > 1 and source.is_floating_point():
+        spread = float(source.detach().float().std())
+    random_std = plan.random_std if plan.random_std is not None else spread
+    kernel_noise = None
+    if noise is not None or plan.paired:
+        scale = 0.0 if noise is None else noise.scale * (spread if noise.relative else 1.0)
+        kernel_noise = kernels.Noise(
+            kind=noise.kind if noise is not None else "antisymmetric",
+            scale=scale,
+            newborn_scale=random_std if plan.paired else 0.0,
+            distribution=noise.distribution if noise is not None else "bytes",
+            seed=noise.seed if noise is not None else 0,
+        )
+    if kernel_noise is not None and closing is None and kernel_noise.kind == "antisymmetric":
+        kernel_noise = None
+    if not source.is_floating_point():
+        kernel_noise = None
+    return kernels.materialise(
+        source.detach(),
+        [_dim_map(d, i == closing) for i, d in enumerate(plan.dims)],
+        scale=plan.scale,
+        random_std=random_std,
+        constant=plan.constant,
+        noise=kernel_noise,
+        key=plan.key,
+        dtype=dtype,
+    )
+
+
+def _initial(plan: TensorPlan, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
+    out = torch.zeros(plan.shape, dtype=dtype, device=device)
+    if plan.init == "ones":
+        out.fill_(1)
+    elif plan.init == "identity":
+        out.copy_(torch.eye(plan.shape[0], dtype=dtype))
+    elif plan.init == "dirac":
+        torch.nn.init.dirac_(out)
+    return out
+
+
+def materialise_all(
+    plan: GrowthPlan,
+    source: Callable[[str], torch.Tensor],
+    names: Iterable[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    done: Callable[[str], None] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of the grown model, one after the other.
+
+    Args:
+        source: old tensor by old name.
+        names: of the grown model's tensors; all of them where None.
+        dtype: for floating-point tensors; each source's own where None.
+        done: called with a source's name after its last use, so that the caller can free it.
+    """
+    wanted = list(plan.tensors if names is None else names)
+    left: dict[str, int] = {}
+    for name in wanted:
+        s = plan.tensors[name].source
+        if s is not None:
+            left[s] = left.get(s, 0) + 1
+    for name in wanted:
+        tensor_plan = plan.tensors[name]
+        old = source(tensor_plan.source) if tensor_plan.source is not None else None
+        if old is not None and not old.is_floating_point():
+            yield name, materialise_tensor(tensor_plan, old)
+        else:
+            kind = dtype
+            if kind is None and tensor_plan.dtype is not None:
+                kind = getattr(torch, tensor_plan.dtype)
+            yield name, materialise_tensor(tensor_plan, old, dtype=kind)
+        if tensor_plan.source is not None:
+            left[tensor_plan.source] -= 1
+            if done is not None and left[tensor_plan.source] == 0:
+                done(tensor_plan.source)
+
+
+def materialise_moment(
+    plan: TensorPlan, moment: torch.Tensor, kind: Moment, *, scale_gradients: bool, keep_copies: bool = True
+) -> torch.Tensor:
+    """An optimizer moment, grown like its parameter. Newborn units start at zero.
+
+    Args:
+        plan: of the parameter.
+        moment: same shape as the old parameter.
+        kind: ``gradient`` for averages of gradients, ``square`` for averages of their squares.
+        scale_gradients: multiply by the factors that copying puts on gradients (RECIPES §8).
+        keep_copies: copies inherit their unit's moment; otherwise only the first copy keeps it.
+    """
+    power = 2 if kind == "square" else 1
+    dims: list[kernels.DimMap | None] = []
+    for d in plan.dims:
+        if d is None:
+            dims.append(None)
+            continue
+        index = d.index
+        if not keep_copies:
+            index = np.where(d.newborn, -1 - np.arange(len(index)), index)
+        factor = d.gradient if scale_gradients and d.gradient is not None else None
+        dims.append(
+            kernels.DimMap(
+                index=torch.from_numpy(np.ascontiguousarray(index)),
+                scale=_vector(None if factor is None else factor**power, torch.float64),
+            )
+        )
+    scale = plan.gradient_scale**power if scale_gradients else 1.0
+    return kernels.materialise(moment.detach(), dims, scale=scale, dtype=moment.dtype)
+
+
+def copy_gradient(plan: TensorPlan, gradient: torch.Tensor) -> torch.Tensor:
+    """What the gradient of a grown parameter is, from the gradient of the old one, where the growth is a pure copy."""
+    return materialise_moment(plan, gradient, "gradient", scale_gradients=True)
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to grow weights that hold NaN or infinities.
+
+    Raises:
+        GrowthRefused: with the names and counts.
+    """
+    bad = []
+    for name, t in tensors.items():
+        if t.is_floating_point() and t.device.type != "meta" and not bool(torch.isfinite(t.detach().sum())):
+            count = int((~torch.isfinite(t.detach())).sum())
+            if count:
+                bad.append(f"{name} ({count} of {t.numel()} values)")
+    if bad:
+        raise GrowthRefused(
+            "the model holds NaN or infinite values, so that no growth of it can be verified: " + ", ".join(bad[:5])
+        )

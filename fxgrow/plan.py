@@ -1,0 +1,366 @@
+"""The growth plan: every decision of a growth, as data.
+
+A plan says how each axis grows (:class:`AxisGrowth`), how each tensor of the new model is made of tensors of the old one
+(:class:`TensorPlan`, one map per dim), and how the graph changes (:class:`Edit`, :class:`CloneBlock`,
+:class:`InsertLayer`). Parameters, buffers, optimizer moments and checkpoints are all made by the same tensor plans.
+Plans round-trip through JSON; index maps are run-length encoded there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerializer, PlainValidator
+
+from fxgrow import kernels
+
+FILL_ZERO, FILL_RANDOM, FILL_MEAN, FILL_CONSTANT = (
+    kernels.FILL_ZERO,
+    kernels.FILL_RANDOM,
+    kernels.FILL_MEAN,
+    kernels.FILL_CONSTANT,
+)
+
+
+def _encode_index(index: np.ndarray) -> list[list[int]]:
+    """Runs [start, count]; old units run upwards from start, newborn ones (negative) downwards."""
+    if len(index) == 0:
+        return []
+    step = np.diff(index)
+    up = (step == 1) & (index[:-1] >= 0) & (index[1:] >= 0)
+    down = (step == -1) & (index[:-1] < 0) & (index[1:] < 0)
+    starts = np.flatnonzero(np.concatenate([[True], ~(up | down)]))
+    counts = np.diff(np.concatenate([starts, [len(index)]]))
+    return [[int(index[s]), int(c)] for s, c in zip(starts, counts, strict=True)]
+
+
+def _decode_index(value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value.astype(np.int64)
+    runs = [np.arange(s, s + c) if s >= 0 else np.arange(s, s - c, -1) for s, c in value]
+    return np.concatenate(runs).astype(np.int64) if runs else np.zeros(0, np.int64)
+
+
+def _encode_values(values: np.ndarray) -> list[list[float]]:
+    """Runs [value, count]."""
+    if len(values) == 0:
+        return []
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(values) != 0]))
+    counts = np.diff(np.concatenate([starts, [len(values)]]))
+    return [[values[s].item(), int(c)] for s, c in zip(starts, counts, strict=True)]
+
+
+def _decode_values(value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    return np.concatenate([np.full(int(c), v, dtype=np.float64) for v, c in value]) if value else np.zeros(0)
+
+
+IndexVector = Annotated[np.ndarray, PlainValidator(_decode_index), PlainSerializer(_encode_index)]
+ValueVector = Annotated[np.ndarray, PlainValidator(_decode_values), PlainSerializer(_encode_values)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+
+class DimPlan(_Model):
+    """How one dim of a tensor grows.
+
+    Attributes:
+        index: int64 (new size,): the old entry each new one copies, or ``-id - 1`` for a newborn one.
+        split: float64 (new size,): the share of its source that each entry takes; shares of a group add up to 1.
+        gradient: float64 (new size,): the factor by which the gradient of an entry differs from its source's.
+        fill: (new size,): fill code of newborn entries.
+    """
+
+    index: IndexVector
+    split: ValueVector | None = None
+    gradient: ValueVector | None = None
+    fill: ValueVector | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.index)
+
+    @property
+    def newborn(self) -> np.ndarray:
+        """Boolean (new size,): entries that are not the first copy of an old one."""
+        out = np.ones(len(self.index), bool)
+        old = np.flatnonzero(self.index >= 0)
+        _, first = np.unique(self.index[old], return_index=True)
+        out[old[first]] = False
+        return out
+
+    def after(self, earlier: DimPlan, unique: int) -> DimPlan:
+        """This map applied to the result of ``earlier``; ``unique`` keeps newborn ids of the two apart."""
+        old = self.index >= 0
+        take = np.where(old, self.index, 0)
+        index = np.where(old, earlier.index[take], self.index - unique)
+
+        def times(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+            if a is None and b is None:
+                return None
+            left = np.ones(len(index)) if a is None else a
+            right = np.ones(len(index)) if b is None else np.where(old, b[take], 1.0)
+            return left * right
+
+        fill = None
+        if self.fill is not None or earlier.fill is not None:
+            mine = np.zeros(len(index)) if self.fill is None else self.fill
+            theirs = np.zeros(len(index)) if earlier.fill is None else earlier.fill[take]
+            fill = np.where(old, theirs, mine)
+        return DimPlan(
+            index=index,
+            split=times(self.split, earlier.split),
+            gradient=times(self.gradient, earlier.gradient),
+            fill=fill,
+        )
+
+
+class NoisePlan(_Model):
+    """Noise of one tensor; ``relative`` scales are multiples of the source's standard deviation."""
+
+    kind: Literal["antisymmetric", "independent"]
+    scale: float
+    relative: bool = False
+    distribution: Literal["bytes", "normal", "rademacher"] = "bytes"
+    seed: int = 0
+
+
+class TensorPlan(_Model):
+    """How one tensor of the grown model is made.
+
+    ``new[i, j, ...] = scale * split_0[i] * split_1[j] ... * old[index_0[i], index_1[j], ...]``, newborn entries by
+    their fill codes, plus noise. Dims that are None stay as they are.
+
+    Attributes:
+        source: name of the old tensor; None for one that is made from nothing (``init``).
+        shape: of the new tensor.
+        scale, gradient_scale: factor of the values, and of the gradients on top of the dims' own.
+        zero: the tensor is all zeros whatever its source holds (last projections of an identity block).
+        random_std: standard deviation of random newborn entries; None: the source's own.
+        constant: value of newborn entries with the constant fill.
+        paired: newborn entries that share an id read with weights +z and -z.
+    """
+
+    source: str | None
+    shape: list[int]
+    dims: list[DimPlan | None] = Field(default_factory=list)
+    scale: float = 1.0
+    gradient_scale: float = 1.0
+    zero: bool = False
+    init: Literal["zeros", "ones", "identity", "dirac"] | None = None
+    random_std: float | None = None
+    constant: float = 0.0
+    paired: bool = False
+    noise: NoisePlan | None = None
+    key: int = 0
+    requires_grad: bool = True
+    dtype: str | None = None
+
+    @property
+    def trivial(self) -> bool:
+        """The new tensor equals the old one."""
+        return (
+            self.source is not None
+            and all(d is None for d in self.dims)
+            and self.scale == 1.0
+            and not self.zero
+            and self.init is None
+        )
+
+
+class AxisGrowth(_Model):
+    """One axis, before and after."""
+
+    name: str
+    role: str
+    old: int
+    new: int
+    fill: Literal["copy", "add"]
+    split: Literal["even", "uneven"]
+    copies: int = Field(description="whole copies of every old unit; 0 where units have unequal numbers of copies")
+    newborn: int = Field(description="entries that copy nothing")
+    newborn_content: str = ""
+    exact_gradients: bool = Field(True, description="gradients of the grown model are those of the small one, mapped")
+    how: str = ""
+
+
+class Edit(_Model):
+    """Change of a call in the graph: arguments by schema name (node references as {"$node": name}), target."""
+
+    kind: Literal["edit"] = "edit"
+    node: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    target: str | None = None
+    why: str = ""
+
+
+class Rescale(_Model):
+    """A multiplication by a constant after a node."""
+
+    kind: Literal["rescale"] = "rescale"
+    node: str
+    factor: float
+    name: str
+    why: str = ""
+
+
+class CloneBlock(_Model):
+    """A copy of a block of a repeated stack, placed right after it (or after another one)."""
+
+    kind: Literal["clone"] = "clone"
+    stack: str
+    source: int = Field(description="number of the block that is copied, before renumbering")
+    after: int = Field(description="number of the block it is placed after, before renumbering")
+    number: int = Field(description="its number afterwards")
+    init: Literal["zero", "gate", "stack"]
+    gate: str | None = Field(None, description="name of the gate's parameter")
+
+
+class Renumber(_Model):
+    """Modules renamed to make room: old prefix to new prefix."""
+
+    kind: Literal["renumber"] = "renumber"
+    prefixes: dict[str, str]
+
+
+class InsertLayer(_Model):
+    """An identity layer after a module's output."""
+
+    kind: Literal["insert"] = "insert"
+    layer: Literal["linear", "conv", "batch_norm"]
+    after: str
+    node: str = Field(description="graph node whose value is passed on")
+    path: str = Field(description="module path of the new layer")
+    dim: int
+    size: int
+    rank: int
+    kernel_size: int = 3
+    bias: bool = True
+    activation: str | None = Field(None, description="op repeated after the layer")
+
+
+Change = Annotated[Edit | Rescale | CloneBlock | Renumber | InsertLayer, Discriminator("kind")]
+
+
+class Step(_Model):
+    """One operation of the spec, decided."""
+
+    op: str
+    request: dict[str, Any]
+    axes: list[AxisGrowth] = Field(default_factory=list)
+    changes: list[Change] = Field(default_factory=list)
+    exactness: Literal["exact", "approximate", "lossy"] = "exact"
+    notes: list[str] = Field(default_factory=list)
+
+
+class GrowthPlan(_Model):
+    """Everything a growth does. ``tensors`` is keyed by the names of the grown model."""
+
+    version: Literal[1] = 1
+    model: str
+    steps: list[Step] = Field(default_factory=list)
+    tensors: dict[str, TensorPlan] = Field(default_factory=dict)
+    aliases: dict[str, str] = Field(default_factory=dict)
+    parameters_before: int = 0
+    parameters_after: int = 0
+
+    @property
+    def exactness(self) -> Literal["exact", "approximate", "lossy"]:
+        kinds = {s.exactness for s in self.steps}
+        return "lossy" if "lossy" in kinds else "approximate" if "approximate" in kinds else "exact"
+
+    @property
+    def exact_gradients(self) -> bool:
+        return all(a.exact_gradients for s in self.steps for a in s.axes)
+
+    @property
+    def axes(self) -> list[AxisGrowth]:
+        return [a for s in self.steps for a in s.axes]
+
+    @property
+    def notes(self) -> list[str]:
+        return list(dict.fromkeys(n for s in self.steps for n in s.notes))
+
+    def to_json(self, indent: int | None = None) -> str:
+        return self.model_dump_json(indent=indent, exclude_defaults=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> GrowthPlan:
+        return cls.model_validate_json(text)
+
+
+class AxisMap:
+    """Growth of one axis from ``old`` to ``new`` units, before it meets any tensor.
+
+    Attributes:
+        index: int64 (new,), negative for newborn units.
+        share: float64 (new,): what part of its unit's outgoing weight each copy carries.
+        copies: number of copies that every old unit has, 0 where the numbers differ.
+    """
+
+    def __init__(self, old: int, index: np.ndarray, share: np.ndarray) -> None:
+        self.old, self.index, self.share = old, index.astype(np.int64), share
+        counts = np.bincount(self.index[self.index >= 0], minlength=old)
+        self.counts = counts
+        self.copies = int(counts[0]) if np.all(counts == counts[0]) else 0
+        self.newborn = int(np.sum(self.index < 0))
+
+    @property
+    def new(self) -> int:
+        return len(self.index)
+
+    @property
+    def ids(self) -> int:
+        """Number of distinct newborn ids."""
+        return int(-self.index.min()) if self.newborn else 0
+
+    @classmethod
+    def copy(cls, old: int, new: int, split: str, remainder: Literal["copy", "newborn"] = "copy") -> AxisMap:
+        """Whole copies laid end to end; the remainder is copies of the first units, or newborn."""
+        index = np.arange(new) % old
+        whole = new - new % old
+        if remainder == "newborn":
+            index[whole:] = -1 - np.arange(new - whole)
+        number = np.arange(new) // old
+        counts = np.bincount(index[index >= 0], minlength=old)
+        weight = (number + 1.0) if split == "uneven" else np.ones(new)
+        total = np.bincount(index[index >= 0], weights=weight[index >= 0], minlength=old)
+        share = np.where(index >= 0, weight / total[np.maximum(index, 0)], 1.0)
+        assert np.all(counts >= 1)
+        return cls(old, index, share)
+
+    @classmethod
+    def add(cls, old: int, new: int, paired: bool) -> AxisMap:
+        """New units after the old ones; paired ones share an id two by two."""
+        extra = new - old
+        ids = np.arange(extra) % (extra // 2) if paired else np.arange(extra)
+        share = np.concatenate([np.ones(old), np.full(extra, 0.5 if paired else 1.0)])
+        return cls(old, np.concatenate([np.arange(old), -1 - ids]), share)
+
+
+def node_references(value: Any) -> Any:
+    """Graph nodes inside an argument as {"$node": name}, for JSON."""
+    from torch import fx
+
+    if isinstance(value, fx.Node):
+        return {"$node": value.name}
+    if isinstance(value, list | tuple):
+        return [node_references(v) for v in value]
+    return value
+
+
+def resolve_references(value: Any, nodes: dict[str, Any]) -> Any:
+    if isinstance(value, dict) and "$node" in value:
+        return nodes[value["$node"]]
+    if isinstance(value, list):
+        return [resolve_references(v, nodes) for v in value]
+    return value
+
+
+def count_parameters(shapes: Iterable[list[int]]) -> int:
+    return int(sum(int(np.prod(s)) for s in shapes))

@@ -1,0 +1,674 @@
+"""The proof: grow one axis through the whole graph, op by op, and decide what each parameter does about it.
+
+The pass is an abstract interpretation. Every tensor's occurrence of the axis carries a :class:`Content`, what is known of
+its newborn entries. Parameters that *write* the axis start out free; an op that needs more (a norm needs the mean, a
+score needs zero keys) demands it of the writers that reach it, and the pass starts over with that pinned. Parameters
+that *read* the axis are then given what makes the sum come out: shares for copies, zeros where newborn entries are not
+zero already. If every op agrees, the growth is exact; else it is refused with the op, the source line and the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import fx
+
+from fxgrow.axes.analysis import from_parameter, result_sizes, sizes_of
+from fxgrow.axes.expr import (
+    Axis,
+    Concat,
+    Conflict,
+    Expr,
+    Leaf,
+    Product,
+    Size,
+    Unifier,
+    is_unit,
+    leaves,
+    map_leaves,
+    product,
+    resolve,
+    same_size,
+    size_of,
+)
+from fxgrow.errors import GrowthRefused
+from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Edit, Rescale
+from fxgrow.rules.base import COMBINE, RULES, Content, Dims, Info, Site, bound_arguments, infos, op_name
+
+if TYPE_CHECKING:
+    from fxgrow.axes.analysis import Axes
+
+
+class _Restart(Exception):
+    """A demand was recorded; interpret again."""
+
+
+class UnequalCopies(GrowthRefused):
+    """Refused because units have different numbers of copies; whole copies plus newborn units may still do."""
+
+
+@dataclass
+class Outcome:
+    """What growing one axis does: to parameters, and to the graph.
+
+    ``carriers`` are sites whose entries appear in the result of the op that uses them; ``readers`` are contracted, with
+    the contents they meet.
+    """
+
+    growth: AxisMap
+    carriers: dict[Site, Content] = field(default_factory=dict)
+    readers: dict[Site, set[Content]] = field(default_factory=dict)
+    constants: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, tuple[float, bool]] = field(default_factory=dict)  # tensor -> (factor, a fold of a share)
+    edits: dict[tuple[str, str], Any] = field(default_factory=dict)
+    rescales: dict[str, float] = field(default_factory=dict)
+    statistics: bool = False
+
+
+class Grow:
+    """What a rule sees while an axis grows. See :mod:`fxgrow.rules.base` for the vocabulary."""
+
+    def __init__(self, axes: Axes, axis: Axis, name: str, growth: AxisMap, default: Content = Content.FREE) -> None:
+        self.axes, self.axis, self.name, self.growth, self.default = axes, axis, name, growth, default
+        self.pinned: dict[Site, Content] = {}
+        self.reasons: dict[Site, str] = {}
+        self.forced: set[Site] = set()
+        self.node: fx.Node
+        self.args: dict[str, Any] = {}
+        self.env: dict[fx.Node, Any] = {}
+        self.scratch = Unifier()
+        self.outcome = Outcome(growth)
+
+    # the run -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Interpret until no op demands anything new.
+
+        Raises:
+            GrowthRefused: naming the op, its source line and the reason.
+        """
+        for _ in range(200):
+            try:
+                self._interpret()
+            except _Restart:
+                continue
+            self._check_alive()
+            return self.outcome
+        raise GrowthRefused(f"cannot grow {self.name}: demands on its parameters do not settle")
+
+    def _interpret(self) -> None:
+        self.env, self.outcome = {}, Outcome(self.growth)
+        for node in self.axes.uses.get(self.axis.id, []):
+            if node.op == "get_attr":
+                self.env[node] = self._load(node)
+            elif node.op == "call_function":
+                if sizes_of(node) is None and not any(result_sizes(node) or []):
+                    continue
+                self.node, self.args = node, bound_arguments(node)
+                rule = RULES.get(op_name(node.target))
+                if rule is None:
+                    raise self.refuse(f"fxgrow has no rule for {op_name(node.target)}")
+                try:
+                    result = rule.grow(self)
+                except Conflict as conflict:
+                    raise self.refuse(str(conflict)) from None
+                self.env[node] = self._settle(self.axes.dims.get(node), result)
+                self._in_place(node)
+
+    def _in_place(self, node: fx.Node) -> None:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or not isinstance(node.args[0], fx.Node):
+            return
+        target = node.args[0]
+        if from_parameter(target) and target.op != "get_attr":
+            raise self.refuse("writes in place into a view of a parameter or buffer")
+        users_after = [u for u in target.users if u is not node]
+        base = target
+        while base.op == "call_function" and getattr(RULES.get(op_name(base.target)), "moves", False):
+            base = base.all_input_nodes[0]
+            if len(base.users) > 1:
+                raise self.refuse("writes in place through a view of a value that is used elsewhere")
+        if users_after:
+            self.env[target] = self.env[node]
+
+    def _settle(self, known: Any, result: Any) -> Any:
+        """Dims that do not grow are those of the analysis; dims that do keep their annotations."""
+        if result is None or known is None:
+            return known
+        if result and isinstance(result[0], list):
+            return [self._settle(k, r) for k, r in zip(known, result, strict=True)]
+        out = []
+        for k, r in zip(known, result, strict=True):
+            grows = any(x is self.axis for x in leaves(k))
+            if grows and not infos(r):
+                r = self._annotate(k, lambda _: Info(Content.CONST))
+            out.append(r if grows else k)
+        return out
+
+    def _load(self, node: fx.Node) -> Dims:
+        name = str(node.target)
+        out = []
+        for i, dim in enumerate(self.axes.dims[node]):
+
+            def info(number: int, i: int = i) -> Info:
+                site = (name, i, number)
+                content = self.pinned.get(site, self.default)
+                return Info(content, frozenset([site]), site)
+
+            out.append(self._annotate(dim, info))
+        return out
+
+    def _annotate(self, dim: Expr, info: Callable[[int], Info]) -> Expr:
+        counter = iter(range(1 << 30))
+        return map_leaves(dim, lambda x: Leaf(x, info(next(counter))) if x is self.axis else x)
+
+    # what rules ask ----------------------------------------------------------------------------------------------
+
+    @property
+    def op(self) -> str:
+        return str(self.node.target)
+
+    @property
+    def newborn(self) -> bool:
+        return self.growth.newborn > 0
+
+    @property
+    def shape(self) -> list[Size]:
+        dims = self.axes.dims[self.node]
+        if dims and isinstance(dims[0], list):
+            dims = dims[0]
+        return [size_of(d) for d in dims]
+
+    @property
+    def result_count(self) -> int | None:
+        several = result_sizes(self.node)
+        return len(several) if several is not None else None
+
+    @property
+    def first(self) -> str:
+        return next(n for n, a in self.args.items() if isinstance(a, fx.Node) and self.axes.dims.get(a) is not None)
+
+    def results(self, node: fx.Node) -> Any:
+        return self.env.get(node, self.axes.dims.get(node))
+
+    def dims(self, name: str | fx.Node) -> Dims | None:
+        value = self.args.get(name) if isinstance(name, str) else name
+        if not isinstance(value, fx.Node):
+            return None
+        dims = self.results(value)
+        return list(dims) if dims is not None else None
+
+    def tensor_operands(self) -> list[tuple[str, Dims]]:
+        out: list[tuple[str, Dims]] = []
+        for name, value in self.args.items():
+            for item in value if isinstance(value, list | tuple) else [value]:
+                dims = self.dims(item) if isinstance(item, fx.Node) else None
+                if dims is not None and not any(isinstance(d, list) for d in dims):
+                    out.append((name, dims))
+        return out
+
+    def grows(self, expr: Expr) -> bool:
+        return any(isinstance(x, Leaf) or x is self.axis for x in leaves(expr))
+
+    def is_whole(self, expr: Expr) -> bool:
+        """The dim is the growing axis and nothing else."""
+        return isinstance(expr, Leaf)
+
+    # the part that analysis and growth share ---------------------------------------------------------------------
+
+    def unify(self, a: Expr, b: Expr) -> None:
+        """Nothing to do: analysis has tied them."""
+
+    def freeze(self, expr: Expr, why: str) -> None:
+        if self.grows(expr):
+            raise self.refuse(why)
+
+    def role(self, expr: Expr, role: str, weight: int = 1) -> None:
+        """Nothing to do."""
+
+    def regroup(self, dims: Sequence[Expr], sizes: Sequence[Size]) -> list[Expr]:
+        return self.scratch.regroup(dims, sizes)
+
+    def split(self, dim: Expr, sizes: Sequence[Size]) -> list[Expr]:
+        out: list[Expr] = []
+        for size in sizes[:-1]:
+            head, dim = self.scratch.split_concat(dim, size)
+            out.append(head)
+        return [*out, dim]
+
+    def units(self, dim: Expr) -> list[Expr] | None:
+        if self.grows(dim):
+            return None
+        return self.scratch.units(dim)
+
+    def opaque(self, size: Size, why: str) -> Expr:
+        return self.scratch.fresh(size)
+
+    sized = opaque  # type: ignore[assignment]
+
+    def born(self, i: int) -> Expr:
+        return self._annotate(self.axes.dims[self.node][i], lambda _: Info(Content.CONST))
+
+    def inner(self, i: int, size: int) -> Expr:
+        whole = self._annotate(self.axes.dims[self.node][i], lambda _: Info(Content.CONST))
+        return self.scratch.split_product(whole, size)[1]
+
+    def constant_like(self, dim: Expr) -> Expr:
+        return map_leaves(dim, lambda x: Leaf(x.axis, Info(Content.CONST)) if isinstance(x, Leaf) else x)
+
+    def from_parameter(self, value: Any) -> bool:
+        return from_parameter(value)
+
+    def merge(self, exprs: Sequence[Expr]) -> Expr:
+        """One dim shared by operands with entries of their own: known is what all agree on."""
+        total = exprs[0]
+        for other in exprs[1:]:
+            theirs = iter(infos(other))
+            total = map_leaves(
+                total, lambda x, t=theirs: Leaf(x.axis, x.info.join(next(t))) if isinstance(x, Leaf) else x
+            )
+        return total
+
+    # growth ------------------------------------------------------------------------------------------------------
+
+    def refuse(self, why: str, kind: type[GrowthRefused] = GrowthRefused) -> GrowthRefused:
+        source = self.node.meta.get("source", "")
+        return kind(
+            f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: {self.op}"
+            + (f" at {source}" if source else "")
+            + f": {why}"
+        )
+
+    def combine(self, a: Expr, b: Expr, how: str) -> Expr:
+        """Meet of two operands along one dim, either of which may be broadcast (size 1)."""
+        if is_unit(a) and is_unit(b):
+            return a
+        f = _mul_first if how == "mul_first" else COMBINE[how]
+        const = Info(Content.CONST)
+        if is_unit(b):
+            return map_leaves(a, lambda x: _meet(x, const, f))
+        if is_unit(a):
+            return map_leaves(b, lambda x: _meet(x, const, f, swap=True))
+        self.close(a)
+        self.close(b)
+        theirs = iter(list(leaves(b)))
+
+        def one(x: Axis | Leaf) -> Expr:
+            y = next(theirs)
+            if isinstance(x, Leaf) and isinstance(y, Leaf):
+                return _meet(x, y.info, f)
+            return x
+
+        return map_leaves(a, one)
+
+    def close(self, expr: Expr) -> Expr:
+        """Parameters seen so far are now values: they carry the axis with the content they were given."""
+        for info in infos(expr):
+            if info.site is not None:
+                self._carry(info)
+        return map_leaves(expr, lambda x: Leaf(x.axis, x.info.closed()) if isinstance(x, Leaf) else x)
+
+    def _carry(self, info: Info) -> None:
+        assert info.site is not None
+        if info.site in self.outcome.readers:
+            self.forced.add(info.site)
+            raise _Restart
+        self.outcome.carriers[info.site] = info.content
+
+    def contract(self, exprs: Sequence[Expr], owners: Sequence[str], zero: str | None = None) -> float:
+        """A sum of products over the axis.
+
+        Returns:
+            The factor by which the sum comes out too large: 1 where a parameter takes the shares, n where n copies meet
+            n copies. ``zero`` names the operand that is asked to be zero in newborn entries where neither is.
+        """
+        sides = [infos(e) for e in exprs]
+        if len(sides) == 1:
+            raise self.refuse("a sum over one operand alone")
+        if len({len(s) for s in sides}) != 1:
+            raise self.refuse("the operands of the sum carry the axis in different ways")
+        read: list[bool] = []
+        for column in zip(*sides, strict=True):
+            open_ = [
+                i
+                for i, x in enumerate(column)
+                if x.site is not None and x.site not in self.forced and x.site not in self.outcome.carriers
+            ]
+            if open_:
+                reader = next((i for i in reversed(open_) if owners[i] in ("weight", "mat2", "other")), open_[-1])
+                for i, x in enumerate(column):
+                    if i != reader and x.site is not None:
+                        self._carry(x)
+                site = column[reader].site
+                assert site is not None
+                others = {x.content for i, x in enumerate(column) if i != reader}
+                self.outcome.readers.setdefault(site, set()).update(others)
+                read.append(True)
+                continue
+            for x in column:
+                if x.site is not None:
+                    self._carry(x)
+            read.append(False)
+            if self.newborn and not any(x.content is Content.ZERO for x in column):
+                order = sorted(range(len(column)), key=lambda i: (owners[i] != zero, i != len(column) - 1))
+                self.demand(column[order[0]], Content.ZERO, "two activations are multiplied and summed over the axis")
+        if all(read):
+            return 1.0
+        if any(read):
+            raise self.refuse("the sum reads part of the axis through a parameter and part through an activation")
+        return float(self.uniform_factor(exprs[:1]))
+
+    def uniform_factor(self, exprs: Sequence[Expr]) -> int:
+        """How often each term of a sum over these dims is repeated, if all are repeated alike.
+
+        Raises:
+            UnequalCopies: units have different numbers of copies.
+            GrowthRefused: only part of the dim is repeated.
+        """
+        self.outcome.statistics = True
+        if self.growth.copies == 0:
+            raise self.refuse(
+                f"the units have unequal numbers of copies, and it sums over all of them; a multiple of "
+                f"{self.growth.old} would do",
+                UnequalCopies,
+            )
+        total = 1
+        for expr in exprs:
+            parts = _parts(expr)
+            counts = {sum(isinstance(x, Leaf) for x in leaves(p)) for p in parts}
+            if len(counts) != 1:
+                raise self.refuse("only part of the entries it sums over would be repeated")
+            total *= self.growth.copies ** counts.pop()
+        return total
+
+    def statistic(self, over: Sequence[Expr], needed: Content, rank: int) -> float:
+        """A mean and variance (or mean square) over these dims.
+
+        Returns:
+            eta, with eta^2 = copies * old / new: by how much the statistic's root shrinks. 1 for whole copies.
+        """
+        self.uniform_factor(over)
+        for expr in over:
+            self.close(expr)
+        if not self.newborn:
+            return 1.0
+        if rank != 1 or len(over) != 1 or not self.is_whole(over[0]):
+            raise self.refuse("new units in only a part of the dim it normalises over; grow by whole copies instead")
+        (info,) = infos(over[0])
+        if info.content is not needed and info.content is not Content.CONST:
+            self.demand(info, needed, "a norm takes its statistics over the axis")
+        return float(np.sqrt(self.growth.copies * self.growth.old / self.growth.new))
+
+    def demand(self, info: Info, content: Content, why: str) -> None:
+        """Ask the writers that reach this value for a content of newborn entries, and start over."""
+        if not info.sources:
+            raise self.refuse(f"{why}, and no parameter decides the new units' values")
+        changed = False
+        for site in info.sources:
+            changed |= self._pin(site, content, why)
+        if not changed:
+            raise self.refuse(
+                f"{why}; new units would have to hold {content.value} there, which no weights can bring about"
+            )
+        raise _Restart
+
+    def pin(self, expr: Expr, content: Content) -> None:
+        """A parameter must hold this content in its newborn entries."""
+        changed = False
+        for info in infos(expr):
+            if info.site is not None:
+                changed |= self._pin(info.site, content, "its new entries must not show in the result")
+        if changed:
+            raise _Restart
+
+    def _pin(self, site: Site, content: Content, why: str) -> bool:
+        known = self.pinned.get(site)
+        if known is content:
+            return False
+        if known is not None:
+            raise self.refuse(
+                f"{why}, so that new entries of {site[0]} must be {content.value}; but {self.reasons[site]} needs "
+                f"{known.value}"
+            )
+        self.pinned[site] = content
+        self.reasons[site] = f"{self.op} at {self.node.meta.get('source', '')}"
+        return True
+
+    def newborn_constants(self, values: dict[str, float]) -> None:
+        """Values for newborn entries of parameters named by operand, where random ones make no sense."""
+        for operand, value in values.items():
+            node = self.args.get(operand)
+            if isinstance(node, fx.Node) and node.op == "get_attr":
+                self.outcome.constants[str(node.target)] = value
+
+    def edit(self, argument: str, value: Any) -> None:
+        """Set a literal of the current op."""
+        self.outcome.edits[self.node.name, argument] = value
+
+    def scale_parameter(self, operand: str, factor: float, fold: bool = False, node: fx.Node | None = None) -> bool:
+        """Multiply a parameter that only this op uses. Returns False where it is shared."""
+        owner = node if node is not None else self.node
+        value = bound_arguments(owner).get(operand)
+        if not isinstance(value, fx.Node) or value.op != "get_attr" or len(value.users) != 1:
+            return False
+        name = str(value.target)
+        before, folded = self.outcome.scales.get(name, (1.0, False))
+        self.outcome.scales[name] = (before * factor, folded or fold)
+        return True
+
+    def rescale_output(self, factor: float) -> None:
+        """Multiply the op's result by a constant: in a literal that follows, in the norm before it, or by a new node."""
+        node = self.node
+        users = list(node.users)
+        if len(users) == 1 and users[0].args and users[0].args[0] is node:
+            name = op_name(users[0].target)
+            literal = users[0].args[1] if len(users[0].args) > 1 else None
+            if name in ("aten.mul.Tensor", "aten.mul.Scalar") and isinstance(literal, float | int):
+                self.outcome.edits[users[0].name, "other"] = literal * factor
+                return
+            if name in ("aten.div.Tensor", "aten.div.Scalar") and isinstance(literal, float | int):
+                self.outcome.edits[users[0].name, "other"] = literal / factor
+                return
+        if op_name(node.target) == "aten.linear.default" and self._fold_into_norm(factor):
+            return
+        self.outcome.rescales[node.name] = self.outcome.rescales.get(node.name, 1.0) * factor
+
+    def _fold_into_norm(self, factor: float) -> bool:
+        """Scale the weight and bias of the norm that alone feeds the current op."""
+        source = self.args.get("input")
+        bias = self.args.get("bias")
+        if not isinstance(source, fx.Node) or len(source.users) != 1 or bias is not None:
+            return False
+        if op_name(source.target) not in ("aten.layer_norm.default", "aten.rms_norm.default"):
+            return False
+        args = bound_arguments(source)
+        for operand in ("weight", "bias"):
+            value = args.get(operand)
+            if value is None and operand == "bias":
+                continue
+            if not isinstance(value, fx.Node) or value.op != "get_attr" or len(value.users) != 1:
+                return False
+        for operand in ("weight", "bias"):
+            if args.get(operand) is not None:
+                self.scale_parameter(operand, factor, fold=True, node=source)
+        return True
+
+    def mean_of(self, value: Any) -> tuple[fx.Node, list[int]] | None:
+        """(x, dims) where ``value`` is ``x.mean(dims, keepdim=True)``."""
+        from fxgrow.rules.reduction import reduced_dims
+
+        while isinstance(value, fx.Node) and op_name(value.target) == "aten.mul.Tensor" and value.meta.get("rescale"):
+            value = value.args[0]
+        if not isinstance(value, fx.Node) or op_name(value.target) != "aten.mean.dim":
+            return None
+        args = bound_arguments(value)
+        source = args["self"]
+        dims = self.axes.dims.get(source)
+        if not args["keepdim"] or dims is None:
+            return None
+        return source, reduced_dims(args, len(dims))
+
+    def of_square(self) -> bool:
+        """Whether the operand of the current reduction is a square."""
+        value = self.args.get("self")
+        while isinstance(value, fx.Node) and getattr(RULES.get(op_name(value.target)), "moves", False):
+            value = value.all_input_nodes[0]
+        if not isinstance(value, fx.Node):
+            return False
+        name = op_name(value.target)
+        if name == "aten.pow.Tensor_Scalar":
+            return value.args[1] == 2
+        return name == "aten.square.default" or (name == "aten.mul.Tensor" and value.args[0] is value.args[1])
+
+    def _check_alive(self) -> None:
+        """Zero incoming and zero outgoing weights together would leave the new units without gradient for ever."""
+        if not self.newborn:
+            return
+        weights = {s: c for s, c in self.outcome.carriers.items() if s[0] in self.axes.program.parameters}
+        paired = self.growth.ids < self.growth.newborn
+        if not weights or not self.outcome.readers or paired:
+            return
+        silent_in = all(c is Content.ZERO for c in weights.values())
+        silent_out = all(reader_fill(c) == FILL_ZERO for c in self.outcome.readers.values())
+        if silent_in and silent_out:
+            raise GrowthRefused(
+                f"cannot grow {self.name}: its new units would have zero incoming and zero outgoing weights, a dead "
+                "saddle whose gradients stay 0 for ever"
+            )
+
+
+def _mul_first(a: Content, b: Content) -> Content:
+    """``a * f(b)`` with f(0) != 0."""
+    if a is Content.ZERO:
+        return Content.ZERO
+    return Content.CONST if a is b is Content.CONST else Content.FREE
+
+
+def _meet(x: Axis | Leaf, other: Info, f: Callable[[Content, Content], Content], swap: bool = False) -> Expr:
+    if not isinstance(x, Leaf):
+        return x
+    a, b = (other, x.info) if swap else (x.info, other)
+    return Leaf(x.axis, Info(f(a.content, b.content), a.sources | b.sources))
+
+
+def _parts(expr: Expr) -> list[Expr]:
+    """The dim as a list of products without concatenation."""
+    if isinstance(expr, Concat):
+        return [q for p in expr.parts for q in _parts(p)]
+    if isinstance(expr, Product) and expr.factors and isinstance(expr.factors[-1], Concat):
+        return [product([*expr.factors[:-1], q]) for p in expr.factors[-1].parts for q in _parts(p)]
+    return [expr]
+
+
+def reader_fill(contents: set[Content]) -> int:
+    """Fill of a reader's newborn entries: free where they only ever meet zeros."""
+    return FILL_RANDOM if contents <= {Content.ZERO} else FILL_ZERO
+
+
+def dim_plan(
+    dim: Expr, tensor: str, i: int, axis: Axis, outcome: Outcome, carrier_fill: Callable[[Site], int]
+) -> DimPlan:
+    """The map of one dim of a parameter when ``axis`` grows: index, shares, gradients and fills, entry by entry."""
+    growth = outcome.growth
+    counter = iter(range(1 << 30))
+
+    def leaf() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, int]:
+        site = (tensor, i, next(counter))
+        reads = site in outcome.readers and site not in outcome.carriers
+        ones = np.ones(growth.new)
+        split = growth.share if reads else ones
+        gradient = ones if reads else growth.share
+        code = reader_fill(outcome.readers[site]) if reads else carrier_fill(site)
+        fill = np.where(growth.index < 0, float(code), -1.0)
+        return growth.index, split, gradient, fill, growth.old, growth.old + growth.ids
+
+    def walk(e: Expr) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, int]:
+        if isinstance(e, Axis | Leaf):
+            if e is axis:
+                return leaf()
+            n = int(e.size)
+            return np.arange(n), np.ones(n), np.ones(n), np.full(n, -1.0), n, n
+        if isinstance(e, Product):
+            out = (np.zeros(1, np.int64), np.ones(1), np.ones(1), np.full(1, -1.0), 1, 1)
+            for f in e.factors:
+                out = _outer(out, walk(f))
+            return out
+        pieces = [walk(p) for p in e.parts]
+        index, old, extended = [], 0, 0
+        total = sum(p[4] for p in pieces)
+        total_extended = sum(p[5] for p in pieces)
+        for p in pieces:
+            # extended coordinates of newborn entries are unique across the parts
+            index.append(np.where(p[0] >= 0, p[0] + old, p[0] - extended))
+            old += p[4]
+            extended += p[5]
+        cat = [np.concatenate([p[k] for p in pieces]) for k in (1, 2, 3)]
+        return np.concatenate(index), cat[0], cat[1], cat[2], total, total_extended
+
+    index, split, gradient, fill, _, _ = walk(dim)
+    return DimPlan(
+        index=index,
+        split=None if np.all(split == 1) else split,
+        gradient=None if np.all(gradient == 1) else gradient,
+        fill=None if np.all(fill < 0) else np.maximum(fill, 0.0),
+    )
+
+
+_Walked = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, int]
+
+
+def _outer(a: _Walked, b: _Walked) -> _Walked:
+    """Row-major product of two maps; a newborn entry's id is its coordinate in the extended product."""
+    ia, ib = a[0][:, None], b[0][None, :]
+    xa = np.where(ia >= 0, ia, a[4] + (-ia - 1))
+    xb = np.where(ib >= 0, ib, b[4] + (-ib - 1))
+    both = (ia >= 0) & (ib >= 0)
+    index = np.where(both, ia * b[4] + ib, -(xa * b[5] + xb) - 1).reshape(-1)
+    fa, fb = a[3][:, None], b[3][None, :]
+    zero = (fa == FILL_ZERO) | (fb == FILL_ZERO)
+    fill = np.where(zero, float(FILL_ZERO), np.maximum(fa, fb)).reshape(-1)
+    return (
+        index,
+        (a[1][:, None] * b[1][None, :]).reshape(-1),
+        (a[2][:, None] * b[2][None, :]).reshape(-1),
+        fill,
+        a[4] * b[4],
+        a[5] * b[5],
+    )
+
+
+def size_edits(axes: Axes, axis: Axis, new: int, refuse: Callable[[fx.Node, str], GrowthRefused]) -> list[Edit]:
+    """Literal arguments that have to follow when ``axis`` takes its new size."""
+    from fxgrow.rules.base import Resize
+
+    def new_size(dim: Expr) -> Size:
+        if isinstance(dim, Axis):
+            return new if dim is axis else dim.size
+        if isinstance(dim, Product):
+            total: Size = 1
+            for f in dim.factors:
+                total = total * new_size(f)
+            return total
+        assert isinstance(dim, Concat)
+        total = 0
+        for p in dim.parts:
+            total = total + new_size(p)
+        return total
+
+    out = []
+    for node in axes.uses.get(axis.id, []):
+        rule = RULES.get(op_name(node.target)) if node.op == "call_function" else None
+        if rule is None:
+            continue
+        ctx = Resize(node, axes.dims.get, new_size, lambda why, n=node: refuse(n, why))  # type: ignore[arg-type,misc]
+        rule.resize(ctx)
+        if ctx.edit is not None:
+            out.append(ctx.edit)
+    return out
+
+
+__all__ = ["Grow", "Outcome", "UnequalCopies", "dim_plan", "reader_fill", "size_edits"]
+_ = (FILL_CONSTANT, FILL_MEAN, Rescale, resolve, same_size)

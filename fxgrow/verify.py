@@ -1,0 +1,320 @@
+"""Measure a growth: outputs against the original's, gradients against the plan's, newborn parameters alive.
+
+The float64 comparison materialises the plan in float64 and runs both graphs with float64 in place of every baked float
+dtype, so that the algebra is tested and not the rounding; the native comparison runs the user's own module against the
+grown one in the model's own dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from pydantic import BaseModel, Field
+from torch import fx, nn
+
+from fxgrow.capture import Program
+from fxgrow.errors import ExactnessError
+from fxgrow.materialise import copy_gradient, materialise_all
+from fxgrow.plan import GrowthPlan
+from fxgrow.regenerate import regenerate
+
+#: an exact growth that measures more than this in float64 is a bug
+LIMIT = 1e-10
+
+
+class OutputError(BaseModel):
+    """Difference of one output: max |new - old| / max(1e-300, max |old|)."""
+
+    output: str
+    shape: list[int]
+    relative_error: float
+
+
+class Receipt(BaseModel):
+    """What was measured after a growth. None means not measured, and ``notes`` says why."""
+
+    exactness: Literal["exact", "approximate", "lossy"]
+    error_float64: float | None = Field(None, description="largest relative error of an output, float64, eval mode")
+    error_float64_train: float | None = Field(None, description="the same in train mode with dropout off")
+    error_native: float | None = Field(None, description="the same in the model's own dtype, eval mode")
+    outputs: list[OutputError] = Field(default_factory=list)
+    gradient_error: float | None = Field(
+        None, description="largest relative difference between the grown gradients and the plan's map of the old ones"
+    )
+    dead_parameters: list[str] = Field(default_factory=list, description="newborn entries without gradient in 2 steps")
+    params_before: int = 0
+    params_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: dict[str, float] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+
+    def summary(self) -> str:
+        def show(x: float | None) -> str:
+            return "not measured" if x is None else f"{x:.1e}"
+
+        return (
+            f"{self.params_before:,} -> {self.params_after:,} parameters ({self.exactness}); relative error "
+            f"{show(self.error_float64)} in float64, {show(self.error_native)} native; gradients {show(self.gradient_error)}; "
+            f"{sum(self.seconds.values()):.1f} s"
+        )
+
+
+def relative_errors(old: Any, new: Any) -> list[OutputError]:
+    """Per output tensor; integer outputs count as different or not."""
+    out = []
+    for i, (a, b) in enumerate(zip(_tensors(old), _tensors(new), strict=True)):
+        if a.shape != b.shape:
+            raise ExactnessError(f"output {i} changed its shape from {tuple(a.shape)} to {tuple(b.shape)}")
+        if a.is_floating_point():
+            a, b = a.detach().double(), b.detach().double()
+            same = (a == b) | (a.isnan() & b.isnan())
+            scale = a[a.isfinite()].abs().max().clamp_min(1e-300) if bool(a.isfinite().any()) else a.new_ones(())
+            difference = torch.where(same, torch.zeros_like(a), (a - b).abs())
+            error = float((difference / scale).max()) if a.numel() else 0.0
+            error = float("inf") if error != error else error
+        else:
+            error = 0.0 if torch.equal(a, b) else 1.0
+        out.append(OutputError(output=str(i), shape=list(a.shape), relative_error=error))
+    return out
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+
+
+def _worst(errors: list[OutputError]) -> float:
+    return max((e.relative_error for e in errors), default=0.0)
+
+
+def _double(value: Any) -> Any:
+    return pytree.tree_map(
+        lambda x: x.detach().double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, value
+    )
+
+
+def widen_float(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().double() if t.is_floating_point() else t.detach().clone()
+
+
+@contextlib.contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Run in train mode with every dropout probability 0: the deterministic part of train mode."""
+    import torch.overrides
+
+    class Off(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = str(func)
+            kwargs = dict(kwargs or {})
+            if "dropout" in name and "scaled_dot" not in name and len(args) > 1:
+                args = (args[0], 0.0, *args[2:])
+            if "scaled_dot_product_attention" in name:
+                if len(args) > 4:
+                    args = (*args[:4], 0.0, *args[5:])
+                kwargs.pop("dropout_p", None)
+            return func(*args, **kwargs)
+
+    with Off():
+        yield
+
+
+class Verification:
+    """Runs the checks of one growth, cheapest last so that the expensive ones can share the float64 modules."""
+
+    def __init__(self, program: Program, grown: Program, plan: GrowthPlan) -> None:
+        self.program, self.grown, self.plan = program, grown, plan
+        self.args, self.kwargs = program.args, program.kwargs
+
+    def _modules(self, noise: bool) -> tuple[fx.GraphModule, fx.GraphModule]:
+        old = regenerate(
+            self.program, {n: widen_float(t) for n, t in self.program.tensors.items()}, hierarchical=False, double=True
+        )
+        plan = self.plan if noise else _noiseless(self.plan)
+        tensors = dict(
+            materialise_all(
+                plan, lambda n: self.program.tensor(n).detach(), list(self.plan.tensors), dtype=torch.float64
+            )
+        )
+        new = regenerate(self.grown, tensors, hierarchical=True, double=True)
+        return old, new
+
+    def float64(self, receipt: Receipt) -> None:
+        """Outputs in float64, in eval mode and in train mode without dropout."""
+        old, new = self._modules(noise=True)
+        args, kwargs = _double(self.args), _double(self.kwargs)
+        modes: list[bool] = [False, True] if self.program.both_modes else [self.program.training]
+        for training in modes:
+            old.train(training)
+            new.train(training)
+            with torch.no_grad(), without_dropout(new) if training else contextlib.nullcontext():
+                errors = relative_errors(old(*_copy(args), **_copy(kwargs)), new(*_copy(args), **_copy(kwargs)))
+            if training:
+                receipt.error_float64_train = _worst(errors)
+            else:
+                receipt.error_float64 = _worst(errors)
+                receipt.outputs = errors
+        self._alive(new, receipt)
+
+    def gradients(self, receipt: Receipt) -> None:
+        """Gradients of the noise-free growth against the plan's map of the old ones (Shen et al. 2022's oracle)."""
+        if not self.plan.exact_gradients or self.plan.exactness != "exact":
+            receipt.notes.append("gradient map not checked: this growth does not map gradients exactly")
+            return
+        old, new = self._modules(noise=False)
+        small = _gradients(old, _double(self.args), _double(self.kwargs))
+        large = _gradients(new, _double(self.args), _double(self.kwargs))
+        worst = 0.0
+        for name, gradient in large.items():
+            plan = self.plan.tensors[name]
+            if plan.source is None or plan.zero:
+                continue
+            before = small.get(plan.source)
+            if before is None or (gradient is None):
+                continue
+            if any(d is not None and bool((d.index < 0).any()) for d in plan.dims) or self._new_blocks():
+                continue  # old entries only are mapped; the output check covers them
+            expected = copy_gradient(plan, before)
+            scale = float(expected.abs().max().clamp_min(1e-300))
+            if scale > 1e-12:
+                worst = max(worst, float((gradient - expected).abs().max()) / scale)
+        receipt.gradient_error = worst
+
+    def _new_blocks(self) -> bool:
+        sources = [p.source for p in self.plan.tensors.values()]
+        return None in sources or len(set(sources)) != len(sources)
+
+    def _alive(self, new: fx.GraphModule, receipt: Receipt) -> None:
+        """Every newborn entry gets a gradient within two steps of gradient descent."""
+        newborn = {
+            n: p
+            for n, p in self.plan.tensors.items()
+            if (p.source is None or p.zero or any(d is not None and bool((d.index < 0).any()) for d in p.dims))
+        }
+        parameters = dict(new.named_parameters())
+        waiting = {n for n in newborn if n in parameters and parameters[n].requires_grad}
+        was = new.training
+        new.train(self.program.training if not self.program.both_modes else True)
+        for _ in range(2):
+            if not waiting:
+                break
+            with without_dropout(new):
+                gradients = _gradients(new, _double(self.args), _double(self.kwargs))
+            for name in list(waiting):
+                g = gradients.get(name)
+                if g is not None and _newborn_part(newborn[name], g) > 0:
+                    waiting.discard(name)
+            with torch.no_grad():
+                size = max((float(g.abs().max()) for g in gradients.values() if g is not None), default=1.0)
+                for name, p in parameters.items():
+                    g = gradients.get(name)
+                    if g is not None:
+                        p -= (0.01 / max(size, 1e-12)) * g
+        new.train(was)
+        receipt.dead_parameters = sorted(waiting)
+
+    def native(self, module: Callable[..., Any], grown: fx.GraphModule, receipt: Receipt) -> None:
+        """The user's own module against the grown one, eval mode, own dtype."""
+        assert isinstance(module, nn.Module)
+        modes = {n: m.training for n, m in module.named_modules()}
+        was = grown.training
+        try:
+            if self.program.both_modes:
+                module.eval()
+                grown.eval()
+            with torch.no_grad():
+                old = module(*_copy(self.args), **_copy(self.kwargs))
+                new = grown(*_copy(self.args), **_copy(self.kwargs))
+        finally:
+            for n, m in module.named_modules():
+                m.training = modes[n]
+            grown.train(was)
+        errors = relative_errors(old, new)
+        receipt.error_native = _worst(errors)
+        if not receipt.outputs:
+            receipt.outputs = errors
+
+
+def _copy(value: Any) -> Any:
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, value)
+
+
+def _noiseless(plan: GrowthPlan) -> GrowthPlan:
+    return plan.model_copy(
+        update={"tensors": {n: t.model_copy(update={"noise": None}) for n, t in plan.tensors.items()}}
+    )
+
+
+def _gradients(module: nn.Module, args: Any, kwargs: Any) -> dict[str, torch.Tensor | None]:
+    """Gradients of a fixed random combination of all float outputs."""
+    with torch.enable_grad():
+        outputs = [t for t in _tensors(module(*_copy(args), **_copy(kwargs))) if t.is_floating_point()]
+        total: Any = 0.0
+        for i, t in enumerate(outputs):
+            generator = torch.Generator().manual_seed(i)
+            weight = (
+                torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) if t.dim() else t.new_ones(())
+            )
+            total = total + (t * weight).sum()
+        parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if not parameters or not isinstance(total, torch.Tensor) or not total.requires_grad:
+            return {}
+        found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return dict(zip(parameters, found, strict=True))
+
+
+def _newborn_part(plan: Any, gradient: torch.Tensor) -> float:
+    """Largest gradient among the newborn entries; of all entries where the tensor is new as a whole."""
+    if plan.source is None or plan.zero:
+        return float(gradient.abs().max())
+    worst = 0.0
+    for i, d in enumerate(plan.dims):
+        if d is not None and bool((d.index < 0).any()):
+            rows = torch.from_numpy((d.index < 0).nonzero()[0]).to(gradient.device)
+            worst = max(worst, float(gradient.index_select(i, rows).abs().max()))
+    return worst
+
+
+def verify(
+    program: Program,
+    grown_program: Program,
+    plan: GrowthPlan,
+    original: nn.Module | None,
+    grown: fx.GraphModule,
+    level: Literal["float64", "native"],
+    tensors: Mapping[str, torch.Tensor],
+) -> Receipt:
+    """Measure a growth.
+
+    Raises:
+        ExactnessError: the plan is exact, the measurement is not.
+    """
+    receipt = Receipt(exactness=plan.exactness)
+    check = Verification(program, grown_program, plan)
+    start = time.perf_counter()
+    if level == "float64":
+        check.float64(receipt)
+        check.gradients(receipt)
+        receipt.seconds["verify float64"] = time.perf_counter() - start
+        start = time.perf_counter()
+    else:
+        receipt.notes.append("float64 not measured: verify='native'")
+    if original is not None:
+        check.native(original, grown, receipt)
+        receipt.seconds["verify native"] = time.perf_counter() - start
+    if program.both_modes is False:
+        mode = "train" if program.training else "eval"
+        receipt.notes.append(f"measured in {mode} mode only: {program.mode_reason}")
+    if plan.exactness == "exact":
+        for label, value in (("eval", receipt.error_float64), ("train", receipt.error_float64_train)):
+            if value is not None and not value <= LIMIT:
+                raise ExactnessError(
+                    f"the growth was planned as exact but its {label} outputs differ by {value:.2e} in float64 (limit "
+                    f"{LIMIT:g}). This is a bug in fxgrow: the original model is untouched; please report the spec and "
+                    f"the model. Steps: {[s.request for s in plan.steps]}"
+                )
+    return receipt

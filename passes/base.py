@@ -1,0 +1,220 @@
+"""What a growth pass is: a planner that decides, and a :class:`torch.fx.passes.infra.pass_base.PassBase` that applies.
+
+Planning turns one operation of a spec into a :class:`~fxgrow.plan.Step` (and tensor plans); the pass applies the
+step's changes to a flat ATen graph. The pass alone can run inside another compiler's :class:`PassManager`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from fxgrow.axes.analysis import Axes, analyse, sizes_of
+from fxgrow.axes.expr import axes_of, size_of
+from fxgrow.capture import Program
+from fxgrow.errors import GrowthRefused
+from fxgrow.plan import Change, DimPlan, Edit, Rescale, Step, TensorPlan, resolve_references
+from fxgrow.spec import Operation
+
+
+@dataclass
+class State:
+    """A growth being planned: the working graph, its axes, and the plan of every tensor so far.
+
+    ``graph`` is a copy; the program it came from stays as it is.
+    """
+
+    program: Program
+    tensors: dict[str, TensorPlan]
+    _axes: Axes | None = None
+    counter: int = 0
+    changed_structure: bool = field(default=False)
+
+    @classmethod
+    def start(cls, program: Program) -> State:
+        work = copy.copy(program)
+        work.graph = copy_graph(program.graph)
+        work._axes = None
+        work.aliases = dict(program.aliases)
+        work.containers = dict(program.containers)
+        work.module_types = dict(program.module_types)
+        work.persistent = set(program.persistent)
+        tensors = {
+            name: TensorPlan(
+                source=name,
+                shape=list(t.shape),
+                dims=[None] * t.dim(),
+                requires_grad=program.requires_grad.get(name, False),
+            )
+            for name, t in program.tensors.items()
+        }
+        return cls(work, tensors)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.program.graph
+
+    @property
+    def axes(self) -> Axes:
+        if self._axes is None:
+            self._axes = analyse(self.program)
+        return self._axes
+
+    def structure_changed(self) -> None:
+        """Modules were added: the axes have to be found anew."""
+        self._axes = None
+
+    def next_unique(self) -> int:
+        self.counter += 1
+        return self.counter
+
+    def is_parameter(self, name: str) -> bool:
+        return name in self.program.parameters
+
+    def compose(self, name: str, i: int, dim: DimPlan) -> None:
+        """Put a dim's map on top of what the tensor's plan has."""
+        plan = self.tensors[name]
+        before = plan.dims[i]
+        plan.dims[i] = dim if before is None else dim.after(before, self.next_unique() << 32)
+        plan.shape[i] = dim.size
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy with the same node names and shallow copies of the metadata."""
+    out = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = out.node_copy(node, lambda n: env[n])
+        env[node].name = node.name
+    return out
+
+
+class GrowthPass(PassBase):
+    """Applies the changes of one planned step to a graph module.
+
+    ``call`` edits ``graph_module.graph`` in place and reports whether anything changed. Parameters that do not exist
+    yet are left as dangling ``get_attr`` targets, to be materialised from the plan's tensors.
+    """
+
+    op = ""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        graph = graph_module.graph
+        for change in self.step.changes:
+            self.apply(graph, change)
+        return PassResult(graph_module, bool(self.step.changes))
+
+    def apply(self, graph: fx.Graph, change: Change) -> None:
+        if isinstance(change, Edit):
+            apply_edit(graph, change)
+        elif isinstance(change, Rescale):
+            apply_rescale(graph, change)
+        else:
+            raise GrowthRefused(f"pass {self.op} cannot apply a change of kind {change.kind}")
+
+
+def node_named(graph: fx.Graph, name: str) -> fx.Node:
+    for node in graph.nodes:
+        if node.name == name:
+            return node
+    raise GrowthRefused(f"the graph has no node {name!r}; the plan belongs to another graph")
+
+
+def apply_edit(graph: fx.Graph, edit: Edit, nodes: dict[str, fx.Node] | None = None) -> None:
+    """Set arguments of a call, and its target where the plan changes it."""
+    from fxgrow.rules.base import set_argument
+
+    nodes = nodes if nodes is not None else {n.name: n for n in graph.nodes}
+    node = nodes.get(edit.node)
+    if node is None:
+        raise GrowthRefused(f"the graph has no node {edit.node!r}; the plan belongs to another graph")
+    arguments = {k: resolve_references(v, nodes) for k, v in edit.arguments.items()}
+    if edit.target is not None:
+        node.target = operator_named(edit.target)
+        node.args, node.kwargs = (), {}
+        schema = node.target._schema  # type: ignore[union-attr]
+        node.args = tuple(arguments[a.name] for a in schema.arguments if a.name in arguments)
+        return
+    for name, value in arguments.items():
+        set_argument(node, name, value)
+
+
+def apply_rescale(graph: fx.Graph, change: Rescale, nodes: dict[str, fx.Node] | None = None) -> fx.Node:
+    """Insert ``node * factor`` after a node and send its users there."""
+    node = nodes[change.node] if nodes is not None else node_named(graph, change.node)
+    with graph.inserting_after(node):
+        new = graph.create_node("call_function", torch.ops.aten.mul.Tensor, (node, change.factor), {}, name=change.name)
+    new.meta = {k: v for k, v in node.meta.items()}
+    new.meta["rescale"] = True
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    return new
+
+
+def operator_named(name: str) -> Any:
+    """``aten.split_with_sizes.default`` to the op overload."""
+    target: Any = torch.ops
+    for part in name.split("."):
+        target = getattr(target, part)
+    return target
+
+
+def update_sizes(axes: Axes, touched: list[fx.Node]) -> None:
+    """Write the dims' current sizes into the nodes' metadata."""
+    for node in touched:
+        dims = axes.dims.get(node)
+        if dims is None:
+            continue
+        if dims and any(isinstance(d, list) or d is None for d in dims):
+            node.meta["result_sizes"] = [None if d is None else [size_of(x) for x in d] for d in dims]
+        elif sizes_of(node) is not None:
+            node.meta["sizes"] = [size_of(d) for d in dims]
+
+
+Planner = Callable[[State, Any], list[Step]]
+PASSES: dict[str, tuple[Planner, type[GrowthPass]]] = {}
+
+
+def register_pass(op: str, planner: Planner, growth_pass: type[GrowthPass]) -> None:
+    """Teach fxgrow an operation: how it is decided, and how its changes are applied.
+
+    Args:
+        op: the operation's name in a spec; its pydantic class is registered with
+            :func:`fxgrow.spec.register_operation`.
+        planner: ``f(state, operation) -> steps``; decides, updates ``state.tensors`` and applies its own pass.
+        growth_pass: applies a step's changes to a graph module.
+    """
+    PASSES[op] = (planner, growth_pass)
+
+
+def run_operation(state: State, operation: Operation) -> list[Step]:
+    """Plan one operation of a spec and apply it to the working graph."""
+    name = operation.op  # type: ignore[attr-defined]
+    if name not in PASSES:
+        raise GrowthRefused(f"no pass is registered for operation {name!r}; see fxgrow.passes.register_pass")
+    planner, _ = PASSES[name]
+    return planner(state, operation)
+
+
+__all__ = [
+    "PASSES",
+    "GrowthPass",
+    "State",
+    "apply_edit",
+    "apply_rescale",
+    "axes_of",
+    "copy_graph",
+    "node_named",
+    "operator_named",
+    "register_pass",
+    "run_operation",
+    "update_sizes",
+]

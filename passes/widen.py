@@ -1,0 +1,255 @@
+"""``widen``: grow axes by copying units (Net2WiderNet; LEMON where a norm meets a remainder) or by adding new ones."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+from fxgrow.passes.base import GrowthPass, State, apply_edit, apply_rescale, register_pass, update_sizes
+from torch import fx
+
+from fxgrow.axes.analysis import AxisInfo
+from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.plan import (
+    FILL_CONSTANT,
+    FILL_MEAN,
+    FILL_RANDOM,
+    FILL_ZERO,
+    AxisGrowth,
+    AxisMap,
+    Change,
+    Edit,
+    NoisePlan,
+    Rescale,
+    Step,
+)
+from fxgrow.propagate import Grow, Outcome, UnequalCopies, dim_plan, size_edits
+from fxgrow.rules.base import Content, Site
+from fxgrow.spec import Widen
+
+
+class WidenPass(GrowthPass):
+    """Re-emits the literals that depend on a grown size, and inserts constants that keep the function."""
+
+    op = "widen"
+
+
+def plan_widen(state: State, op: Widen) -> list[Step]:
+    """Decide how every axis that ``op.axis`` matches grows, and apply it to the working graph.
+
+    Raises:
+        SpecError: no axis matches, or the size asked for is not one.
+        GrowthRefused: an axis is frozen, or no way of growing it is exact.
+    """
+    infos = state.axes.find(op.axis)
+    if not any(i.growable for i in infos):
+        raise GrowthRefused("\n".join(f"cannot grow {i.name}: it is frozen by {i.reason}" for i in infos))
+    frozen = [i for i in infos if not i.growable]
+    if frozen:
+        raise GrowthRefused(
+            "\n".join(f"cannot grow {i.name}: it is frozen by {i.reason}" for i in frozen)
+            + f"\n({op.axis!r} matches {len(infos)} axes; name only those that can grow)"
+        )
+    step = Step(
+        op="widen",
+        request=op.model_dump(exclude_defaults=True, mode="json"),
+        exactness=op.preserve if _changes_function(op) else "exact",
+    )
+    for info in infos:
+        new = new_size(op, info)
+        if new == info.size:
+            step.notes.append(f"{info.name} has {new} units already")
+            continue
+        _grow_axis(state, op, info, new, step)
+    return [step]
+
+
+def _changes_function(op: Widen) -> bool:
+    noisy = op.noise is not None and (op.noise.kind == "independent" or op.noise.on != "readers")
+    return noisy or (op.fan_in == "random" and op.fan_out == "random")
+
+
+def new_size(op: Widen, info: AxisInfo) -> int:
+    """The size asked for.
+
+    Raises:
+        SpecError: it is no whole number, or smaller than the present one.
+    """
+    if op.to is not None:
+        size = op.to
+    elif op.by is not None:
+        size = info.size + op.by
+    else:
+        assert op.factor is not None
+        exact = info.size * op.factor
+        size = round(exact)
+        if abs(exact - size) > 1e-6:
+            raise SpecError(
+                f"{info.name} has {info.size} units; factor {op.factor:g} gives {exact:g}, which is no whole number. "
+                f"Use to: {int(exact)} or to: {int(exact) + 1}"
+            )
+    if size < info.size:
+        raise SpecError(f"{info.name} has {info.size} units; {size} would shrink it, and fxgrow only grows")
+    return size
+
+
+def candidates(op: Widen, old: int, new: int) -> Iterator[tuple[str, AxisMap, Content]]:
+    """Ways to grow an axis, best first: (in words, map, content of newborn entries where nothing demands another)."""
+    content = Content.ZERO if op.fan_in == "zero" else Content.FREE
+    if op.fill == "copy":
+        if new % old == 0:
+            yield f"{new // old} copies of every unit", AxisMap.copy(old, new, op.split), content
+        else:
+            yield "copies, some units one more than others", AxisMap.copy(old, new, op.split), content
+            yield (
+                f"{new // old} whole copies and {new % old} padded units",
+                AxisMap.copy(old, new, op.split, "newborn"),
+                content,
+            )
+        return
+    pairs = op.fan_out in ("auto", "paired") and op.fan_in != "zero"
+    if (new - old) % 2 == 0 and pairs:
+        yield "new units in pairs that cancel", AxisMap.add(old, new, paired=True), content
+    elif op.fan_out == "paired":
+        raise SpecError(f"fan_out: paired adds units two by two; {new - old} is odd. Use to: {new + 1}")
+    yield "new units with no say yet", AxisMap.add(old, new, paired=False), content
+
+
+def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) -> None:
+    axes, axis = state.axes, info.axis
+    refusals: list[str] = []
+    for words, growth, content in candidates(op, info.size, new):
+        run = Grow(axes, axis, info.name, growth, content)
+        try:
+            outcome = run.run()
+            sizes = size_edits(axes, axis, new, lambda node, why: _refuse_node(info, new, node, why))
+            break
+        except UnequalCopies as refusal:
+            refusals.append(f"{refusal}")
+        except GrowthRefused as refusal:
+            refusals.append(f"{refusal}")
+    else:
+        raise GrowthRefused("\n".join(dict.fromkeys(refusals)))
+    changes = _changes(state, outcome, sizes)
+    _plan_tensors(state, op, info, outcome)
+    pinned = {c.value for c in run.pinned.values()}
+    exact_gradients = not (outcome.statistics and (growth.newborn > 0 or op.split == "uneven"))
+    step.axes.append(
+        AxisGrowth(
+            name=info.name,
+            role=info.role,
+            old=info.size,
+            new=new,
+            fill=op.fill,
+            split=op.split,
+            copies=growth.copies,
+            newborn=growth.newborn,
+            newborn_content=("+".join(sorted(pinned)) or content.value) if growth.newborn else "",
+            exact_gradients=exact_gradients,
+            how=words,
+        )
+    )
+    if op.fill == "copy" and op.split == "even" and op.noise is None and growth.newborn == 0:
+        step.notes.append(
+            "copies are equal and will get equal gradients: add noise, or split: uneven, if they are to part"
+        )
+    if op.noise is not None and not any(p.noise is not None for p in state.tensors.values()):
+        step.notes.append(f"no weight reads {info.name} by itself, so that there is nowhere to put exact noise")
+    step.changes.extend(changes)
+    _apply(state, changes)
+    axis.size = new
+    info.size = new
+    update_sizes(axes, axes.uses.get(axis.id, []))
+
+
+def _refuse_node(info: AxisInfo, new: int, node: fx.Node, why: str) -> GrowthRefused:
+    source = node.meta.get("source", "")
+    where = f" at {source}" if source else ""
+    return GrowthRefused(f"cannot grow {info.name} from {info.size} to {new}: {node.target}{where}: {why}")
+
+
+def _changes(state: State, outcome: Outcome, sizes: list[Edit]) -> list[Change]:
+    by_node = {e.node: e for e in sizes}
+    for (node, argument), value in outcome.edits.items():
+        edit = by_node.setdefault(node, Edit(node=node, why="constant"))
+        edit.arguments[argument] = value
+    changes: list[Change] = list(by_node.values())
+    taken = {n.name for n in state.graph.nodes}
+    for node, factor in outcome.rescales.items():
+        name = f"{node}_scale"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        changes.append(Rescale(node=node, factor=factor, name=name, why="constant"))
+    return changes
+
+
+def _apply(state: State, changes: list[Change]) -> None:
+    nodes = {n.name: n for n in state.graph.nodes}
+    inserted = False
+    for change in changes:
+        if isinstance(change, Edit):
+            apply_edit(state.graph, change, nodes)
+        elif isinstance(change, Rescale):
+            new = apply_rescale(state.graph, change, nodes)
+            state.axes.dims[new] = state.axes.dims[nodes[change.node]]
+            inserted = True
+    if inserted:
+        state.axes.__dict__.pop("uses", None)
+        state.axes.__dict__.pop("graph", None)
+
+
+def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> None:
+    """Give every parameter and buffer that carries the axis its map."""
+    growth = outcome.growth
+    program = state.program
+
+    def carrier_fill(site: Site) -> int:
+        content = outcome.carriers.get(site, Content.FREE)
+        name = site[0]
+        if content is Content.ZERO:
+            return FILL_ZERO
+        if content is Content.MEAN:
+            return FILL_MEAN
+        if name in outcome.constants:
+            return FILL_CONSTANT
+        if not program.tensor(state.tensors[name].source or name).is_floating_point():
+            return FILL_ZERO
+        return FILL_RANDOM if len(state.tensors[name].shape) > 1 and state.is_parameter(name) else FILL_MEAN
+
+    for member in dict.fromkeys((m.tensor, m.dim) for m in info.members):
+        name, i = member
+        plan = state.tensors[name]
+        node = next(n for n in state.axes.uses[info.axis.id] if n.op == "get_attr" and str(n.target) == name)
+        dim = state.axes.dims[node][i]
+        state.compose(name, i, dim_plan(dim, name, i, info.axis, outcome, carrier_fill))
+        plan.key = zlib.crc32(name.encode())
+        if name in outcome.constants:
+            plan.constant = outcome.constants[name]
+        reads = any(s[0] == name and s[1] == i and s not in outcome.carriers for s in outcome.readers)
+        if reads and growth.ids < growth.newborn and growth.ids > 0:
+            plan.paired = True
+        if op.fan_in == "random" and op.fan_out == "random" and reads:
+            dim_of = plan.dims[i]
+            assert dim_of is not None
+            if dim_of.fill is not None:
+                dim_of.fill = dim_of.fill * 0 + FILL_RANDOM
+        if op.noise is not None and plan.dims[i] is not None:
+            on = {"readers": reads, "writers": not reads, "both": True}[op.noise.on]
+            copies = growth.copies != 1
+            if on and copies and (reads or op.noise.kind == "independent" or op.noise.on != "readers"):
+                plan.noise = NoisePlan(
+                    kind=op.noise.kind if reads else "independent",
+                    scale=op.noise.scale,
+                    relative=op.noise.relative,
+                    distribution=op.noise.distribution,
+                    seed=op.noise.seed,
+                )
+    for name, (factor, fold) in outcome.scales.items():
+        plan = state.tensors[name]
+        plan.scale *= factor
+        if fold:
+            plan.gradient_scale /= factor
+
+
+register_pass("widen", plan_widen, WidenPass)
