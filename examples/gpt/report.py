@@ -70,12 +70,15 @@ def draw(lines: list[Line], path: Path) -> None:
         label="validation loss (same batches every time)",
         zorder=3,
     )
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.12 * (high - low))
+    if evals:  # the first steps, where the loss falls from that of guessing, would take most of the picture
+        losses = [line["val_loss"] for line in evals]
+        pad = max(losses) - min(losses) or 1.0
+        axes.set_ylim(min(losses) - 0.25 * pad, max(losses) + 0.45 * pad)
+        axes.set_xlim(evals[0]["flops"] / 1.15, evals[-1]["flops"] * 1.15)
     for line in growths:
         axes.axvline(line["flops"], color=ORANGE, linestyle="--", linewidth=1.2, zorder=2)
         axes.annotate(
-            f"{line['name']}  {human(line['parameters_before'])}→ {human(line['parameters'])}",
+            f"{line['name']}  {human(line['parameters_before'])} → {human(line['parameters'])}",
             xy=(line["flops"], 0.985),
             xycoords=("data", "axes fraction"),
             xytext=(-4, 0),
@@ -106,7 +109,7 @@ def draw(lines: list[Line], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", frameon=True, framealpha=0.95, edgecolor="none", fontsize=8.5)
     last = events(lines, "eval")[-1]
-    moved = f", no growth moved the loss by more than {max(g['moved'] for g in growths):.0e}" if growths else ""
+    moved = f", no growth moved the loss by more than {max(g['moved'] for g in growths):.1e}" if growths else ""
     axes.set_title(f"A GPT grown while it trains: validation loss {last['val_loss']:.3f}{moved}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path)
@@ -144,8 +147,8 @@ def text(lines: list[Line], out: Path, picture: Path) -> str:
     page = [
         f"# {start['name']}",
         "",
-        f"{last['step']} steps, {human(last['tokens'])}bytes of text seen, {human(last['flops'])}FLOPs of training, "
-        f"{last['seconds']:.0f} s. From {human(start['parameters'])}to {human(last['parameters'])}parameters in "
+        f"{last['step']} steps, {human(last['tokens'], 'bytes')} of text seen, {human(last['flops'], 'FLOP')} of training "
+        f"in {last['seconds']:.0f} s. From {human(start['parameters'])} to {human(last['parameters'])} parameters in "
         f"{len(growths)} growths. **Final validation loss {last['val_loss']:.4f}** nats per byte.",
         "",
         f"![loss against FLOPs]({picture.name})",
