@@ -205,6 +205,8 @@ def train(
     resumed = resume and (out / "checkpoints" / "latest").is_file()
     if resumed:
         restore(run)
+    else:  # an earlier run's checkpoint in this folder must not be taken for one of this run
+        (out / "checkpoints" / "latest").unlink(missing_ok=True)
     eval_batches = [batch("val", number) for number in range(hyper.eval_batches)]
     log = Log(out / "log.jsonl", resumed=run if resumed else None)
     log.write("resume" if resumed else "start", **standing(run), name=task.name, hyper=asdict(hyper))

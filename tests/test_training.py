@@ -355,6 +355,20 @@ def test_resuming_under_another_past_is_refused(tmp_path: Path) -> None:
         run(make(schedule=[{**GROWTHS[0], "optimizer": "reset"}]), tmp_path, resume=True)
 
 
+def test_a_new_run_in_the_same_folder_does_not_resume_the_old_one(tmp_path: Path) -> None:
+    run(make(), tmp_path, stop_at=6)
+
+    def fail(model: nn.Module, batch: Any) -> Tensor:
+        raise RuntimeError("power cut")
+
+    task = make()
+    task.loss = fail
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(task, tmp_path)
+    run(make(), tmp_path, resume=True, stop_at=2)
+    assert [line["event"] for line in read_log(tmp_path / "log.jsonl")][0] == "start"
+
+
 def test_resume_without_a_checkpoint_starts(tmp_path: Path) -> None:
     assert run(make(), tmp_path, resume=True).step == 12
 

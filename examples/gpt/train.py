@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
+import fxgrow
 from examples.gpt.data import VOCAB_SIZE, Text, decode, encode
 from examples.gpt.model import GPT, GPTConfig
 from examples.gpt.report import write_report
@@ -54,21 +55,29 @@ def task(
     )
 
 
-def config_of(module: nn.Module, original: GPTConfig) -> GPTConfig:
-    """The config of the GPT whose parameters ``module`` has, read off their shapes.
+def config_of(module: nn.Module, original: GPTConfig, batch: tuple[Tensor, ...]) -> GPTConfig:
+    """The config of the GPT that ``module`` has grown to, from the sizes of its axes.
 
-    Head width and value width are those of ``original``: shapes alone do not tell 4 heads of 16 from 2 heads of 32.
+    Raises:
+        ValueError: its blocks differ from each other, so that no config describes it.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    layers = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("transformer.h."))
-    attention = "transformer.h.0.attn.c_proj.weight"
-    assert original.value_dim is not None
+    sizes = {axis.name: axis.size for axis in fxgrow.capture(module, batch).axes}
+    layers = sum(name.endswith(".ln_1.weight") for name in module.state_dict())
+
+    def block(axis: str, default: int | None) -> int | None:
+        every = {sizes.get(f"transformer.h.{layer}.{axis}", default) for layer in range(layers)}
+        if len(every) > 1:
+            raise ValueError(f"the blocks differ in {axis}: {sorted(map(str, every))}; no GPTConfig describes that")
+        return every.pop()
+
     return dataclasses.replace(
         original,
         n_layer=layers,
-        n_head=shapes[attention][1] // original.value_dim,
-        n_embd=shapes["transformer.wte.weight"][1],
-        n_hidden=shapes["transformer.h.0.mlp.c_fc.weight"][0],
+        n_head=block("attn/heads", original.n_head) or original.n_head,
+        n_embd=sizes.get("./residual", original.n_embd),
+        n_hidden=block("mlp/hidden", original.n_hidden),
+        head_dim=block("attn/head_dim", original.head_dim),
+        value_dim=block("attn/value_dim", original.value_dim),
     )
 
 
@@ -91,12 +100,18 @@ def sample(model: GPT, prompt: str, length: int, seed: int) -> str:
     return decode(model.eval().generate(encode(prompt)[None], length, 0.8, 40, generator)[0])
 
 
-def finish(run: Run, config: GPTConfig, console: Console) -> None:
+def from_scratch(run: Run, config: GPTConfig, text: Path | None, batch_size: int, console: Console) -> None:
+    """Train ``GPT(config)`` from new weights for the FLOPs of ``run``, same hyper-parameters; log in ``scratch``."""
+    hyper = dataclasses.asdict(run.task.hyper)
+    hyper["steps"] = max(1, round(run.flops / (run.flops_per_batch * run.accumulation)))
+    console.rule(f"from scratch at full size: {hyper['steps']} steps for the same FLOPs")
+    train(task(text, None, config, batch_size, **hyper), run.out / "scratch", console=console)
+
+
+def finish(run: Run, grown: GPTConfig, console: Console) -> None:
     """What comes after training: the grown module as a plain GPT, a sample, and the report."""
-    module = run.model.cpu()
-    grown = config_of(module, config)
-    model = plain_gpt(module, grown)
     batch = run.task.batches("val", seeded(run.task.hyper.seed, "val", 0))
+    module, model = run.model.cpu(), plain_gpt(run.model, grown)
     apart = difference(module, model, batch)
     text = sample(model, "The ", 400, run.task.hyper.seed)
     log = Log(run.out / "log.jsonl", append=True)
@@ -130,7 +145,9 @@ def main(
     text: Annotated[
         Path | None, typer.Option(help="A text file to learn from; without it, Python's own help texts.")
     ] = None,
-    schedule: Annotated[Path, typer.Option(help="When and how to grow (YAML).")] = SCHEDULE,
+    schedule: Annotated[
+        Path, typer.Option(help="When and how to grow (YAML).", show_default="schedule.yaml beside this file")
+    ] = SCHEDULE,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = STEPS,
     batch_size: Annotated[int, typer.Option(min=2, help="Samples in a micro-batch.")] = 16,
     accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
@@ -142,6 +159,9 @@ def main(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to PyTorch.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     stop_at: Annotated[int | None, typer.Option(help="Stop with a checkpoint after this many steps.")] = None,
+    scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Also train the final size from scratch, for as many FLOPs.")
+    ] = False,
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile (needs a C++ compiler).")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
 ) -> None:
@@ -170,6 +190,8 @@ def main(
     except (FxgrowError, OSError, ValueError) as error:
         raise fail(error) from None
     console.print(f"{job.name}; growing by {schedule.name}; log and checkpoints in {out}", highlight=False)
+    if not resume:  # of an earlier run in the same folder
+        (out / "scratch" / "log.jsonl").unlink(missing_ok=True)
     try:
         run = train(job, out, resume=resume, stop_at=stop_at, console=console)
     except FxgrowError as error:
@@ -180,7 +202,11 @@ def main(
     if run.step < steps:
         console.print(f"stopped after {run.step} steps; go on with --resume --out {out}", highlight=False)
         return
-    finish(run, config, console)
+    example = job.example(job.batches("val", seeded(seed, "val", 0)))[0]
+    grown = config_of(run.model.cpu(), config, example)
+    if scratch:
+        from_scratch(run, grown, text, batch_size, console)
+    finish(run, grown, console)
 
 
 if __name__ == "__main__":
