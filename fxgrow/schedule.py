@@ -96,8 +96,9 @@ class OptimizerPolicy(_Strict):
         description="exact: the grown run follows the small one; asymmetric: old entries keep their state, newborn "
         "ones start fresh under a re-warmed learning rate; copy: state copied as it is; reset: none",
     )
-    warmup: int = Field(250, ge=0, description="steps over which per-entry learning rates return to the common one")
-    peak: float | None = Field(None, gt=0, description="asymmetric: top of the newborn entries' learning rate factor")
+    warmup: int = Field(250, ge=0, description="asymmetric: steps of the newborn entries' own learning rate")
+    peak: float | None = Field(None, gt=0, description="asymmetric: its top, as a factor on the common one")
+    ramp: int | None = Field(None, ge=1, description="exact: steps after which all entries learn alike; none: never")
 
 
 class Unchanged(_Strict):
@@ -475,8 +476,9 @@ class GrowthScheduler:
         if optimizer is None:
             return grown, None
         policy = growth.optimizer
-        options = {} if policy.peak is None else {"peak": policy.peak}
-        return grown, grown.carry(optimizer, policy=policy.policy, warmup=policy.warmup, **options)
+        options = {"warmup": policy.warmup, "peak": policy.peak, "ramp": policy.ramp}
+        given = {name: value for name, value in options.items() if value is not None}
+        return grown, grown.carry(optimizer, policy.policy, **given)
 
     def _due(
         self,

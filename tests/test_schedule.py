@@ -70,7 +70,7 @@ def test_yaml_json_python_and_file_agree(tmp_path: Path) -> None:
             "growths.0.trigger.plateau.metrik: no such field; did you mean metric?",
         ),
         ({"optimizer": "asymetric"}, "growths.0.optimizer.policy: no such optimizer policy 'asymetric'; did you mean"),
-        ({"optimizer": {"warmpu": 3}}, "growths.0.optimizer.warmpu: no such field; did you mean warmup?"),
+        ({"optimizer": {"warmpu": 3}}, "growths.0.optimizer.warmpu: no such field; did you mean warmup or"),
         (
             {"learning_rate": "rewrm"},
             "growths.0.learning_rate: no such learning-rate policy 'rewrm'; did you mean rewarm?",
@@ -142,8 +142,8 @@ class FakeGrowth:
     def __init__(self, module: torch.nn.Module, spec: Any, how: dict[str, Any]) -> None:
         self.module, self.spec, self.how = torch.nn.Linear(1, 1), spec, how
 
-    def carry(self, optimizer: torch.optim.Optimizer, policy: str, warmup: int) -> torch.optim.Optimizer:
-        self.carried = (policy, warmup)
+    def carry(self, optimizer: torch.optim.Optimizer, policy: str, **options: Any) -> torch.optim.Optimizer:
+        self.carried = (policy, options)
         return torch.optim.SGD(self.module.parameters(), lr=optimizer.param_groups[0]["lr"])
 
 
@@ -178,7 +178,7 @@ def test_step_trigger_fires_once_and_in_order(calls: list[SimpleNamespace]) -> N
     assert calls[0].model is MODEL
     assert fired[2].optimizer is not None
     assert fired[2].optimizer.param_groups[0]["lr"] == 0.25
-    assert fired[2].growth.carried == ("asymmetric", 250)
+    assert fired[2].growth.carried == ("asymmetric", {"warmup": 250})
     assert scheduler.next is None
 
 
