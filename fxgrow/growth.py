@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -39,7 +40,12 @@ class Growth:
         self, module: fx.GraphModule, plan: GrowthPlan, receipt: Receipt, program: Program, source: nn.Module
     ) -> None:
         self.module, self.plan, self.receipt, self.program = module, plan, receipt, program
-        self._source_names = {id(p): n for n, p in source.named_parameters(remove_duplicate=True)}
+        # weak, so that a growth does not keep the small model alive
+        self._source = [(n, weakref.ref(p)) for n, p in source.named_parameters(remove_duplicate=True)]
+
+    def source_names(self) -> dict[int, str]:
+        """``id`` of each of the old model's living parameters to its name."""
+        return {id(p): n for n, ref in self._source if (p := ref()) is not None}
 
     def carry(
         self, optimizer: torch.optim.Optimizer, policy: str = "asymmetric", **options: Any

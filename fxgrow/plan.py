@@ -141,6 +141,7 @@ class TensorPlan(_Model):
         shape: of the new tensor.
         scale, gradient_scale: factor of the values, and of the gradients on top of the dims' own.
         zero: the tensor is all zeros whatever its source holds (last projections of an identity block).
+        fresh: it belongs to an inserted block or layer, so that its optimizer state starts empty.
         random_std: standard deviation of random newborn entries; None: the source's own.
         constant: value of newborn entries with the constant fill.
         paired: newborn entries that share an id read with weights +z and -z.
@@ -152,6 +153,7 @@ class TensorPlan(_Model):
     scale: float = 1.0
     gradient_scale: float = 1.0
     zero: bool = False
+    fresh: bool = False
     init: Literal["zeros", "ones", "identity", "dirac"] | None = None
     random_std: float | None = None
     constant: float = 0.0
