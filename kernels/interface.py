@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from fxgrow.kernels import reference
+from fxgrow.kernels import backends
 from fxgrow.kernels.job import Job, prepare
 from fxgrow.kernels.maps import FILL_ZERO, DimMap, Noise
 from torch import Tensor
@@ -78,7 +78,7 @@ def materialise(
         random_seed=random_seed,
     )
     result = _destination(job, out)
-    _run(job, result, backend)
+    backends.run(job, result, backend, fresh=out is None)
     return result
 
 
@@ -91,9 +91,3 @@ def _destination(job: Job, out: Tensor | None) -> Tensor:
             f"but the result is {job.dtype} of shape {tuple(job.local)} on {job.device}"
         )
     return out.detach()
-
-
-def _run(job: Job, out: Tensor, backend: str | None) -> None:
-    if backend not in (None, "torch"):
-        raise ValueError(f"backend {backend!r}: choose torch")
-    reference.run(job, out)

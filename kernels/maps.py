@@ -5,6 +5,7 @@ Everything here is one-dimensional and small: it is made once per dim, on the ho
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,9 +137,44 @@ def _vector(values: Tensor, dtype: torch.dtype, size: int | None, what: str) -> 
     return cast("npt.NDArray[np.generic]", values.detach().to("cpu", dtype).numpy())
 
 
+@dataclass(frozen=True, eq=False)
+class Cuts:
+    """How a group of n copies is halved, parents before children: cut k parts ``[lo, hi)`` at ``mid``.
+
+    ``spread`` is the standard deviation of the noise of a cut that gives every copy zero-sum noise of deviation 1: that
+    of the sum of one half of n exchangeable values that sum to zero, given the sum of both halves.
+    """
+
+    node: Ints
+    lo: Ints
+    mid: Ints
+    hi: Ints
+    depth: Ints
+    spread: Floats
+
+
+@functools.lru_cache(maxsize=256)
+def cuts_of(n: int) -> Cuts:
+    """The cuts of a group of `n`; every array is ``(n - 1,)``."""
+    rows: list[tuple[int, int, int, int, int]] = []
+
+    def visit(node: int, lo: int, hi: int, depth: int) -> None:
+        if hi - lo > 1:
+            mid = lo + (hi - lo + 1) // 2
+            rows.append((node, lo, mid, hi, depth))
+            visit(2 * node, lo, mid, depth + 1)
+            visit(2 * node + 1, mid, hi, depth + 1)
+
+    visit(1, 0, n, 0)
+    table = np.array(rows, np.int64).reshape(-1, 5)
+    node, lo, mid, hi, depth = (np.ascontiguousarray(table[:, k]) for k in range(5))
+    spread = np.sqrt(n / max(n - 1, 1) * (mid - lo) * (hi - mid) / (hi - lo))
+    return Cuts(node, lo, mid, hi, depth, spread)
+
+
 def _build_tree(order: Ints, start: Ints, count: Ints, shares: Floats, size: int) -> Tree | None:
     """Cut every group that shares its source. `order` sorts entries by unit; groups are consecutive in it."""
-    tables: list[tuple[Ints, list[list[tuple[int, bool]]], Floats, Floats]] = []
+    tables: list[tuple[Ints, Cuts, Floats]] = []
     levels = 0
     for n in np.unique(count):
         if n < 2:
@@ -157,27 +193,15 @@ def _build_tree(order: Ints, start: Ints, count: Ints, shares: Floats, size: int
                 "shares of one unit lie in [0, 1] and sum to 1, or are all 1"
             )
         upto = np.concatenate([np.zeros((len(share), 1)), np.cumsum(share, axis=1)], axis=1)
-        paths: list[list[tuple[int, bool]]] = [[] for _ in range(n)]
-        lean = np.zeros((len(share), 2 * int(2 ** np.ceil(np.log2(n)))))
-        spread = np.zeros(lean.shape[1])
-        todo = [(1, 0, int(n))]
-        while todo:
-            node, lo, hi = todo.pop()
-            if hi - lo < 2:
-                continue
-            mid = lo + (hi - lo + 1) // 2
-            whole = upto[:, hi] - upto[:, lo]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                part = np.where(whole > 0, (upto[:, mid] - upto[:, lo]) / whole, (mid - lo) / (hi - lo))
-            leaning = np.clip(part, 0, 1) - 0.5
-            lean[:, node] = np.where(abs(leaning) < 1e-12, 0.0, leaning)
-            # zero-sum noise of standard deviation 1 per entry, conditioned on the sum of this subgroup
-            spread[node] = np.sqrt(n / (n - 1) * (mid - lo) * (hi - mid) / (hi - lo))
-            for entry in range(lo, hi):
-                paths[entry].append((node, entry >= mid))
-            todo += [(2 * node, lo, mid), (2 * node + 1, mid, hi)]
-        levels = max(levels, max(map(len, paths)))
-        tables.append((members, paths, lean, spread))
+        cuts = cuts_of(int(n))
+        whole = upto[:, cuts.hi] - upto[:, cuts.lo]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            part = (upto[:, cuts.mid] - upto[:, cuts.lo]) / whole
+            part = np.where(whole > 0, part, (cuts.mid - cuts.lo) / (cuts.hi - cuts.lo))
+        lean = np.clip(part, 0, 1) - 0.5
+        lean[abs(lean) < 1e-12] = 0.0
+        levels = max(levels, int(cuts.depth.max()) + 1)
+        tables.append((members, cuts, lean))
     if not levels:
         return None
     tree = Tree(
@@ -187,15 +211,14 @@ def _build_tree(order: Ints, start: Ints, count: Ints, shares: Floats, size: int
         spread=np.zeros((levels, size)),
         active=np.zeros((levels, size), np.bool_),
     )
-    for members, paths, lean, spread in tables:
-        for entry, path in enumerate(paths):
-            at = members[:, entry]
-            for level, (node, right) in enumerate(path):
-                tree.node[level, at] = node
-                tree.right[level, at] = right
-                tree.lean[level, at] = lean[:, node]
-                tree.spread[level, at] = spread[node]
-                tree.active[level, at] = True
+    for members, cuts, lean in tables:
+        for k, (lo, mid, hi) in enumerate(zip(cuts.lo, cuts.mid, cuts.hi, strict=True)):
+            level, at = cuts.depth[k], members[:, lo:hi]
+            tree.node[level, at] = cuts.node[k]
+            tree.right[level, at] = np.arange(lo, hi) >= mid
+            tree.lean[level, at] = lean[:, k, None]
+            tree.spread[level, at] = cuts.spread[k]
+            tree.active[level, at] = True
     return tree
 
 

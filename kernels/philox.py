@@ -120,5 +120,6 @@ def draw(words: Tensor, distribution: str) -> Tensor:
     x = ((words >> 8) * 2 + (1 - (1 << 24))).to(torch.float32) * 2.0**-24  # odd multiples of 2^-24: exact
     w = -_log((1.0 - x) * (1.0 + x))
     centre = _horner(ERFINV_CENTRE, w - 2.5)
-    tail = _horner(ERFINV_TAIL, w.sqrt() - 3.0)
+    # torch's float32 square root is not correctly rounded everywhere (vendor maths libraries); float64 rounded is
+    tail = _horner(ERFINV_TAIL, w.to(torch.float64).sqrt().to(torch.float32) - 3.0)
     return torch.where(w < 5.0, centre, tail) * x

@@ -86,19 +86,18 @@ def _values(job: Job, entries: Sequence[slice]) -> Tensor:
         x = _gather(job, job.source, entries, None).to(job.compute)
     else:
         x = torch.zeros(shape, dtype=job.compute, device=job.device)
-    factors = []
-    if job.scale != 1:
-        factors.append(torch.tensor(job.scale, dtype=job.compute, device=job.device))
-    for d, at in enumerate(entries):
-        scale = job.dims[d].scale
-        if scale is not None:
-            factors.append(_along(scale[at], d, n, job, job.compute))
+    factor: Tensor | None = None
+    if job.scale != 1 or any(dim.scale is not None for dim in job.dims):
+        product = torch.tensor(job.scale, dtype=torch.float64, device=job.device)
+        for d, at in enumerate(entries):
+            scale = job.dims[d].scale
+            if scale is not None:
+                product = product * _along(scale[at], d, n, job)
+        factor = product.to(job.compute)  # one rounding, whatever the number of factors
     codes = _codes(job, entries)
     present = set(codes.unique().tolist())
     if present <= {OLD}:
-        for factor in factors:
-            x = x * factor
-        return x
+        return x if factor is None else x * factor
     random = None
     for over, table in job.means.items():
         mask = torch.ones((1,) * n, dtype=torch.bool, device=job.device)
@@ -114,7 +113,7 @@ def _values(job: Job, entries: Sequence[slice]) -> Tensor:
         fill = job.dims[d].fill
         if fill is not None:
             literal = literal | _along(fill[at] == FILL_RANDOM, d, n, job)
-    for factor in factors:
+    if factor is not None:
         x = torch.where(literal, x, x * factor)
     if FILL_RANDOM in present:
         lines = [_along(job.units(d, at) * job.virtual_strides[d], d, n, job) for d, at in enumerate(entries)]
@@ -251,7 +250,7 @@ def _pairs(job: Job, pair: np.ndarray, x: Tensor, lines: Sequence[Tensor], shape
     assert job.noise is not None
     node = _along(np.abs(pair).astype(np.int64), d, n, job)
     raw = _draw(job, lines, node, philox.PAIR, job.noise_key, job.noise.distribution, shape)
-    z = raw.to(job.compute) * _constant(job, job.amplitude(job.noise.newborn_scale))
+    z = _round(raw.to(job.compute) * _constant(job, job.amplitude(job.noise.newborn_scale)), job)
     sign = _along(pair, d, n, job)
     return torch.where(sign == 0, x, torch.where(sign < 0, -z, z))
 

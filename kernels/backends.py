@@ -1,0 +1,98 @@
+"""Which backend does the work: by device, by the caller, or by the environment variable FXGROW_KERNELS."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+from fxgrow.kernels import native, reference
+from fxgrow.kernels.job import Job
+from torch import Tensor
+
+NAMES = ("torch", "cpu", "triton")
+VARIABLE = "FXGROW_KERNELS"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One line of `backends`: a name, whether it works here, for which devices, and why not if not."""
+
+    name: str
+    available: bool
+    devices: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.devices if self.available else 'not available, ' + self.reason}"
+
+
+def backends() -> list[Backend]:
+    """Every backend, whether it works on this machine, and why not. Builds the native library if it is not built."""
+    missing = native.available()
+    found = [
+        Backend("torch", True, "any device"),
+        Backend("cpu", missing is None, "CPU", missing or ""),
+    ]
+    from fxgrow.kernels import gpu
+
+    missing = gpu.available()
+    return [*found, Backend("triton", missing is None, gpu.devices(), missing or "")]
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
+
+
+def run(job: Job, out: Tensor, backend: str | None, fresh: bool) -> None:
+    """Fill `out` with the backend asked for, or the best for its device. `fresh`: nothing has touched `out` yet.
+
+    Raises:
+        ValueError: an unknown backend, or one that does not serve the device.
+        RuntimeError: the backend asked for is not available here.
+    """
+    forced = backend or os.environ.get(VARIABLE) or None
+    if forced is not None and forced not in NAMES:
+        origin = "backend" if backend else f"environment variable {VARIABLE}"
+        raise ValueError(f"{origin} {forced!r}: choose one of {', '.join(NAMES)}")
+    if forced == "cpu" and out.device.type != "cpu":
+        raise ValueError(f"the cpu backend cannot write to {out.device}")
+    if forced == "triton" or (forced is None and out.device.type == "cuda"):
+        from fxgrow.kernels import gpu
+
+        missing = gpu.available()
+        if missing is None:
+            try:
+                gpu.run(job, out)
+                return
+            except gpu.Unsupported:
+                pass
+        elif forced:
+            raise RuntimeError(f"the triton backend is not available: {missing}")
+        else:
+            _warn_once(f"growing on the GPU with plain torch, which is slower: {missing}")
+    elif forced == "cpu" or (forced is None and out.device.type == "cpu"):
+        try:
+            if fresh:
+                native.huge_pages(out)
+            native.run(job, out)
+            return
+        except native.Unsupported:
+            pass
+        except native.NoCompiler as error:
+            if forced:
+                raise RuntimeError(f"the cpu backend is not available: {error}") from error
+            _warn_once(f"growing with plain torch, which is slower: {error}")
+    reference.run(job, out)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a device to finish, for timing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,656 @@
+"""The CPU backend: `native.cpp`, built on first use, and the tables it reads.
+
+The library is built once per source, compiler and processor into a user cache (``FXGROW_CACHE``, else
+``$XDG_CACHE_HOME/fxgrow``), under a temporary name and renamed, so that processes that build at once do not disturb
+each other. Nothing is built at import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from fxgrow.kernels.job import FLOATS, Job
+from fxgrow.kernels.maps import FILL_MEAN, OLD, Bytes, Dim, Floats, Ints, Tree, cuts_of
+from fxgrow.kernels.philox import DISTRIBUTIONS, UNIT
+from torch import Tensor
+
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w"]
+HUGE = 4 << 20  # bytes; fresh destinations from here on ask for huge pages
+STREAM = 8 << 20  # bytes; smaller destinations are left in the cache for whoever reads them next
+ALONE = 1 << 15  # elements; smaller tensors are not worth a second thread
+EXPAND = 64  # trailing elements of an ungrown dim (a convolution's kernel) that are folded into the columns
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+_int, _ptr, _float = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
+
+
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+# native.cpp, field by field
+class _Outer(ctypes.Structure):
+    _fields_ = [
+        ("groups", _int),
+        *_fields(_ptr, "unit start entry leaf code shape lean lean_at paired scale copy"),
+        *_fields(_int, "source_stride target_stride virtual_linear split_linear target_linear offset"),
+    ]
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = [
+        *_fields(_int, "first count"),
+        ("units", _ptr),
+        *_fields(_int, "leaves split paired code"),
+        ("base", _ptr),
+        ("step", _int),
+        *_fields(_ptr, "scatter lean"),
+        ("lean_step", _int),
+        ("scale", _ptr),
+    ]
+
+
+class _Cuts(ctypes.Structure):
+    _fields_ = [("leaves", _int), *_fields(_ptr, "node lo mid spread")]
+
+
+class _Task(ctypes.Structure):
+    _fields_ = [
+        *_fields(_ptr, "source target"),
+        *_fields(_int, "source_type target_type item_bytes"),
+        ("outer", _Outer * 3),
+        *_fields(_int, "rows_outer segments"),
+        ("segment", _ptr),
+        *_fields(_int, "column_source_stride columns column_offset"),
+        ("column_copy", _ptr),
+        ("cut", _ptr),
+        ("split_outer", _int),
+        *_fields(_float, "scale constant random_amplitude pair_amplitude independent_amplitude"),
+        *_fields(_int, "tree_noise pair_noise independent distribution"),
+        ("noise_key", ctypes.c_uint32 * 2),
+        ("random_key", ctypes.c_uint32 * 2),
+        ("means", _ptr * 16),
+        ("mean_stride", (_int * 4) * 16),
+        *_fields(_int, "stream threads"),
+        ("constant_bits", ctypes.c_uint64 * 2),
+    ]
+
+
+_ABI = ctypes.sizeof(_Task) * 10000 + ctypes.sizeof(_Segment) * 100 + ctypes.sizeof(_Outer) % 100
+
+
+class NoCompiler(RuntimeError):
+    """The CPU backend cannot be built here; the message says why."""
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept."""
+    if folder := os.environ.get("FXGROW_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxgrow"
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX")
+    for candidate in [named] if named else ["g++", "clang++", "c++"]:
+        command = shlex.split(candidate)
+        if command and shutil.which(command[0]):
+            return command
+    raise NoCompiler(f"no C++ compiler: {named or 'g++, clang++ and c++ are'} not found on PATH (set CXX to name one)")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        return platform.processor()
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The built library.
+
+    Raises:
+        NoCompiler: there is no compiler, it fails, or the cache cannot be written.
+    """
+    source = Path(__file__).with_name("native.cpp")
+    compiler = _compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = [source.read_text(), " ".join([*compiler, *FLAGS]), version, _processor(), platform.machine()]
+    name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).exists():
+            _build(compiler, source, folder / name)
+        loaded = ctypes.CDLL(str(folder / name))
+    except OSError as error:
+        raise NoCompiler(f"the built library cannot be kept or loaded: {error}") from error
+    loaded.fxgrow_run.argtypes = [ctypes.POINTER(_Task)]
+    loaded.fxgrow_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    if loaded.fxgrow_abi() != _ABI:
+        raise NoCompiler(f"structures of another layout than expected ({loaded.fxgrow_abi()} against {_ABI})")
+    return loaded
+
+
+def _build(compiler: list[str], source: Path, target: Path) -> None:
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        # not every compiler knows -march=native, and clang may come without OpenMP
+        for extra in (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-march=native"], []):
+            command = [*compiler, *FLAGS, *extra, str(source), "-o", temporary]
+            try:
+                result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+            except subprocess.TimeoutExpired as error:
+                raise NoCompiler(f"{compiler[0]} took longer than five minutes") from error
+            if result.returncode == 0:
+                os.replace(temporary, target)
+                return
+        raise NoCompiler(f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}")
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def huge_pages(tensor: Tensor) -> None:
+    """Ask for huge pages under a fresh, untouched destination: its first touch is then several times faster."""
+    size = tensor.numel() * tensor.element_size()
+    if size >= HUGE:
+        library().fxgrow_huge_pages(tensor.data_ptr(), size)
+
+
+# ---- tables ----
+
+
+@dataclass(eq=False)
+class _Groups:
+    """Units of a dim with local entries: ``members`` are entries of the whole dim, sorted by unit, then by place."""
+
+    order: Ints  # (size,) entries sorted by unit
+    start: Ints  # (units,) first position in order
+    count: Ints  # (units,)
+    unit: Ints  # (units,)
+
+
+@dataclass(eq=False)
+class Axis:
+    """A dim after merging neighbours: a prepared dim, the local range, and strides in elements."""
+
+    dim: Dim
+    offset: int
+    local: int
+    source_stride: int
+    target_stride: int
+    linear: tuple[int, int, int]  # virtual, split, target
+    split: bool
+    parts: list[int]  # original dims
+
+    @property
+    def whole(self) -> bool:
+        return self.offset == 0 and self.local == self.dim.size
+
+
+def axes(job: Job, out: Tensor) -> list[Axis]:
+    """The dims of a job with ungrown neighbours merged; trailing ones of a few elements fold into a grown dim."""
+    result: list[Axis] = []
+    for d, dim in enumerate(job.dims):
+        axis = Axis(
+            dim,
+            job.offset[d],
+            job.local[d],
+            0 if job.source is None else job.source.stride(d),
+            out.stride(d),
+            (job.virtual_strides[d], job.split_strides[d], job.target_strides[d]),
+            d == job.split,
+            [d],
+        )
+        if result:
+            axis = _merge(job, result[-1], axis, result) or axis
+        result.append(axis)
+    if not result:
+        return [Axis(Dim(1, 1, 1), 0, 1, 1, 1, (1, 1, 1), False, [])]
+    return result
+
+
+def _merge(job: Job, left: Axis, right: Axis, into: list[Axis]) -> Axis | None:
+    """`left` and `right` as one axis (taking `left` off the list), or ``None`` where they do not merge."""
+    if not (right.dim.identity and right.whole):
+        return None
+    n = right.dim.size
+    strided = job.source is None or left.source_stride == right.source_stride * n or left.dim.source <= 1
+    if not strided or (left.target_stride != right.target_stride * n and left.local > 1):
+        return None
+    if n == 1:
+        merged = left.dim
+    elif left.dim.identity:
+        merged = Dim(left.dim.size * n, left.dim.source * n, left.dim.virtual * n)
+    else:
+        last = right.parts[-1] == len(job.dims) - 1
+        mean = left.dim.fill is not None and bool((left.dim.fill == FILL_MEAN).any())
+        if not last or mean or n > EXPAND or left.dim.size * n > 1 << 22:
+            return None
+        merged = _expanded(left.dim, n)
+    into.pop()
+    one = n == 1 and not left.dim.identity
+    return Axis(
+        merged,
+        left.offset * n,
+        left.local * n,
+        left.source_stride if one else right.source_stride,
+        left.target_stride if one else right.target_stride,
+        left.linear if one else right.linear,
+        left.split,
+        left.parts + right.parts,
+    )
+
+
+_expansions: weakref.WeakKeyDictionary[Dim, dict[int, Dim]] = weakref.WeakKeyDictionary()
+
+
+def _expanded(dim: Dim, n: int) -> Dim:
+    """A grown dim and a trailing ungrown one of n elements, as one grown dim."""
+    known = _expansions.setdefault(dim, {})
+    if n not in known:
+
+        def repeat(values: Any) -> Any:
+            return None if values is None else np.repeat(values, n, axis=-1)
+
+        assert dim.index is not None
+        tree = dim.tree
+        known[n] = Dim(
+            dim.size * n,
+            dim.source * n,
+            dim.virtual * n,
+            (dim.index[:, None] * n + np.arange(n)).ravel(),
+            repeat(dim.fill),
+            repeat(dim.scale),
+            repeat(dim.copy),
+            None
+            if tree is None
+            else Tree(*(repeat(v) for v in (tree.node, tree.right, tree.lean, tree.spread, tree.active))),
+            repeat(dim.pair),
+            dim.has_split,
+        )
+    return known[n]
+
+
+def _group(dim: Dim) -> _Groups:
+    units = np.arange(dim.size) if dim.index is None else dim.index
+    order = np.argsort(units, kind="stable") if dim.index is not None else units
+    ordered = units[order]
+    start = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if dim.size else np.zeros(0, np.int64)
+    return _Groups(order, start, np.diff(np.append(start, dim.size)), ordered[start])
+
+
+def _leans(tree: Tree, members: Ints) -> Floats:
+    """(groups, n - 1) leans of the cuts of groups given by their members (groups, n)."""
+    cuts = cuts_of(members.shape[1])
+    return tree.lean[cuts.depth[None, :], members[:, cuts.lo]]
+
+
+@dataclass(eq=False)
+class OuterTable:
+    """Arrays of `_Outer`; `sizes` are the group sizes that are cut."""
+
+    unit: Ints
+    start: Ints
+    entry: Ints
+    leaf: Ints
+    code: Bytes
+    shape: Ints
+    lean: Floats
+    lean_at: Ints
+    paired: Ints | None
+    scale: Floats | None
+    copy: Bytes | None
+    sizes: set[int]
+
+
+def outer_table(axis: Axis, default: int, paired: bool) -> OuterTable:
+    dim, lo, hi = axis.dim, axis.offset, axis.offset + axis.local
+    if dim.index is None:
+        n = axis.local
+        zeros, at = np.zeros(n, np.int64), np.arange(n + 1)
+        code, lean = np.full(n, default, np.uint8), np.zeros(1)
+        return OuterTable(at[:-1] + lo, at, at[:-1], zeros, code, zeros, lean, zeros, None, None, None, set())
+    groups = _group(dim)
+    rank = np.arange(dim.size) - np.repeat(groups.start, groups.count)
+    of_group = np.repeat(np.arange(len(groups.start)), groups.count)
+    size = groups.count[of_group]
+    entry = groups.order
+    is_pair = np.zeros(dim.size, bool) if dim.pair is None or not paired else dim.pair[entry] != 0
+    pair_group = np.zeros(len(groups.start), bool)
+    np.logical_or.at(pair_group, of_group, is_pair)
+    is_cut = np.zeros(dim.size, bool) if dim.tree is None else dim.tree.active[0][entry]
+    together = is_cut | pair_group[of_group] | (not axis.split)
+    here = (entry >= lo) & (entry < hi)
+    # groups that are not cut in a split dim fall apart into single entries
+    label = np.where(together, of_group, len(groups.start) + np.arange(dim.size))[here]
+    first = np.concatenate([[True], label[1:] != label[:-1]]) if len(label) else np.zeros(0, bool)
+    starts = np.flatnonzero(first)
+    picked = entry[here]
+    head = picked[starts]
+    shape = np.where(is_cut & ~pair_group[of_group], size, 0)[here][starts]
+    lean_at = np.zeros(len(starts), np.int64)
+    leans: list[Floats] = [np.zeros(1)]
+    length = 1
+    whole = of_group[here][starts]
+    for n in np.unique(shape[shape > 0]):
+        at = np.flatnonzero(shape == n)
+        members = groups.order[groups.start[whole[at]][:, None] + np.arange(n)]
+        assert dim.tree is not None
+        block = _leans(dim.tree, members)
+        lean_at[at] = length + np.arange(len(at)) * (n - 1)
+        leans.append(block.ravel())
+        length += block.size
+    return OuterTable(
+        np.ascontiguousarray(dim.index[head]),
+        np.append(starts, len(picked)).astype(np.int64),
+        picked - lo,
+        np.ascontiguousarray(rank[here]),
+        np.full(len(starts), default, np.uint8) if dim.fill is None else dim.fill[head],
+        shape.astype(np.int64),
+        np.concatenate(leans),
+        lean_at,
+        np.where(pair_group[of_group], size, 0)[here][starts].astype(np.int64) if pair_group.any() else None,
+        None if dim.scale is None else np.ascontiguousarray(dim.scale[lo:hi]),
+        None if dim.copy is None else np.ascontiguousarray(dim.copy[lo:hi]).view(np.uint8),
+        {int(n) for n in np.unique(shape) if n},
+    )
+
+
+@dataclass(eq=False)
+class Piece:
+    """One `_Segment` in numpy."""
+
+    first: int
+    count: int
+    units: Ints | None
+    leaves: int
+    split: bool
+    paired: bool
+    code: int
+    base: Ints
+    step: int
+    scatter: Ints | None
+    lean: Floats
+    lean_step: int
+    scale: Floats | None
+
+
+def gather_pieces(axis: Axis, default: int) -> list[Piece]:
+    """Columns in destination order, one destination per column: for noise addressed by destination columns."""
+    dim, lo, hi = axis.dim, axis.offset, axis.offset + axis.local
+    if dim.index is None:
+        return [_run(lo, axis.local, 0, default, None)]
+    unit = dim.index[lo:hi]
+    code = np.full(hi - lo, default, np.uint8) if dim.fill is None else dim.fill[lo:hi]
+    scale = None if dim.scale is None else dim.scale[lo:hi]
+    code_ends = np.flatnonzero(code[1:] != code[:-1]) + 1
+    unit_ends = np.flatnonzero((unit[1:] != unit[:-1] + 1) | (code[1:] != code[:-1])) + 1
+    affine = len(unit_ends) + 1 <= max(8, (hi - lo) // 32)
+    ends = unit_ends if affine else code_ends
+    pieces = []
+    for a, b in zip([0, *ends.tolist()], [*ends.tolist(), hi - lo], strict=True):
+        factors = None if scale is None else np.ascontiguousarray(scale[a:b])
+        piece = _run(int(unit[a]), b - a, a, int(code[a]), factors)
+        if not affine:
+            piece.units = np.ascontiguousarray(unit[a:b])
+        pieces.append(piece)
+    return pieces
+
+
+def _run(first: int, count: int, base: int, code: int, scale: Floats | None) -> Piece:
+    return Piece(first, count, None, 1, False, False, code, np.array([base]), 1, None, np.zeros(1), 0, scale)
+
+
+def scatter_pieces(axis: Axis, default: int, paired: bool) -> list[Piece] | None:
+    """Columns in source order, each with all its destinations; ``None`` where copies have scales of their own."""
+    dim, lo, hi = axis.dim, axis.offset, axis.offset + axis.local
+    if dim.index is None:
+        return gather_pieces(axis, default)
+    groups = _group(dim)
+    many = groups.count > 1
+    if dim.scale is not None and many.any():
+        ordered = dim.scale[groups.order]
+        if (ordered != np.repeat(ordered[groups.start], groups.count)).any():
+            return None
+    head = groups.order[groups.start]
+    code = np.full(len(head), default, np.uint8) if dim.fill is None else dim.fill[head]
+    split = np.zeros(len(head), bool) if dim.tree is None else dim.tree.active[0][head]
+    pair = np.zeros(len(head), bool) if dim.pair is None or not paired else dim.pair[head] != 0
+    split &= ~pair
+    here = (groups.order >= lo) & (groups.order < hi)
+    alive = np.logical_or.reduceat(here, groups.start) if dim.size else np.zeros(0, bool)
+    pieces: list[Piece] = []
+    kinds = np.stack([groups.count, split, pair, code], 1)[alive]
+    chosen = np.flatnonzero(alive)
+    # columns of one multiplicity and kind form classes; a class is cut into affine runs if these are long
+    classes, label = np.unique(kinds, axis=0, return_inverse=True)
+    for k, (n, is_split, is_pair, c) in enumerate(classes.tolist()):
+        at = chosen[label.ravel() == k]
+        members = groups.order[groups.start[at][:, None] + np.arange(n)]  # (columns, n)
+        target = np.where((members >= lo) & (members < hi), members - lo, -1)
+        unit = groups.unit[at]
+        lean = _leans(dim.tree, members) if is_split and dim.tree is not None else np.zeros((len(at), max(n - 1, 1)))
+        scale = None if dim.scale is None else dim.scale[members[:, 0]]
+        ends, steps = _affine(unit, target)
+        if len(ends) <= max(8, len(at) // 32):
+            bounds = list(zip([0, *ends[:-1]], ends, steps, strict=True))
+        else:
+            bounds = [(0, len(at), 0)]
+        for a, b, step in bounds:
+            leans = lean[a:b].T
+            constant = bool((leans == leans[:, :1]).all())
+            pieces.append(
+                Piece(
+                    int(unit[a]),
+                    b - a,
+                    None if step else np.ascontiguousarray(unit[a:b]),
+                    n,
+                    bool(is_split),
+                    bool(is_pair),
+                    c,
+                    np.ascontiguousarray(target[a]),
+                    step or 1,
+                    None if step else np.ascontiguousarray(target[a:b].T),
+                    np.ascontiguousarray(leans[:, 0] if constant else leans),
+                    0 if constant else 1,
+                    None if scale is None else np.ascontiguousarray(scale[a:b]),
+                )
+            )
+    pieces.sort(key=lambda piece: piece.first)
+    return pieces
+
+
+def _affine(unit: Ints, target: Ints) -> tuple[list[int], list[int]]:
+    """Ends of runs in which units go up by 1 and every destination by one same step, and the steps."""
+    n = len(unit)
+    change = target[1:] - target[:-1]
+    present = (target[1:] >= 0) & (target[:-1] >= 0)
+    absent = (target[1:] < 0) & (target[:-1] < 0)
+    step = np.where(present, change, 0).max(axis=1, initial=0)
+    good = (unit[1:] == unit[:-1] + 1) & (step > 0) & (((change == step[:, None]) & present) | absent).all(axis=1)
+    step = np.where(good, step, 0)  # step[i] joins columns i and i + 1
+    turns = np.flatnonzero(step[1:] != step[:-1]) + 1
+    ends: list[int] = []
+    steps: list[int] = []
+    if len(turns) > n // 8 + 8:
+        return list(range(1, n + 1)), [1] * n  # too ragged to walk
+    done = 0  # columns before this one are in a run
+    for lo, hi in zip([0, *turns.tolist()], [*turns.tolist(), n - 1], strict=True):
+        if lo < hi and step[lo] > 0:
+            if max(done, lo) < hi:
+                ends += list(range(done + 1, lo + 1)) + [hi + 1]
+                steps += [1] * (lo - done) + [int(step[lo])]
+                done = hi + 1
+        else:
+            ends += list(range(done + 1, hi + 1))
+            steps += [1] * max(hi - done, 0)
+            done = max(done, hi)
+    ends += list(range(done + 1, n + 1))
+    steps += [1] * (n - done)
+    return ends, steps
+
+
+# ---- the call ----
+
+_tables: weakref.WeakKeyDictionary[Dim, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
+
+
+def _cached(axis: Axis, kind: str, *arguments: Any) -> Any:
+    make = {"outer": outer_table, "gather": gather_pieces, "scatter": scatter_pieces}[kind]
+    if axis.dim.index is None:
+        return make(axis, *arguments)  # type: ignore[operator]
+    known = _tables.setdefault(axis.dim, {})
+    key = (kind, axis.offset, axis.local, axis.split, *arguments)
+    if key not in known:
+        known[key] = make(axis, *arguments)  # type: ignore[operator]
+    return known[key]
+
+
+class Unsupported(Exception):
+    """A call this backend leaves to the torch backend."""
+
+
+def _address(values: np.ndarray | None) -> int | None:
+    if values is None:
+        return None
+    assert values.flags.c_contiguous
+    return int(values.ctypes.data)
+
+
+def run(job: Job, out: Tensor) -> None:
+    """Fill `out` (CPU, shape ``job.local``) as `job` says.
+
+    Raises:
+        Unsupported: more than four dims that do not merge, or a destination whose last dim is strided.
+        NoCompiler: the library cannot be built.
+    """
+    if out.numel() == 0:
+        return
+    computed = job.dtype in FLOATS and not (job.plain and job.source is not None and job.source.dtype == job.dtype)
+    if not computed and job.source is not None and job.source.dtype != job.dtype:
+        raise Unsupported("conversion between types that are not floating")
+    if out.is_complex() or (not computed and out.element_size() not in (1, 2, 4, 8, 16)) or out.is_quantized:
+        raise Unsupported(f"{out.dtype}")
+    lined = axes(job, out)
+    if len(lined) > 4:
+        raise Unsupported("more than four grown dims")
+    column = lined[-1]
+    if column.target_stride != 1 and column.local > 1:
+        raise Unsupported("a destination with a strided last dim")
+    task = _Task()
+    keep: list[Any] = []
+    fill = OLD if job.source is not None or job.births else job.fill
+    task.source = job.source.data_ptr() if job.source is not None and job.source.numel() else None
+    task.target = out.data_ptr()
+    task.item_bytes = 0 if computed else out.element_size()
+    if computed:
+        task.source_type = TYPES[job.source.dtype] if job.source is not None else 0
+        task.target_type = TYPES[job.dtype]
+    else:
+        bits = torch.tensor([job.constant]).to(job.dtype).view(torch.uint8)
+        ctypes.memmove(task.constant_bits, bits.data_ptr(), bits.numel())
+    task.rows_outer = len(lined) - 1
+    task.split_outer = -1
+    sizes: set[int] = set()
+    for d, axis in enumerate(lined[:-1]):
+        table = _cached(axis, "outer", fill, job.pair_noise)
+        keep.append(table)
+        o = task.outer[d]
+        o.groups = len(table.unit)
+        for name in ("unit", "start", "entry", "leaf", "code", "shape", "lean", "lean_at", "paired", "scale", "copy"):
+            setattr(o, name, _address(getattr(table, name)))
+        o.source_stride, o.target_stride = axis.source_stride, axis.target_stride
+        o.virtual_linear, o.split_linear, o.target_linear = axis.linear
+        o.offset = axis.offset
+        if axis.split:
+            task.split_outer = d
+            sizes = table.sizes
+    by_target = task.split_outer >= 0 and (job.tree_noise or job.pair_noise)
+    pieces: list[Piece] | None = None if by_target else _cached(column, "scatter", fill, job.pair_noise)
+    if pieces is None:
+        if column.split and not by_target:
+            raise Unsupported("copies with scales of their own in the split dim")
+        pieces = cast("list[Piece]", _cached(column, "gather", fill))
+    keep.append(pieces)
+    segments = (_Segment * len(pieces))()
+    for segment, piece in zip(segments, pieces, strict=True):
+        segment.first, segment.count, segment.leaves = piece.first, piece.count, piece.leaves
+        segment.split, segment.paired, segment.code = piece.split, piece.paired, piece.code
+        segment.step, segment.lean_step = piece.step, piece.lean_step
+        for name in ("units", "base", "scatter", "lean", "scale"):
+            setattr(segment, name, _address(getattr(piece, name)))
+    task.segments, task.segment = len(pieces), ctypes.addressof(segments)
+    if column.split:
+        sizes = {piece.leaves for piece in pieces if piece.split}
+    task.column_source_stride = column.source_stride
+    task.columns, task.column_offset = column.local, column.offset
+    later = None
+    if job.independent and column.dim.copy is not None:
+        later = np.ascontiguousarray(column.dim.copy[column.offset : column.offset + column.local]).view(np.uint8)
+    task.column_copy = _address(later)
+    task.scale, task.constant = job.scale, job.constant
+    task.random_amplitude = job.random_std * UNIT["bytes"]
+    amplitude = 0.0
+    if job.noise is not None:
+        amplitude = job.amplitude(job.noise.scale)
+        task.pair_amplitude = job.amplitude(job.noise.newborn_scale)
+        task.independent_amplitude = amplitude
+        task.distribution = DISTRIBUTIONS[job.noise.distribution]
+    task.tree_noise, task.pair_noise, task.independent = job.tree_noise, job.pair_noise, job.independent
+    task.noise_key[:] = job.noise_key
+    task.random_key[:] = job.random_key
+    cuts = []
+    for n in sorted(sizes):
+        tree = cuts_of(n)
+        arrays: list[np.ndarray] = [tree.node, tree.lo, tree.mid, tree.spread * amplitude]
+        keep.append(arrays)
+        cuts.append(_Cuts(n, *(_address(a) for a in arrays)))
+    table_of_cuts = (_Cuts * max(len(cuts), 1))(*cuts)
+    task.cut = ctypes.addressof(table_of_cuts)
+    for over, means in job.means.items():
+        bits_set = 0
+        strides = [0, 0, 0, 0]
+        for d, axis in enumerate(lined):
+            place = 3 if axis is column else d
+            if any(over >> part & 1 for part in axis.parts):
+                bits_set |= 1 << place
+            elif axis.parts:
+                real = [part for part in axis.parts if means.shape[part] > 1]
+                strides[place] = means.stride(real[-1]) if real else 0
+        task.means[bits_set] = means.data_ptr()
+        task.mean_stride[bits_set][:] = strides
+    size = out.numel() * out.element_size()
+    task.stream = int(size >= STREAM and not job.independent)
+    task.threads = 1 if out.numel() < ALONE else torch.get_num_threads()
+    status = library().fxgrow_run(ctypes.byref(task))
+    if status:
+        raise MemoryError("the native kernel ran out of memory")
+    del keep, segments, table_of_cuts
+
+
+def available() -> str | None:
+    """``None`` if the backend works here, otherwise why not."""
+    try:
+        library()
+    except NoCompiler as error:
+        return str(error)
+    return None
