@@ -234,10 +234,11 @@ def train(
 
             # Grow, when the schedule says so. The loss must not move; both values are logged.
             epoch = None if task.epoch_tokens is None else run.tokens / task.epoch_tokens
+            reported = metrics if run.step else {}  # before the first step there is no training loss to watch
             before = count_parameters(run.model)
             grow_started = time.perf_counter()
             while event := scheduler.step(
-                run.model, run.optimizer, step=run.step, tokens=run.tokens, epoch=epoch, metrics=metrics
+                run.model, run.optimizer, step=run.step, tokens=run.tokens, epoch=epoch, metrics=reported
             ):
                 assert event.optimizer is not None
                 grow_seconds = time.perf_counter() - grow_started

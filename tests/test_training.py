@@ -265,6 +265,17 @@ def test_a_growth_is_logged_and_the_loop_goes_on_with_it(tmp_path: Path) -> None
     }
 
 
+@pytest.mark.usefixtures("by_hand")
+def test_every_logged_metric_can_be_watched(tmp_path: Path) -> None:
+    for metric in ("train_loss", "val_loss"):
+        growth = {"trigger": {"plateau": {"metric": metric, "patience": 1, "min_delta": 9}}, "operations": [WIDEN]}
+        final = run(make(schedule=[growth]), tmp_path / metric)
+        lines = read_log(tmp_path / metric / "log.jsonl")
+        # the report at step 4 is the first and so the best, that at step 8 is no improvement by 9
+        assert [line["step"] for line in lines if line["event"] == "growth"] == [8]
+        assert final.step == 12
+
+
 def test_flops_are_counted_exactly(tmp_path: Path) -> None:
     final = run(make(), tmp_path)
     # (8 × 3) · (3 × 4) and (8 × 4) · (4 × 1), two operations per multiply-add; backward needs no gradient of the input
