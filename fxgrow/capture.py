@@ -13,7 +13,7 @@ import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,6 +103,10 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
         raise CaptureError("args must be a tuple of inputs, got a tensor: write (x,)")
     args, kwargs = _distinct(tuple(args)), _distinct(dict(kwargs or {}))
     _check_plain(model)
+    known = _remembered(model, args, kwargs)
+    if known is not None:
+        known.seconds = time.perf_counter() - start
+        return known
     modes = {name: m.training for name, m in model.named_modules()}
     was_training = model.training
     try:
@@ -119,6 +123,36 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     program.both_modes, program.mode_reason, program.training = both, reason, was_training
     program.seconds = time.perf_counter() - start
     return program
+
+
+def _remembered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
+    """The program a regenerated module was made from, with the module's present tensors.
+
+    It keeps what a new trace of generated code would lose: module paths inside blocks, and the user's source lines.
+    """
+    if not isinstance(model, fx.GraphModule) or "fxgrow" not in model.meta:
+        return None
+    from fxgrow.regenerate import code_of
+
+    before: Program = model.meta["fxgrow"]
+    inputs = [n for n in before.graph.nodes if n.op == "placeholder"]
+    if code_of(model) != model.meta.get("fxgrow_code") or len(args) + len(kwargs) > len(inputs):
+        return None  # somebody changed it: trace what is there now
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    if any(n not in own for n in before.tensors):
+        return None
+    return replace(
+        before,
+        parameters={n: own[n] for n in before.parameters},
+        buffers={n: own[n] for n in before.buffers},
+        constants={n: own[n] for n in before.constants},
+        requires_grad={n: own[n].requires_grad for n in before.parameters},
+        training=model.training if before.both_modes else before.training,
+        args=args,
+        kwargs=kwargs,
+        seconds=0.0,
+        _axes=None,
+    )
 
 
 def _distinct(value: Any) -> Any:
@@ -339,7 +373,7 @@ def _program(
     graph.eliminate_dead_code(is_impure_node=_impure)
     _views_to_reshapes(graph)
     used = {n.target for n in graph.nodes if n.op == "get_attr"}
-    for name, tensor in own.items():
+    for name in own:
         if aliases.get(name, name) == name and name not in used and name in parameter_names | persistent:
             used.add(name)  # unused, but part of the state dict
     types: dict[str, str] = {}

@@ -59,7 +59,7 @@ def materialise_tensor(
         dtype: of the result; the source's where None.
     """
     if plan.init is not None:
-        return _initial(plan, dtype or torch.get_default_dtype(), source.device if source is not None else None)
+        return _initial(plan, dtype or torch.get_default_dtype())
     assert source is not None
     dtype = dtype or source.dtype
     if plan.zero:
@@ -99,10 +99,10 @@ def materialise_tensor(
     )
 
 
-def _initial(plan: TensorPlan, dtype: torch.dtype, device: torch.device | None) -> torch.Tensor:
-    out = torch.zeros(plan.shape, dtype=dtype, device=device)
+def _initial(plan: TensorPlan, dtype: torch.dtype) -> torch.Tensor:
+    out = torch.zeros(plan.shape, dtype=dtype, device=plan.device)
     if plan.init == "ones":
-        out.fill_(1)
+        out.fill_(plan.scale)
     elif plan.init == "identity":
         out.copy_(torch.eye(plan.shape[0], dtype=dtype))
     elif plan.init == "dirac":
@@ -135,13 +135,8 @@ def materialise_all(
     for name in wanted:
         tensor_plan = plan.tensors[name]
         old = source(tensor_plan.source) if tensor_plan.source is not None else None
-        if old is not None and not old.is_floating_point():
-            yield name, materialise_tensor(tensor_plan, old)
-        else:
-            kind = dtype
-            if kind is None and tensor_plan.dtype is not None:
-                kind = getattr(torch, tensor_plan.dtype)
-            yield name, materialise_tensor(tensor_plan, old, dtype=kind)
+        own = old.dtype if old is not None else getattr(torch, tensor_plan.dtype or "float32")
+        yield name, materialise_tensor(tensor_plan, old, dtype=dtype if dtype and own.is_floating_point else own)
         if tensor_plan.source is not None:
             left[tensor_plan.source] -= 1
             if done is not None and left[tensor_plan.source] == 0:

@@ -147,7 +147,7 @@ class TensorPlan(_Model):
         paired: newborn entries that share an id read with weights +z and -z.
     """
 
-    source: str | None
+    source: str | None = None
     shape: list[int]
     dims: list[DimPlan | None] = Field(default_factory=list)
     scale: float = 1.0
@@ -162,6 +162,7 @@ class TensorPlan(_Model):
     key: int = 0
     requires_grad: bool = True
     dtype: str | None = None
+    device: str | None = None
 
     @property
     def trivial(self) -> bool:
@@ -257,6 +258,7 @@ class Step(_Model):
     axes: list[AxisGrowth] = Field(default_factory=list)
     changes: list[Change] = Field(default_factory=list)
     exactness: Literal["exact", "approximate", "lossy"] = "exact"
+    eval_only: bool = Field(False, description="exact in eval mode only (an inserted batch norm)")
     notes: list[str] = Field(default_factory=list)
 
 
@@ -289,7 +291,7 @@ class GrowthPlan(_Model):
         return list(dict.fromkeys(n for s in self.steps for n in s.notes))
 
     def to_json(self, indent: int | None = None) -> str:
-        return self.model_dump_json(indent=indent, exclude_defaults=True)
+        return self.model_dump_json(indent=indent, exclude_none=True)
 
     @classmethod
     def from_json(cls, text: str) -> GrowthPlan:

@@ -61,7 +61,15 @@ def regenerate(
     _share_classes(own)
     module.train(program.training)
     module.meta["fxgrow"] = program
+    module.meta["fxgrow_code"] = code_of(module)
     return module
+
+
+def code_of(module: fx.GraphModule) -> str:
+    """The generated code of a module and its blocks, to tell whether somebody changed it."""
+    return "\n".join(
+        [module.code, *(m.code for m in module.modules() if isinstance(m, fx.GraphModule) and m is not module)]
+    )
 
 
 def _identifier(name: str) -> str:
@@ -99,7 +107,7 @@ def _device_node(graph: fx.Graph, before: fx.Node, nodes: Any) -> fx.Node | torc
     last = [n for n in graph.nodes if n.op == "placeholder"]
     place = last[-1] if last and candidates[0].op == "placeholder" else candidates[0]
     with graph.inserting_after(place):
-        node = graph.call_function(builtins.getattr, (candidates[0], "device"))
+        node = graph.create_node("call_function", builtins.getattr, (candidates[0], "device"), name="device")
     node.meta = {"module_path": "", "val": None, "source": ""}
     return node
 

@@ -1,7 +1,7 @@
 """The growth passes, one file each. Importing this package registers them."""
 
-from fxgrow.passes import widen
+from fxgrow.passes import deepen, insert, widen
 from fxgrow.passes.base import PASSES, GrowthPass, State, register_pass, run_operation
 
 __all__ = ["PASSES", "GrowthPass", "State", "register_pass", "run_operation"]
-_ = widen
+_ = (deepen, insert, widen)

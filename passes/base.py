@@ -77,12 +77,44 @@ class State:
     def is_parameter(self, name: str) -> bool:
         return name in self.program.parameters
 
+    def rename(self, f: Callable[[str], str]) -> None:
+        """Rename modules everywhere but in the graph itself."""
+        program = self.program
+        self.tensors = {f(k): v for k, v in self.tensors.items()}
+        program.parameters = {f(k): v for k, v in program.parameters.items()}
+        program.buffers = {f(k): v for k, v in program.buffers.items()}
+        program.aliases = {f(k): f(v) for k, v in program.aliases.items()}
+        program.requires_grad = {f(k): v for k, v in program.requires_grad.items()}
+        program.persistent = {f(k) for k in program.persistent}
+        program.containers = {f(k): v for k, v in program.containers.items()}
+        program.module_types = {f(k): v for k, v in program.module_types.items()}
+
+    def order_blocks(self, stack: str) -> None:
+        """Bring everything under a container into the order of its numbers; all else keeps its place."""
+        program = self.program
+        self.tensors = _ordered(self.tensors, stack)
+        program.parameters = _ordered(program.parameters, stack)
+        program.buffers = _ordered(program.buffers, stack)
+        program.containers = _ordered(program.containers, stack)
+
     def compose(self, name: str, i: int, dim: DimPlan) -> None:
         """Put a dim's map on top of what the tensor's plan has."""
         plan = self.tensors[name]
         before = plan.dims[i]
         plan.dims[i] = dim if before is None else dim.after(before, self.next_unique() << 32)
         plan.shape[i] = dim.size
+
+
+def _ordered(table: dict[str, Any], stack: str) -> dict[str, Any]:
+    prefix = stack + "." if stack else ""
+
+    def number(name: str) -> int | None:
+        head = name[len(prefix) :].partition(".")[0] if name.startswith(prefix) else ""
+        return int(head) if head.isdigit() else None
+
+    inside = sorted((n for n in table if number(n) is not None), key=lambda n: number(n) or 0)
+    queue = iter(inside)
+    return {n: table[n] for n in (next(queue) if number(name) is not None else name for name in list(table))}
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -213,7 +213,7 @@ def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> 
             return FILL_MEAN
         if name in outcome.constants:
             return FILL_CONSTANT
-        if not program.tensor(state.tensors[name].source or name).is_floating_point():
+        if not program.tensor(name).is_floating_point():
             return FILL_ZERO
         return FILL_RANDOM if len(state.tensors[name].shape) > 1 and state.is_parameter(name) else FILL_MEAN
 

@@ -1,0 +1,254 @@
+"""``insert``: an identity layer after a named layer (Net2DeeperNet, Chen et al. 2015, section 3.2)."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxgrow.axes.analysis import sizes_of
+from fxgrow.capture import Program
+from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.passes.base import GrowthPass, State, node_named, operator_named, register_pass
+from fxgrow.passes.deepen import rename_modules, renamed_path
+from fxgrow.plan import Change, InsertLayer, Renumber, Step, TensorPlan
+from fxgrow.rules.base import op_name
+from fxgrow.spec import Insert
+
+#: f(f(x)) = f(x): repeating one of these after an identity layer changes nothing
+IDEMPOTENT = (
+    "aten.relu.default",
+    "aten.relu_.default",
+    "aten.relu6.default",
+    "aten.hardtanh.default",
+    "aten.abs.default",
+)
+BATCH_NORM_EPS = 1e-5
+
+
+class InsertPass(GrowthPass):
+    """Puts identity layers into a graph."""
+
+    op = "insert"
+
+    def __init__(self, step: Step, program: Program | None = None) -> None:
+        super().__init__(step)
+        self.program = program
+
+    def call(self, graph_module: fx.GraphModule) -> Any:
+        self.program = self.program or graph_module.meta["fxgrow"]
+        return super().call(graph_module)
+
+    def apply(self, graph: fx.Graph, change: Change) -> None:
+        assert self.program is not None
+        if isinstance(change, InsertLayer):
+            insert_layer(graph, change)
+        elif isinstance(change, Renumber):
+            rename_modules(self.program, graph, change.prefixes)
+        else:
+            super().apply(graph, change)
+
+
+def plan_insert(state: State, op: Insert) -> list[Step]:
+    """Decide where identity layers go, and apply it.
+
+    Raises:
+        SpecError: no layer matches, or its output has no dim for the layer.
+        GrowthRefused: the layer's output is not one value, or its width is dynamic.
+    """
+    ran = {n.meta.get("module_path", "") for n in state.graph.nodes if n.op == "call_function"} - {""}
+    ran |= {p for path in ran for p in _ancestors(path)}
+    names = [p for p in state.program.containers if p in ran and fnmatch.fnmatchcase(p, op.after)]
+    if not names:
+        import difflib
+
+        near = difflib.get_close_matches(op.after, sorted(ran), n=4, cutoff=0.3)
+        raise SpecError(f"no layer matches {op.after!r}; nearest: {', '.join(near) or 'none'}")
+    step = Step(op="insert", request=op.model_dump(exclude_defaults=True, mode="json"))
+    for name in reversed(names):
+        _insert_after(state, op, name, step)
+    if op.layer == "batch_norm":
+        step.eval_only = True
+        step.notes.append("an inserted batch norm is the identity in eval mode; in train mode it normalises each batch")
+    return [step]
+
+
+def _ancestors(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _insert_after(state: State, op: Insert, name: str, step: Step) -> None:
+    graph, program = state.graph, state.program
+    inside = [
+        n
+        for n in graph.nodes
+        if n.op == "call_function" and (n.meta.get("module_path", "") + ".").startswith(name + ".")
+    ]
+    members = set(inside)
+    outputs = [n for n in inside if sizes_of(n) is not None and any(u not in members for u in n.users)]
+    if len(outputs) != 1:
+        raise GrowthRefused(f"cannot insert after {name}: it hands on {len(outputs)} tensors, not one")
+    (node,) = outputs
+    if any(
+        n.meta.get("module_call", name) != inside[0].meta.get("module_call", name) and "@" in n.meta["module_call"]
+        for n in inside
+    ):
+        raise GrowthRefused(f"cannot insert after {name}: the module is called more than once")
+    sizes = sizes_of(node)
+    assert sizes is not None
+    rank = len(sizes)
+    if op.layer == "conv" and rank not in (3, 4, 5):
+        raise SpecError(f"cannot insert a convolution after {name}: its output has {rank} dims, and needs 3, 4 or 5")
+    if rank < 2:
+        raise SpecError(f"cannot insert after {name}: its output has {rank} dims")
+    dim = rank - 1 if op.layer == "linear" else 1
+    if not isinstance(sizes[dim], int):
+        raise GrowthRefused(f"cannot insert after {name}: dim {dim} of its output is dynamic")
+    value = node.meta.get("val")
+    dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float32
+    if not dtype.is_floating_point:
+        raise GrowthRefused(f"cannot insert after {name}: its output is {dtype}")
+    activation = op_name(node.target) if op.activation == "auto" and op_name(node.target) in IDEMPOTENT else None
+    path, prefixes = _place(program, name, 2 if activation else 1)
+    change = InsertLayer(
+        layer=op.layer,
+        after=name,
+        node=node.name,
+        path=path,
+        dim=dim,
+        size=int(sizes[dim]),
+        rank=rank,
+        kernel_size=op.kernel_size,
+        bias=op.bias,
+        activation=activation,
+    )
+    growth_pass = InsertPass(step, program)
+    if prefixes:
+        growth_pass.apply(graph, Renumber(prefixes=prefixes))
+        state.rename(lambda name: renamed_path(name, prefixes))
+        step.changes.append(Renumber(prefixes=prefixes))
+    growth_pass.apply(graph, change)
+    _add_layer(state, change, dtype)
+    state.order_blocks(name.rpartition(".")[0])
+    step.changes.append(change)
+    state.structure_changed()
+
+
+def _place(program: Program, name: str, width: int) -> tuple[str, dict[str, str]]:
+    """Path of the new layer; in a Sequential the layers after it move up, elsewhere it gets a name of its own."""
+    parent, _, last = name.rpartition(".")
+    if last.isdigit() and program.containers.get(parent) in ("Sequential", "ModuleList"):
+        numbers = sorted(
+            int(p[len(parent) + 1 :] if parent else p)
+            for p in program.containers
+            if p.rpartition(".")[0] == parent and p.rpartition(".")[2].isdigit()
+        )
+        dot = parent + "." if parent else ""
+        prefixes = {f"{dot}{n}": f"{dot}{n + width}" for n in reversed(numbers) if n > int(last)}
+        return f"{dot}{int(last) + 1}", prefixes
+    path, number = f"{name}_identity", 1
+    while path in program.containers:
+        number += 1
+        path = f"{name}_identity{number}"
+    return path, {}
+
+
+_TYPES = {"linear": "Linear", "conv": "Conv", "batch_norm": "BatchNorm"}
+
+
+def _add_layer(state: State, change: InsertLayer, dtype: torch.dtype) -> None:
+    program, n = state.program, change.size
+    spatial = [change.kernel_size] * (change.rank - 2)
+    kind = str(dtype).removeprefix("torch.")
+    tensors: dict[str, TensorPlan] = {}
+
+    def new(leaf: str, shape: list[int], init: Any, scale: float = 1.0, dtype_name: str = kind) -> None:
+        tensors[f"{change.path}.{leaf}"] = TensorPlan(
+            source=None, shape=shape, init=init, scale=scale, fresh=True, dtype=dtype_name
+        )
+
+    if change.layer == "batch_norm":
+        new("weight", [n], "ones", math.sqrt(1 + BATCH_NORM_EPS))
+        new("bias", [n], "zeros")
+        new("running_mean", [n], "zeros")
+        new("running_var", [n], "ones")
+        new("num_batches_tracked", [], "zeros", dtype_name="int64")
+    else:
+        new(
+            "weight",
+            [n, n, *spatial] if change.layer == "conv" else [n, n],
+            "dirac" if change.layer == "conv" else "identity",
+        )
+        if change.bias:
+            new("bias", [n], "zeros")
+    device = next((p.device for p in program.parameters.values()), torch.device("cpu"))
+    for name, plan in tensors.items():
+        state.tensors[name] = plan
+        value = torch.empty(plan.shape, dtype=getattr(torch, plan.dtype or kind), device="meta")
+        leaf = name.rpartition(".")[2]
+        if leaf in ("weight", "bias"):
+            program.parameters[name] = value
+            program.requires_grad[name] = True
+        else:
+            program.buffers[name] = value
+            program.persistent.add(name)
+        plan.device = str(device)
+    program.containers[change.path] = _TYPES[change.layer]
+    if change.activation is not None:
+        parent, _, last = change.path.rpartition(".")
+        if last.isdigit():
+            program.containers[f"{parent}.{int(last) + 1}" if parent else str(int(last) + 1)] = "ReLU"
+
+
+def insert_layer(graph: fx.Graph, change: InsertLayer) -> None:
+    """Insert the layer's nodes after its place and send the users there."""
+    node = node_named(graph, change.node)
+    users = list(node.users)
+    aten = torch.ops.aten
+    template = node.meta.get("val")
+    dtype = template.dtype if isinstance(template, torch.Tensor) else torch.float32
+
+    def attribute(leaf: str, shape: list[int], kind: torch.dtype = dtype) -> fx.Node:
+        out = graph.get_attr(f"{change.path}.{leaf}")
+        out.meta = {"val": torch.empty(shape, dtype=kind, device="meta"), "module_path": change.path, "source": ""}
+        return out
+
+    meta = {**node.meta, "module_path": change.path, "module_call": change.path, "source": ""}
+    n = change.size
+    with graph.inserting_after(node):
+        anchor = graph.call_function(aten.alias.default, (node,))
+    with graph.inserting_before(anchor):
+        if change.layer == "linear":
+            bias = attribute("bias", [n]) if change.bias else None
+            out = graph.call_function(aten.linear.default, (node, attribute("weight", [n, n]), bias))
+        elif change.layer == "conv":
+            spatial = change.rank - 2
+            weight = attribute("weight", [n, n, *[change.kernel_size] * spatial])
+            bias = attribute("bias", [n]) if change.bias else None
+            target = operator_named(f"aten.conv{spatial}d.default")
+            out = graph.call_function(
+                target, (node, weight, bias, [1] * spatial, [change.kernel_size // 2] * spatial, [1] * spatial, 1)
+            )
+        else:
+            flag = graph.get_attr("training")
+            flag.meta = {"module_path": change.path, "val": None, "is_flag": True, "source": ""}
+            count = attribute("num_batches_tracked", [], torch.int64)
+            counted = graph.call_function(aten.add_.Tensor, (count, flag))
+            counted.meta = {**meta, "val": count.meta["val"]}
+            counted.meta.pop("sizes", None)
+            statistics = [attribute(x, [n]) for x in ("weight", "bias", "running_mean", "running_var")]
+            out = graph.call_function(aten.batch_norm.default, (node, *statistics, flag, 0.1, BATCH_NORM_EPS, True))
+        out.meta = dict(meta)
+        if change.activation is not None:
+            out = graph.call_function(operator_named(change.activation), (out, *node.args[1:]), dict(node.kwargs))
+            out.meta = dict(meta)
+    graph.erase_node(anchor)
+    for user in users:
+        user.replace_input_with(node, out)
+
+
+register_pass("insert", plan_insert, InsertPass)
