@@ -203,12 +203,13 @@ class Edit(_Model):
 
 
 class Rescale(_Model):
-    """A multiplication by a constant after a node."""
+    """A multiplication by a constant after a node, seen by all its users or by one alone."""
 
     kind: Literal["rescale"] = "rescale"
     node: str
     factor: float
     name: str
+    user: str | None = None
     why: str = ""
 
 

@@ -9,14 +9,14 @@ zero already. If every op agrees, the growth is exact; else it is refused with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import fx
 
-from fxgrow.axes.analysis import from_parameter, result_sizes, sizes_of
+from fxgrow.axes.analysis import flat_dims, from_parameter, result_sizes, sizes_of
 from fxgrow.axes.expr import (
     Axis,
     Concat,
@@ -65,6 +65,7 @@ class Outcome:
     scales: dict[str, tuple[float, bool]] = field(default_factory=dict)  # tensor -> (factor, a fold of a share)
     edits: dict[tuple[str, str], Any] = field(default_factory=dict)
     rescales: dict[str, float] = field(default_factory=dict)
+    input_rescales: dict[tuple[str, str], float] = field(default_factory=dict)  # (user, operand node) -> factor
     statistics: bool = False
 
 
@@ -79,6 +80,7 @@ class Grow:
         self.node: fx.Node
         self.args: dict[str, Any] = {}
         self.env: dict[fx.Node, Any] = {}
+        self.read_here: set[Site] = set()
         self.scratch = Unifier()
         self.outcome = Outcome(growth)
 
@@ -108,6 +110,7 @@ class Grow:
                 if sizes_of(node) is None and not any(result_sizes(node) or []):
                     continue
                 self.node, self.args = node, bound_arguments(node)
+                self.read_here = set()
                 rule = RULES.get(op_name(node.target))
                 if rule is None:
                     raise self.refuse(f"fxgrow has no rule for {op_name(node.target)}")
@@ -115,24 +118,32 @@ class Grow:
                     result = rule.grow(self)
                 except Conflict as conflict:
                     raise self.refuse(str(conflict)) from None
+                self._carry_rest(node, result if rule.moves else None)
                 self.env[node] = self._settle(self.axes.dims.get(node), result)
                 self._in_place(node)
 
+    def _carry_rest(self, node: fx.Node, result: Any) -> None:
+        """A parameter that the op neither reads nor passes on as it is has become part of a value, whatever the rule did."""
+        passed = {i.site for d in flat_dims(result) for i in infos(d)}
+        for source in node.all_input_nodes:
+            for dim in flat_dims(self.env.get(source)):
+                for info in infos(dim):
+                    if info.site is not None and info.site not in self.read_here and info.site not in passed:
+                        self._carry(info)
+
     def _in_place(self, node: fx.Node) -> None:
-        schema = getattr(node.target, "_schema", None)
-        if schema is None or not schema.is_mutable or not isinstance(node.args[0], fx.Node):
+        """Later uses of what ``node`` writes into see its result; other views of that memory must not be in use."""
+        if not _mutates(node):
             return
         target = node.args[0]
+        assert isinstance(target, fx.Node)
         if from_parameter(target) and target.op != "get_attr":
             raise self.refuse("writes in place into a view of a parameter or buffer")
-        users_after = [u for u in target.users if u is not node]
-        base = target
-        while base.op == "call_function" and getattr(RULES.get(op_name(base.target)), "moves", False):
-            base = base.all_input_nodes[0]
-            if len(base.users) > 1:
-                raise self.refuse("writes in place through a view of a value that is used elsewhere")
-        if users_after:
-            self.env[target] = self.env[node]
+        position = {n: i for i, n in enumerate(self.axes.program.graph.nodes)}
+        for alias in _aliases(target) - {target, node}:
+            if any(position[u] > position[node] and u is not node for u in alias.users):
+                raise self.refuse("writes in place into memory that is also used through another view")
+        self.env[target] = self.env[node]
 
     def _settle(self, known: Any, result: Any) -> Any:
         """Dims that do not grow are those of the analysis; dims that do keep their annotations."""
@@ -346,6 +357,7 @@ class Grow:
                 assert site is not None
                 others = {x.content for i, x in enumerate(column) if i != reader}
                 self.outcome.readers.setdefault(site, set()).update(others)
+                self.read_here.add(site)
                 read.append(True)
                 continue
             for x in column:
@@ -428,6 +440,8 @@ class Grow:
         known = self.pinned.get(site)
         if known is content:
             return False
+        if content is Content.MEAN and not self._fills_dim(site):
+            raise self.refuse(f"{why}; the mean over a part of a dim of {site[0]} is not a fill that fxgrow has")
         if known is not None:
             raise self.refuse(
                 f"{why}, so that new entries of {site[0]} must be {content.value}; but {self.reasons[site]} needs "
@@ -436,6 +450,13 @@ class Grow:
         self.pinned[site] = content
         self.reasons[site] = f"{self.op} at {self.node.meta.get('source', '')}"
         return True
+
+    def _fills_dim(self, site: Site) -> bool:
+        """Whether the growing axis is all there is to the dim of a parameter."""
+        for node in self.axes.uses[self.axis.id]:
+            if node.op == "get_attr" and str(node.target) == site[0]:
+                return self.axes.dims[node][site[1]] is self.axis
+        return False
 
     def newborn_constants(self, values: dict[str, float]) -> None:
         """Values for newborn entries of parameters named by operand, where random ones make no sense."""
@@ -472,15 +493,28 @@ class Grow:
             if name in ("aten.div.Tensor", "aten.div.Scalar") and isinstance(literal, float | int):
                 self.outcome.edits[users[0].name, "other"] = literal / factor
                 return
-        if op_name(node.target) == "aten.linear.default" and self._fold_into_norm(factor):
-            return
         self.outcome.rescales[node.name] = self.outcome.rescales.get(node.name, 1.0) * factor
+
+    def rescale_product(self, factor: float, operand: str, biases: Iterable[str]) -> None:
+        """Multiply the op's sum of products by a constant, but not the bias that is added to it."""
+        if op_name(self.node.target) == "aten.linear.default" and self._fold_into_norm(factor):
+            return
+        if not any(isinstance(self.args.get(b), fx.Node) for b in biases):
+            self.rescale_output(factor)
+            return
+        if isinstance(self.args.get("alpha"), int | float):
+            self.edit("alpha", self.args["alpha"] * factor)
+            return
+        source = self.args[operand]
+        if sum(a is source for a in self.args.values()) != 1:
+            raise self.refuse("a sum of products of a value with itself, to which a bias is added, cannot be rescaled")
+        key = (self.node.name, source.name)
+        self.outcome.input_rescales[key] = self.outcome.input_rescales.get(key, 1.0) * factor
 
     def _fold_into_norm(self, factor: float) -> bool:
         """Scale the weight and bias of the norm that alone feeds the current op."""
         source = self.args.get("input")
-        bias = self.args.get("bias")
-        if not isinstance(source, fx.Node) or len(source.users) != 1 or bias is not None:
+        if not isinstance(source, fx.Node) or len(source.users) != 1:
             return False
         if op_name(source.target) not in ("aten.layer_norm.default", "aten.rms_norm.default"):
             return False
@@ -507,7 +541,7 @@ class Grow:
         args = bound_arguments(value)
         source = args["self"]
         dims = self.axes.dims.get(source)
-        if not args["keepdim"] or dims is None:
+        if not args["keepdim"] or dims is None or any(_mutates(u) for a in _aliases(source) for u in a.users):
             return None
         return source, reduced_dims(args, len(dims))
 
@@ -551,7 +585,71 @@ def _meet(x: Axis | Leaf, other: Info, f: Callable[[Content, Content], Content],
     if not isinstance(x, Leaf):
         return x
     a, b = (other, x.info) if swap else (x.info, other)
-    return Leaf(x.axis, Info(f(a.content, b.content), a.sources | b.sources))
+    content = f(a.content, b.content)
+    return Leaf(x.axis, Info(content, _deciding(a, b, f), zeroable=_zeroable(a, b, f)))
+
+
+def _deciding(a: Info, b: Info, f: Callable[[Content, Content], Content]) -> frozenset[Site]:
+    """The parameters to ask for another content: one factor of a product is enough to make it zero.
+
+    Were both asked, each would wait for the other to get a gradient.
+    """
+    if f not in (COMBINE["mul"], _mul_first):
+        return a.sources | b.sources
+    for one, other in ((a, b), (b, a)):
+        if one.content is Content.CONST and other.content is not Content.CONST:
+            return other.sources
+    for one in (a, b):
+        if one.content is Content.ZERO:
+            return one.sources
+    for one in (b, a):
+        if one.zeroable and one.sources:
+            return one.sources
+    return a.sources | b.sources
+
+
+def _zeroable(a: Info, b: Info, f: Callable[[Content, Content], Content]) -> bool:
+    return (a.zeroable or b.zeroable) if f is COMBINE["mul"] else (a.zeroable and b.zeroable)
+
+
+#: ops that move elements into memory of their own
+_COPIES = {
+    "aten.clone.default",
+    "aten._to_copy.default",
+    "aten.cat.default",
+    "aten.concat.default",
+    "aten.stack.default",
+}
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable and node.args and isinstance(node.args[0], fx.Node))
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Whether the result may be a view of the first operand, or is that operand itself."""
+    if node.op != "call_function" or not node.all_input_nodes:
+        return False
+    name = op_name(node.target)
+    if name == "getitem":
+        return True
+    return _mutates(node) or (bool(getattr(RULES.get(name), "moves", False)) and name not in _COPIES)
+
+
+def _aliases(node: fx.Node) -> set[fx.Node]:
+    """Every value that may share memory with ``node``, itself included."""
+    base = node
+    while _shares_memory(base):
+        base = base.all_input_nodes[0]
+    found, stack = {base}, [base]
+    while stack:
+        here = stack.pop()
+        for user in here.users:
+            if user not in found and _shares_memory(user) and user.all_input_nodes[0] is here:
+                found.add(user)
+                stack.append(user)
+    return found
 
 
 def _parts(expr: Expr) -> list[Expr]:

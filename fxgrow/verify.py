@@ -99,7 +99,7 @@ def _double(value: Any) -> Any:
 
 
 def widen_float(t: torch.Tensor) -> torch.Tensor:
-    return t.detach().double() if t.is_floating_point() else t.detach().clone()
+    return t.detach().to(torch.float64, copy=True) if t.is_floating_point() else t.detach().clone()
 
 
 @contextlib.contextmanager

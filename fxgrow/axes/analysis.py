@@ -162,10 +162,16 @@ class Axes:
         tensor, colon, dim = pattern.rpartition(":")
         if colon and dim.lstrip("-").isdigit():
             return self._by_dim(tensor, int(dim), pattern)
+        raise SpecError(f"no axis matches {pattern!r}. Nearest names: {', '.join(self._nearest(pattern)) or '(none)'}")
+
+    def _nearest(self, pattern: str) -> list[str]:
+        """Names whose role is spelled almost like the pattern's; else whole names that are."""
         import difflib
 
-        near = difflib.get_close_matches(pattern, list(self.by_name), n=4, cutoff=0.4) or list(self.by_name)[:6]
-        raise SpecError(f"no axis matches {pattern!r}. Nearest names: {', '.join(near) or '(the model has no axes)'}")
+        role = pattern.rpartition("/")[2].strip("*")
+        roles = difflib.get_close_matches(role, {i.role for i in self}, n=2)
+        near = [i.name for i in self if i.role in roles][:4]
+        return near or difflib.get_close_matches(pattern, list(self.by_name), n=4, cutoff=0.4) or list(self.by_name)[:6]
 
     def _by_dim(self, tensor: str, dim: int, pattern: str) -> list[AxisInfo]:
         table = self.tensor_dims()

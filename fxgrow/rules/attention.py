@@ -79,7 +79,7 @@ class ScaledDotProductAttention(Rule):
             for x in (a, b, c):
                 ctx.close(x)
             if ctx.args.get("enable_gqa") and size_of(a) != size_of(b):
-                lead.append(annotate(a, lambda info: Info(Content.FREE, info.sources)))
+                lead.append(annotate(a, lambda info: info.becomes(Content.FREE, zeroable=False)))
                 continue
             total = a
             for x in (b, c):
@@ -94,8 +94,9 @@ class ScaledDotProductAttention(Rule):
 
         def one(info: Info) -> Info:
             mine: Any = next(zero, None)
-            keep = mine is not None and mine.content is Content.ZERO
-            return Info(Content.ZERO if keep else info.content, info.sources)
+            if mine is None:
+                return info
+            return mine.becomes(Content.ZERO) if mine.content is Content.ZERO else mine.becomes(info.content)
 
         return annotate(total, one)
 

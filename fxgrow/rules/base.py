@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,17 +71,27 @@ class Info:
 
     ``sources`` are the parameter sites that decide the newborn content; ``site`` is set while the tensor is still the
     parameter itself, seen through views and casts only, so that its use decides how the parameter grows.
+    ``zeroable``: the entries would be zero if all the sources were.
     """
 
     content: Content
     sources: frozenset[Site] = frozenset()
     site: Site | None = None
+    zeroable: bool = True
 
     def join(self, other: Info) -> Info:
-        return Info(Content.join(self.content, other.content), self.sources | other.sources)
+        return Info(
+            Content.join(self.content, other.content),
+            self.sources | other.sources,
+            zeroable=self.zeroable and other.zeroable,
+        )
 
     def closed(self) -> Info:
-        return Info(self.content, self.sources) if self.site is not None else self
+        return replace(self, site=None) if self.site is not None else self
+
+    def becomes(self, content: Content, zeroable: bool = True) -> Info:
+        """The same entries after an op that leaves ``content`` of them; ``zeroable``: the op maps zero to zero."""
+        return Info(content, self.sources, zeroable=self.zeroable and zeroable)
 
 
 def _add(a: Content, b: Content) -> Content:
@@ -498,7 +508,8 @@ class Pattern(Rule):
                 total = ctx.combine(total, e, "add")
             result[letter] = ctx.close(total)
         if factor != 1.0:
-            ctx.rescale_output(1.0 / factor)
+            operand = next(o for o in self.operands if o not in self.bias)
+            ctx.rescale_product(1.0 / factor, operand, self.bias)
         return self._emit(ctx, result)
 
     def resize(self, ctx: Resize) -> None:
@@ -596,7 +607,7 @@ class Pointwise(Rule):
                 or (info.content is Content.ZERO and zero)
                 or (info.content is Content.MEAN and mean)
             )
-            return Info(info.content if keep else Content.FREE, info.sources)
+            return info.becomes(info.content if keep else Content.FREE, zeroable=zero)
 
         return annotate(expr, one)
 

@@ -45,7 +45,7 @@ class LastDimsNorm(Rule):
         for i, dim in enumerate(dims[lead:]):
             result: Expr = dim
             if ctx.grows(dim) and ctx.newborn:
-                result = annotate(dim, lambda info: Info(Content.ZERO, info.sources))
+                result = annotate(dim, lambda info: info.becomes(Content.ZERO))
             if weight is not None:
                 ctx.newborn_constants({"weight": 1.0})
                 result = ctx.combine(result, weight[i], "mul")
@@ -90,7 +90,7 @@ class BatchNorm(Pattern):
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         out = super().grow(ctx)
         assert out is not None
-        out[1] = annotate(out[1], lambda info: Info(Content.FREE, info.sources))  # type: ignore[arg-type]
+        out[1] = annotate(out[1], lambda info: info.becomes(Content.FREE, zeroable=False))  # type: ignore[arg-type]
         return out
 
 
@@ -136,7 +136,7 @@ class GroupNorm(Rule):
             other = ctx.dims(name)
             if other is not None:
                 total = ctx.combine(total, other[0], how)
-        out[1] = ctx.close(annotate(total, lambda info: Info(Content.FREE, info.sources)))
+        out[1] = ctx.close(annotate(total, lambda info: info.becomes(Content.FREE, zeroable=False)))
         return out
 
     def resize(self, ctx: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fxgrow.axes.expr import UNIT, is_unit
-from fxgrow.rules.base import Content, Dims, Info, Pointwise, Structural, annotate, infos, register_rule
+from fxgrow.rules.base import Content, Dims, Info, Opaque, Pointwise, Structural, annotate, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.propagate import Grow
@@ -46,9 +46,11 @@ class Difference(Pointwise):
             return out
         left = ctx.dims("self")
         assert left is not None
-        for i in reduced[1]:
-            if infos(left[i]) and all(x.content is Content.MEAN for x in infos(left[i])):
-                out[i] = annotate(out[i], lambda info: Info(Content.ZERO, info.sources))  # type: ignore[call-overload,arg-type]
+        wide = [i for i in reduced[1] if not is_unit(left[i])]
+        if len(wide) == 1 and ctx.is_whole(left[wide[0]]):
+            (i,) = wide
+            if all(x.content is Content.MEAN for x in infos(left[i])):
+                out[i] = annotate(out[i], lambda info: info.becomes(Content.ZERO))  # type: ignore[call-overload,arg-type]
         return out
 
 
@@ -125,8 +127,23 @@ register_rule(
     Pointwise(),
 )
 register_rule(["aten.lerp.Tensor", "aten.lerp.Scalar", "aten.addcmul.default"], Pointwise())
-register_rule(["aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default"], Pointwise())
-register_rule(["aten.empty_like.default", "aten.rand_like.default", "aten.randn_like.default"], Pointwise())
+
+
+class Like(Pointwise):
+    """A tensor of one value in the shape of another."""
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims = ctx.dims("self")
+        assert dims is not None
+        return [ctx.constant_like(d) for d in dims]
+
+
+register_rule(["aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default"], Like())
+register_rule(
+    [f"aten.{n}.default" for n in ("empty_like", "rand_like", "randn_like", "bernoulli", "rand", "randn", "empty")]
+    + ["aten.bernoulli.p", "aten.bernoulli_.float"],
+    Opaque("its entries are drawn at random or not set"),
+)
 
 
 def _same(ctx: Any, dims: Dims) -> Dims:

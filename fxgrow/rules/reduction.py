@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fxgrow.axes.expr import UNIT
+from fxgrow.axes.expr import UNIT, is_unit
 from fxgrow.rules.base import Content, Dims, Info, Rule, Structural, annotate, infos, register_rule
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Reduce(Rule):
         over = reduced_dims(ctx.args, len(dims))
         grown = [dims[i] for i in over if ctx.grows(dims[i])]
         if grown:
-            self._statistic(ctx, grown)
+            self._statistic(ctx, grown, [dims[i] for i in over if not is_unit(dims[i])])
         keep = bool(ctx.args.get("keepdim"))
         out: Dims = []
         for i, dim in enumerate(dims):
@@ -61,7 +61,7 @@ class Reduce(Rule):
                 out.append(annotate(ctx.close(dim), _nonlinear))
         return out if ctx.result_count is None else [list(out) for _ in range(ctx.result_count)]
 
-    def _statistic(self, ctx: Grow, grown: Dims) -> None:
+    def _statistic(self, ctx: Grow, grown: Dims, over: Dims) -> None:
         contents = {i.content for d in grown for i in infos(d)}
         growth = ctx.growth
         for d in grown:
@@ -72,14 +72,16 @@ class Reduce(Rule):
             return
         if not ctx.newborn:
             n = ctx.uniform_factor(grown)
-            if self.kind == "sum":
-                ctx.rescale_output(1.0 / n)
+            if self.kind in ("sum", "square"):
+                ctx.rescale_output(1.0 / n if self.kind == "sum" else n**-0.5)
             return
         wanted = {"mean": Content.MEAN, "variance": Content.MEAN, "sum": Content.ZERO, "square": Content.ZERO}[
             self.kind
         ]
         if len(grown) != 1 or len(infos(grown[0])) != 1 or not ctx.is_whole(grown[0]):
             raise ctx.refuse("a statistic over a dim of which the growing axis is only a part")
+        if self.kind == "variance" and len(over) != 1:
+            raise ctx.refuse("a variance over several dims, where new units that hold the mean of one still vary")
         (info,) = infos(grown[0])
         if self.kind == "mean" and info.content is Content.ZERO:
             ctx.uniform_factor(grown)
@@ -107,7 +109,7 @@ class Reduce(Rule):
 
 
 def _nonlinear(info: Info) -> Info:
-    return Info(info.content if info.content is Content.CONST else Content.FREE, info.sources)
+    return info.becomes(info.content if info.content is Content.CONST else Content.FREE, zeroable=False)
 
 
 class Variance(Reduce):
@@ -116,11 +118,29 @@ class Variance(Reduce):
     def __init__(self) -> None:
         super().__init__("variance")
 
-    def _statistic(self, ctx: Grow, grown: Dims) -> None:
+    def _statistic(self, ctx: Grow, grown: Dims, over: Dims) -> None:
         unbiased = ctx.args.get("unbiased", ctx.args.get("correction", 1) not in (0, 0.0))
         if unbiased:
             raise ctx.refuse("an unbiased variance depends on the number of units")
-        super()._statistic(ctx, grown)
+        super()._statistic(ctx, grown, over)
+
+
+class VectorNorm(Reduce):
+    """The 2-norm: copies make it larger by the root of their number, zeros leave it; other norms do not grow."""
+
+    def __init__(self) -> None:
+        super().__init__("square")
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        return self._kind(ctx).relate(ctx)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        return self._kind(ctx).grow(ctx)
+
+    @staticmethod
+    def _kind(ctx: Any) -> Reduce:
+        order = ctx.args.get("ord", ctx.args.get("p", 2))
+        return Reduce("square" if order in (2, 2.0, None) else "blocked")
 
 
 register_rule(["aten.mean.dim", "aten.mean.default"], Reduce("mean"))
@@ -129,9 +149,10 @@ register_rule(["aten.var.correction", "aten.var.dim", "aten.var.default"], Varia
 register_rule(["aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim"], Reduce("extremum"))
 register_rule(
     ["aten.argmax.default", "aten.argmin.default", "aten.prod.dim_int", "aten.any.dim", "aten.all.dim"]
-    + ["aten.std.correction", "aten.linalg_vector_norm.default", "aten.logsumexp.default", "aten.var_mean.correction"],
+    + ["aten.std.correction", "aten.logsumexp.default", "aten.var_mean.correction"],
     Reduce("blocked"),
 )
+register_rule(["aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim"], VectorNorm())
 
 
 class Softmax(Rule):
@@ -164,8 +185,8 @@ class Pool(Structural):
             why = "pooling runs over it"
             for d in dims[-n:]:
                 ctx.freeze(d, why)
-            lead = [d if linear else annotate(d, _nonlinear) for d in dims[:-n]]
-            out = [*map(ctx.close, lead), *(ctx.opaque(s, why) for s in ctx.shape[-n:])]
+            lead = [d if linear else annotate(d, _nonlinear) for d in map(ctx.close, dims[:-n])]
+            out = [*lead, *(ctx.opaque(s, why) for s in ctx.shape[-n:])]
             return out if ctx.result_count is None else [list(out) for _ in range(results)]
 
         super().__init__(f)

@@ -1,0 +1,102 @@
+"""What must be refused, with its reason, and nothing changed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import fxgrow
+from tests.models import small_gpt, tokens
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small_gpt()
+
+
+REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
+    "vocabulary logits": ({"axis": "*/vocab", "factor": 2}, fxgrow.GrowthRefused, r"embedding.*looked up by number"),
+    "positions": ({"axis": "*/positions", "factor": 2}, fxgrow.GrowthRefused, "looked up by number"),
+    "frozen among growable": ({"axis": "*", "factor": 2}, fxgrow.GrowthRefused, "name only those that can grow"),
+    "no such name": ({"axis": "*/hiden", "factor": 2}, fxgrow.SpecError, r"no axis matches.*mlp/hidden"),
+    "no such parameter": ({"axis": "transformer.wt.weight:0", "factor": 2}, fxgrow.SpecError, "transformer.wte.weight"),
+    "ambiguous dim": (
+        {"axis": "transformer.h.0.attn.c_attn.weight:0", "factor": 2},
+        fxgrow.SpecError,
+        r"ambiguous.*heads 4 x head_dim 8.*attn/value_dim",
+    ),
+    "factor below 1": ({"axis": "*/hidden", "factor": 0.5}, fxgrow.SpecError, "shrink"),
+    "smaller size": ({"axis": "*/hidden", "to": 8}, fxgrow.SpecError, "shrink"),
+    "no whole number": ({"axis": "*/heads", "factor": 1.3}, fxgrow.SpecError, "no whole number"),
+    "two sizes": ({"axis": "*/hidden", "factor": 2, "to": 8}, fxgrow.SpecError, "exactly one of"),
+    "noise on a writer": (
+        {"axis": "*/hidden", "factor": 2, "noise": {"on": "writers"}},
+        fxgrow.SpecError,
+        "noise on writers changes the function",
+    ),
+    "independent noise": (
+        {"axis": "*/hidden", "factor": 2, "noise": {"kind": "independent"}},
+        fxgrow.SpecError,
+        "independent noise changes the function",
+    ),
+    "dead saddle": (
+        {"axis": "*/hidden", "by": 4, "fill": "add", "fan_in": "zero", "fan_out": "zero"},
+        fxgrow.SpecError,
+        "dead saddle",
+    ),
+    "random in and out": (
+        {"axis": "*/hidden", "by": 4, "fill": "add", "fan_in": "random", "fan_out": "random"},
+        fxgrow.SpecError,
+        "change the function",
+    ),
+    "unknown field": ({"axis": "*/hidden", "factor": 2, "splitt": "even"}, fxgrow.SpecError, "did you mean split"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_its_reason(model: Any, name: str) -> None:
+    operation, kind, reason = REFUSED[name]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(kind, match=reason):
+        fxgrow.grow(model, [{"op": "widen", **operation}], tokens())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_refusal_names_the_users_line(model: Any) -> None:
+    with pytest.raises(fxgrow.GrowthRefused, match=r"model\.py:\d+: .*wte"):
+        fxgrow.grow(model, [{"op": "widen", "axis": "*/vocab", "factor": 2}], tokens())
+
+
+def test_nan_weights_are_refused() -> None:
+    model = small_gpt()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[2, 3] = float("nan")
+    with pytest.raises(fxgrow.GrowthRefused, match=r"transformer.h.1.mlp.c_fc.weight \(1 of"):
+        fxgrow.grow(model, [{"op": "widen", "axis": "*/hidden", "factor": 2}], tokens())
+
+
+def test_unknown_stack_and_layer(model: Any) -> None:
+    with pytest.raises(fxgrow.SpecError, match="transformer.h"):
+        fxgrow.grow(model, [{"op": "deepen", "stack": "layers", "factor": 2}], tokens())
+    with pytest.raises(fxgrow.SpecError, match="no layer matches"):
+        fxgrow.grow(model, [{"op": "insert", "layer": "linear", "after": "nothing"}], tokens())
+
+
+def test_the_failing_operation_is_numbered(model: Any) -> None:
+    spec = [{"op": "widen", "axis": "*/hidden", "factor": 2}, {"op": "widen", "axis": "*/vocab", "factor": 2}]
+    with pytest.raises(fxgrow.GrowthRefused, match=r"operations\.1 \(widen\)"):
+        fxgrow.grow(model, spec, tokens())
+
+
+def test_a_wrong_rule_is_caught_by_the_receipt(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the planner errs, the measurement aborts the growth and the original stays."""
+    from fxgrow.propagate import Grow
+
+    monkeypatch.setattr(Grow, "contract", lambda self, exprs, owners, zero=None: 1.0)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(fxgrow.ExactnessError, match="bug in fxgrow"):
+        fxgrow.grow(model, [{"op": "widen", "axis": "*/hidden", "factor": 2}], tokens())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
