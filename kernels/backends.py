@@ -7,9 +7,10 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from fxgrow.kernels import native, reference
 from fxgrow.kernels.job import Job
-from torch import Tensor
 
 NAMES = ("torch", "cpu", "triton")
 VARIABLE = "FXGROW_KERNELS"

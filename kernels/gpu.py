@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fxgrow.kernels.job import Job
 from torch import Tensor
+
+from fxgrow.kernels.job import Job
 
 
 class Unsupported(Exception):

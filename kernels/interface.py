@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from fxgrow.kernels import backends
 from fxgrow.kernels.job import Job, prepare
 from fxgrow.kernels.maps import FILL_ZERO, DimMap, Noise
-from torch import Tensor
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from fxgrow.kernels.maps import (
     FILL_CONSTANT,
     FILL_MEAN,
@@ -25,7 +27,6 @@ from fxgrow.kernels.maps import (
     row_major,
 )
 from fxgrow.kernels.philox import UNIT, key_words
-from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -100,7 +100,7 @@ struct Task {
 };
 
 constexpr int STRIP = 512;  // columns of a strip: a few buffers of it fit the first-level cache
-constexpr int WORDS = STRIP + 64;
+constexpr int WIDE = 16 * STRIP;
 
 // ---- Philox 4x32-10 ----
 
@@ -120,83 +120,6 @@ inline void philox_quad(u32* out, u64 quad, u32 node, u32 purpose, u32 k0, u32 k
   out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-// The words of values [linear, linear + count); out has room for count + 64. Returns where the first one lies.
-const u32* words(u32* out, u64 linear, int count, u32 node, u32 purpose, const u32* key) {
-  u64 quad = linear >> 2;
-  const int lane = int(linear & 3), quads = (lane + count + 3) >> 2;
-  int i = 0;
-#if defined(__AVX512F__)
-  // 64-bit lanes: the 32-bit product needs no masking, and garbage in the upper halves is never read
-  const __m512i m0 = _mm512_set1_epi64(M0), m1 = _mm512_set1_epi64(M1);
-  const __m512i order_lo = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), order_hi = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  constexpr int V = 2;  // vectors in flight: hides the latency of the multiplier
-  for (; i < quads; i += 8 * V) {
-    __m512i c0[V], c1[V], c2[V], c3[V];
-    for (int v = 0; v < V; ++v) {
-      c0[v] = _mm512_add_epi64(_mm512_set1_epi64(i64(quad + i + 8 * v)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
-      c1[v] = _mm512_srli_epi64(c0[v], 32);
-      c2[v] = _mm512_set1_epi64(node);
-      c3[v] = _mm512_set1_epi64(purpose);
-    }
-    u32 k0 = key[0], k1 = key[1];
-    for (int r = 0; r < 10; ++r) {
-      const __m512i kk0 = _mm512_set1_epi64(k0), kk1 = _mm512_set1_epi64(k1);
-      for (int v = 0; v < V; ++v) {
-        const __m512i p0 = _mm512_mul_epu32(c0[v], m0), p1 = _mm512_mul_epu32(c2[v], m1);
-        c0[v] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1[v], kk0, 0x96);
-        c2[v] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3[v], kk1, 0x96);
-        c1[v] = p1;
-        c3[v] = p0;
-      }
-      k0 += W0;
-      k1 += W1;
-    }
-    for (int v = 0; v < V; ++v) {
-      const __m512i a = _mm512_mask_blend_epi32(0xAAAA, c0[v], _mm512_slli_epi64(c1[v], 32));
-      const __m512i b = _mm512_mask_blend_epi32(0xAAAA, c2[v], _mm512_slli_epi64(c3[v], 32));
-      const __m512i even = _mm512_unpacklo_epi64(a, b), odd = _mm512_unpackhi_epi64(a, b);
-      _mm512_storeu_si512(out + 4 * (i + 8 * v), _mm512_permutex2var_epi64(even, order_lo, odd));
-      _mm512_storeu_si512(out + 4 * (i + 8 * v) + 16, _mm512_permutex2var_epi64(even, order_hi, odd));
-    }
-  }
-#elif defined(__AVX2__)
-  const __m256i m0 = _mm256_set1_epi64x(M0), m1 = _mm256_set1_epi64x(M1);
-  constexpr int V = 2;
-  for (; i < quads; i += 4 * V) {
-    __m256i c0[V], c1[V], c2[V], c3[V];
-    for (int v = 0; v < V; ++v) {
-      c0[v] = _mm256_add_epi64(_mm256_set1_epi64x(i64(quad + i + 4 * v)), _mm256_setr_epi64x(0, 1, 2, 3));
-      c1[v] = _mm256_srli_epi64(c0[v], 32);
-      c2[v] = _mm256_set1_epi64x(node);
-      c3[v] = _mm256_set1_epi64x(purpose);
-    }
-    u32 k0 = key[0], k1 = key[1];
-    for (int r = 0; r < 10; ++r) {
-      const __m256i kk0 = _mm256_set1_epi64x(k0), kk1 = _mm256_set1_epi64x(k1);
-      for (int v = 0; v < V; ++v) {
-        const __m256i p0 = _mm256_mul_epu32(c0[v], m0), p1 = _mm256_mul_epu32(c2[v], m1);
-        c0[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1[v]), kk0);
-        c2[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3[v]), kk1);
-        c1[v] = p1;
-        c3[v] = p0;
-      }
-      k0 += W0;
-      k1 += W1;
-    }
-    for (int v = 0; v < V; ++v) {
-      const __m256i a = _mm256_blend_epi32(c0[v], _mm256_slli_epi64(c1[v], 32), 0xAA);
-      const __m256i b = _mm256_blend_epi32(c2[v], _mm256_slli_epi64(c3[v], 32), 0xAA);
-      const __m256i even = _mm256_unpacklo_epi64(a, b), odd = _mm256_unpackhi_epi64(a, b);
-      _mm256_storeu_si256((__m256i*)(out + 4 * (i + 4 * v)), _mm256_permute2x128_si256(even, odd, 0x20));
-      _mm256_storeu_si256((__m256i*)(out + 4 * (i + 4 * v) + 8), _mm256_permute2x128_si256(even, odd, 0x31));
-    }
-  }
-#else
-  for (; i < quads; ++i) philox_quad(out + 4 * i, quad + i, node, purpose, key[0], key[1]);
-#endif
-  return out + lane;
-}
-
 inline float bits_float(u32 u) {
   float f;
   std::memcpy(&f, &u, 4);
@@ -205,6 +128,17 @@ inline float bits_float(u32 u) {
 inline u32 float_bits(float f) {
   u32 u;
   std::memcpy(&u, &f, 4);
+  return u;
+}
+
+inline double bits_double(u64 u) {
+  double f;
+  std::memcpy(&f, &u, 8);
+  return f;
+}
+inline u64 double_bits(double f) {
+  u64 u;
+  std::memcpy(&u, &f, 8);
   return u;
 }
 
@@ -262,37 +196,158 @@ inline float draw(u32 word) {
   return (w < 5.0f ? p : q) * x;
 }
 
+#if defined(__AVX512F__)
+inline __m512i byte_draws(__m512i words) {
+#if defined(__AVX512VNNI__)
+  const __m512i sum = _mm512_dpbusd_epi32(_mm512_set1_epi32(-510), words, _mm512_set1_epi8(1));
+#else
+  const __m512i mask = _mm512_set1_epi32(0x00FF00FF);
+  const __m512i pairs = _mm512_add_epi32(_mm512_and_si512(words, mask), _mm512_and_si512(_mm512_srli_epi32(words, 8), mask));
+  const __m512i low = _mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF));
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(low, _mm512_srli_epi32(pairs, 16)), _mm512_set1_epi32(-510));
+#endif
+  return _mm512_castps_si512(_mm512_cvtepi32_ps(sum));
+}
+#endif
+
+// The words of values [linear, linear + count), or, with BYTES, the float draws `sum of bytes - 510` made of them.
+// out has room for count + SLACK. Returns where the first one lies.
+constexpr int SLACK = 192;
+template <bool BYTES>
+const u32* generate(u32* out, u64 linear, int count, u32 node, u32 purpose, const u32* key) {
+  u64 quad = linear >> 2;
+  const int lane = int(linear & 3), quads = (lane + count + 3) >> 2;
+  int i = 0;
+#if defined(__AVX512F__)
+  // 64-bit lanes: the 32-bit product needs no masking, and garbage in the upper halves is never read
+  const __m512i m0 = _mm512_set1_epi64(M0), m1 = _mm512_set1_epi64(M1);
+  const __m512i order_lo = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), order_hi = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  constexpr int V = 4;  // vectors in flight: hides the latency of the multiplier
+  for (; i < quads; i += 8 * V) {
+    __m512i c0[V], c1[V], c2[V], c3[V];
+    for (int v = 0; v < V; ++v) {
+      c0[v] = _mm512_add_epi64(_mm512_set1_epi64(i64(quad + i + 8 * v)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+      c1[v] = _mm512_srli_epi64(c0[v], 32);
+      c2[v] = _mm512_set1_epi64(node);
+      c3[v] = _mm512_set1_epi64(purpose);
+    }
+    u32 k0 = key[0], k1 = key[1];
+    for (int r = 0; r < 10; ++r) {
+      const __m512i kk0 = _mm512_set1_epi64(k0), kk1 = _mm512_set1_epi64(k1);
+      for (int v = 0; v < V; ++v) {
+        const __m512i p0 = _mm512_mul_epu32(c0[v], m0), p1 = _mm512_mul_epu32(c2[v], m1);
+        c0[v] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1[v], kk0, 0x96);
+        c2[v] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3[v], kk1, 0x96);
+        c1[v] = p1;
+        c3[v] = p0;
+      }
+      k0 += W0;
+      k1 += W1;
+    }
+    for (int v = 0; v < V; ++v) {
+      const __m512i a = _mm512_mask_blend_epi32(0xAAAA, c0[v], _mm512_slli_epi64(c1[v], 32));
+      const __m512i b = _mm512_mask_blend_epi32(0xAAAA, c2[v], _mm512_slli_epi64(c3[v], 32));
+      const __m512i even = _mm512_unpacklo_epi64(a, b), odd = _mm512_unpackhi_epi64(a, b);
+      __m512i x = _mm512_permutex2var_epi64(even, order_lo, odd), y = _mm512_permutex2var_epi64(even, order_hi, odd);
+      if (BYTES) x = byte_draws(x), y = byte_draws(y);
+      _mm512_storeu_si512(out + 4 * (i + 8 * v), x);
+      _mm512_storeu_si512(out + 4 * (i + 8 * v) + 16, y);
+    }
+  }
+#elif defined(__AVX2__)
+  const __m256i m0 = _mm256_set1_epi64x(M0), m1 = _mm256_set1_epi64x(M1);
+  constexpr int V = 2;
+  for (; i < quads; i += 4 * V) {
+    __m256i c0[V], c1[V], c2[V], c3[V];
+    for (int v = 0; v < V; ++v) {
+      c0[v] = _mm256_add_epi64(_mm256_set1_epi64x(i64(quad + i + 4 * v)), _mm256_setr_epi64x(0, 1, 2, 3));
+      c1[v] = _mm256_srli_epi64(c0[v], 32);
+      c2[v] = _mm256_set1_epi64x(node);
+      c3[v] = _mm256_set1_epi64x(purpose);
+    }
+    u32 k0 = key[0], k1 = key[1];
+    for (int r = 0; r < 10; ++r) {
+      const __m256i kk0 = _mm256_set1_epi64x(k0), kk1 = _mm256_set1_epi64x(k1);
+      for (int v = 0; v < V; ++v) {
+        const __m256i p0 = _mm256_mul_epu32(c0[v], m0), p1 = _mm256_mul_epu32(c2[v], m1);
+        c0[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1[v]), kk0);
+        c2[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3[v]), kk1);
+        c1[v] = p1;
+        c3[v] = p0;
+      }
+      k0 += W0;
+      k1 += W1;
+    }
+    for (int v = 0; v < V; ++v) {
+      const __m256i a = _mm256_blend_epi32(c0[v], _mm256_slli_epi64(c1[v], 32), 0xAA);
+      const __m256i b = _mm256_blend_epi32(c2[v], _mm256_slli_epi64(c3[v], 32), 0xAA);
+      const __m256i even = _mm256_unpacklo_epi64(a, b), odd = _mm256_unpackhi_epi64(a, b);
+      _mm256_storeu_si256((__m256i*)(out + 4 * (i + 4 * v)), _mm256_permute2x128_si256(even, odd, 0x20));
+      _mm256_storeu_si256((__m256i*)(out + 4 * (i + 4 * v) + 8), _mm256_permute2x128_si256(even, odd, 0x31));
+    }
+  }
+#else
+  for (; i < quads; ++i) philox_quad(out + 4 * i, quad + i, node, purpose, key[0], key[1]);
+#endif
+#if !defined(__AVX512F__)
+  if (BYTES)
+    for (int k = 0; k < 4 * quads; ++k) out[k] = float_bits(draw<0>(out[k]));
+#endif
+  return out + lane;
+}
+
+// The float draws of values [linear, linear + count).
+const float* draws(u32* out, i64 distribution, u64 linear, int count, u32 node, u32 purpose, const u32* key) {
+  if (distribution == 0) return reinterpret_cast<const float*>(generate<true>(out, linear, count, node, purpose, key));
+  u32* w = const_cast<u32*>(generate<false>(out, linear, count, node, purpose, key));
+  if (distribution == 1)
+    for (int i = 0; i < count; ++i) w[i] = float_bits(draw<1>(w[i]));
+  else
+    for (int i = 0; i < count; ++i) w[i] = float_bits(draw<2>(w[i]));
+  return reinterpret_cast<const float*>(w);
+}
+
+float draw_one(i64 distribution, u64 linear, u32 node, u32 purpose, const u32* key) {
+  u32 quad[4];
+  philox_quad(quad, linear >> 2, node, purpose, key[0], key[1]);
+  const u32 w = quad[linear & 3];
+  return distribution == 0 ? draw<0>(w) : distribution == 1 ? draw<1>(w) : draw<2>(w);
+}
+
 // ---- element types: the value v in the compute type, rounded to the type, and its bits ----
 
 struct AsF32 {
   using compute = float;
   using bits = u32;
+  static constexpr u32 SIGN = 0x80000000u;
+  static inline u32 bits_compute(float v) { return float_bits(v); }
+  static inline float load_compute(u32 b) { return bits_float(b); }
   static inline float round(float v) { return v; }
+  static inline float round_finite(float v) { return v; }
   static inline u32 store(float v) { return float_bits(v); }
   static inline float load(u32 b) { return bits_float(b); }
 };
 struct AsF64 {
   using compute = double;
   using bits = u64;
+  static constexpr u64 SIGN = 0x8000000000000000ull;
+  static inline u64 bits_compute(double v) { return double_bits(v); }
+  static inline double load_compute(u64 b) { return bits_double(b); }
   static inline double round(double v) { return v; }
-  static inline u64 store(double v) {
-    u64 u;
-    std::memcpy(&u, &v, 8);
-    return u;
-  }
-  static inline double load(u64 b) {
-    double v;
-    std::memcpy(&v, &b, 8);
-    return v;
-  }
+  static inline double round_finite(double v) { return v; }
+  static inline u64 store(double v) { return double_bits(v); }
+  static inline double load(u64 b) { return bits_double(b); }
 };
 struct AsBF16 {
   using compute = float;
   using bits = u16;
-  static inline float round(float v) {
+  static constexpr u32 SIGN = 0x80000000u;
+  static inline u32 bits_compute(float v) { return float_bits(v); }
+  static inline float load_compute(u32 b) { return bits_float(b); }
+  static inline float round(float v) { return v != v ? bits_float(0x7FC00000u) : round_finite(v); }
+  static inline float round_finite(float v) {
     const u32 u = float_bits(v);
-    const u32 r = (u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u;
-    return bits_float((u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : r);
+    return bits_float((u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u);
   }
   static inline u16 store(float rounded) { return u16(float_bits(rounded) >> 16); }
   static inline float load(u16 b) { return bits_float(u32(b) << 16); }
@@ -300,6 +355,9 @@ struct AsBF16 {
 struct AsF16 {
   using compute = float;
   using bits = u16;
+  static constexpr u32 SIGN = 0x80000000u;
+  static inline u32 bits_compute(float v) { return float_bits(v); }
+  static inline float load_compute(u32 b) { return bits_float(b); }
   static inline float round(float v) {
     const u32 u = float_bits(v), sign = u & 0x80000000u, a = u & 0x7FFFFFFFu;
     const u32 r = (a + 0xFFFu + ((a >> 13) & 1u)) & 0xFFFFE000u;
@@ -308,6 +366,12 @@ struct AsF16 {
     m = m >= 0x47800000u ? 0x7F800000u : m;
     m = a > 0x7F800000u ? 0x7FC00000u : m;
     return bits_float(m | sign);
+  }
+  static inline float round_finite(float v) {  // of v >= 0 below infinity
+    const u32 a = float_bits(v);
+    const u32 r = (a + 0xFFFu + ((a >> 13) & 1u)) & 0xFFFFE000u;
+    const float small = (v + 0.5f) - 0.5f;
+    return a < 0x38800000u ? small : bits_float(r);
   }
   static inline u16 store(float rounded) {
     const u32 u = float_bits(rounded), sign = (u >> 16) & 0x8000u, a = u & 0x7FFFFFFFu;
@@ -374,7 +438,7 @@ inline void put(void* to, const void* from, size_t bytes, bool stream) {
   std::memcpy(to, from, bytes);
 }
 
-struct Row {                // one destination row (or the rows of one outer group)
+struct Row {                // one destination row
   i64 source;               // element offset in the source
   i64 target;               // element offset in the destination
   i64 unit[3];
@@ -437,12 +501,12 @@ class Machine {
   std::vector<u32> wide_;
   std::vector<const B*> pointers_;
   alignas(64) C base_[STRIP];
-  alignas(64) u32 gathered_[STRIP];
+  alignas(64) float gathered_[STRIP];
   alignas(64) B scratch_[STRIP];
   alignas(64) C leans_[STRIP];
 
  public:
-  explicit Machine(const Task& task) : t(task), words_(WORDS + 64) {}
+  explicit Machine(const Task& task) : t(task), words_(STRIP + SLACK) {}
 
   void reserve(i64 leaves) {
     if (i64(pointers_.size()) < leaves) {
@@ -453,29 +517,18 @@ class Machine {
     }
   }
 
-  const u32* noise(u64 linear, const i64* units, int count, u32 node, Purpose purpose, const u32* key) {
-    if (!units) return words(words_.data(), linear, count, node, purpose, key);
-    const i64 lo = units[0], span = units[count - 1] - lo + 1;  // units ascend
-    if (span <= 16 * STRIP) {
-      wide_.resize(16 * STRIP + 128);
-      const u32* all = words(wide_.data(), linear + u64(lo), int(span), node, purpose, key);
+  const float* noise(i64 distribution, u64 linear, const i64* units, int count, u32 node, Purpose purpose, const u32* key) {
+    if (!units) return draws(words_.data(), distribution, linear, count, node, purpose, key);
+    i64 lo = units[0], hi = units[0];
+    for (int i = 1; i < count; ++i) lo = std::min(lo, units[i]), hi = std::max(hi, units[i]);
+    if (hi - lo < WIDE && hi - lo < 16 * i64(count)) {
+      wide_.resize(WIDE + SLACK);
+      const float* all = draws(wide_.data(), distribution, linear + u64(lo), int(hi - lo + 1), node, purpose, key);
       for (int i = 0; i < count; ++i) gathered_[i] = all[units[i] - lo];
     } else {
-      for (int i = 0; i < count; ++i) {
-        const u64 at = linear + u64(units[i]);
-        u32 quad[4];
-        philox_quad(quad, at >> 2, node, purpose, key[0], key[1]);
-        gathered_[i] = quad[at & 3];
-      }
+      for (int i = 0; i < count; ++i) gathered_[i] = draw_one(distribution, linear + u64(units[i]), node, purpose, key);
     }
     return gathered_;
-  }
-
-  template <class F>
-  void draws(i64 distribution, F f) {
-    if (distribution == 0) f([](u32 w) { return draw<0>(w); });
-    else if (distribution == 1) f([](u32 w) { return draw<1>(w); });
-    else f([](u32 w) { return draw<2>(w); });
   }
 
   // scale · Π scale_d · virtual source, rounded to the destination type, for a strip of a segment
@@ -489,21 +542,9 @@ class Machine {
       return;
     }
     if (code == RANDOM) {
-      const u64 linear = row.virtual_linear + u64(first);
-      const u32* w;
-      if (units && !std::is_sorted(units, units + count)) {
-        for (int i = 0; i < count; ++i) {
-          const u64 at = linear + u64(units[i]);
-          u32 quad[4];
-          philox_quad(quad, at >> 2, 0, RANDOM_FILL, t.random_key[0], t.random_key[1]);
-          gathered_[i] = quad[at & 3];
-        }
-        w = gathered_;
-      } else {
-        w = noise(linear, units, count, 0, RANDOM_FILL, t.random_key);
-      }
+      const float* raw = noise(0, row.virtual_linear + u64(first), units, count, 0, RANDOM_FILL, t.random_key);
       const C amplitude = C(t.random_amplitude);
-      for (int i = 0; i < count; ++i) base_[i] = T::round(C(draw<0>(w[i])) * amplitude);
+      for (int i = 0; i < count; ++i) base_[i] = T::round(C(raw[i]) * amplitude);
       return;
     }
     if (code == MEAN) {
@@ -526,13 +567,20 @@ class Machine {
         for (int i = 0; i < count; ++i) base_[i] *= factor;
       }
     }
-    for (int i = 0; i < count; ++i) base_[i] = T::round(base_[i]);
+    // source values of the destination's own type are rounded already
+    if (code == MEAN || t.source_type != t.target_type || s.scale || row.factor != 1)
+      for (int i = 0; i < count; ++i) base_[i] = T::round(base_[i]);
+  }
+
+  const Cuts* cuts(i64 leaves) const {
+    const Cuts* c = t.cut;
+    while (c->leaves != leaves) ++c;
+    return c;
   }
 
   // Cut the base strip: leaves of `shape`-sized groups into values_, with signs.
   void cut(i64 shape, const double* lean, i64 lean_row, i64 lean_step, u64 linear, const i64* units, int count) {
-    const Cuts* c = t.cut;
-    while (c->leaves != shape) ++c;
+    const Cuts* c = cuts(shape);
     C* v = values_.data();
     for (int i = 0; i < count; ++i) v[i] = std::fabs(base_[i]);
     for (i64 k = 0; k + 1 < shape; ++k) {
@@ -544,22 +592,19 @@ class Machine {
       const C spread = C(c->spread[k]);
       const bool even = !lean_step && g[0] == 0;
       if (t.tree_noise) {
-        const u32* w = noise(linear, units, count, u32(c->node[k]), SPLIT, t.noise_key);
-        draws(t.distribution, [&](auto raw) {
-          if (even)
-            halve(left, right, count, [&](int i, C) { return flip(C(raw(w[i])) * spread, base_[i]); });
-          else if (lean_step)
-            halve(left, right, count, [&](int i, C x) { return leans_[i] * x + flip(C(raw(w[i])) * spread, base_[i]); });
-          else {
-            const C l = C(g[0]);
-            halve(left, right, count, [&](int i, C x) { return l * x + flip(C(raw(w[i])) * spread, base_[i]); });
-          }
-        });
+        const float* raw = noise(t.distribution, linear, units, count, u32(c->node[k]), SPLIT, t.noise_key);
+        const C *x = base_, *leans = leans_;
+        if (even)
+          halve(left, right, count, [=](int i, C) { return flip(C(raw[i]) * spread, x[i]); });
+        else if (lean_step)
+          halve(left, right, count, [=](int i, C w) { return leans[i] * w + flip(C(raw[i]) * spread, x[i]); });
+        else
+          halve(left, right, count, [=, l = C(g[0])](int i, C w) { return l * w + flip(C(raw[i]) * spread, x[i]); });
       } else if (lean_step) {
-        halve(left, right, count, [&](int i, C x) { return leans_[i] * x; });
+        const C* leans = leans_;
+        halve(left, right, count, [=](int i, C w) { return leans[i] * w; });
       } else {
-        const C l = C(g[0]);
-        halve(left, right, count, [&](int, C x) { return l * x; });
+        halve(left, right, count, [l = C(g[0])](int, C w) { return l * w; });
       }
     }
     for (i64 r = 0; r < shape; ++r) {
@@ -568,7 +613,31 @@ class Machine {
     }
   }
 
-  static inline C flip(C e, C sign) { return std::signbit(sign) ? -e : e; }
+  // e with its sign turned where `sign` is negative
+  static inline C flip(C e, C sign) { return T::load_compute(T::bits_compute(e) ^ (T::bits_compute(sign) & T::SIGN)); }
+
+  // The commonest cut, fused: even pairs, straight to their bits.
+  template <bool NOISE>
+  void pair(u64 linear, const i64* units, const Cuts* c, int count) {
+    const C spread = C(c->spread[0]);
+    const float* __restrict raw =
+        NOISE ? noise(t.distribution, linear, units, count, u32(c->node[0]), SPLIT, t.noise_key) : nullptr;
+    B* __restrict left = stored_.data();
+    B* __restrict right = stored_.data() + STRIP;
+    const C* __restrict base = base_;
+    constexpr C INF = C(INFINITY);
+    for (int i = 0; i < count; ++i) {
+      const C x = base[i], w = std::fabs(x);
+      const C m = NOISE ? flip(C(raw[i]) * spread, x) : C(0);
+      C big = T::round_finite(w * C(0.5) + std::fabs(m));
+      big = big < w ? big : w;
+      C small = w - big;
+      small = w < INF ? small : w;
+      const bool swap = m < 0;
+      left[i] = T::store(std::copysign(swap ? small : big, x));
+      right[i] = T::store(std::copysign(swap ? big : small, x));
+    }
+  }
 
   // left, right = the halves of left: big = rn(w/2 + |m|), at most w; w - big is exact
   template <class F>
@@ -576,7 +645,7 @@ class Machine {
     constexpr C INF = C(INFINITY);
     for (int i = 0; i < count; ++i) {
       const C w = left[i], m = lean(i, w);
-      C big = T::round(w * C(0.5) + std::fabs(m));
+      C big = T::round_finite(w * C(0.5) + std::fabs(m));
       big = big < w ? big : w;
       C small = w - big;
       small = w < INF ? small : w;
@@ -594,28 +663,27 @@ class Machine {
     const C amplitude = C(t.pair_amplitude);
     for (i64 r = 0; r < leaves; ++r) std::fill_n(values_.data() + r * STRIP, count, C(0));
     for (i64 k = 0; k < leaves / 2; ++k) {
-      const u32* w = noise(linear, units, count, u32(k + 1), PAIR, t.noise_key);
+      const float* raw = noise(t.distribution, linear, units, count, u32(k + 1), PAIR, t.noise_key);
       C* plus = values_.data() + 2 * k * STRIP;
       C* minus = plus + STRIP;
-      draws(t.distribution, [&](auto raw) {
-        for (int i = 0; i < count; ++i) {
-          const C z = T::round(C(raw(w[i])) * amplitude);
-          plus[i] = z;
-          minus[i] = -z;
-        }
-      });
+      for (int i = 0; i < count; ++i) {
+        const C z = T::round(C(raw[i]) * amplitude);
+        plus[i] = z;
+        minus[i] = -z;
+      }
     }
   }
 
   // One strip of one segment, for all rows of an outer group that get the same values, or for one row.
   void strip(const Row& row, const Row* rows, i64 row_count, const Segment& s, i64 a, int count, i64 outer_group) {
-    base(row, s, a, count);
     B* target = static_cast<B*>(t.target);
+    base(row, s, a, count);
     const i64* units = s.units ? s.units + a : nullptr;
     if (outer_group >= 0) {  // an outer dim is split: rows are the leaves
       const Outer& o = t.outer[t.split_outer];
       const i64 shape = o.shape[outer_group];
       const bool paired = o.paired && o.paired[outer_group] > 0;
+      const bool even = !paired && shape == 2 && o.lean[o.lean_at[outer_group]] == 0;
       const i64 from = o.start[outer_group], here = o.start[outer_group + 1] - from;
       const i64 leaves = paired ? o.paired[outer_group] : shape;
       reserve(std::max<i64>(leaves, 2));
@@ -623,10 +691,13 @@ class Machine {
       const u64 linear = row.split_linear + u64(t.column_offset + (s.scatter ? 0 : s.base[0] + a));
       const bool addressed = t.tree_noise || paired;
       if (paired) pairs(leaves, linear, nullptr, count);
+      else if (even && t.tree_noise) pair<true>(linear, nullptr, cuts(2), count);
+      else if (even) pair<false>(0, nullptr, cuts(2), count);
       else cut(shape, o.lean + o.lean_at[outer_group], 1, 0, addressed ? linear : 0, nullptr, count);
       for (i64 k = 0; k < here; ++k) {
-        convert(stored_.data(), values_.data() + o.leaf[from + k] * STRIP, count);
-        repeat(s.leaves, stored_.data());
+        B* bits = stored_.data() + o.leaf[from + k] * STRIP;
+        if (!even) convert(bits, values_.data() + o.leaf[from + k] * STRIP, count);
+        repeat(s.leaves, bits);
         for (i64 r = 0; r < row_count; ++r)
           store_leaves(target + rows[r].target + o.entry[from + k] * o.target_stride, repeated_.data(), s, a, count,
                        t.stream, scratch_);
@@ -637,6 +708,14 @@ class Machine {
     if (s.paired) {
       reserve(leaves);
       pairs(leaves, row.split_linear + u64(units ? 0 : s.first + a), units, count);
+    } else if (s.split && leaves == 2 && !s.lean_step && s.lean[0] == 0) {
+      reserve(2);
+      const u64 linear = row.split_linear + u64(units ? 0 : s.first + a);
+      if (t.tree_noise) pair<true>(linear, units, cuts(2), count);
+      else pair<false>(linear, units, cuts(2), count);
+      for (i64 k = 0; k < row_count; ++k)
+        store_leaves(target + rows[k].target, pointers_.data(), s, a, count, t.stream, scratch_);
+      return;
     } else if (s.split) {
       reserve(leaves);
       cut(leaves, s.lean + (s.lean_step ? a : 0), s.lean_step ? s.count : 1, s.lean_step,
@@ -660,12 +739,11 @@ class Machine {
     const C amplitude = C(t.independent_amplitude);
     for (i64 c = from; c < to; c += STRIP) {
       const int count = int(std::min<i64>(STRIP, to - c));
-      const u32* w = words(words_.data(), row.target_linear + u64(t.column_offset + c), count, 0, INDEPENDENT, t.noise_key);
-      draws(t.distribution, [&](auto raw) {
-        for (int i = 0; i < count; ++i)
-          if (row_copy || (t.column_copy && t.column_copy[c + i]))
-            x[c + i] = T::store(T::round(T::load(x[c + i]) + C(raw(w[i])) * amplitude));
-      });
+      const float* raw = draws(words_.data(), t.distribution, row.target_linear + u64(t.column_offset + c), count, 0,
+                               INDEPENDENT, t.noise_key);
+      for (int i = 0; i < count; ++i)
+        if (row_copy || (t.column_copy && t.column_copy[c + i]))
+          x[c + i] = T::store(T::round(T::load(x[c + i]) + C(raw[i]) * amplitude));
     }
   }
 

@@ -23,14 +23,25 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from fxgrow.kernels.job import FLOATS, Job
 from fxgrow.kernels.maps import FILL_MEAN, OLD, Bytes, Dim, Floats, Ints, Tree, cuts_of
 from fxgrow.kernels.philox import DISTRIBUTIONS, UNIT
-from torch import Tensor
 
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w"]
+FLAGS = [
+    "-O3",
+    "-mprefer-vector-width=512",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-w",
+]
 HUGE = 4 << 20  # bytes; fresh destinations from here on ask for huge pages
-STREAM = 8 << 20  # bytes; smaller destinations are left in the cache for whoever reads them next
+STREAM = 1 << 20  # bytes; smaller destinations are left in the cache for whoever reads them next
 ALONE = 1 << 15  # elements; smaller tensors are not worth a second thread
 EXPAND = 64  # trailing elements of an ungrown dim (a convolution's kernel) that are folded into the columns
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

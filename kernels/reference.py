@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from fxgrow.kernels import philox
 from fxgrow.kernels.job import FLOATS, Job, blocks, combine
 from fxgrow.kernels.maps import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, OLD, Ints, Tree
-from torch import Tensor
 
 PLAIN_BLOCK = 1 << 20  # elements; a block of plain copying
 NOISE_BLOCK = 1 << 16  # elements; the int64 temporaries of a block of noise stay in the second-level cache
