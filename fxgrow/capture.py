@@ -101,9 +101,10 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
         raise CaptureError(f"capture needs an nn.Module, got {type(model).__name__}")
     if isinstance(args, torch.Tensor):
         raise CaptureError("args must be a tuple of inputs, got a tensor: write (x,)")
-    args, kwargs = _distinct(tuple(args)), _distinct(dict(kwargs or {}))
+    positional: tuple[Any, ...] = _distinct(tuple(args))
+    keywords: dict[str, Any] = _distinct(dict(kwargs or {}))
     _check_plain(model)
-    known = _remembered(model, args, kwargs)
+    known = _remembered(model, positional, keywords)
     if known is not None:
         known.seconds = time.perf_counter() - start
         return known
@@ -112,14 +113,14 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     try:
         if not was_training:
             model.train()
-        train = _export(model, args, kwargs)
+        train = _export(model, positional, keywords)
         model.eval()
-        evaluation = _export(model, args, kwargs)
+        evaluation = _export(model, positional, keywords)
     finally:
         for name, m in model.named_modules():
             m.training = modes[name]
     both, reason, flags = _align(train, evaluation)
-    program = _program(model, train if both or was_training else evaluation, flags if both else {}, args, kwargs)
+    program = _program(model, train if both or was_training else evaluation, flags if both else {}, positional, keywords)
     program.both_modes, program.mode_reason, program.training = both, reason, was_training
     program.seconds = time.perf_counter() - start
     return program
@@ -276,7 +277,7 @@ def _through_copies(node: fx.Node) -> fx.Node:
 
 def _counts_batches(node: fx.Node) -> bool:
     """``num_batches_tracked.add_(1)``, the one op that only the train graph of a batch norm has."""
-    return node.op == "call_function" and str(node.target) == "aten.add_.Tensor" and node.args[1] == 1
+    return node.op == "call_function" and str(node.target) == "aten.add_.Tensor" and node.args[1] is not None and bool(node.args[1] == 1)
 
 
 def _compare(a: Any, b: Any, names: dict[str, str], path: tuple[Any, ...], out: list[tuple[Any, Any]]) -> bool:
@@ -362,7 +363,7 @@ def _program(
         if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
             env[node] = _inline(graph, exported.graph_module, node, env)
             continue
-        if node.target is operator.getitem and isinstance(env.get(node.args[0]), _Region):  # type: ignore[arg-type]
+        if node.target is operator.getitem and isinstance(env.get(node.args[0]), _Region):
             env[node] = env[node.args[0]][node.args[1]]  # type: ignore[index]
             continue
         new = graph.node_copy(node, lambda n: env[n])
@@ -539,5 +540,5 @@ def _inline(graph: fx.Graph, owner: fx.GraphModule, node: fx.Node, env: dict[fx.
     raise CaptureError(f"region {body_node.target} has no output")
 
 
-class _Region(list):  # type: ignore[type-arg]
+class _Region(list):
     """Results of an inlined region, picked apart by the ``getitem`` nodes that follow it."""

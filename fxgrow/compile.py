@@ -1,4 +1,4 @@
-"""``torch.compile``, region by region: blocks that are alike share one class, so that one of them is compiled for all."""
+"""``torch.compile`` by region: blocks that are alike share one class, so that one is compiled for all."""
 
 from __future__ import annotations
 

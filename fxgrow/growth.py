@@ -179,7 +179,7 @@ def build(
     """Materialise a plan's tensors and regenerate the module."""
 
     def free(name: str) -> None:
-        program.tensor(name).untyped_storage().resize_(0)  # type: ignore[no-untyped-call]
+        program.tensor(name).untyped_storage().resize_(0)
 
     with _timed(seconds, "materialise"):
         tensors = dict(materialise_all(plan, lambda n: program.tensor(n), done=free if consume else None))

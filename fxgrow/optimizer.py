@@ -265,7 +265,7 @@ def carry(
             f"{axes}. Use policy 'asymmetric' or 'copy', or grow by whole even copies"
         )
     names = growth.source_names()
-    new = {n: p for n, p in growth.module.named_parameters(remove_duplicate=True)}
+    new = dict(growth.module.named_parameters(remove_duplicate=True))
     by_source: dict[str, list[str]] = {}
     for name in new:
         source = plans[name].source
@@ -336,7 +336,7 @@ def _construct(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -
     options = {k: v for k, v in optimizer.defaults.items() if k in accepted and k != "params"}
     for g in groups:
         g.pop("param_names", None)
-    made: torch.optim.Optimizer = cls([g for g in groups], **options)  # type: ignore[call-arg]
+    made: torch.optim.Optimizer = cls(list(groups), **options)
     for target, g in zip(made.param_groups, groups, strict=True):
         target.update({k: v for k, v in g.items() if k != "params"})
     return made

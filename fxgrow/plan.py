@@ -1,7 +1,7 @@
 """The growth plan: every decision of a growth, as data.
 
-A plan says how each axis grows (:class:`AxisGrowth`), how each tensor of the new model is made of tensors of the old one
-(:class:`TensorPlan`, one map per dim), and how the graph changes (:class:`Edit`, :class:`CloneBlock`,
+A plan says how each axis grows (:class:`AxisGrowth`), how each tensor of the new model is made of tensors of the old
+one (:class:`TensorPlan`, one map per dim), and how the graph changes (:class:`Edit`, :class:`CloneBlock`,
 :class:`InsertLayer`). Parameters, buffers, optimizer moments and checkpoints are all made by the same tensor plans.
 Plans round-trip through JSON; index maps are run-length encoded there.
 """

@@ -83,7 +83,7 @@ def _clean(graph: fx.Graph, double: bool) -> fx.Graph:
     """A copy without baked devices (and, to verify, without baked float dtypes)."""
     out = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    device: fx.Node | None = None
+    device: Any = None
     for node in graph.nodes:
         new = env[node] = out.node_copy(node, lambda n: env[n])
         if node.op == "call_function":

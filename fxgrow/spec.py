@@ -13,7 +13,9 @@ Operations are members of a discriminated union on ``op``. Packages extend the u
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -203,10 +205,8 @@ class GrowthSpec(BaseModel):
     def operation_adapter(cls) -> TypeAdapter[Any]:
         """The discriminated union over every registered operation."""
         if cls._adapter is None:
-            union: Any = None
-            for name, op in operations().items():
-                member = Annotated[op, Tag(name)]
-                union = member if union is None else union | member
+            members = [Annotated[kind, Tag(name)] for name, kind in operations().items()]
+            union: Any = functools.reduce(operator.or_, members)
             cls._adapter = TypeAdapter(Annotated[union, Discriminator(_op_of)])
         return cls._adapter
 

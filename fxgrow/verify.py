@@ -60,7 +60,8 @@ class Receipt(BaseModel):
 
         return (
             f"{self.params_before:,} -> {self.params_after:,} parameters ({self.exactness}); relative error "
-            f"{show(self.error_float64)} in float64, {show(self.error_native)} native; gradients {show(self.gradient_error)}; "
+            f"{show(self.error_float64)} in float64, {show(self.error_native)} native; "
+            f"gradients {show(self.gradient_error)}; "
             f"{sum(self.seconds.values()):.1f} s"
         )
 
@@ -213,7 +214,7 @@ class Verification:
                 for name, p in parameters.items():
                     g = gradients.get(name)
                     if g is not None:
-                        p -= (0.01 / max(size, 1e-12)) * g
+                        p.sub_(g, alpha=0.01 / max(size, 1e-12))
         new.train(was)
         receipt.dead_parameters = sorted(waiting)
 

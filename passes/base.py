@@ -181,13 +181,16 @@ def apply_edit(graph: fx.Graph, edit: Edit, nodes: dict[str, fx.Node] | None = N
 
 
 def apply_rescale(graph: fx.Graph, change: Rescale, nodes: dict[str, fx.Node] | None = None) -> fx.Node:
-    """Insert ``node * factor`` after a node and send its users there."""
+    """Insert ``node * factor`` after a node and send its users, or the one that is named, there."""
     node = nodes[change.node] if nodes is not None else node_named(graph, change.node)
     with graph.inserting_after(node):
         new = graph.create_node("call_function", torch.ops.aten.mul.Tensor, (node, change.factor), {}, name=change.name)
-    new.meta = {k: v for k, v in node.meta.items()}
+    new.meta = dict(node.meta)
     new.meta["rescale"] = True
-    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    only = (
+        None if change.user is None else (nodes[change.user] if nodes is not None else node_named(graph, change.user))
+    )
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and only in (None, user))
     return new
 
 

@@ -1,4 +1,4 @@
-"""``deepen``: insert blocks into a repeated stack (LLaMA Pro; a learned gate where that is impossible; G_stack copies)."""
+"""``deepen``: insert blocks into a repeated stack (LLaMA Pro; a learned gate elsewhere; G_stack copies on request)."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ def clone_block(program: Program, graph: fx.Graph, change: CloneBlock) -> None:
     env[source] = before
     last = regions[f"{change.stack}.{change.after}"].nodes[-1]
     inside = set(region.nodes)
-    users = [u for u in before.users]
+    users = list(before.users)
     with graph.inserting_after(last):
         anchor = graph.create_node("call_function", torch.ops.aten.alias.default, (before,))
     with graph.inserting_before(anchor):
@@ -330,15 +330,12 @@ def clone_block(program: Program, graph: fx.Graph, change: CloneBlock) -> None:
             dtype = getattr(region.outputs[0].meta.get("val"), "dtype", torch.float32)
             alpha.meta = {"val": torch.empty((), dtype=dtype, device="meta"), "module_path": new_path, "source": ""}
             aten = torch.ops.aten
-            for target, args in (
-                (aten.sub.Tensor, lambda: (out, before)),
-                (aten.mul.Tensor, lambda: (out, alpha)),
-                (aten.add.Tensor, lambda: (before, out)),
-            ):
-                made = graph.call_function(target, args())
-                made.meta = _renamed_meta(region.outputs[0], renamed)
-                made.meta["module_path"] = new_path
-                out = made
+            meta = {**_renamed_meta(region.outputs[0], renamed), "module_path": new_path}
+            difference = graph.call_function(aten.sub.Tensor, (out, before))
+            gated = graph.call_function(aten.mul.Tensor, (difference, alpha))
+            out = graph.call_function(aten.add.Tensor, (before, gated))
+            for made in (difference, gated, out):
+                made.meta = dict(meta)
     graph.erase_node(anchor)
     for user in users:
         user.replace_input_with(before, out)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 
-from fxgrow.passes.base import GrowthPass, State, apply_edit, apply_rescale, register_pass, update_sizes
 from torch import fx
 
 from fxgrow.axes.analysis import AxisInfo
 from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.passes.base import GrowthPass, State, apply_edit, apply_rescale, register_pass, update_sizes
 from fxgrow.plan import (
     FILL_CONSTANT,
     FILL_MEAN,
@@ -181,6 +181,12 @@ def _changes(state: State, outcome: Outcome, sizes: list[Edit]) -> list[Change]:
             name += "_"
         taken.add(name)
         changes.append(Rescale(node=node, factor=factor, name=name, why="constant"))
+    for (user, node), factor in outcome.input_rescales.items():
+        name = f"{node}_scale_{user}"
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        changes.append(Rescale(node=node, factor=factor, name=name, user=user, why="constant"))
     return changes
 
 

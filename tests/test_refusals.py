@@ -79,7 +79,7 @@ def test_nan_weights_are_refused() -> None:
 
 
 def test_unknown_stack_and_layer(model: Any) -> None:
-    with pytest.raises(fxgrow.SpecError, match="transformer.h"):
+    with pytest.raises(fxgrow.SpecError, match=r"transformer\.h"):
         fxgrow.grow(model, [{"op": "deepen", "stack": "layers", "factor": 2}], tokens())
     with pytest.raises(fxgrow.SpecError, match="no layer matches"):
         fxgrow.grow(model, [{"op": "insert", "layer": "linear", "after": "nothing"}], tokens())
