@@ -28,7 +28,7 @@ from fxgrow.schedule import Schedule
 from fxgrow.training import Hyper, Log, Run, Task, seeded, train
 
 SCHEDULE = Path(__file__).with_name("schedule.yaml")
-STEPS = 1500
+STEPS = 1200
 
 
 def task(
@@ -154,7 +154,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 3e-3,
     clip: Annotated[float, typer.Option(min=0, help="Largest gradient norm; 0 turns clipping off.")] = 1.0,
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 50,
-    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: at the end.")] = 250,
+    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: at the end.")] = 200,
     seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to PyTorch.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
