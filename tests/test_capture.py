@@ -1,0 +1,207 @@
+"""Capture: names, ties, buffers, modes, source lines, and one clear error where a model cannot be traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxgrow
+from fxgrow.regenerate import regenerate
+from tests.models import small_cnn, small_gpt, tokens, trained
+
+
+def rebuilt(program: fxgrow.Program) -> Any:
+    return regenerate(program, {n: t.detach().clone() for n, t in program.tensors.items()})
+
+
+def test_names_ties_and_source_lines() -> None:
+    model = small_gpt()
+    program = fxgrow.capture(model, tokens())
+    assert set(program.parameters) == {n for n, _ in model.named_parameters()}
+    assert program.aliases == {"lm_head.weight": "transformer.wte.weight"}
+    linear = [n for n in program.graph.nodes if "linear" in str(n.target)]
+    assert linear[0].meta["module_path"] == "transformer.h.0.attn.c_attn"
+    assert "model.py:" in linear[0].meta["source"]
+    assert "c_attn" in linear[0].meta["source"]
+
+
+def test_one_tensor_passed_twice_is_two_inputs() -> None:
+    class Add(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.a(x) - self.b(y)
+
+    model = Add()
+    x, y = torch.randn(2, 4), torch.randn(2, 4)
+    module = rebuilt(fxgrow.capture(model, (x, x)))
+    assert torch.equal(module(x, y), model(x, y))
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_train_and_eval_share_one_graph(flash: bool) -> None:
+    model = small_gpt(dropout=0.3, flash=flash)
+    program = fxgrow.capture(model, tokens())
+    assert program.both_modes
+    module = rebuilt(program)
+    x, y = tokens(3, batch=2, length=5)
+    for mode in (True, False, True):
+        model.train(mode)
+        module.train(mode)
+        torch.manual_seed(5)
+        expected = model(x, y)[0]
+        torch.manual_seed(5)
+        assert torch.equal(module(x, y)[0], expected)
+    model.train()
+    torch.manual_seed(5)
+    first = module.train()(x, y)[0]
+    torch.manual_seed(6)
+    assert not torch.equal(module(x, y)[0], first)
+
+
+def test_dropout_that_never_sleeps_stays_awake() -> None:
+    class MonteCarlo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(self.fc(x), 0.5, training=True)
+
+    module = rebuilt(fxgrow.capture(MonteCarlo(), (torch.randn(3, 4),))).eval()
+    assert bool((module(torch.ones(50, 4)) == 0).any())
+
+
+def test_batch_norm_updates_its_statistics_in_train_mode_only() -> None:
+    model = small_cnn(torch.float32)
+    x = torch.randn(4, 3, 8, 8)
+    module = rebuilt(fxgrow.capture(model, (x,)))
+    model.train()
+    module.train()
+    for _ in range(2):
+        assert torch.equal(model(x), module(x))
+    module.eval()
+    model.eval()
+    assert torch.equal(model(x), module(x))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
+    assert int(module.state_dict()["1.num_batches_tracked"]) == 2
+
+
+def test_buffers_keep_their_persistence_and_gradients_their_flags() -> None:
+    class Buffers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.fc.bias.requires_grad_(False)
+            self.register_buffer("kept", torch.randn(4))
+            self.register_buffer("dropped", torch.randn(4), persistent=False)
+            self.unused = nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) * self.kept + self.dropped
+
+    model = Buffers()
+    x = torch.randn(3, 4)
+    module = rebuilt(fxgrow.capture(model, (x,)))
+    assert set(module.state_dict()) == set(model.state_dict())
+    assert torch.equal(module(x), model(x))
+    assert {n: p.requires_grad for n, p in module.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
+
+
+def test_dynamic_batch_and_sequence() -> None:
+    model = small_gpt().eval()
+    module = rebuilt(fxgrow.capture(model, tokens())).eval()
+    for batch, length in ((1, 4), (5, 12), (2, 1)):
+        args = tokens(1, batch=batch, length=length)
+        assert torch.equal(module(*args)[0], model(*args)[0])
+
+
+def test_no_grad_regions_stay_without_gradient() -> None:
+    class Region(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                gate = torch.sigmoid(self.a(x))
+            return self.b(x) * gate
+
+    model = Region()
+    x = torch.randn(3, 4)
+    module = rebuilt(fxgrow.capture(model, (x,)))
+    assert torch.equal(module(x), model(x))
+    module(x).sum().backward()
+    assert module.a.weight.grad is None
+    assert module.b.weight.grad is not None
+
+
+def test_keyword_arguments_and_named_outputs() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None, flag: bool = True) -> dict[str, Any]:
+            y = self.fc(x)
+            return {"y": y if scale is None else y * scale, "parts": (y, [y + 1]), "none": None}
+
+    model = Named()
+    x, s = torch.randn(3, 4), torch.randn(3, 1)
+    module = rebuilt(fxgrow.capture(model, (x,), {"scale": s}))
+    a, b = model(x, scale=s), module(x, scale=s)
+    assert a.keys() == b.keys()
+    assert torch.equal(a["y"], b["y"])
+    assert torch.equal(a["parts"][1][0], b["parts"][1][0])
+
+
+def test_a_model_that_cannot_be_traced_gives_one_error_with_its_line() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.sum() > 0:  # data-dependent
+                return self.fc(x)
+            return x
+
+    with pytest.raises(fxgrow.CaptureError, match=r"(?s)Branch.*test_capture\.py:\d+ in forward: if x\.sum\(\) > 0"):
+        fxgrow.capture(Branch(), (torch.randn(2, 4),))
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(fxgrow.CaptureError, match=r"write \(x,\)"):
+        fxgrow.capture(nn.Linear(2, 2), torch.randn(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(fxgrow.CaptureError, match=r"needs an nn\.Module"):
+        fxgrow.capture(torch.relu, (torch.randn(2),))  # type: ignore[arg-type]
+
+
+def test_devices_are_not_baked() -> None:
+    model = small_gpt(torch.float32)
+    module = rebuilt(fxgrow.capture(model, tokens()))
+    assert "device(type" not in module.code
+    on_meta = module.to("meta")
+    x, y = tokens()
+    assert on_meta(x.to("meta"), y.to("meta"))[0].device.type == "meta"
+
+
+def test_a_changed_regenerated_module_is_traced_anew() -> None:
+    model = trained(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)))
+    x = torch.randn(5, 4)
+    growth = fxgrow.grow(model, [{"op": "widen", "axis": "*/hidden", "factor": 2}], (x,))
+    assert fxgrow.capture(growth.module, (x,)).graph is growth.program.graph
+    node = next(n for n in growth.module.graph.nodes if "relu" in str(n.target))
+    node.target = torch.ops.aten.tanh.default
+    growth.module.recompile()
+    again = fxgrow.grow(growth.module, [{"op": "widen", "axis": "*/hidden", "factor": 2}], (x,))
+    assert any("tanh" in str(n.target) for n in again.program.graph.nodes)
+    assert torch.allclose(again.module(x), growth.module(x), atol=1e-6)
