@@ -67,6 +67,7 @@ class Outcome:
     rescales: dict[str, float] = field(default_factory=dict)
     input_rescales: dict[tuple[str, str], float] = field(default_factory=dict)  # (user, operand node) -> factor
     statistics: bool = False
+    multiplied: bool = False  # two activations are multiplied and summed over the axis
 
 
 class Grow:
@@ -123,7 +124,7 @@ class Grow:
                 self._in_place(node)
 
     def _carry_rest(self, node: fx.Node, result: Any) -> None:
-        """A parameter that the op neither reads nor passes on as it is has become part of a value, whatever the rule did."""
+        """A parameter that the op neither reads nor passes on has become part of a value, whatever the rule did."""
         passed = {i.site for d in flat_dims(result) for i in infos(d)}
         for source in node.all_input_nodes:
             for dim in flat_dims(self.env.get(source)):
@@ -161,13 +162,14 @@ class Grow:
 
     def _load(self, node: fx.Node) -> Dims:
         name = str(node.target)
+        trainable = name in self.axes.program.parameters  # a table of zeros would leave its partner without gradient
         out = []
         for i, dim in enumerate(self.axes.dims[node]):
 
             def info(number: int, i: int = i) -> Info:
                 site = (name, i, number)
                 content = self.pinned.get(site, self.default)
-                return Info(content, frozenset([site]), site)
+                return Info(content, frozenset([site]), site, zeroable=trainable)
 
             out.append(self._annotate(dim, info))
         return out
@@ -364,6 +366,7 @@ class Grow:
                 if x.site is not None:
                     self._carry(x)
             read.append(False)
+            self.outcome.multiplied = True
             if self.newborn and not any(x.content is Content.ZERO for x in column):
                 order = sorted(range(len(column)), key=lambda i: (owners[i] != zero, i != len(column) - 1))
                 self.demand(column[order[0]], Content.ZERO, "two activations are multiplied and summed over the axis")
@@ -562,8 +565,8 @@ class Grow:
         if not self.newborn:
             return
         weights = {s: c for s, c in self.outcome.carriers.items() if s[0] in self.axes.program.parameters}
-        paired = self.growth.ids < self.growth.newborn
-        if not weights or not self.outcome.readers or paired:
+        paired = self.growth.ids < self.growth.newborn and bool(self.outcome.readers)
+        if not weights or paired or not (self.outcome.readers or self.outcome.multiplied):
             return
         silent_in = all(c is Content.ZERO for c in weights.values())
         silent_out = all(reader_fill(c) == FILL_ZERO for c in self.outcome.readers.values())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxgrow.axes.expr import UNIT, Expr, Leaf, resolve
-from fxgrow.rules.base import Content, Dims, Info, Pattern, Rule, annotate, infos, register_rule
+from fxgrow.rules.base import Content, Dims, Pattern, Rule, annotate, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fxgrow.axes.expr import UNIT, is_unit
-from fxgrow.rules.base import Content, Dims, Info, Opaque, Pointwise, Structural, annotate, infos, register_rule
+from fxgrow.rules.base import Content, Dims, Opaque, Pointwise, Structural, annotate, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.propagate import Grow
