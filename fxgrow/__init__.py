@@ -7,6 +7,7 @@ optimizer = growth.carry(optimizer)
 
 from fxgrow import passes
 from fxgrow.capture import Program, capture
+from fxgrow.checkpoint import Loaded, load, save
 from fxgrow.errors import (
     CaptureError,
     CheckpointError,
@@ -34,6 +35,7 @@ __all__ = [
     "GrowthRefused",
     "GrowthSpec",
     "Insert",
+    "Loaded",
     "Noise",
     "Program",
     "Receipt",
@@ -41,8 +43,10 @@ __all__ = [
     "Widen",
     "capture",
     "grow",
+    "load",
     "passes",
     "plan_growth",
     "register_operation",
     "register_rule",
+    "save",
 ]

@@ -1,4 +1,4 @@
-"""A program as plain data: graph, names, ties, and nothing that could run code when it is read.
+"""A graph as plain data, with nothing in it that could run code when it is read.
 
 The graph of a :class:`~fxgrow.capture.Program` is flat and made of ATen ops, so that a list of nodes says all of it.
 Ops are written by name and found again among registered PyTorch operators only; every name that would end up in
@@ -14,6 +14,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -24,7 +25,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import CeilToInt, CleanDiv, FloorDiv, FloorToInt, Max, Min, Mod, PythonMod, TruncToInt
 
 from fxgrow.axes.analysis import result_sizes, sizes_of
-from fxgrow.capture import Program
 from fxgrow.errors import CheckpointError
 
 #: the only Python functions a graph may call; everything else is a registered operator
@@ -174,8 +174,8 @@ def decode_size(text: int | str, where: str = "size") -> Any:
             return -build(node.operand)
         if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
             left, right = build(node.left), build(node.right)
-            if isinstance(node.op, ast.Pow) and not (right.is_Integer and abs(int(right)) <= 64):
-                raise ValueError("power too large")
+            if isinstance(node.op, ast.Pow) and not (right.is_Integer and abs(int(right)) <= 64 and left.free_symbols):
+                raise ValueError("a power of numbers can be huge")
             return _BINARY[type(node.op)](left, right)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS:
             if node.keywords or len(node.args) > 8:
@@ -191,6 +191,8 @@ def decode_size(text: int | str, where: str = "size") -> Any:
         size = build(ast.parse(text, mode="eval").body)
     except (ValueError, SyntaxError, TypeError, ArithmeticError, AttributeError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{where}: {text[:80]!r} is not a size (integers, names and arithmetic)") from error
+    if not size.is_Integer and not size.free_symbols:
+        raise CheckpointError(f"{where}: {text[:80]!r} is not a size: it is no whole number")
     return int(size) if size.is_Integer else size
 
 
@@ -221,10 +223,16 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
             entry["value"] = value
         for key, short in (("module_path", "module"), ("module_call", "call"), ("source", "source")):
             if node.meta.get(key):
-                entry[short] = node.meta[key]
+                entry[short] = _relative(node.meta[key]) if key == "source" else node.meta[key]
         entry.update({key: True for key in ("is_flag", "rescale") if node.meta.get(key)})
         out.append(entry)
     return out
+
+
+def _relative(source: str) -> str:
+    """A source line without the place of the user's own folder on this machine."""
+    here = str(Path.cwd()) + "/"
+    return source.removeprefix(here)
 
 
 def target_name(target: Any) -> str:
@@ -309,9 +317,7 @@ def _decode_result(node: fx.Node, value: Any, environment: ShapeEnv, where: str)
             return
         if "int" in value:
             size = decode_size(value["int"], where)
-            node.meta["val"] = (
-                size if isinstance(size, int) else torch.SymInt(SymNode(size, environment, int, None))  # type: ignore[no-untyped-call]
-            )
+            node.meta["val"] = size if isinstance(size, int) else torch.SymInt(SymNode(size, environment, int, 2))
         elif "results" in value:
             pairs = [None if e is None else tensor(e) for e in value["results"]]
             node.meta["val"] = [None if p is None else p[0] for p in pairs]
@@ -395,25 +401,12 @@ def path_name(name: Any, where: str) -> str:
     """A dotted module or tensor path that is safe in generated code.
 
     Raises:
-        CheckpointError: it is empty, or holds quotes, backslashes or control characters.
+        CheckpointError: it is empty, or holds quotes, backslashes, control characters or names like ``__class__``.
     """
-    if not isinstance(name, str) or not _PATH.fullmatch(name) or ".." in name or "__" in name.partition(".")[0][:2]:
+    if (
+        not isinstance(name, str)
+        or not _PATH.fullmatch(name)
+        or any(not part or part.startswith("__") for part in name.split("."))
+    ):
         raise CheckpointError(f"{where}: {str(name)[:80]!r} is not a path of modules")
     return name
-
-
-# programs -------------------------------------------------------------------------------------------------------------
-
-
-def program_to_json(program: Program) -> dict[str, Any]:
-    """Everything of a program but its tensors and example inputs."""
-    return {
-        "class_name": program.class_name,
-        "training": program.training,
-        "both_modes": program.both_modes,
-        "mode_reason": program.mode_reason,
-        "module_types": {k: v for k, v in program.module_types.items() if not k.startswith("_empty")},
-        "containers": dict(program.containers),
-        "ties": dict(program.aliases),
-        "graph": graph_to_json(program.graph),
-    }

@@ -1,0 +1,600 @@
+"""Grown models on disk: safetensors and one JSON manifest, no pickle.
+
+A checkpoint is a folder::
+
+    manifest.json            versions, plan, receipt, names, ties, the flat graph: see :class:`Manifest`
+    model.safetensors        every parameter, buffer and constant once, under its own name
+    examples.safetensors     the example inputs and what the model gave for them (left out with ``examples=False``)
+
+The module is regenerated from the graph, so that loading needs neither the user's code nor a new trace, and what comes
+back can be analysed and grown again. ``model.safetensors`` is an ordinary state dict: other tools can read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import fx, nn
+
+import fxgrow
+from fxgrow.capture import Program
+from fxgrow.errors import CheckpointError
+from fxgrow.growth import Growth
+from fxgrow.plan import GrowthPlan
+from fxgrow.regenerate import code_of, regenerate
+from fxgrow.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name
+from fxgrow.verify import Receipt, relative_errors
+
+FORMAT: Final = "fxgrow-checkpoint"
+VERSION = 1
+MANIFEST, MODEL, EXAMPLES = "manifest.json", "model.safetensors", "examples.safetensors"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TensorRecord(_Model):
+    """One stored tensor."""
+
+    kind: Literal["parameter", "buffer", "constant"]
+    shape: list[int]
+    dtype: str
+    requires_grad: bool = False
+    persistent: bool = True
+    channels_last: bool = False
+
+
+class Manifest(_Model):
+    """What ``manifest.json`` holds.
+
+    Attributes:
+        format, version: of the checkpoint; a newer version than :data:`VERSION` is refused.
+        fxgrow, torch: versions that wrote it, for people.
+        plan, receipt: of the growth that made the model, where there was one.
+        training: the module's mode; ``both_modes`` says that its graph serves train and eval.
+        containers: module path to class name, the whole tree.
+        ties: further names of a tied tensor to the name it is stored under.
+        tensors: what ``model.safetensors`` holds.
+        graph: see :func:`fxgrow.serialize.graph_to_json`.
+        inputs: example arguments, tensors by their names in ``examples.safetensors``.
+    """
+
+    format: Literal["fxgrow-checkpoint"] = FORMAT
+    version: int = VERSION
+    fxgrow: str
+    torch: str
+    class_name: str
+    parameters: int = Field(description="elements of all parameters, tied ones once")
+    training: bool
+    both_modes: bool
+    mode_reason: str = ""
+    containers: dict[str, str]
+    module_types: dict[str, str] = Field(default_factory=dict)
+    ties: dict[str, str] = Field(default_factory=dict)
+    tensors: dict[str, TensorRecord]
+    plan: dict[str, Any] | None = None
+    receipt: dict[str, Any] | None = None
+    inputs: dict[str, Any] | None = None
+    graph: list[dict[str, Any]]
+
+
+@dataclass
+class Loaded:
+    """What :func:`load` returns. It can be saved and grown again like the growth it was.
+
+    Attributes:
+        module: a GraphModule in the mode it was saved in.
+        plan, receipt: of the growth that made it; None where there was none.
+        program: graph and names.
+        args, kwargs: the example inputs, empty where they were not stored.
+        outputs: the tensors that the model gave for them in eval mode, in order; None where not stored.
+        manifest: everything else.
+    """
+
+    module: fx.GraphModule
+    plan: GrowthPlan | None
+    receipt: Receipt | None
+    program: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[torch.Tensor] | None
+    manifest: Manifest
+
+    def replay_error(self) -> float:
+        """Largest relative difference between what the model gives for its examples now and what it gave when saved.
+
+        Raises:
+            CheckpointError: the checkpoint has no examples.
+        """
+        if self.outputs is None:
+            raise CheckpointError("the checkpoint was saved without examples, so that there is nothing to compare with")
+        now = _run(self.program, self.module, self.args, self.kwargs)
+        if len(now) != len(self.outputs):
+            raise CheckpointError(f"the model returns {len(now)} tensors, the checkpoint has {len(self.outputs)}")
+        return max((e.relative_error for e in relative_errors(self.outputs, now)), default=0.0)
+
+    def compile(self, **options: Any) -> fx.GraphModule:
+        """Like :meth:`fxgrow.Growth.compile`."""
+        from fxgrow.compile import compile_regions
+
+        return compile_regions(self.module, **options)
+
+
+# saving ---------------------------------------------------------------------------------------------------------------
+
+
+def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples: bool = True) -> Path:
+    """Write a grown model, with the weights it has now, to a folder.
+
+    The folder appears whole or not at all. One that holds an older checkpoint is replaced; anything else is left alone.
+
+    Args:
+        growth: from :func:`fxgrow.grow` or :func:`load`, or the module of one.
+        path: of the folder.
+        examples: store the example inputs and the model's outputs for them, so that ``fxgrow verify`` can tell
+            whether a loaded model still computes the same. Turn it off where the inputs are private.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: the module was edited by hand, or holds something that cannot be stored.
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    module = growth if isinstance(growth, nn.Module) else growth.module
+    plan = None if isinstance(growth, nn.Module) else growth.plan
+    receipt = None if isinstance(growth, nn.Module) else growth.receipt
+    program = module.meta.get("fxgrow") if isinstance(module, fx.GraphModule) else None
+    if not isinstance(program, Program):
+        raise CheckpointError(
+            "only modules made by fxgrow can be saved this way; save others with safetensors.torch.save_model"
+        )
+    if code_of(module) != module.meta.get("fxgrow_code"):
+        raise CheckpointError("the module's graph was edited after the growth; save its state dict, or capture it anew")
+    if path.exists() and not (path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir()))):
+        raise CheckpointError(f"{path} exists and is not a checkpoint; choose another path")
+    tensors, records = _collect(program, module)
+    manifest = Manifest(
+        fxgrow=fxgrow.__version__,
+        torch=torch.__version__,
+        class_name=program.class_name,
+        parameters=sum(p.numel() for p in module.parameters()),
+        training=module.training,
+        both_modes=program.both_modes,
+        mode_reason=program.mode_reason,
+        containers=dict(program.containers),
+        module_types={k: v for k, v in program.module_types.items() if not k.startswith("_empty")},
+        ties=dict(program.aliases),
+        tensors=records,
+        plan=None if plan is None else _plain(plan),
+        receipt=None if receipt is None else _plain(receipt),
+        graph=graph_to_json(program.graph),
+    )
+    stored: dict[str, torch.Tensor] = {}
+    if examples and (program.args or program.kwargs) and not any(t.is_meta for t in tensors.values()):
+        args, kwargs = _to_device((program.args, program.kwargs), next(iter(tensors.values()), torch.empty(0)).device)
+        manifest.inputs = _encode_inputs(args, kwargs, stored)
+        for i, output in enumerate(_run(program, module, args, kwargs)):
+            stored[f"output.{i}"] = output
+    with _atomic_folder(path) as folder:
+        _write_tensors(tensors, folder / MODEL)
+        if stored:
+            _write_tensors(stored, folder / EXAMPLES)
+        _write_text(folder / MANIFEST, _lines(manifest.model_dump(mode="json", exclude_none=True)))
+    return path
+
+
+def _collect(program: Program, module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, TensorRecord]]:
+    own: dict[str, torch.Tensor] = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    records: dict[str, TensorRecord] = {}
+    for name in program.tensors:
+        tensor = own.get(name)
+        if tensor is None:
+            raise CheckpointError(f"the module has no tensor {name!r} any more")
+        kind: Literal["parameter", "buffer", "constant"] = (
+            "parameter" if name in program.parameters else "buffer" if name in program.buffers else "constant"
+        )
+        records[name] = TensorRecord(
+            kind=kind,
+            shape=list(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            requires_grad=tensor.requires_grad,
+            persistent=kind != "constant" and (kind == "parameter" or name in program.persistent),
+            channels_last=_channels_last(tensor),
+        )
+    for alias, name in program.aliases.items():
+        if own.get(alias) is not own.get(name):
+            raise CheckpointError(
+                f"{alias} and {name} were one tensor when the model was captured and are two now; tie them again "
+                f"(or capture the model anew)"
+            )
+    return {n: own[n] for n in records}, records
+
+
+def _channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _plain(model: BaseModel) -> dict[str, Any]:
+    """A pydantic model as JSON data; infinities as strings, which pydantic reads back."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        if isinstance(value, dict):
+            return {k: finite(v) for k, v in value.items()}
+        return [finite(v) for v in value] if isinstance(value, list) else value
+
+    out: dict[str, Any] = finite(model.model_dump(mode="json", exclude_none=True))
+    return out
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
+
+
+def _encode_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], stored: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def encode(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            name = f"input.{len(stored)}"
+            stored[name] = value
+            return {"tensor": name}
+        if type(value) in (list, tuple):
+            items = [encode(v) for v in value]
+            return items if isinstance(value, list) else {"tuple": items}
+        if type(value) is dict and all(isinstance(k, str) for k in value):
+            return {"dict": [[k, encode(v)] for k, v in value.items()]}
+        return encode_value(value, "the example inputs")
+
+    return {"args": encode(args), "kwargs": encode(kwargs)}
+
+
+def _decode_inputs(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict) and "tensor" in value:
+        if value["tensor"] not in tensors:
+            raise CheckpointError(f"{EXAMPLES} has no tensor {value['tensor']!r}")
+        return tensors[value["tensor"]]
+    if isinstance(value, dict) and "tuple" in value:
+        return tuple(_decode_inputs(v, tensors) for v in value["tuple"])
+    if isinstance(value, dict) and "dict" in value:
+        return {str(k): _decode_inputs(v, tensors) for k, v in value["dict"]}
+    if isinstance(value, list):
+        return [_decode_inputs(v, tensors) for v in value]
+    return decode_value(value, {}, "the example inputs")
+
+
+def _run(program: Program, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Output tensors in eval mode (or the only mode there is), on copies of the inputs; the module is left as it is."""
+    modes = {name: m.training for name, m in module.named_modules()}
+    buffers = {n: b.clone() for n, b in module.named_buffers()} if not program.both_modes and program.training else {}
+    try:
+        if program.both_modes:
+            module.eval()
+        with torch.no_grad():
+            copies = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
+            result = module(*copies[0], **copies[1])
+    finally:
+        for name, m in module.named_modules():
+            m.training = modes[name]
+        for name, buffer in buffers.items():
+            module.get_buffer(name).copy_(buffer)
+    return [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+
+
+def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """One safetensors file; tensors that share memory are stored apart, ties having been taken care of."""
+    seen: set[int] = set()
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is on the meta device and has no values to store")
+        flat = tensor.detach().cpu().contiguous()
+        storage = flat.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != flat.numel() * flat.element_size():
+            flat = flat.clone()
+        seen.add(flat.untyped_storage().data_ptr())
+        plain[name] = flat
+    try:
+        save_file(plain, path, metadata={"format": "pt"})
+    except (SafetensorError, ValueError, KeyError) as error:
+        kinds = sorted({str(t.dtype) for t in plain.values()})
+        raise CheckpointError(f"safetensors cannot store these tensors ({', '.join(kinds)}): {error}") from error
+    path.chmod(0o644)  # safetensors makes files that only the owner can read
+    _sync(path)
+
+
+def _lines(data: dict[str, Any]) -> str:
+    """JSON with one line for each entry of each table, so that people can read and compare manifests."""
+
+    def compact(value: Any) -> str:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+    parts = []
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            inner = ",\n".join(f"  {compact(k)}: {compact(v)}" for k, v in value.items())
+            parts.append(f" {compact(key)}: {{\n{inner}\n }}")
+        elif isinstance(value, list) and value:
+            inner = ",\n".join(f"  {compact(v)}" for v in value)
+            parts.append(f" {compact(key)}: [\n{inner}\n ]")
+        else:
+            parts.append(f" {compact(key)}: {compact(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``path`` when the block ends, and vanishes when it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            os.replace(path, old)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(old, path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+# loading --------------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        CheckpointError: there is none, it is not one, or it was written by a newer version.
+    """
+    file = Path(path) / MANIFEST
+    if not Path(path).is_dir() or not file.is_file():
+        raise CheckpointError(
+            f"{path} is not a checkpoint folder (of fxgrow.save or fxgrow grow): it has no {MANIFEST}"
+        )
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is not the manifest of a checkpoint: it does not say format {FORMAT!r}")
+    version = data.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise CheckpointError(
+            f"{file} has version {version!r}, written by fxgrow {data.get('fxgrow', '?')}; this is fxgrow "
+            f"{fxgrow.__version__}, which reads up to {VERSION}. Update fxgrow"
+        )
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        raise CheckpointError(f"{file} is damaged: {_first(error)}") from error
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
+    """Read a checkpoint folder and regenerate its module. Runs none of the stored graph.
+
+    Args:
+        path: the folder.
+        device: where the tensors go.
+
+    Raises:
+        CheckpointError: something is missing, does not fit, or is of a newer version; the message says what and where.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    tensors = _read_tensors(path / MODEL, device)
+    _check_tensors(manifest, tensors, path / MODEL)
+    try:
+        graph = graph_from_json(manifest.graph)
+        plan = None if manifest.plan is None else GrowthPlan.model_validate(manifest.plan)
+        receipt = None if manifest.receipt is None else Receipt.model_validate(manifest.receipt)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error}") from error
+    except (ValidationError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: its plan or receipt cannot be read: {_first(error)}") from error
+    _check_names(manifest, graph, path / MANIFEST)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    outputs = None
+    if manifest.inputs is not None:
+        stored = _read_tensors(path / EXAMPLES, device)
+        args = _decode_inputs(manifest.inputs.get("args"), stored)
+        kwargs = _decode_inputs(manifest.inputs.get("kwargs"), stored)
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+            raise CheckpointError(f"{path / MANIFEST}: the example inputs are damaged")
+        outputs = [stored[n] for n in (f"output.{i}" for i in range(len(stored))) if n in stored]
+
+    def of(kind: str) -> dict[str, torch.Tensor]:
+        return {n: tensors[n] for n, r in manifest.tensors.items() if r.kind == kind}
+
+    program = Program(
+        graph=graph,
+        parameters=of("parameter"),
+        buffers=of("buffer"),
+        constants=of("constant"),
+        aliases=dict(manifest.ties),
+        persistent={
+            *(n for n, r in manifest.tensors.items() if r.kind == "buffer" and r.persistent),
+            *(a for a, n in manifest.ties.items() if manifest.tensors[n].persistent),
+        },
+        requires_grad={n: r.requires_grad for n, r in manifest.tensors.items()},
+        module_types=dict(manifest.module_types),
+        class_name=manifest.class_name,
+        training=manifest.training,
+        both_modes=manifest.both_modes,
+        mode_reason=manifest.mode_reason,
+        args=args,
+        kwargs=kwargs,
+        containers=dict(manifest.containers),
+    )
+    try:
+        module = regenerate(program, {n: tensors[n] for n in manifest.tensors})
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, SyntaxError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: the module cannot be made of its graph: {_first(error)}") from error
+    own = dict(module.named_parameters(remove_duplicate=False))
+    program.parameters = {n: own[n] for n in program.parameters}
+    return Loaded(module, plan, receipt, program, args, kwargs, outputs, manifest)
+
+
+def _read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _check_tensors(manifest: Manifest, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    mistakes = [f"{n} is missing" for n in manifest.tensors if n not in tensors]
+    mistakes += [f"{n} is in no manifest" for n in tensors if n not in manifest.tensors]
+    for name, record in manifest.tensors.items():
+        if name not in tensors:
+            continue
+        tensor = tensors[name]
+        said = f"{record.dtype} {record.shape}"
+        found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        if said != found:
+            mistakes.append(f"{name} is {found}, the manifest says {said}")
+        elif record.channels_last:
+            tensors[name] = tensor.to(memory_format=torch.channels_last)
+    if mistakes:
+        raise CheckpointError(f"{path} does not fit its manifest: {_some(mistakes)}")
+
+
+def _check_names(manifest: Manifest, graph: fx.Graph, path: Path) -> None:
+    where = str(path)
+    for name in [*manifest.tensors, *manifest.ties, *(p for p in manifest.containers if p)]:
+        path_name(name, where)
+    for alias, name in manifest.ties.items():
+        if name not in manifest.tensors or alias in manifest.tensors:
+            raise CheckpointError(f"{where}: {alias} is tied to {name}, which is no stored tensor")
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target != "training" and str(node.target) not in manifest.tensors:
+            raise CheckpointError(f"{where}: graph node {node.name} reads {node.target}, which is no stored tensor")
+        sizes = node.meta.get("sizes")
+        record = manifest.tensors.get(str(node.target)) if node.op == "get_attr" else None
+        if record is not None and sizes is not None and list(sizes) != record.shape:
+            raise CheckpointError(
+                f"{where}: the graph expects {node.target} to be {list(sizes)}, it is {record.shape}: "
+                "graph and tensors are of different models"
+            )
+
+
+def _first(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        item = error.errors()[0]
+        return f"{'.'.join(map(str, item['loc'])) or '(top)'}: {item['msg']}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _some(mistakes: list[str], most: int = 6) -> str:
+    more = f"; and {len(mistakes) - most} more" if len(mistakes) > most else ""
+    return "; ".join(mistakes[:most]) + more
+
+
+# plain state dicts ----------------------------------------------------------------------------------------------------
+
+
+def load_weights(module: nn.Module, file: str | Path) -> None:
+    """Load a plain safetensors state dict (or the one inside a checkpoint folder) into a module, strictly.
+
+    Names of tied tensors may be there once or more often. Values are converted to the module's dtypes only where that
+    loses nothing (bfloat16 to float32).
+
+    Raises:
+        CheckpointError: the file cannot be read, or names, shapes or dtypes differ; all mistakes are listed, and the
+            module is as it was.
+    """
+    path = Path(file)
+    if path.is_dir():
+        path = path / MODEL
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise CheckpointError(
+            f"{path} looks like a pickle, which fxgrow does not read. Convert it once, where you trust it: "
+            f"safetensors.torch.save_model(model, {str(path.with_suffix('.safetensors'))!r})"
+        )
+    tensors = _read_tensors(path, "cpu")
+    own = module.state_dict(keep_vars=True)
+    by_tensor: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        by_tensor.setdefault(id(tensor), []).append(name)
+    hidden = {n for n, _ in module.named_buffers() if n not in own}  # not persistent; a checkpoint of ours stores them
+    mistakes: list[str] = []
+    for name, tensor in own.items():
+        names = by_tensor[id(tensor)]
+        present = [n for n in names if n in tensors]
+        if not present:
+            if name == names[0]:
+                mistakes.append(f"{' = '.join(names)} {list(tensor.shape)} is missing in the file")
+            continue
+        if name not in tensors:
+            continue
+        found = tensors[name]
+        if found.shape != tensor.shape:
+            mistakes.append(f"{name} is {list(found.shape)} in the file, {list(tensor.shape)} in the model")
+        elif torch.promote_types(found.dtype, tensor.dtype) != tensor.dtype:
+            mistakes.append(
+                f"{name} is {str(found.dtype).removeprefix('torch.')} in the file, which "
+                f"{str(tensor.dtype).removeprefix('torch.')} cannot hold without loss"
+            )
+        elif any(not torch.equal(tensors[n], tensors[present[0]]) for n in present[1:]) and name == present[0]:
+            mistakes.append(f"{' and '.join(present)} are one tensor in the model and differ in the file")
+    constants = _constants_beside(path)
+    mistakes += [f"{n} is not in the model" for n in tensors if n not in own and n not in hidden and n not in constants]
+    if mistakes:
+        raise CheckpointError(f"{path} does not fit {type(module).__name__}: {_some(mistakes)}")
+    buffers = dict(module.named_buffers())
+    with torch.no_grad():
+        for name, value in tensors.items():
+            target = own.get(name, buffers.get(name) if name in hidden else None)
+            if target is not None:
+                target.copy_(value)
+
+
+def _constants_beside(path: Path) -> set[str]:
+    """Names of constants, where the file belongs to a checkpoint of ours."""
+    if path.name != MODEL or not (path.parent / MANIFEST).is_file():
+        return set()
+    manifest = read_manifest(path.parent)
+    return {n for n, r in manifest.tensors.items() if r.kind == "constant"}
