@@ -232,6 +232,9 @@ def register_pass(op: str, planner: Planner, growth_pass: type[GrowthPass]) -> N
 
 def run_operation(state: State, operation: Operation) -> list[Step]:
     """Plan one operation of a spec and apply it to the working graph."""
+    from fxgrow.plugins import load_plugins
+
+    load_plugins("fxgrow.passes")
     name = operation.op  # type: ignore[attr-defined]
     if name not in PASSES:
         raise GrowthRefused(f"no pass is registered for operation {name!r}; see fxgrow.passes.register_pass")

@@ -433,9 +433,11 @@ _warned: set[str] = set()
 
 def analyse(program: Program) -> Axes:
     """Find the axes of a program. Never fails: what cannot be related is frozen with the reason."""
+    from fxgrow.plugins import load_plugins
     from fxgrow.rules import RULES
     from fxgrow.rules.base import Opaque, op_name
 
+    load_plugins("fxgrow.rules")
     unifier = Unifier()
     env: dict[fx.Node, Any] = {}
     ctx = Relate(unifier, env)
@@ -472,7 +474,10 @@ def analyse(program: Program) -> Axes:
                 env[node] = rule.relate(ctx)
             except Conflict as conflict:
                 env[node] = Opaque(f"fxgrow cannot relate its dims ({conflict})").relate(ctx)
-            _check_result(node, env[node])
+            wrong = _wrong_result(node, env[node])
+            if wrong:
+                warnings.warn(f"{wrong}: a bug in the rule; the axes it touches are frozen", stacklevel=3)
+                env[node] = Opaque(f"fxgrow's rule for {name} does not fit this call").relate(ctx)
     for name, places in unknown.items():
         if name not in _warned:
             _warned.add(name)
@@ -490,17 +495,20 @@ def _output_nodes(node: fx.Node) -> list[fx.Node]:
     return [x for x in pytree.tree_leaves(node.args[0]) if isinstance(x, fx.Node)]
 
 
-def _check_result(node: fx.Node, dims: Any) -> None:
-    """A rule that returns dims of other sizes than the tensor has is a bug, caught where it happens."""
+def _wrong_result(node: fx.Node, dims: Any) -> str:
+    """What is wrong with the dims that a rule returned, by their sizes; empty where nothing is."""
     several = result_sizes(node)
+    if several is not None and (
+        not isinstance(dims, list) or any(d is not None and not isinstance(d, list) for d in dims)
+    ):
+        return f"the rule for {node.target} gives one result where the op has {len(several)}"
     pairs = list(zip(several, dims or [], strict=False)) if several is not None else [(sizes_of(node), dims)]
     for sizes, d in pairs:
         if sizes is None or d is None:
             continue
         if len(sizes) != len(d) or not all(same_size(size_of(x), s) for x, s in zip(d, sizes, strict=True)):
-            raise AssertionError(
-                f"rule for {node.target} gives dims of sizes {[size_of(x) for x in d]} for a tensor of {sizes}"
-            )
+            return f"the rule for {node.target} gives dims of {[size_of(x) for x in d]} for a tensor of {sizes}"
+    return ""
 
 
 _ = (UNIT, is_static, is_unit)

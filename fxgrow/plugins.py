@@ -1,0 +1,56 @@
+"""Packages extend fxgrow through entry points, without being imported by anybody.
+
+    [project.entry-points."fxgrow.operations"]
+    prune = "mypackage.growth:Prune"              # a class deriving from fxgrow.spec.Operation
+
+    [project.entry-points."fxgrow.passes"]
+    prune = "mypackage.growth:register"           # called once; calls fxgrow.passes.register_pass
+
+    [project.entry-points."fxgrow.rules"]
+    mypackage = "mypackage.rules"                 # imported once; calls fxgrow.register_rule
+
+An entry of the last two groups is a function, which is called, or a module, whose import is enough. A plug-in that
+cannot be loaded is reported as a warning and does not stop anything else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+GROUPS = ("fxgrow.operations", "fxgrow.passes", "fxgrow.rules")
+_loaded: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An installed plug-in: its entry-point group, name, and ``package.module:object``."""
+
+    group: str
+    name: str
+    value: str
+    package: str
+
+
+def plugins() -> list[Plugin]:
+    """Every installed plug-in, loaded or not."""
+    return [
+        Plugin(group, e.name, e.value, e.dist.name if e.dist is not None else "?")
+        for group in GROUPS
+        for e in entry_points(group=group)
+    ]
+
+
+def load_plugins(group: str) -> None:
+    """Load the plug-ins of ``fxgrow.passes`` or ``fxgrow.rules`` that are installed; once per process."""
+    if group in _loaded:
+        return
+    _loaded.add(group)
+    for entry in entry_points(group=group):
+        try:
+            found = entry.load()
+            if callable(found):
+                found()
+        except Exception as error:
+            warnings.warn(f"plug-in {entry.name} = {entry.value} of {group} cannot be loaded: {error!r}", stacklevel=2)
