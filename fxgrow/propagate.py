@@ -1,8 +1,8 @@
 """The proof: grow one axis through the whole graph, op by op, and decide what each parameter does about it.
 
-The pass is an abstract interpretation. Every tensor's occurrence of the axis carries a :class:`Content`, what is known of
-its newborn entries. Parameters that *write* the axis start out free; an op that needs more (a norm needs the mean, a
-score needs zero keys) demands it of the writers that reach it, and the pass starts over with that pinned. Parameters
+The pass is an abstract interpretation. Every tensor's occurrence of the axis carries a :class:`Content`, what is known
+of its newborn entries. Parameters that *write* the axis start out free; an op that needs more (a norm needs the mean,
+a score needs zero keys) demands it of the writers that reach it, and the pass starts over with that pinned. Parameters
 that *read* the axis are then given what makes the sum come out: shares for copies, zeros where newborn entries are not
 zero already. If every op agrees, the growth is exact; else it is refused with the op, the source line and the reason.
 """
@@ -66,7 +66,9 @@ class Outcome:
     edits: dict[tuple[str, str], Any] = field(default_factory=dict)
     rescales: dict[str, float] = field(default_factory=dict)
     input_rescales: dict[tuple[str, str], float] = field(default_factory=dict)  # (user, operand node) -> factor
+    scale_requests: dict[str, dict[str, float]] = field(default_factory=dict)  # tensor -> user node -> factor
     statistics: bool = False
+    uneven_gradients: bool = False  # an op gives one of several equal copies all the gradient
     multiplied: bool = False  # two activations are multiplied and summed over the axis
 
 
@@ -98,6 +100,7 @@ class Grow:
                 self._interpret()
             except _Restart:
                 continue
+            self._settle_scales()
             self._check_alive()
             return self.outcome
         raise GrowthRefused(f"cannot grow {self.name}: demands on its parameters do not settle")
@@ -141,7 +144,7 @@ class Grow:
         if from_parameter(target) and target.op != "get_attr":
             raise self.refuse("writes in place into a view of a parameter or buffer")
         position = {n: i for i, n in enumerate(self.axes.program.graph.nodes)}
-        for alias in _aliases(target) - {target, node}:
+        for alias in _aliases(target) - {target, node} if self.newborn else ():
             if any(position[u] > position[node] and u is not node for u in alias.users):
                 raise self.refuse("writes in place into memory that is also used through another view")
         self.env[target] = self.env[node]
@@ -345,10 +348,14 @@ class Grow:
             raise self.refuse("the operands of the sum carry the axis in different ways")
         read: list[bool] = []
         for column in zip(*sides, strict=True):
+            here = [x.site for x in column]
             open_ = [
                 i
                 for i, x in enumerate(column)
-                if x.site is not None and x.site not in self.forced and x.site not in self.outcome.carriers
+                if x.site is not None
+                and here.count(x.site) == 1
+                and x.site not in self.forced
+                and x.site not in self.outcome.carriers
             ]
             if open_:
                 reader = next((i for i in reversed(open_) if owners[i] in ("weight", "mat2", "other")), open_[-1])
@@ -472,6 +479,27 @@ class Grow:
         """Set a literal of the current op."""
         self.outcome.edits[self.node.name, argument] = value
 
+    def scale_shared(self, operand: str, factor: float) -> bool:
+        """Multiply a parameter, provided that every op that uses it asks for the same. False where that is hopeless."""
+        value = self.args.get(operand)
+        if not isinstance(value, fx.Node) or value.op != "get_attr":
+            return False
+        if any(u.target != self.node.target for u in value.users):
+            return False
+        self.outcome.scale_requests.setdefault(str(value.target), {})[self.node.name] = factor
+        return True
+
+    def _settle_scales(self) -> None:
+        users = {str(n.target): n.users for n in self.axes.program.graph.nodes if n.op == "get_attr"}
+        for name, requests in self.outcome.scale_requests.items():
+            if len(set(requests.values())) != 1 or {u.name for u in users[name]} != set(requests):
+                raise GrowthRefused(
+                    f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: {name} is used by several "
+                    "ops, not all of which need the same scale of it"
+                )
+            before, folded = self.outcome.scales.get(name, (1.0, False))
+            self.outcome.scales[name] = (before * next(iter(requests.values())), folded)
+
     def scale_parameter(self, operand: str, factor: float, fold: bool = False, node: fx.Node | None = None) -> bool:
         """Multiply a parameter that only this op uses. Returns False where it is shared."""
         owner = node if node is not None else self.node
@@ -484,7 +512,7 @@ class Grow:
         return True
 
     def rescale_output(self, factor: float) -> None:
-        """Multiply the op's result by a constant: in a literal that follows, in the norm before it, or by a new node."""
+        """Multiply the op's result by a constant: in a literal that follows it, or by a new node."""
         node = self.node
         users = list(node.users)
         if len(users) == 1 and users[0].args and users[0].args[0] is node:
@@ -570,6 +598,11 @@ class Grow:
             return
         silent_in = all(c is Content.ZERO for c in weights.values())
         silent_out = all(reader_fill(c) == FILL_ZERO for c in self.outcome.readers.values())
+        trained = [s for s in self.outcome.readers if s[0] in self.axes.program.parameters]
+        if silent_out and self.outcome.readers and not trained and not self.outcome.multiplied:
+            raise GrowthRefused(
+                f"cannot grow {self.name}: only buffers read its new units, with weights 0 that no training changes"
+            )
         if silent_in and silent_out:
             raise GrowthRefused(
                 f"cannot grow {self.name}: its new units would have zero incoming and zero outgoing weights, a dead "

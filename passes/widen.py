@@ -134,6 +134,7 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
     _plan_tensors(state, op, info, outcome)
     pinned = {c.value for c in run.pinned.values()}
     exact_gradients = not (outcome.statistics and (growth.newborn > 0 or op.split == "uneven"))
+    exact_gradients &= not outcome.uneven_gradients
     step.axes.append(
         AxisGrowth(
             name=info.name,

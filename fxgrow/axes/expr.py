@@ -108,8 +108,14 @@ def size_of(expr: Expr) -> Size:
 
 
 def same_size(a: Size, b: Size) -> bool:
-    """Equality of sizes; sympy compares structurally, which is all that is claimed here."""
-    return bool(a == b)
+    """Equality of sizes; of dynamic ones, as polynomials."""
+    if isinstance(a, int) or isinstance(b, int):
+        return bool(a == b)
+    if a == b:
+        return True
+    import sympy
+
+    return bool(sympy.expand(a - b) == 0)
 
 
 def quotient(a: Size, b: Size) -> Size | None:
@@ -478,9 +484,8 @@ class Unifier:
         if not is_static(total) or total > limit:
             return None
         if isinstance(expr, Axis):
-            if expr.frozen is None or total <= limit:
-                expr.binding = Concat((UNIT,) * total)
-                return [UNIT] * total
+            expr.binding = Concat((UNIT,) * total)
+            return [UNIT] * total
         if isinstance(expr, Concat) and all(is_unit(p) for p in expr.parts):
             return list(expr.parts)
         return None

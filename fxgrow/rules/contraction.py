@@ -101,7 +101,8 @@ class Einsum(Rule):
         equation = str(ctx.args["equation"]).replace(" ", "")
         left, arrow, right = equation.partition("->")
         if not arrow:
-            raise Conflict(f"einsum {equation!r} without '->'")
+            letters = sorted(set(left.replace("...", "")) - {","})
+            right = ("..." if "..." in left else "") + "".join(x for x in letters if left.count(x) == 1)
         terms = left.split(",")
         nodes = list(ctx.args["tensors"])
         names = [f"tensors{i}" for i in range(len(nodes))]
@@ -113,16 +114,20 @@ class Einsum(Rule):
             return " ".join("..." if c == "@" else c for c in term.replace("...", "@"))
 
         summed = sorted(set(left) - set(right) - set(",."))
+        if "..." in left and "..." not in right:
+            raise Conflict(f"einsum {equation!r} sums over its unnamed dims")
         for letter in summed:
             if sum(letter in t for t in terms) == 1:
                 raise Conflict(f"einsum {equation!r} sums {letter!r} of one operand alone")
-        if len(terms) > 2 and any(sum(letter in t for t in terms) > 2 for letter in summed):
-            raise Conflict(f"einsum {equation!r} contracts three operands at once")
         rule = Pattern(", ".join(map(spaced, terms)) + " -> " + spaced(right), names, sum=" ".join(summed), bias=())
         return getattr(rule, method)(ctx)
 
 
 register_rule("aten.einsum.default", Einsum())
+register_rule(
+    "aten.bilinear.default",
+    Pattern("... i, ... j, o i j, o? -> ... o", ["input1", "input2", "weight", "bias"], sum="i j"),
+)
 
 
 class Convolution(Pattern):

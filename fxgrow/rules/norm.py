@@ -57,7 +57,7 @@ class LastDimsNorm(Rule):
         if eta != 1.0:
             ctx.edit("eps", self._eps(ctx) * eta**2)
             if bias is not None or weight is not None:
-                if weight is None or not ctx.scale_parameter("weight", eta):
+                if weight is None or not ctx.scale_shared("weight", eta):
                     raise ctx.refuse("the norm's weight is shared or missing, so that its scale cannot be adjusted")
             else:
                 ctx.rescale_output(eta)
@@ -86,6 +86,13 @@ class BatchNorm(Pattern):
             roles={"c": "channels"},
             newborn={"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0},
         )
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        dims = ctx.dims("input")
+        assert dims is not None
+        for dim in (dims[0], *dims[2:]):
+            ctx.freeze(dim, "batch norm takes statistics over it")
+        return super().relate(ctx)
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         out = super().grow(ctx)

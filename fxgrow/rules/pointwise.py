@@ -55,7 +55,10 @@ class Difference(Pointwise):
 
 
 ZERO = "relu gelu silu tanh neg abs sin sinh asinh atan erf sign leaky_relu elu selu celu mish hardswish square expm1 relu6"
-FREE = "sigmoid exp exp2 cos cosh softplus hardsigmoid log_sigmoid sgn round floor ceil trunc logical_not bitwise_not isnan isinf isfinite"
+FREE = (
+    "sigmoid exp exp2 cos cosh softplus hardsigmoid log_sigmoid sgn round floor ceil trunc logical_not bitwise_not "
+    "isnan isinf isfinite"
+)
 DOMAIN = "log log2 log10 log1p rsqrt sqrt reciprocal acos asin"
 
 for _name in ZERO.split():
@@ -167,6 +170,46 @@ register_rule(
     ],
     Structural(_same),
 )
+
+
+class PReLU(Pointwise):
+    """``x`` where positive, else ``weight * x``, one weight per entry of dim 1 (or one for all)."""
+
+    def relate(self, ctx: Any) -> Dims | list[Dims] | None:
+        dims, weight = ctx.dims("self"), ctx.dims("weight")
+        if weight and not is_unit(weight[0]):
+            ctx.unify(dims[1 if len(dims) > 1 else 0], weight[0])
+        return list(dims)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims, weight = ctx.dims("self"), ctx.dims("weight")
+        assert dims is not None
+        ctx.newborn_constants({"weight": 0.25})
+        out = [self._unary(ctx, ctx.close(d)) for d in dims]
+        i = 1 if len(dims) > 1 else 0
+        if weight and not is_unit(weight[0]) and ctx.grows(dims[i]):
+            out[i] = ctx.combine(dims[i], weight[0], "mul_first")
+        return out
+
+
+register_rule("aten.prelu.default", PReLU(zero=True))
+
+
+class Overwrite(Pointwise):
+    """``self.copy_(src)`` and ``self.fill_(value)``: what ``self`` held is gone."""
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims = ctx.dims("self")
+        assert dims is not None
+        source = ctx.dims("src") or []
+        out = []
+        for i, dim in zip(range(-len(dims), 0), dims, strict=True):
+            other = source[i] if -i <= len(source) else UNIT
+            out.append(ctx.constant_like(dim) if is_unit(other) else ctx.close(other))
+        return out
+
+
+register_rule(["aten.copy_.default", "aten.fill_.Tensor", "aten.fill_.Scalar", "aten.zero_.default"], Overwrite())
 
 
 class Glu(Pointwise):

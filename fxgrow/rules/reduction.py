@@ -67,6 +67,8 @@ class Reduce(Rule):
         for d in grown:
             ctx.close(d)
         if self.kind == "extremum":
+            ctx.outcome.statistics = True  # amax shares a gradient evenly among equal copies
+            ctx.outcome.uneven_gradients |= ctx.result_count is not None  # max gives it to one of them
             if ctx.newborn and contents != {Content.CONST} and contents != {Content.MEAN}:
                 raise ctx.refuse("an extremum over new units")
             return

@@ -140,6 +140,35 @@ def _view_as(ctx: Any, dims: Dims) -> Dims:
     return list(ctx.regroup(dims, ctx.shape))
 
 
+class BroadcastTensors(Rule):
+    """Every operand expanded to their common shape."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        return self._join(ctx)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        return self._join(ctx)
+
+    def _join(self, ctx: Any) -> list[Dims]:
+        operands = [d for _, d in ctx.tensor_operands()]
+        rank = max(map(len, operands))
+        operands = [[UNIT] * (rank - len(d)) + d for d in operands]
+        whole: Dims = []
+        for column in zip(*operands, strict=True):
+            present = [d for d in column if not is_unit(d)]
+            for other in present[1:]:
+                ctx.unify(present[0], other)
+            whole.append(present[0] if present else UNIT)
+        return [
+            [
+                ctx.constant_like(w) if is_unit(x) and not is_unit(w) else ctx.close(x)
+                for x, w in zip(d, whole, strict=True)
+            ]
+            for d in operands
+        ]
+
+
+register_rule("aten.broadcast_tensors.default", BroadcastTensors())
 register_rule(["aten.view_as.default", "aten.reshape_as.default"], Structural(_view_as))
 
 
@@ -377,7 +406,8 @@ class Blocked(Structural):
                     out.append(ctx.opaque(ctx.shape[i], why))
                 else:
                     out.append(dim)
-            return out
+            n = ctx.result_count
+            return out if n is None else [list(out) for _ in range(n)]
 
         super().__init__(f)
 
@@ -395,7 +425,7 @@ def _listed(name: str) -> Callable[[Any, int], list[int]]:
 register_rule(["aten.roll.default"], Blocked(_listed("dims"), "its entries are rolled"))
 register_rule(["aten.flip.default"], Blocked(_listed("dims"), "its entries are reversed"))
 register_rule(
-    ["aten.cumsum.default", "aten.cumprod.default", "aten.sort.default"],
+    ["aten.cumsum.default", "aten.cumprod.default", "aten.sort.default", "aten.argsort.default", "aten.topk.default"],
     Blocked(_listed("dim"), "its entries depend on their order"),
 )
 
