@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import fxgrow
+from fxgrow.compile import compile_regions
 from fxgrow.errors import CheckpointError, FxgrowError, SpecError
 from fxgrow.optimizer import SliceRates, slice_rates
 from fxgrow.schedule import GrowthEvent, GrowthScheduler
@@ -211,7 +212,7 @@ def train(
     eval_batches = [batch("val", number) for number in range(hyper.eval_batches)]
     log = Log(out / "log.jsonl", resumed=run if resumed else None)
     log.write("resume" if resumed else "start", **standing(run), name=task.name, hyper=asdict(hyper))
-    forward = compiled(run.model) if hyper.compile else run.model
+    forward = compiled(run.model) if hyper.compile and run.flops_per_batch else run.model
     apart = Copies.none()
     started = time.perf_counter() - run.seconds
 
@@ -244,7 +245,7 @@ def train(
                 grow_seconds = time.perf_counter() - grow_started
                 loss_before = metrics.get("val_loss") or evaluate(task, forward, eval_batches)
                 run.model, run.optimizer = event.module.train(), event.optimizer
-                forward = compiled(run.model) if hyper.compile else run.model
+                forward = run.model
                 metrics = {**metrics, "val_loss": evaluate(task, forward, eval_batches)}
                 run.val_loss, run.flops_per_batch = metrics["val_loss"], 0
                 apart = Copies.of(run.model)
@@ -265,13 +266,14 @@ def train(
             step_loss = 0.0
             for _ in range(accumulation):
                 data = batch("train", run.batches)
-                # Counted once per module, on the plain one: a compiled module hides its operators.
+                # The first micro-batch of every module is counted, and compiled after it: compiled code hides its ops.
                 counting = run.flops_per_batch == 0
                 with flop_counter() if counting else contextlib.nullcontext() as counter:
-                    loss = task.loss(run.model if counting else forward, data)
+                    loss = task.loss(forward, data)
                     (loss / accumulation).backward()
                 if counter is not None:
                     run.flops_per_batch = counter.get_total_flops()
+                    forward = compiled(run.model) if hyper.compile else run.model
                 step_loss += loss.item() / accumulation
                 run.batches += 1
                 run.tokens += task.tokens(data)
@@ -337,6 +339,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def compiled(model: nn.Module) -> nn.Module:
+    """``model`` compiled: a grown one block by block and in place, any other as a whole."""
+    if isinstance(model, torch.fx.GraphModule):
+        return compile_regions(model)
     wrapped: Any = torch.compile(model)
     return wrapped
 

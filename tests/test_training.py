@@ -225,6 +225,19 @@ def test_resume_across_a_compiled_growth_equals_uninterrupted_to_the_bit(tmp_pat
         assert optimizer_state(whole.optimizer) == optimizer_state(rest.optimizer)
 
 
+@pytest.mark.compile
+@pytest.mark.slow
+def test_compiled_training_grows_and_counts_like_eager(tmp_path: Path) -> None:
+    growth = {"trigger": {"step": 2}, "operations": [{**WIDEN, "axis": "*/hidden"}]}
+    eager, compiled = (
+        run(make(schedule=[growth], steps=4, eval_every=2, compile=c), tmp_path / str(c)) for c in (False, True)
+    )
+    assert compiled.flops == eager.flops
+    assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
+    for name, tensor in eager.model.state_dict().items():
+        torch.testing.assert_close(compiled.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer) -> str:
     tensors: dict[str, Tensor] = {}
     packed = training.pack(optimizer.state_dict(), "o", tensors)
