@@ -28,6 +28,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 import fxgrow
-from fxgrow.errors import SpecError
+from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.spec import GrowthSpec
 from fxgrow.spec import json_schema as spec_schema
 
@@ -408,6 +409,30 @@ class GrowthScheduler:
             accumulation=growth.accumulation,
         )
 
+    def check(self, model: torch.nn.Module) -> list[int]:
+        """Plan every growth that is still to come, without making any: a mistake shows before hours of training do.
+
+        Returns:
+            The numbers of parameters: now, and after each growth.
+
+        Raises:
+            CaptureError, SpecError, GrowthRefused: of the first growth that would fail, with its place.
+        """
+        program = fxgrow.capture(getattr(model, "_orig_mod", model), *self._inputs())
+        sizes = [sum(p.numel() for p in program.parameters.values())]
+        operations: list[Any] = []
+        for number, growth in enumerate(self.schedule.growths[len(self._fired) :], len(self._fired)):
+            first = len(operations)
+            operations += growth.spec.operations
+            try:  # all growths so far as one: a plan has no tensors that the next could start from
+                plan, _ = fxgrow.plan_growth(program, GrowthSpec(operations=operations))
+            except FxgrowError as error:
+                found = re.fullmatch(r"operations\.(\d+) (\(.*)", str(error), re.DOTALL)
+                where = f"operations.{int(found[1]) - first} {found[2]}" if found else str(error)
+                raise type(error)(f"growths.{number} ({growth.name or growth.trigger}): {where}") from error
+            sizes.append(plan.parameters_after)
+        return sizes
+
     def lr_factor(self, step: int) -> float:
         """Factor on the base learning rate at ``step``: the product over the growths that have happened."""
         return math.prod(growth.lr_factor(step - at) for growth, at in self._fired)
@@ -471,14 +496,16 @@ class GrowthScheduler:
     ) -> tuple[Any, torch.optim.Optimizer | None]:
         """Grow, and carry the optimizer over; neither the model nor the optimizer passed in is changed."""
         model = getattr(model, "_orig_mod", model)
-        args, kwargs = self._args() if callable(self._args) else (self._args, self._kwargs)
-        grown = fxgrow.grow(model, growth.spec, args, kwargs, **how)
+        grown = fxgrow.grow(model, growth.spec, *self._inputs(), **how)
         if optimizer is None:
             return grown, None
         policy = growth.optimizer
         options = {"warmup": policy.warmup, "peak": policy.peak, "ramp": policy.ramp}
         given = {name: value for name, value in options.items() if value is not None}
         return grown, grown.carry(optimizer, policy.policy, **given)
+
+    def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
+        return self._args() if callable(self._args) else (self._args, self._kwargs)
 
     def _due(
         self,

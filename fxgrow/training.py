@@ -209,6 +209,9 @@ def train(
         restore(run)
     else:  # an earlier run's checkpoint in this folder must not be taken for one of this run
         (out / "checkpoints" / "latest").unlink(missing_ok=True)
+    if scheduler.next is not None:  # a mistake in the schedule shows now, not at its step
+        sizes = scheduler.check(run.model)
+        console.print(f"planned: {' → '.join(map(human, sizes))} parameters", highlight=False)
     eval_batches = [batch("val", number) for number in range(hyper.eval_batches)]
     log = Log(out / "log.jsonl", resumed=run if resumed else None)
     log.write("resume" if resumed else "start", **standing(run), name=task.name, hyper=asdict(hyper))

@@ -308,3 +308,60 @@ def test_example_inputs_may_be_made_anew_and_compiled_models_are_unwrapped(calls
     assert calls[0].args == (1,)
     assert calls[0].kwargs == {"k": 2}
     assert calls[0].model is MODEL
+
+
+class Chain(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(x)))
+
+
+def test_a_schedule_is_checked_before_anything_is_grown() -> None:
+    model = Chain()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    args = (torch.randn(2, 3),)
+    size = sum(p.numel() for p in model.parameters())
+    good = GrowthScheduler([entry(step=1), entry(step=2)], args)
+    assert good.check(model) == [size, size + 4 * (3 + 1 + 2), size + 12 * (3 + 1 + 2)]
+    assert good.fired == []
+    bad = GrowthScheduler(
+        [entry(step=1), {**entry(step=2), "operations": [WIDEN, {**WIDEN, "axis": "*/hiden"}], "name": "second"}], args
+    )
+    with pytest.raises(SpecError, match=r"growths\.1 \(second\): operations\.1 \(widen\): no axis matches"):
+        bad.check(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_compiled_growth_and_a_refused_one_in_a_loop_of_ones_own() -> None:
+    torch.manual_seed(0)
+    model, x = Chain(), torch.randn(5, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = GrowthScheduler(
+        [
+            {**entry(step=2), "optimizer": {"policy": "copy"}},
+            {**entry(step=3), "operations": [{**WIDEN, "axis": "no"}]},
+        ],
+        args=(x[:2],),
+    )
+    current: torch.nn.Module = model
+    for step in range(3):
+        while event := scheduler.step(current, optimizer, step=step):
+            torch.testing.assert_close(event.module(x), current(x))
+            assert isinstance(event.optimizer, torch.optim.AdamW)
+            assert event.optimizer.state[event.module.get_parameter("up.weight")]["step"] == 2
+            current, optimizer = event.module, event.optimizer
+        current(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert current.get_parameter("up.weight").shape == (8, 3)
+    before = [p.detach().clone() for p in current.parameters()]
+    state = json.dumps(scheduler.state_dict())
+    with pytest.raises(SpecError, match="no"):
+        scheduler.step(current, optimizer, step=3)
+    assert json.dumps(scheduler.state_dict()) == state
+    assert all(torch.equal(a, b) for a, b in zip(before, current.parameters(), strict=True))
+    assert optimizer.param_groups[0]["params"] == list(current.parameters())

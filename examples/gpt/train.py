@@ -56,12 +56,13 @@ def task(
 
 
 def config_of(module: nn.Module, original: GPTConfig, batch: tuple[Tensor, ...]) -> GPTConfig:
-    """The config of the GPT that ``module`` has grown to, from the sizes of its axes.
+    """The config of the GPT that ``module`` has grown to, from the sizes of its axes and the literals of its graph.
 
     Raises:
         ValueError: its blocks differ from each other, so that no config describes it.
     """
-    sizes = {axis.name: axis.size for axis in fxgrow.capture(module, batch).axes}
+    program = fxgrow.capture(module, batch)
+    sizes = {axis.name: axis.size for axis in program.axes}
     layers = sum(name.endswith(".ln_1.weight") for name in module.state_dict())
 
     def block(axis: str, default: int | None) -> int | None:
@@ -70,8 +71,16 @@ def config_of(module: nn.Module, original: GPTConfig, batch: tuple[Tensor, ...])
             raise ValueError(f"the blocks differ in {axis}: {sorted(map(str, every))}; no GPTConfig describes that")
         return every.pop()
 
+    # some growths keep the function by changing a constant: the eps of a norm, the scale of the attention scores
+    nodes = list(program.graph.nodes)
+    epsilons = {n.args[4] for n in nodes if n.target is torch.ops.aten.layer_norm.default and len(n.args) > 4}
+    scales = {n.kwargs.get("scale") for n in nodes if "scaled_dot_product" in str(n.target)}
+    if len(epsilons) > 1 or len(scales) > 1:
+        raise ValueError(f"norms with eps {epsilons}, attention with scales {scales}: no GPTConfig describes that")
     return dataclasses.replace(
         original,
+        norm_eps=epsilons.pop() if epsilons else original.norm_eps,
+        attention_scale=scales.pop() if scales else original.attention_scale,
         n_layer=layers,
         n_head=block("attn/heads", original.n_head) or original.n_head,
         n_embd=sizes.get("./residual", original.n_embd),
@@ -96,8 +105,9 @@ def difference(module: nn.Module, model: nn.Module, batch: tuple[Tensor, ...]) -
 
 def sample(model: GPT, prompt: str, length: int, seed: int) -> str:
     """``prompt`` and ``length`` more bytes, temperature 0.8."""
-    generator = seeded(seed, "sample", 0)
-    return decode(model.eval().generate(encode(prompt)[None], length, 0.8, 40, generator)[0])
+    tokens = model.eval().generate(encode(prompt)[None], length, 0.8, 40, seeded(seed, "sample", 0))[0]
+    # a model that has learnt little writes control characters, which a terminal would obey
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in decode(tokens))
 
 
 def from_scratch(run: Run, config: GPTConfig, text: Path | None, batch_size: int, console: Console) -> None:

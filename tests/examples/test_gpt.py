@@ -149,9 +149,12 @@ def demo(*arguments: Any) -> Any:
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path) -> None:
+    late = {"trigger": {"step": 900}, "operations": [{"op": "widen", "axis": "*/hiden", "factor": 2}]}
+    (tmp_path / "late.yaml").write_text(json.dumps([late]))
     for arguments, message in (
         (("--text", tmp_path / "none.txt"), "none.txt"),
         (("--schedule", tmp_path / "none.yaml"), "schedule file"),
+        (("--schedule", tmp_path / "late.yaml"), "growths.0 (step 900): no axis matches '*/hiden'"),
     ):
         result = demo("--out", tmp_path / "out", *arguments)
         assert result.exit_code == 1
