@@ -7,6 +7,7 @@ one graph serves both modes. Parameters are ``get_attr`` nodes under their own n
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import operator
 import re
@@ -32,6 +33,20 @@ _ASSERTIONS = ("_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range
 
 
 @dataclass
+class Call:
+    """One way of calling a model: its name, example inputs, and what tells it from the others.
+
+    ``inputs`` are the forward parameters that take tensors, ``constants`` the values of those that do not.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[str] = field(default_factory=list)
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Program:
     """A captured model.
 
@@ -44,7 +59,10 @@ class Program:
         persistent: names of the buffers that are in the state dict.
         module_types: module path to class name, in order of first use.
         both_modes: train and eval share this graph; otherwise it is that of ``mode`` alone, for the reason given.
-        args, kwargs: the example inputs (clones).
+        args, kwargs: the example inputs (clones), of the first call where there are several.
+        calls: every way of calling the model that was captured. With several, the graph holds them side by side: the
+            nodes of call k > 0 have ``meta["call"] == k``, parameters are shared, the output node is a tuple.
+        signature: the forward method's parameters in order.
     """
 
     graph: fx.Graph
@@ -62,6 +80,8 @@ class Program:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     containers: dict[str, str] = field(default_factory=dict)  # module path -> class name of the whole module tree
+    calls: list[Call] = field(default_factory=list)
+    signature: list[str] = field(default_factory=list)
     seconds: float = 0.0
     _axes: Axes | None = None
 
@@ -82,16 +102,47 @@ class Program:
                 return table[name]
         raise KeyError(name)
 
+    def without_tensors(self) -> Program:
+        """The same program with shapes in place of tensors, so that remembering it keeps no weights alive."""
+
+        def empty(table: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {n: torch.empty_like(t, device="meta") for n, t in table.items()}
+
+        return replace(
+            self,
+            parameters=empty(self.parameters),
+            buffers=empty(self.buffers),
+            constants=empty(self.constants),
+            _axes=None,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        """Programs are not changed once they are made: copies share the graph."""
+        return replace(self)
+
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         return {**self.parameters, **self.buffers, **self.constants}
 
 
-def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Program:
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    calls: Mapping[str, Any] | None = None,
+) -> Program:
     """Trace ``model`` as it is called with ``args`` and ``kwargs``.
 
     Every dim of every tensor input is dynamic unless the model itself fixes it; dims of size 1 are taken as fixed, so
     use a batch of at least 2. The model is left as it was.
+
+    Args:
+        model: any module that ``torch.export`` can trace.
+        args, kwargs: one example call.
+        calls: instead, or in addition, several named ones: name to a tuple of arguments or a dict of keyword arguments,
+            e.g. ``{"train": (x, y), "generate": (x,)}``. All of them constrain the axes, and a grown module chooses
+            among them by the arguments it is given.
 
     Raises:
         CaptureError: the model cannot be exported; the message carries PyTorch's reason and the source line.
@@ -101,32 +152,63 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
         raise CaptureError(f"capture needs an nn.Module, got {type(model).__name__}")
     if isinstance(args, torch.Tensor):
         raise CaptureError("args must be a tuple of inputs, got a tensor: write (x,)")
-    positional: tuple[Any, ...] = _distinct(tuple(args))
-    keywords: dict[str, Any] = _distinct(dict(kwargs or {}))
+    wanted = _calls(args, kwargs, calls)
     _check_plain(model)
-    known = _remembered(model, positional, keywords)
+    known = _remembered(model, wanted)
     if known is not None:
         known.seconds = time.perf_counter() - start
         return known
     modes = {name: m.training for name, m in model.named_modules()}
     was_training = model.training
+    exported = []
     try:
-        if not was_training:
-            model.train()
-        train = _export(model, positional, keywords)
-        model.eval()
-        evaluation = _export(model, positional, keywords)
+        for call in wanted:
+            for name, m in model.named_modules():
+                m.training = modes[name]
+            if not was_training:
+                model.train()
+            train = _export(model, call.args, call.kwargs)
+            model.eval()
+            exported.append((train, _export(model, call.args, call.kwargs)))
     finally:
         for name, m in model.named_modules():
             m.training = modes[name]
-    both, reason, flags = _align(train, evaluation)
-    program = _program(model, train if both or was_training else evaluation, flags if both else {}, positional, keywords)
-    program.both_modes, program.mode_reason, program.training = both, reason, was_training
+    aligned = [_align(t, e) for t, e in exported]
+    both = all(a[0] for a in aligned)
+    traces = [
+        (t if both or was_training else e, flags if both else {})
+        for (t, e), (_, _, flags) in zip(exported, aligned, strict=True)
+    ]
+    program = _program(model, traces, wanted)
+    program.both_modes, program.training = both, was_training
+    program.mode_reason = next((reason for ok, reason, _ in aligned if not ok), "")
     program.seconds = time.perf_counter() - start
     return program
 
 
-def _remembered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
+def _calls(args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: Mapping[str, Any] | None) -> list[Call]:
+    out = []
+    if args or kwargs or not calls:
+        out.append(Call("forward", _distinct(tuple(args)), _distinct(dict(kwargs or {}))))
+    for name, inputs in (calls or {}).items():
+        if isinstance(inputs, Mapping):
+            out.append(Call(name, (), _distinct(dict(inputs))))
+        elif isinstance(inputs, list | tuple):
+            out.append(Call(name, _distinct(tuple(inputs)), {}))
+        else:
+            raise CaptureError(f"calls[{name!r}] must be a tuple of arguments or a dict of keyword arguments")
+    for call in out:
+        for label, value in [*enumerate(call.args), *call.kwargs.items()]:
+            nested = isinstance(value, list | tuple | dict)
+            if nested and any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)):
+                raise CaptureError(
+                    f"input {label!r} is a {type(value).__name__} of tensors; a grown module takes tensors one by one: "
+                    "wrap the model so that each is an argument of its own"
+                )
+    return out
+
+
+def _remembered(model: nn.Module, calls: list[Call]) -> Program | None:
     """The program a regenerated module was made from, with the module's present tensors.
 
     It keeps what a new trace of generated code would lose: module paths inside blocks, and the user's source lines.
@@ -136,24 +218,63 @@ def _remembered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     from fxgrow.regenerate import code_of
 
     before: Program = model.meta["fxgrow"]
-    inputs = [n for n in before.graph.nodes if n.op == "placeholder"]
-    if code_of(model) != model.meta.get("fxgrow_code") or len(args) + len(kwargs) > len(inputs):
+    if code_of(model) != model.meta.get("fxgrow_code"):
         return None  # somebody changed it: trace what is there now
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    if any(n not in own for n in before.tensors):
+    fitting = [_same_call(before, call) for call in calls]
+    if any(f is None for f in fitting):
         return None
+    examples = dict(zip(fitting, calls, strict=True))
+    if any(k not in examples and c.args == () and c.kwargs == {} for k, c in enumerate(before.calls)):
+        return None  # one of its calls has no example left to verify it with
     return replace(
-        before,
-        parameters={n: own[n] for n in before.parameters},
-        buffers={n: own[n] for n in before.buffers},
-        constants={n: own[n] for n in before.constants},
-        requires_grad={n: own[n].requires_grad for n in before.parameters},
-        training=model.training if before.both_modes else before.training,
-        args=args,
-        kwargs=kwargs,
+        program_of(model, before),
+        calls=[
+            replace(c, args=examples[k].args, kwargs=examples[k].kwargs) if k in examples else c
+            for k, c in enumerate(before.calls)
+        ],
+        args=calls[0].args,
+        kwargs=calls[0].kwargs,
+    )
+
+
+def program_of(module: fx.GraphModule, program: Program) -> Program:
+    """A regenerated module's program with the module's present tensors."""
+    own = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    missing = [n for n in program.tensors if n not in own]
+    if missing:
+        raise CaptureError(f"the regenerated module has lost {missing[0]!r}; rebuild it from its checkpoint")
+    return replace(
+        program,
+        parameters={n: own[n] for n in program.parameters},
+        buffers={n: own[n] for n in program.buffers},
+        constants={n: own[n] for n in program.constants},
+        requires_grad={n: own[n].requires_grad for n in program.parameters},
+        training=module.training if program.both_modes else program.training,
         seconds=0.0,
         _axes=None,
     )
+
+
+def _same_call(program: Program, call: Call) -> int | None:
+    """Which of a program's calls takes these arguments."""
+    return choose_call(program.signature, program.calls, call.args, call.kwargs)
+
+
+def choose_call(
+    signature: Sequence[str], calls: Sequence[Call], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> int | None:
+    """The number of the call whose inputs are those given (None counts as not given), if there is one."""
+    if len(args) > len(signature):
+        return 0 if len(calls) == 1 else None
+    given = {**dict(zip(signature, args, strict=False)), **kwargs}
+    tensors = {n for n, v in given.items() if isinstance(v, torch.Tensor)}
+    for number, call in enumerate(calls):
+        if tensors == set(call.inputs) and all(given.get(n, v) == v for n, v in call.constants.items()):
+            return number
+    return 0 if len(calls) == 1 and not calls[0].inputs else None
 
 
 def _distinct(value: Any) -> Any:
@@ -181,20 +302,14 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     shapes: Any = dims(args)
     if kwargs:
-        names = [p for p in _positional(model) if p not in kwargs][: len(args)]
-        shapes = dict(zip(names, shapes, strict=False)) | dims(kwargs)
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        shapes = {name: dims(value) for name, value in bound.arguments.items()}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes or None, strict=False)
     except Exception as error:
         raise CaptureError(_capture_message(model, error)) from error
-
-
-def _positional(model: nn.Module) -> list[str]:
-    import inspect
-
-    return list(inspect.signature(model.forward).parameters)
 
 
 def _capture_message(model: nn.Module, error: Exception) -> str:
@@ -277,7 +392,12 @@ def _through_copies(node: fx.Node) -> fx.Node:
 
 def _counts_batches(node: fx.Node) -> bool:
     """``num_batches_tracked.add_(1)``, the one op that only the train graph of a batch norm has."""
-    return node.op == "call_function" and str(node.target) == "aten.add_.Tensor" and node.args[1] is not None and bool(node.args[1] == 1)
+    return (
+        node.op == "call_function"
+        and str(node.target) == "aten.add_.Tensor"
+        and node.args[1] is not None
+        and bool(node.args[1] == 1)
+    )
 
 
 def _compare(a: Any, b: Any, names: dict[str, str], path: tuple[Any, ...], out: list[tuple[Any, Any]]) -> bool:
@@ -300,10 +420,8 @@ def _compare(a: Any, b: Any, names: dict[str, str], path: tuple[Any, ...], out: 
 
 def _program(
     model: nn.Module,
-    exported: torch.export.ExportedProgram,
-    flags: dict[str, list[tuple[Any, Any]]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    traces: list[tuple[torch.export.ExportedProgram, dict[str, list[tuple[Any, Any]]]]],
+    calls: list[Call],
 ) -> Program:
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     kept: dict[int, str] = {}
@@ -315,13 +433,66 @@ def _program(
     parameter_names = {n for n, _ in model.named_parameters(remove_duplicate=False)}
     persistent = {n for n in model.state_dict(keep_vars=True) if n not in parameter_names}
     graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
     constants: dict[str, torch.Tensor] = {}
+    attributes: dict[str, fx.Node] = {}
+    types: dict[str, str] = {}
+    structures = []
+    for number, ((exported, flags), call) in enumerate(zip(traces, calls, strict=True)):
+        before = set(graph.nodes)
+        structures.append(_trace_into(graph, exported, flags, aliases, attributes, constants, call, number))
+        shared = set(attributes.values())
+        for node in graph.nodes:
+            if number and node not in before and node not in shared:
+                node.meta["call"] = number
+        for node in exported.graph.nodes:
+            for path, cls in (node.meta.get("nn_module_stack") or {}).values():
+                types.setdefault(_clean(path), cls if isinstance(cls, str) else cls.__qualname__)
+    graph.output(structures[0] if len(structures) == 1 else tuple(structures))
+    graph.eliminate_dead_code(is_impure_node=_impure)
+    _views_to_reshapes(graph)
+    used = {n.target for n in graph.nodes if n.op == "get_attr"}
+    for name in own:
+        if aliases.get(name, name) == name and name not in used and name in parameter_names | persistent:
+            used.add(name)  # unused, but part of the state dict
+    program = Program(
+        graph=graph,
+        parameters={n: p for n, p in own.items() if n in used and n in parameter_names},
+        buffers={n: b for n, b in own.items() if n in used and n not in parameter_names},
+        constants=constants,
+        aliases={a: n for a, n in aliases.items() if n in used},
+        persistent=persistent,
+        requires_grad={n: p.requires_grad for n, p in own.items()},
+        module_types=types,
+        class_name=type(model).__name__,
+        training=True,
+        both_modes=True,
+        mode_reason="",
+        args=calls[0].args,
+        kwargs=calls[0].kwargs,
+        containers={n: type(m).__name__ for n, m in model.named_modules()},
+        calls=calls,
+        signature=_positional(model),
+    )
+    graph.lint()
+    return program
+
+
+def _trace_into(
+    graph: fx.Graph,
+    exported: torch.export.ExportedProgram,
+    flags: dict[str, list[tuple[Any, Any]]],
+    aliases: Mapping[str, str],
+    attributes: dict[str, fx.Node],
+    constants: dict[str, torch.Tensor],
+    call: Call,
+    number: int,
+) -> Any:
+    """Append one call's ops to the graph, and fill in which inputs it takes. Returns its output structure."""
+    env: dict[fx.Node, Any] = {}
     specs = {_argument_name(s.arg): s for s in exported.graph_signature.input_specs}
     for out in exported.graph_signature.output_specs:
         if out.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(f"the graph returns a {out.kind.name.lower()} ({out.target}); this is not supported")
-    attributes: dict[str, fx.Node] = {}
 
     def attribute(name: str, node: fx.Node) -> fx.Node:
         name = aliases.get(name, name)
@@ -336,25 +507,28 @@ def _program(
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 env[node] = attribute(str(spec.target), node)
             elif spec.kind is InputKind.CONSTANT_TENSOR:
-                name = "constant_" + re.sub(r"\W", "_", str(spec.target))
+                name = "constant_" + re.sub(r"\W", "_", str(spec.target)) + (f"_{number}" if number else "")
                 value = exported.constants[str(spec.target)]
                 constants[name] = value.detach() if isinstance(value, torch.Tensor) else value
                 env[node] = attribute(name, node)
             elif spec.kind is InputKind.USER_INPUT:
                 value = getattr(spec.arg, "value", None)
+                label = f"{node.name}__{call.name}" if number else node.name
                 if isinstance(node.meta.get("val"), torch.Tensor):
-                    new = graph.placeholder(node.name)
+                    new = graph.placeholder(label)
+                    call.inputs.append(node.name)
                 else:
-                    new = graph.placeholder(node.name, default_value=value)
-                new.meta = {"val": node.meta.get("val"), "module_path": "", "source": ""}
+                    new = graph.placeholder(label, default_value=value)
+                    if value is not None:
+                        call.constants[node.name] = value
+                new.meta = {"val": node.meta.get("val"), "module_path": "", "source": "", "input": node.name}
                 env[node] = new
             else:
                 raise CaptureError(f"input {node.name} is a {spec.kind.name.lower()}, which is not supported")
             continue
         if node.op == "output":
             flat = pytree.tree_map_only(fx.Node, lambda n: env[n], list(node.args[0]))
-            graph.output(_structure(graph, flat, exported.call_spec.out_spec))
-            continue
+            return _structure(graph, flat, exported.call_spec.out_spec)
         if any(word in str(node.target) for word in _ASSERTIONS):
             continue
         if node.op == "get_attr":
@@ -371,35 +545,7 @@ def _program(
         for path, literal in flags.get(node.name, ()):
             _rewire(graph, new, path, literal)
         env[node] = new
-    graph.eliminate_dead_code(is_impure_node=_impure)
-    _views_to_reshapes(graph)
-    used = {n.target for n in graph.nodes if n.op == "get_attr"}
-    for name in own:
-        if aliases.get(name, name) == name and name not in used and name in parameter_names | persistent:
-            used.add(name)  # unused, but part of the state dict
-    types: dict[str, str] = {}
-    for node in exported.graph.nodes:
-        for path, cls in (node.meta.get("nn_module_stack") or {}).values():
-            types.setdefault(_clean(path), cls if isinstance(cls, str) else cls.__qualname__)
-    program = Program(
-        graph=graph,
-        parameters={n: p for n, p in own.items() if n in used and n in parameter_names},
-        buffers={n: b for n, b in own.items() if n in used and n not in parameter_names},
-        constants=constants,
-        aliases={a: n for a, n in aliases.items() if n in used},
-        persistent=persistent,
-        requires_grad={n: p.requires_grad for n, p in own.items()},
-        module_types=types,
-        class_name=type(model).__name__,
-        training=True,
-        both_modes=True,
-        mode_reason="",
-        args=args,
-        kwargs=kwargs,
-        containers={n: type(m).__name__ for n, m in model.named_modules()},
-    )
-    graph.lint()
-    return program
+    raise CaptureError("the exported graph has no output")
 
 
 def _views_to_reshapes(graph: fx.Graph) -> None:

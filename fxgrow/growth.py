@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from fxgrow.capture import Program, capture
+from fxgrow.capture import Program, capture, program_of
 from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.materialise import check_finite, materialise_all
 from fxgrow.passes.base import State, run_operation
@@ -107,6 +107,7 @@ def grow(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    calls: Mapping[str, Any] | None = None,
     verify: Verify | Literal[False] = "auto",
     consume: bool = False,
 ) -> Growth:
@@ -116,6 +117,7 @@ def grow(
         model: any module that ``torch.export`` can trace, or a :class:`~fxgrow.capture.Program` of it.
         spec: a dict, a list of operations, YAML or JSON text, a path, or a :class:`~fxgrow.spec.GrowthSpec`.
         args, kwargs: example inputs, at least two in every dynamic dim (batch, sequence).
+        calls: further ways of calling the model, by name, see :func:`~fxgrow.capture.capture`.
         verify: ``"float64"`` compares both models in float64 (a second, wider copy of both); ``"native"`` in the
             model's own dtype; ``"auto"`` chooses by size; False measures nothing, and the receipt says so.
         consume: free each old tensor as soon as its successors are made. The original model is destroyed, so nothing
@@ -133,7 +135,7 @@ def grow(
     if consume and verify not in (False, "auto"):
         raise SpecError("consume=True frees the original, so that there is nothing to verify against; use verify=False")
     with _timed(seconds, "capture"):
-        program = model if isinstance(model, Program) else capture(model, args, kwargs)
+        program = model if isinstance(model, Program) else capture(model, args, kwargs, calls=calls)
     check_finite(program.tensors)
     with _timed(seconds, "analyse and plan"):
         plan, grown_program = plan_growth(program, parsed)
@@ -156,7 +158,7 @@ def grow(
     if _has_dropout(program):
         receipt.notes.append("with dropout active, copies agree in expectation only")
     source_module = model if isinstance(model, nn.Module) else _Names(program)
-    return Growth(module, plan, receipt, grown_program, source_module)
+    return Growth(module, plan, receipt, program_of(module, grown_program), source_module)
 
 
 _verify = verify

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxgrow.axes.analysis import sizes_of
-from fxgrow.capture import Program
+from fxgrow.capture import Program, choose_call
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -40,13 +41,11 @@ def regenerate(
         A GraphModule in the program's train or eval mode, with the original parameter names, ties, ``requires_grad``
         and buffer persistence. Hooks of the original are not carried over.
     """
-    graph = _clean(program.graph, double)
-    root = nn.Module()
+    graphs = call_graphs(program, _clean(program.graph, double))
     own: dict[str, nn.Module] = {}
-    target: fx.Graph = graph
-    if hierarchical:
-        target, own = _split_blocks(program, graph)
-    module = fx.GraphModule(root, fx.Graph(), class_name=_identifier(program.class_name))
+    targets = [_split_blocks(program, g, own) if hierarchical else g for g in graphs]
+    kind = fx.GraphModule if len(graphs) == 1 else CallsModule
+    module = kind(nn.Module(), fx.Graph(), class_name=_identifier(program.class_name))
     for path, child in own.items():
         _attach(module, program, path, child)
     holders = {**own, "": module}
@@ -57,10 +56,12 @@ def regenerate(
             _register(module, program, holders, name, tensor)
     for alias, name in program.aliases.items():
         _register_alias(module, program, holders, alias, name)
-    module.graph = target
+    module.meta["fxgrow"] = program.without_tensors()
+    if isinstance(module, CallsModule):
+        module.meta["fxgrow_graphs"] = targets
+    module.graph = targets[0]
     _share_classes(own)
     module.train(program.training)
-    module.meta["fxgrow"] = program
     module.meta["fxgrow_code"] = code_of(module)
     return module
 
@@ -70,6 +71,72 @@ def code_of(module: fx.GraphModule) -> str:
     return "\n".join(
         [module.code, *(m.code for m in module.modules() if isinstance(m, fx.GraphModule) and m is not module)]
     )
+
+
+class CallsModule(fx.GraphModule):
+    """A GraphModule with a graph for each of several ways of calling it; ``graph`` is that of the first.
+
+    ``forward`` chooses by which tensor arguments are given, and by the values of the others.
+    """
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        meta = self.__dict__.get("meta", {})  # not there yet while the constructor runs
+        graphs, program = meta.get("fxgrow_graphs"), meta.get("fxgrow")
+        if graphs is None or program is None:
+            return code
+        cls = type(self)
+        functions = [cls.forward]
+        for graph in graphs[1:]:
+            helper = fx.GraphModule(nn.Module(), fx.Graph())
+            helper.graph = graph
+            functions.append(type(helper).forward)
+        signature, calls = program.signature, program.calls
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            number = choose_call(signature, calls, args, kwargs)
+            if number is None:
+                known = "; ".join(f"{c.name}({', '.join([*c.inputs, *c.constants])})" for c in calls)
+                raise TypeError(f"no call with these arguments was captured; captured: {known}")
+            given = {**dict(zip(signature, args, strict=False)), **kwargs}
+            return functions[number](self, **{n: given[n] for n in calls[number].inputs})
+
+        cls.forward = forward  # type: ignore[method-assign]
+        return code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        out = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        out.recompile()
+        return out
+
+
+def call_graphs(program: Program, graph: fx.Graph) -> list[fx.Graph]:
+    """One graph per captured call, inputs under the model's own names; parameters are read where they are used."""
+    if len(program.calls) <= 1:
+        return [graph]
+    out = []
+    for number in range(len(program.calls)):
+        own = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+
+        def value(n: fx.Node, own: fx.Graph = own, env: dict[fx.Node, fx.Node] = env) -> fx.Node:
+            if n not in env:
+                env[n] = own.get_attr(str(n.target))
+                env[n].meta = dict(n.meta)
+            return env[n]
+
+        for node in graph.nodes:
+            if node.op == "output":
+                own.output(fx.map_arg(node.args[0][number], value))
+            elif node.op == "placeholder" and node.meta.get("call", 0) == number:
+                name = node.meta["input"]
+                is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+                env[node] = own.placeholder(name) if is_tensor else own.placeholder(name, default_value=node.args[0])
+                env[node].meta = dict(node.meta)
+            elif node.op == "call_function" and node.meta.get("call", 0) == number:
+                env[node] = own.node_copy(node, value)
+        out.append(own)
+    return out
 
 
 def _identifier(name: str) -> str:
@@ -83,14 +150,15 @@ def _clean(graph: fx.Graph, double: bool) -> fx.Graph:
     """A copy without baked devices (and, to verify, without baked float dtypes)."""
     out = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    device: Any = None
+    devices: dict[int, Any] = {}
     for node in graph.nodes:
         new = env[node] = out.node_copy(node, lambda n: env[n])
         if node.op == "call_function":
             if isinstance(new.kwargs.get("device"), torch.device):
-                if device is None:
-                    device = _device_node(out, new, env.values())
-                new.kwargs = {**new.kwargs, "device": device}
+                call = node.meta.get("call", 0)
+                if call not in devices:
+                    devices[call] = _device_node(out, new, env.values(), call)
+                new.kwargs = {**new.kwargs, "device": devices[call]}
             if double:
                 new.args = fx.map_arg(new.args, lambda n: n)
                 new.args = _to_double(new.args)
@@ -98,17 +166,17 @@ def _clean(graph: fx.Graph, double: bool) -> fx.Graph:
     return out
 
 
-def _device_node(graph: fx.Graph, before: fx.Node, nodes: Any) -> fx.Node | torch.device | None:
-    """The device of the first tensor input (or parameter), read when the module runs."""
-    candidates = [n for n in nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
+def _device_node(graph: fx.Graph, before: fx.Node, nodes: Any, call: int) -> Any:
+    """The device of the call's first tensor input (or of a parameter), read when the module runs."""
+    inputs = [n for n in nodes if n.op == "placeholder" and n.meta.get("call", 0) == call]
+    candidates = [n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)]
     candidates += [n for n in nodes if n.op == "get_attr" and isinstance(n.meta.get("val"), torch.Tensor)]
     if not candidates:
-        return before.kwargs["device"]  # type: ignore[return-value]
-    last = [n for n in graph.nodes if n.op == "placeholder"]
-    place = last[-1] if last and candidates[0].op == "placeholder" else candidates[0]
+        return before.kwargs["device"]
+    place = inputs[-1] if candidates[0].op == "placeholder" else candidates[0]
     with graph.inserting_after(place):
         node = graph.create_node("call_function", builtins.getattr, (candidates[0], "device"), name="device")
-    node.meta = {"module_path": "", "val": None, "source": ""}
+    node.meta = {"module_path": "", "val": None, "source": "", **({"call": call} if call else {})}
     return node
 
 
@@ -163,35 +231,33 @@ class Region:
     inputs: list[fx.Node]
     outputs: list[fx.Node]
     sizes: dict[fx.Node, tuple[fx.Node, int]]
+    call: int = 0
 
 
 def block_regions(program: Program, graph: fx.Graph) -> list[Region]:
     """The blocks whose nodes form one run; parameters of their own and training flags belong to them."""
     stacks = stacks_of(program)
-    runs: list[tuple[str | None, list[fx.Node]]] = []
+    runs: list[tuple[tuple[int, str | None], list[fx.Node]]] = []
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        path = block_of(node.meta.get("module_path", ""), stacks)
-        if not runs or runs[-1][0] != path:
-            runs.append((path, []))
+        key = (node.meta.get("call", 0), block_of(node.meta.get("module_path", ""), stacks))
+        if not runs or runs[-1][0] != key:
+            runs.append((key, []))
         runs[-1][1].append(node)
-    counts: dict[str, int] = {}
-    for path, _ in runs:
-        if path is not None:
-            counts[path] = counts.get(path, 0) + 1
+    counts = Counter(key for key, _ in runs)
     out = []
-    for path, nodes in runs:
-        if path is None or counts[path] != 1:
+    for (call, path), nodes in runs:
+        if path is None or counts[call, path] != 1:
             continue
         inside = set(nodes)
         inputs: dict[fx.Node, None] = {}
         for n in nodes:
             for a in n.all_input_nodes:
-                if a not in inside and not _owned(a, path, inside):
+                if a not in inside and not _owned(a, path, inside, call):
                     inputs.setdefault(a)
         outputs = [n for n in nodes if any(u not in inside for u in n.users)]
-        out.append(Region(path, nodes, list(inputs), outputs, _readable_sizes(list(inputs))))
+        out.append(Region(path, nodes, list(inputs), outputs, _readable_sizes(list(inputs)), call))
     return out
 
 
@@ -208,18 +274,30 @@ def _readable_sizes(inputs: list[fx.Node]) -> dict[fx.Node, tuple[fx.Node, int]]
     return out
 
 
-def _owned(node: fx.Node, path: str, inside: set[fx.Node]) -> bool:
+def _owned(node: fx.Node, path: str, inside: set[fx.Node], call: int) -> bool:
     if node.op != "get_attr":
         return False
     if node.target == "training":
         return True
-    return str(node.target).startswith(path + ".") and all(u in inside for u in node.users)
+    return str(node.target).startswith(path + ".") and all(
+        u in inside for u in node.users if u.meta.get("call", 0) == call
+    )
 
 
-def _split_blocks(program: Program, graph: fx.Graph) -> tuple[fx.Graph, dict[str, nn.Module]]:
-    regions = {r.nodes[0]: r for r in block_regions(program, graph)}
+def _split_blocks(program: Program, graph: fx.Graph, children: dict[str, nn.Module]) -> fx.Graph:
+    """Move blocks into child modules, added to ``children``.
+
+    A block that an earlier call of the model has made already is called if its code is the same, else left in line.
+    """
+    regions: dict[fx.Node, Region] = {}
+    for region in block_regions(program, graph):
+        kind = program.containers.get(region.path, "Block")
+        child = fx.GraphModule(nn.Module(), fx.Graph(), class_name=_identifier(kind))
+        child.graph = _block_graph(region)
+        known = children.setdefault(region.path, child)
+        if known is child or (isinstance(known, fx.GraphModule) and known.code == child.code):
+            regions[region.nodes[0]] = region
     member = {n: r for r in regions.values() for n in r.nodes}
-    children: dict[str, nn.Module] = {}
     out = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
 
@@ -232,17 +310,13 @@ def _split_blocks(program: Program, graph: fx.Graph) -> tuple[fx.Graph, dict[str
     for node in graph.nodes:
         if node.op == "get_attr":
             continue
-        region = member.get(node)
-        if region is None:
+        inside = member.get(node)
+        if inside is None:
             env[node] = out.node_copy(node, value)
             continue
-        if node is not region.nodes[0]:
+        if node is not inside.nodes[0]:
             continue
-        inner = _block_graph(region)
-        kind = program.containers.get(region.path, "Block")
-        child = fx.GraphModule(nn.Module(), fx.Graph(), class_name=_identifier(kind))
-        child.graph = inner
-        children[region.path] = child
+        region = inside
         call = out.call_module(region.path, tuple(value(n) for n in region.inputs if n not in region.sizes))
         call.meta = {"module_path": region.path, "source": "", "val": region.outputs[0].meta.get("val")}
         if len(region.outputs) == 1:
@@ -251,7 +325,7 @@ def _split_blocks(program: Program, graph: fx.Graph) -> tuple[fx.Graph, dict[str
             for i, n in enumerate(region.outputs):
                 env[n] = out.call_function(__import__("operator").getitem, (call, i))
                 env[n].meta = dict(n.meta)
-    return out, children
+    return out
 
 
 def _block_graph(region: Region) -> fx.Graph:

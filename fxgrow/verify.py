@@ -130,7 +130,7 @@ class Verification:
 
     def __init__(self, program: Program, grown: Program, plan: GrowthPlan) -> None:
         self.program, self.grown, self.plan = program, grown, plan
-        self.args, self.kwargs = program.args, program.kwargs
+        self.calls = [(c.args, c.kwargs) for c in program.calls] or [(program.args, program.kwargs)]
 
     def _modules(self, noise: bool) -> tuple[fx.GraphModule, fx.GraphModule]:
         old = regenerate(
@@ -148,13 +148,13 @@ class Verification:
     def float64(self, receipt: Receipt) -> None:
         """Outputs in float64, in eval mode and in train mode without dropout."""
         old, new = self._modules(noise=True)
-        args, kwargs = _double(self.args), _double(self.kwargs)
+        calls = _double(self.calls)
         modes: list[bool] = [False, True] if self.program.both_modes else [self.program.training]
         for training in modes:
             old.train(training)
             new.train(training)
             with torch.no_grad(), without_dropout(new) if training else contextlib.nullcontext():
-                errors = relative_errors(old(*_copy(args), **_copy(kwargs)), new(*_copy(args), **_copy(kwargs)))
+                errors = relative_errors(_run(old, calls), _run(new, calls))
             if training:
                 receipt.error_float64_train = _worst(errors)
             else:
@@ -168,8 +168,7 @@ class Verification:
             receipt.notes.append("gradient map not checked: this growth does not map gradients exactly")
             return
         old, new = self._modules(noise=False)
-        small = _gradients(old, _double(self.args), _double(self.kwargs))
-        large = _gradients(new, _double(self.args), _double(self.kwargs))
+        small, large = _gradients(old, _double(self.calls)), _gradients(new, _double(self.calls))
         worst = 0.0
         # gradients that are zero but for rounding (key biases, biases before a batch norm) cannot be compared
         floor = 1e-6 * max((float(g.abs().max()) for g in small.values() if g is not None), default=0.0)
@@ -204,7 +203,7 @@ class Verification:
             if not waiting:
                 break
             with without_dropout(new):
-                gradients = _gradients(new, _double(self.args), _double(self.kwargs))
+                gradients = _gradients(new, _double(self.calls))
             for name in list(waiting):
                 g = gradients.get(name)
                 if g is not None and _newborn_part(newborn[name], g) > 0:
@@ -228,8 +227,7 @@ class Verification:
                 module.eval()
                 grown.eval()
             with torch.no_grad():
-                old = module(*_copy(self.args), **_copy(self.kwargs))
-                new = grown(*_copy(self.args), **_copy(self.kwargs))
+                old, new = _run(module, self.calls), _run(grown, self.calls)
         finally:
             for n, m in module.named_modules():
                 m.training = modes[n]
@@ -238,6 +236,11 @@ class Verification:
         receipt.error_native = _worst(errors)
         if not receipt.outputs:
             receipt.outputs = errors
+
+
+def _run(module: Callable[..., Any], calls: list[tuple[Any, Any]]) -> list[Any]:
+    """The outputs of every captured call, on copies of its inputs."""
+    return [module(*_copy(args), **_copy(kwargs)) for args, kwargs in calls]
 
 
 def _copy(value: Any) -> Any:
@@ -250,10 +253,10 @@ def _noiseless(plan: GrowthPlan) -> GrowthPlan:
     )
 
 
-def _gradients(module: nn.Module, args: Any, kwargs: Any) -> dict[str, torch.Tensor | None]:
-    """Gradients of a fixed random combination of all float outputs."""
+def _gradients(module: nn.Module, calls: list[tuple[Any, Any]]) -> dict[str, torch.Tensor | None]:
+    """Gradients of a fixed random combination of all float outputs of all calls."""
     with torch.enable_grad():
-        outputs = [t for t in _tensors(module(*_copy(args), **_copy(kwargs))) if t.is_floating_point()]
+        outputs = [t for t in _tensors(_run(module, calls)) if t.is_floating_point()]
         total: Any = 0.0
         for i, t in enumerate(outputs):
             generator = torch.Generator().manual_seed(i)

@@ -102,7 +102,7 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     if not new_blocks:
         step.notes.append(f"{stack} keeps its {len(numbers)} blocks")
         return
-    regions = {r.path: r for r in block_regions(program, state.graph)}
+    regions = block_regions(program, state.graph)
     numbering: dict[int, int] = {}
     order: list[tuple[int, int | None]] = []  # (old number, number in new_blocks)
     for number in numbers:
@@ -115,13 +115,7 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
             numbering[number] = numbers[0] + position
             continue
         source, after = new_blocks[i]
-        region = regions.get(f"{stack}.{source}")
-        if region is None:
-            raise GrowthRefused(
-                f"cannot deepen {stack}: block {stack}.{source} is not one piece of the graph (it is called more than "
-                "once, or not at all)"
-            )
-        init, zeroed = _identity(program, region, op.init, stack, numbers, regions)
+        init, zeroed = _identity_everywhere(state.graph, regions, f"{stack}.{source}", op.init, stack)
         new_number = numbers[0] + position
         zeros[len(clones)] = zeroed
         clones.append(
@@ -148,10 +142,31 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     state.structure_changed()
 
 
+def _identity_everywhere(
+    graph: fx.Graph, regions: list[Region], path: str, init: str, stack: str
+) -> tuple[Any, list[str]]:
+    """One identity for every captured call that runs the block."""
+    mine = [r for r in regions if r.path == path]
+    ran = {
+        n.meta.get("call", 0)
+        for n in graph.nodes
+        if n.op == "call_function" and (n.meta.get("module_path", "") + ".").startswith(path + ".")
+    }
+    if not mine or {r.call for r in mine} != ran:
+        raise GrowthRefused(
+            f"cannot deepen {stack}: block {path} is not one piece of the graph (it is called more than once, or never)"
+        )
+    found = [_identity(r, init, stack, [x for x in regions if x.call == r.call]) for r in mine]
+    kinds = {kind for kind, _ in found}
+    if "gate" in kinds and len(kinds) > 1:
+        found = [_identity(r, "gate", stack, [x for x in regions if x.call == r.call]) for r in mine]
+    return found[0][0], list(dict.fromkeys(name for _, names in found for name in names))
+
+
 # identity ---------------------------------------------------------------------------------------------------------
 
 
-def stream_input(region: Region, stack: str, numbers: list[int], regions: dict[str, Region]) -> fx.Node:
+def stream_input(region: Region, stack: str, regions: list[Region]) -> fx.Node:
     """The block's input that its output replaces: same shape, and where there are several, what the block before gives.
 
     Raises:
@@ -167,7 +182,7 @@ def stream_input(region: Region, stack: str, numbers: list[int], regions: dict[s
     (out,) = region.outputs
     same = [n for n in region.inputs if sizes_of(n) is not None and sizes_of(n) == sizes_of(out)]
     if len(same) > 1:
-        before = [r.outputs[0] for p, r in regions.items() if p.startswith(stack + ".") and len(r.outputs) == 1]
+        before = [r.outputs[0] for r in regions if r.path.startswith(stack + ".") and len(r.outputs) == 1]
         linked = [n for n in same if n in before]
         chain = [n for n in same if _adds_to(out, n, region)]
         same = linked if len(linked) == 1 else chain if len(chain) == 1 else same
@@ -246,19 +261,26 @@ def _own_parameters(node: fx.Node, operands: tuple[str, ...], region: Region) ->
             continue
         if not isinstance(value, fx.Node):
             return None
+        user = node
         while value.op == "call_function" and getattr(RULES.get(op_name(value.target)), "moves", False):
-            value = value.all_input_nodes[0]
-        if value.op != "get_attr" or not str(value.target).startswith(region.path + ".") or len(value.users) != 1:
+            user, value = value, value.all_input_nodes[0]
+        if value.op != "get_attr" or not str(value.target).startswith(region.path + ".") or _shared(value, user):
             return None
         out.append(str(value.target))
     return out
 
 
-def _identity(
-    program: Program, region: Region, init: str, stack: str, numbers: list[int], regions: dict[str, Region]
-) -> tuple[Any, list[str]]:
-    """How a copy of the block is the identity, and which of its parameters are zero then."""
-    source = stream_input(region, stack, numbers, regions)
+def _shared(parameter: fx.Node, user: fx.Node) -> bool:
+    """Whether another op of the same call uses the parameter."""
+    return any(u is not user and u.meta.get("call", 0) == user.meta.get("call", 0) for u in parameter.users)
+
+
+def _identity(region: Region, init: str, stack: str, regions: list[Region]) -> tuple[Any, list[str]]:
+    """How a copy of the block is the identity, and which of its parameters are zero then.
+
+    ``regions`` are the blocks of the same call.
+    """
+    source = stream_input(region, stack, regions)
     writes = [
         n
         for n in region.nodes
@@ -297,12 +319,16 @@ def _temporary(clone: CloneBlock) -> str:
 
 
 def clone_block(program: Program, graph: fx.Graph, change: CloneBlock) -> None:
-    """Copy a block's nodes, feed the copy with the output of the block before, and pass its result on."""
-    regions = {r.path: r for r in block_regions(program, graph)}
-    numbers = stacks_of(program)[change.stack]
-    region = regions[f"{change.stack}.{change.source}"]
-    before = regions[f"{change.stack}.{change.after}"].outputs[0]
-    source = stream_input(region, change.stack, numbers, regions)
+    """Copy a block's nodes in every call, feed the copy with the output of the block before, and pass its result on."""
+    regions = block_regions(program, graph)
+    for region in [r for r in regions if r.path == f"{change.stack}.{change.source}"]:
+        _clone_region(graph, change, region, [r for r in regions if r.call == region.call])
+
+
+def _clone_region(graph: fx.Graph, change: CloneBlock, region: Region, regions: list[Region]) -> None:
+    predecessor = next(r for r in regions if r.path == f"{change.stack}.{change.after}")
+    before = predecessor.outputs[0]
+    source = stream_input(region, change.stack, regions)
     path, new_path = region.path, _temporary(change)
 
     def renamed(name: str) -> str:
@@ -310,7 +336,7 @@ def clone_block(program: Program, graph: fx.Graph, change: CloneBlock) -> None:
 
     env: dict[fx.Node, fx.Node] = {n: n for n in region.inputs}
     env[source] = before
-    last = regions[f"{change.stack}.{change.after}"].nodes[-1]
+    last = predecessor.nodes[-1]
     inside = set(region.nodes)
     users = list(before.users)
     with graph.inserting_after(last):

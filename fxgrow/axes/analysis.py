@@ -442,6 +442,7 @@ def analyse(program: Program) -> Axes:
     env: dict[fx.Node, Any] = {}
     ctx = Relate(unifier, env)
     unknown: dict[str, list[str]] = {}
+    attributes: dict[str, fx.Node] = {}  # one tensor read in several places has one set of axes
     for node in program.graph.nodes:
         sizes = sizes_of(node)
         if node.op == "placeholder":
@@ -451,7 +452,8 @@ def analyse(program: Program) -> Axes:
                     unifier.freeze(dim, Frozen(f"dim {i} of the input {node.name!r}", "input"))
         elif node.op == "get_attr":
             if sizes is not None:
-                env[node] = [unifier.fresh(s) for s in sizes]
+                known = attributes.setdefault(str(node.target), node)
+                env[node] = env[known] if known in env else [unifier.fresh(s) for s in sizes]
                 if str(node.target) in program.constants:
                     for dim in env[node]:
                         unifier.freeze(dim, Frozen(f"dim of the constant tensor {node.target}", "constant"))
