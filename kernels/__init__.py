@@ -1,6 +1,7 @@
 """fxgrow.kernels: weights grown at the speed of memory, without temporaries; see docs/kernels.md."""
 
-from fxgrow.kernels.interface import materialise
+from fxgrow.kernels.dispatch import Backend, backends
+from fxgrow.kernels.interface import materialise, materialise_many
 from fxgrow.kernels.job import NoiseTooSmall
 from fxgrow.kernels.maps import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, DimMap, Noise
 
@@ -12,5 +13,8 @@ __all__ = [
     "DimMap",
     "Noise",
     "NoiseTooSmall",
+    "Backend",
+    "backends",
     "materialise",
+    "materialise_many",
 ]

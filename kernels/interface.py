@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxgrow.kernels import backends
+from fxgrow.kernels import dispatch
 from fxgrow.kernels.job import Job, prepare
 from fxgrow.kernels.maps import FILL_ZERO, DimMap, Noise
 
@@ -79,7 +81,7 @@ def materialise(
         random_seed=random_seed,
     )
     result = _destination(job, out)
-    backends.run(job, result, backend, fresh=out is None)
+    dispatch.run(job, result, backend, fresh=out is None)
     return result
 
 
@@ -92,3 +94,36 @@ def _destination(job: Job, out: Tensor | None) -> Tensor:
             f"but the result is {job.dtype} of shape {tuple(job.local)} on {job.device}"
         )
     return out.detach()
+
+
+@torch.no_grad()
+def materialise_many(calls: Iterable[Mapping[str, Any]], *, backend: str | None = None) -> list[Tensor]:
+    """`materialise` for many tensors: each call is a mapping of its arguments by name (``source``, ``dims``, …).
+
+    Small tensors of the CPU backend share one native call, so they fill all threads.
+
+    Raises:
+        ValueError: as `materialise`, before anything is written.
+    """
+    jobs: list[tuple[Job, Tensor]] = []
+    fresh: list[bool] = []
+    for call in calls:
+        arguments = {**_DEFAULTS, **call}
+        out = arguments.pop("out")
+        if arguments.pop("backend") is not None:
+            raise ValueError("materialise_many takes one backend for all calls")
+        if out is not None:
+            arguments["dtype"] = arguments["dtype"] or out.dtype
+            arguments["device"] = arguments["device"] or out.device
+        job = prepare(arguments.pop("source"), arguments.pop("dims"), **arguments)
+        jobs.append((job, _destination(job, out)))
+        fresh.append(out is None)
+    dispatch.run_many(jobs, backend, fresh)
+    return [out for _, out in jobs]
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(materialise).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}

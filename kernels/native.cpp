@@ -925,6 +925,14 @@ int fxgrow_run(const Task* t) {
   }
 }
 
+// Many small tensors, each on one thread.
+int fxgrow_run_many(const Task* tasks, i64 count, i64 threads) {
+  int status = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads)) reduction(| : status) if (threads > 1 && count > 1)
+  for (i64 k = 0; k < count; ++k) status |= fxgrow_run(tasks + k);
+  return status;
+}
+
 // Ask for huge pages under a fresh allocation; harmless where they are not granted.
 int fxgrow_huge_pages(void* start, i64 bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -31,7 +31,6 @@ from fxgrow.kernels.philox import DISTRIBUTIONS, UNIT
 
 FLAGS = [
     "-O3",
-    "-mprefer-vector-width=512",
     "-std=c++17",
     "-fPIC",
     "-shared",
@@ -153,6 +152,7 @@ def library() -> ctypes.CDLL:
     except OSError as error:
         raise NoCompiler(f"the built library cannot be kept or loaded: {error}") from error
     loaded.fxgrow_run.argtypes = [ctypes.POINTER(_Task)]
+    loaded.fxgrow_run_many.argtypes = [ctypes.POINTER(_Task), ctypes.c_int64, ctypes.c_int64]
     loaded.fxgrow_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     if loaded.fxgrow_abi() != _ABI:
         raise NoCompiler(f"structures of another layout than expected ({loaded.fxgrow_abi()} against {_ABI})")
@@ -163,8 +163,9 @@ def _build(compiler: list[str], source: Path, target: Path) -> None:
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     try:
-        # not every compiler knows -march=native, and clang may come without OpenMP
-        for extra in (["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-march=native"], []):
+        # not every compiler knows these, and clang may come without OpenMP
+        native = ["-march=native", "-mprefer-vector-width=512"]
+        for extra in ([*native, "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-fopenmp"], native, []):
             command = [*compiler, *FLAGS, *extra, str(source), "-o", temporary]
             try:
                 result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
@@ -536,6 +537,22 @@ def _cached(axis: Axis, kind: str, *arguments: Any) -> Any:
     return known[key]
 
 
+def mean_layout(job: Job, lined: list[Axis]) -> list[tuple[set[int], list[int], Tensor]]:
+    """The tables of means: axes averaged over, stride per axis (0 for those), table."""
+    result = []
+    for over, means in job.means.items():
+        averaged: set[int] = set()
+        strides = [0] * len(lined)
+        for d, axis in enumerate(lined):
+            if any(over >> part & 1 for part in axis.parts):
+                averaged.add(d)
+            else:
+                real = [part for part in axis.parts if means.shape[part] > 1]
+                strides[d] = means.stride(real[-1]) if real else 0
+        result.append((averaged, strides, means))
+    return result
+
+
 class Unsupported(Exception):
     """A call this backend leaves to the torch backend."""
 
@@ -547,15 +564,12 @@ def _address(values: np.ndarray | None) -> int | None:
     return int(values.ctypes.data)
 
 
-def run(job: Job, out: Tensor) -> None:
-    """Fill `out` (CPU, shape ``job.local``) as `job` says.
+def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
+    """The structure for one call, and the arrays that must outlive it.
 
     Raises:
         Unsupported: more than four dims that do not merge, or a destination whose last dim is strided.
-        NoCompiler: the library cannot be built.
     """
-    if out.numel() == 0:
-        return
     computed = job.dtype in FLOATS and not (job.plain and job.source is not None and job.source.dtype == job.dtype)
     if not computed and job.source is not None and job.source.dtype != job.dtype:
         raise Unsupported("conversion between types that are not floating")
@@ -637,25 +651,43 @@ def run(job: Job, out: Tensor) -> None:
         cuts.append(_Cuts(n, *(_address(a) for a in arrays)))
     table_of_cuts = (_Cuts * max(len(cuts), 1))(*cuts)
     task.cut = ctypes.addressof(table_of_cuts)
-    for over, means in job.means.items():
-        bits_set = 0
-        strides = [0, 0, 0, 0]
-        for d, axis in enumerate(lined):
-            place = 3 if axis is column else d
-            if any(over >> part & 1 for part in axis.parts):
-                bits_set |= 1 << place
-            elif axis.parts:
-                real = [part for part in axis.parts if means.shape[part] > 1]
-                strides[place] = means.stride(real[-1]) if real else 0
-        task.means[bits_set] = means.data_ptr()
-        task.mean_stride[bits_set][:] = strides
+    for over, strides, means in mean_layout(job, lined):
+        places = sum(1 << (3 if axis is column else d) for d, axis in enumerate(lined) if d in over)
+        task.means[places] = means.data_ptr()
+        task.mean_stride[places][:] = strides[:-1] + [0] * (4 - len(strides)) + strides[-1:]
     size = out.numel() * out.element_size()
     task.stream = int(size >= STREAM and not job.independent)
     task.threads = 1 if out.numel() < ALONE else torch.get_num_threads()
-    status = library().fxgrow_run(ctypes.byref(task))
-    if status:
+    return task, [*keep, segments, table_of_cuts, later, job]
+
+
+def run(job: Job, out: Tensor) -> None:
+    """Fill `out` (CPU, shape ``job.local``) as `job` says.
+
+    Raises:
+        Unsupported: see `task_of`.
+        NoCompiler: the library cannot be built.
+    """
+    if out.numel() == 0:
+        return
+    task, keep = task_of(job, out)
+    if library().fxgrow_run(ctypes.byref(task)):
         raise MemoryError("the native kernel ran out of memory")
-    del keep, segments, table_of_cuts
+    del keep
+
+
+def run_many(jobs: list[tuple[Job, Tensor]]) -> None:
+    """Fill many small destinations at once: one call, each tensor on one thread.
+
+    Raises:
+        Unsupported, NoCompiler: as `run`; some destinations may be filled already.
+    """
+    built = [task_of(job, out) for job, out in jobs if out.numel()]
+    tasks = (_Task * max(len(built), 1))(*(task for task, _ in built))
+    for task in tasks:
+        task.threads = 1
+    if library().fxgrow_run_many(tasks, len(built), torch.get_num_threads()):
+        raise MemoryError("the native kernel ran out of memory")
 
 
 def available() -> str | None:

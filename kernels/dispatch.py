@@ -93,6 +93,22 @@ def run(job: Job, out: Tensor, backend: str | None, fresh: bool) -> None:
     reference.run(job, out)
 
 
+def run_many(jobs: list[tuple[Job, Tensor]], backend: str | None, fresh: list[bool]) -> None:
+    """Fill many destinations; the small ones of the CPU backend in one call."""
+    small: list[int] = []
+    chosen = backend or os.environ.get(VARIABLE) or None
+    if chosen in (None, "cpu") and native.available() is None:
+        small = [k for k, (_, out) in enumerate(jobs) if out.device.type == "cpu" and out.numel() < native.ALONE]
+        try:
+            native.run_many([jobs[k] for k in small])
+        except native.Unsupported:
+            small = []
+    done = set(small)
+    for k, (job, out) in enumerate(jobs):
+        if k not in done:
+            run(job, out, backend, fresh[k])
+
+
 def synchronise(device: torch.device) -> None:
     """Wait for a device to finish, for timing."""
     if device.type == "cuda":
