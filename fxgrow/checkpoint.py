@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import fx, nn
 
 import fxgrow
-from fxgrow.capture import Program
+from fxgrow.capture import Call, Program
 from fxgrow.errors import CheckpointError
 from fxgrow.growth import Growth
 from fxgrow.plan import GrowthPlan
@@ -59,6 +59,16 @@ class TensorRecord(_Model):
     channels_last: bool = False
 
 
+class CallRecord(_Model):
+    """One way of calling the model; ``args`` and ``kwargs`` are its example, None where it was not stored."""
+
+    name: str
+    inputs: list[str] = Field(default_factory=list)
+    constants: dict[str, Any] = Field(default_factory=dict)
+    args: Any = None
+    kwargs: Any = None
+
+
 class Manifest(_Model):
     """What ``manifest.json`` holds.
 
@@ -71,7 +81,9 @@ class Manifest(_Model):
         ties: further names of a tied tensor to the name it is stored under.
         tensors: what ``model.safetensors`` holds.
         graph: see :func:`fxgrow.serialize.graph_to_json`.
-        inputs: example arguments, tensors by their names in ``examples.safetensors``.
+        calls: the ways of calling the model, with example arguments, tensors by their names in
+            ``examples.safetensors``.
+        signature: the forward method's parameters in order.
     """
 
     format: Literal["fxgrow-checkpoint"] = FORMAT
@@ -89,7 +101,8 @@ class Manifest(_Model):
     tensors: dict[str, TensorRecord]
     plan: dict[str, Any] | None = None
     receipt: dict[str, Any] | None = None
-    inputs: dict[str, Any] | None = None
+    calls: list[CallRecord] = Field(default_factory=list)
+    signature: list[str] = Field(default_factory=list)
     graph: list[dict[str, Any]]
 
 
@@ -101,8 +114,8 @@ class Loaded:
         module: a GraphModule in the mode it was saved in.
         plan, receipt: of the growth that made it; None where there was none.
         program: graph and names.
-        args, kwargs: the example inputs, empty where they were not stored.
-        outputs: the tensors that the model gave for them in eval mode, in order; None where not stored.
+        args, kwargs: the example inputs of the first call, empty where they were not stored.
+        outputs: by call, the tensors that the model gave for its example in eval mode; None where not stored.
         manifest: everything else.
     """
 
@@ -112,7 +125,7 @@ class Loaded:
     program: Program
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    outputs: list[torch.Tensor] | None
+    outputs: list[list[torch.Tensor]] | None
     manifest: Manifest
 
     def replay_error(self) -> float:
@@ -123,10 +136,13 @@ class Loaded:
         """
         if self.outputs is None:
             raise CheckpointError("the checkpoint was saved without examples, so that there is nothing to compare with")
-        now = _run(self.program, self.module, self.args, self.kwargs)
-        if len(now) != len(self.outputs):
-            raise CheckpointError(f"the model returns {len(now)} tensors, the checkpoint has {len(self.outputs)}")
-        return max((e.relative_error for e in relative_errors(self.outputs, now)), default=0.0)
+        worst = 0.0
+        for call, before in zip(self.program.calls, self.outputs, strict=True):
+            now = _run(self.program, self.module, call.args, call.kwargs)
+            if len(now) != len(before):
+                raise CheckpointError(f"{call.name} returns {len(now)} tensors, the checkpoint has {len(before)}")
+            worst = max([worst, *(e.relative_error for e in relative_errors(before, now))])
+        return worst
 
     def compile(self, **options: Any) -> fx.GraphModule:
         """Like :meth:`fxgrow.Growth.compile`."""
@@ -184,14 +200,21 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
         tensors=records,
         plan=None if plan is None else _plain(plan),
         receipt=None if receipt is None else _plain(receipt),
+        signature=list(program.signature),
         graph=graph_to_json(program.graph),
     )
     stored: dict[str, torch.Tensor] = {}
-    if examples and (program.args or program.kwargs) and not any(t.is_meta for t in tensors.values()):
-        args, kwargs = _to_device((program.args, program.kwargs), next(iter(tensors.values()), torch.empty(0)).device)
-        manifest.inputs = _encode_inputs(args, kwargs, stored)
-        for i, output in enumerate(_run(program, module, args, kwargs)):
-            stored[f"output.{i}"] = output
+    on_meta = any(t.is_meta for t in tensors.values())
+    for number, call in enumerate(program.calls):
+        record = CallRecord(name=call.name, inputs=call.inputs)
+        record.constants = {n: encode_value(v, f"input {n}") for n, v in call.constants.items()}
+        if examples and not on_meta:
+            device = next(iter(tensors.values()), torch.empty(0)).device
+            args, kwargs = _to_device((call.args, call.kwargs), device)
+            record.args, record.kwargs = _encode_inputs(args, stored), _encode_inputs(kwargs, stored)
+            for i, output in enumerate(_run(program, module, args, kwargs)):
+                stored[f"output.{number}.{i}"] = output
+        manifest.calls.append(record)
     with _atomic_folder(path) as folder:
         _write_tensors(tensors, folder / MODEL)
         if stored:
@@ -252,7 +275,9 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
 
 
-def _encode_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], stored: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _encode_inputs(inputs: Any, stored: dict[str, torch.Tensor]) -> Any:
+    """Arguments as JSON; tensors go to ``stored``, and their names take their place."""
+
     def encode(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             name = f"input.{len(stored)}"
@@ -265,7 +290,7 @@ def _encode_inputs(args: tuple[Any, ...], kwargs: dict[str, Any], stored: dict[s
             return {"dict": [[k, encode(v)] for k, v in value.items()]}
         return encode_value(value, "the example inputs")
 
-    return {"args": encode(args), "kwargs": encode(kwargs)}
+    return encode(inputs)
 
 
 def _decode_inputs(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -430,16 +455,8 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
     except (ValidationError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: its plan or receipt cannot be read: {_first(error)}") from error
     _check_names(manifest, graph, path / MANIFEST)
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    outputs = None
-    if manifest.inputs is not None:
-        stored = _read_tensors(path / EXAMPLES, device)
-        args = _decode_inputs(manifest.inputs.get("args"), stored)
-        kwargs = _decode_inputs(manifest.inputs.get("kwargs"), stored)
-        if not isinstance(args, tuple) or not isinstance(kwargs, dict):
-            raise CheckpointError(f"{path / MANIFEST}: the example inputs are damaged")
-        outputs = [stored[n] for n in (f"output.{i}" for i in range(len(stored))) if n in stored]
+    calls, outputs = _read_calls(manifest, path, device)
+    args, kwargs = (calls[0].args, calls[0].kwargs) if calls else ((), {})
 
     def of(kind: str) -> dict[str, torch.Tensor]:
         return {n: tensors[n] for n, r in manifest.tensors.items() if r.kind == kind}
@@ -463,6 +480,8 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
         args=args,
         kwargs=kwargs,
         containers=dict(manifest.containers),
+        calls=calls,
+        signature=list(manifest.signature),
     )
     try:
         module = regenerate(program, {n: tensors[n] for n in manifest.tensors})
@@ -471,6 +490,27 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
     own = dict(module.named_parameters(remove_duplicate=False))
     program.parameters = {n: own[n] for n in program.parameters}
     return Loaded(module, plan, receipt, program, args, kwargs, outputs, manifest)
+
+
+def _read_calls(
+    manifest: Manifest, path: Path, device: str | torch.device
+) -> tuple[list[Call], list[list[torch.Tensor]] | None]:
+    """The calls with their examples, and what the model gave for them."""
+    where = path / MANIFEST
+    complete = bool(manifest.calls) and all(c.args is not None and c.kwargs is not None for c in manifest.calls)
+    stored = _read_tensors(path / EXAMPLES, device) if complete else {}
+    calls, outputs = [], []
+    for number, record in enumerate(manifest.calls):
+        args: Any = _decode_inputs(record.args, stored) if complete else ()
+        kwargs: Any = _decode_inputs(record.kwargs, stored) if complete else {}
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+            raise CheckpointError(f"{where}: the example of call {record.name} is damaged")
+        constants = {n: decode_value(v, {}, f"{where}: input {n}") for n, v in record.constants.items()}
+        calls.append(Call(record.name, args, kwargs, list(record.inputs), constants))
+        prefix = f"output.{number}."
+        found = sorted((n for n in stored if n.startswith(prefix)), key=lambda n: int(n.rpartition(".")[2]))
+        outputs.append([stored[n] for n in found])
+    return calls, outputs if complete else None
 
 
 def _read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor]:

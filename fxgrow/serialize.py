@@ -221,10 +221,11 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
             entry["kwargs"] = {k: encode_value(v, where) for k, v in node.kwargs.items()}
         if (value := _encode_result(node)) is not None:
             entry["value"] = value
-        for key, short in (("module_path", "module"), ("module_call", "call"), ("source", "source")):
+        for key, short in (("module_path", "module"), ("module_call", "module_call"), ("source", "source")):
             if node.meta.get(key):
                 entry[short] = _relative(node.meta[key]) if key == "source" else node.meta[key]
         entry.update({key: True for key in ("is_flag", "rescale") if node.meta.get(key)})
+        entry.update({key: node.meta[key] for key in ("call", "input") if key in node.meta})
         out.append(entry)
     return out
 
@@ -371,8 +372,12 @@ def graph_from_json(entries: Iterable[Mapping[str, Any]]) -> fx.Graph:
         _decode_result(node, entry.get("value"), environment, where)
         node.meta["module_path"] = str(entry.get("module", ""))
         node.meta["source"] = str(entry.get("source", ""))
+        if "module_call" in entry:
+            node.meta["module_call"] = str(entry["module_call"])
         if "call" in entry:
-            node.meta["module_call"] = str(entry["call"])
+            node.meta["call"] = _typed(entry["call"], int, where)
+        if "input" in entry:
+            node.meta["input"] = _identifier(entry["input"], where)
         node.meta.update({key: True for key in ("is_flag", "rescale") if entry.get(key)})
         nodes[name] = node
     if not nodes or next(reversed(graph.nodes)).op != "output" or sum(n.op == "output" for n in graph.nodes) != 1:

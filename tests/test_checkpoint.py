@@ -147,6 +147,30 @@ def test_buffers_constants_flags_and_structure(tmp_path: Path) -> None:
     assert loaded.kwargs == {"scale": 3.0} and torch.equal(loaded.args[0], x)
 
 
+class Coder(nn.Module):
+    """Called in two ways: with and without targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> Any:
+        y = self.down(self.up(x).relu())
+        return y if target is None else (y - target).square().mean()
+
+
+def test_several_calls(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, t = Coder(), torch.randn(3, 4), torch.randn(3, 4)
+    program = fxgrow.capture(model, calls={"loss": (x, t), "predict": (x,)})
+    growth = fxgrow.grow(program, {"op": "widen", "axis": "up.weight:0", "factor": 2})
+    loaded = fxgrow.load(fxgrow.save(growth, tmp_path / "c"))
+    assert [c.name for c in loaded.program.calls] == ["loss", "predict"] and loaded.replay_error() == 0.0
+    assert torch.equal(loaded.module(x), growth.module(x)) and torch.equal(loaded.module(x, t), growth.module(x, t))
+    again = fxgrow.capture(loaded.module, calls={"loss": (x, t), "predict": (x,)})
+    assert [a.name for a in again.axes] == [a.name for a in growth.program.axes]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes_and_memory_formats(tmp_path: Path, dtype: torch.dtype) -> None:
     model = small_cnn(dtype).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -193,6 +217,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "reads files": (lambda d: node(d, "linear").update(target="aten.from_file.default"), "reads files"),
     "code in a name": (lambda d: node(d, "idx").update(name="x=print(1)"), "not a Python name"),
     "code in an input": (lambda d: node(d, "idx").update(target="x=print(1)"), "not a Python name"),
+    "code in an input name": (lambda d: node(d, "idx").update(input="x=print(1)"), "not a Python name"),
     "code in a path": (lambda d: d["containers"].update({'x"]+print(1)#': "A"}), "not a path"),
     "dunder path": (lambda d: node(d, "transformer_h_0_ln_1_weight").update(target="__class__.x"), "not a path"),
     "code in a size": (

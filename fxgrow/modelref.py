@@ -1,0 +1,255 @@
+"""From what a user types on the command line to a model and example inputs.
+
+A model is named ``package.module:callable``. The callable returns a module, ``(module, args)``, ``(module, args,
+kwargs)`` or a :class:`fxgrow.training.Task`; a folder that :func:`fxgrow.save` wrote is a model too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from fxgrow.errors import FxgrowError, SpecError
+
+INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d,\s]*)\](?:<(?P<limit>\d+))?")
+INPUT_HELP = (
+    "describe each input as DTYPE[SIZES], with <N for integers below N and NAME= for keywords: "
+    '--input "int64[2,16]<65" --input "mask=bool[2,16]"'
+)
+
+
+@dataclass
+class Named:
+    """A model with its example inputs."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    label: str
+    checkpoint: Any = None
+    """The :class:`fxgrow.checkpoint.Loaded`, where the model is one."""
+
+
+def parse_input(text: str, device: str = "cpu") -> tuple[str | None, Any]:
+    """An example input: ``[NAME=]DTYPE[SIZES][<LIMIT]`` or a literal (``NAME=0.5``, ``none``).
+
+    Integers are drawn below the limit (2 without one), floats from a normal distribution.
+
+    Returns:
+        Keyword or None, and the value.
+
+    Raises:
+        SpecError: it is neither.
+    """
+    found = INPUT.fullmatch(text.strip())
+    if found is None:
+        name, equals, literal = text.partition("=")
+        if not (equals and name.isidentifier()):
+            name, literal = "", text
+        value = yaml.safe_load(literal) if "[" not in literal else literal
+        if value is None or isinstance(value, bool | int | float) or str(value).lower() == "none":
+            return name or None, None if isinstance(value, str) else value
+        raise SpecError(f"--input {text!r}: {INPUT_HELP}")
+    dtype = getattr(torch, found["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise SpecError(f"--input {text!r}: no dtype {found['dtype']!r}; for example float32, bfloat16, int64, bool")
+    shape = [int(s) for s in found["shape"].split(",") if s.strip()]
+    if dtype.is_floating_point or dtype.is_complex:
+        if found["limit"]:
+            raise SpecError(f"--input {text!r}: <{found['limit']} is for integers")
+        return found["name"], torch.randn(shape, device=device).to(dtype)
+    limit = int(found["limit"] or 2)
+    return found["name"], torch.randint(limit, shape, device=device).to(dtype)
+
+
+def parse_settings(settings: Sequence[str], option: str = "--config") -> dict[str, Any]:
+    """``key=value`` pairs; values are YAML: ``depth=4``, ``bias=false``, ``sizes=[1, 2]``.
+
+    Raises:
+        SpecError: one without ``=`` or with a value that is no YAML.
+    """
+    out: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise SpecError(f"{option} {text!r}: write key=value")
+        try:
+            out[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise SpecError(f"{option} {text!r}: {value!r} is not a value (numbers, true, text, [lists])") from None
+    return out
+
+
+def find_callable(reference: str) -> Any:
+    """Import ``package.module:callable``; the current folder is importable.
+
+    Raises:
+        SpecError: there is no such module or name.
+    """
+    module_name, colon, name = reference.partition(":")
+    if not colon or not module_name or not name:
+        raise SpecError(
+            f"{reference!r} names no model: write package.module:callable (as in examples.gpt.train:task), "
+            "or the folder of a checkpoint"
+        )
+    if module_name.endswith(".py"):
+        module_name = module_name.removesuffix(".py").replace("/", ".").lstrip(".")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        near = " (the current folder is searched first)" if error.name == module_name.partition(".")[0] else ""
+        raise SpecError(f"{reference!r}: cannot import {error.name}{near}") from error
+    except Exception as error:
+        raise SpecError(f"{reference!r}: importing {module_name} fails: {_location(error)}") from error
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            import difflib
+
+            own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            near = ", ".join(difflib.get_close_matches(part, own, n=3, cutoff=0.3) or own[:6])
+            raise SpecError(f"{reference!r}: {module_name} has no {part!r}" + (f"; it has {near}" if near else ""))
+        found = getattr(found, part)
+    if not callable(found):
+        raise SpecError(f"{reference!r} is a {type(found).__name__}, which cannot be called")
+    return found
+
+
+def call(reference: str, settings: Mapping[str, Any]) -> Any:
+    """Call what a reference names with keyword arguments.
+
+    Raises:
+        SpecError: it cannot be found, takes other arguments, or fails; with the line where it fails.
+    """
+    function = find_callable(reference)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind(**settings)
+        except TypeError as error:
+            raise SpecError(
+                f"{reference!r} takes {signature}, got {dict(settings) or 'nothing'}: {error}. "
+                "Pass arguments with --config key=value, or name a function that needs none"
+            ) from None
+    try:
+        return function(**settings)
+    except FxgrowError:
+        raise
+    except Exception as error:
+        raise SpecError(f"{reference!r} fails: {_location(error)}") from error
+
+
+def _location(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    mine = [f for f in frames if "/fxgrow/" not in f.filename and not f.filename.startswith("<")]
+    where = f" (at {mine[-1].filename}:{mine[-1].lineno})" if mine else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def load_model(
+    reference: str,
+    *,
+    config: Sequence[str] = (),
+    inputs: Sequence[str] = (),
+    weights: Path | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    dry: bool = False,
+) -> Named:
+    """The model and example inputs that a command works on.
+
+    Args:
+        reference: ``package.module:callable`` or a checkpoint folder.
+        config: ``key=value`` arguments of the callable.
+        inputs: see :func:`parse_input`; they replace what the callable returns.
+        weights: a safetensors state dict, or a checkpoint folder, to load.
+        device: of the model and its inputs.
+        seed: for weights and inputs.
+        dry: shapes are enough: build on the meta device where that works.
+
+    Raises:
+        FxgrowError: the model cannot be found, made or filled, or its inputs are not known.
+    """
+    torch.manual_seed(seed)
+    if ":" not in reference and Path(reference).is_dir():
+        from fxgrow.checkpoint import load, load_weights
+
+        loaded = load(reference, device=device)
+        args, kwargs = _given(inputs, device) if inputs else (loaded.args, loaded.kwargs)
+        if weights is not None:
+            load_weights(loaded.module, weights)
+        return Named(loaded.module, args, kwargs, reference, loaded)
+    settings = parse_settings(config)
+    made: Any = None
+    if dry and weights is None:
+        with contextlib.suppress(Exception), torch.device("meta"):
+            made = _unpack(call(reference, settings), reference)
+            if inputs or made[1] or made[2]:
+                device = "meta"
+            else:
+                made = None
+    if made is None:
+        torch.manual_seed(seed)
+        made = _unpack(call(reference, settings), reference)
+    module, args, kwargs = made
+    if weights is not None:
+        from fxgrow.checkpoint import load_weights
+
+        load_weights(module, weights)
+    if inputs:
+        args, kwargs = _given(inputs, device)
+    if not args and not kwargs:
+        names = ", ".join(inspect.signature(module.forward).parameters)
+        raise SpecError(
+            f"{reference!r} returned a {type(module).__name__} without example inputs for forward({names}): "
+            f"{INPUT_HELP}; or let the callable return (module, args)"
+        )
+    module = module.to(device)
+    args, kwargs = _moved((args, kwargs), device)
+    return Named(module, tuple(args), dict(kwargs), reference)
+
+
+def _given(inputs: Sequence[str], device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    parsed = [parse_input(text, device) for text in inputs]
+    return tuple(v for n, v in parsed if n is None), {n: v for n, v in parsed if n is not None}
+
+
+def _moved(value: Any, device: str) -> Any:
+    import torch.utils._pytree as pytree
+
+    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
+
+
+def _unpack(result: Any, reference: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    from fxgrow.training import Task, seeded
+
+    if isinstance(result, Task):
+        args, kwargs = result.example(result.batches("train", seeded(result.hyper.seed, "train", 0)))
+        return result.model, args, kwargs
+    if isinstance(result, nn.Module):
+        return result, (), {}
+    if isinstance(result, tuple) and result and isinstance(result[0], nn.Module) and len(result) in (2, 3):
+        args = (result[1],) if isinstance(result[1], torch.Tensor) else tuple(result[1])
+        return result[0], args, dict(result[2]) if len(result) == 3 else {}
+    raise SpecError(
+        f"{reference!r} returned {type(result).__name__}; a model's callable returns a module, (module, args), "
+        "(module, args, kwargs) or a fxgrow.training.Task"
+    )
