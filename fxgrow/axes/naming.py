@@ -7,17 +7,19 @@ run to run, and for a regenerated module, which remembers the modules its ops ca
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch import fx
 
-from fxgrow.axes.expr import Axis, axes_of, is_static
+from fxgrow.axes.expr import Axis, Concat, Expr, Product, axes_of, is_static, resolve
 
 if TYPE_CHECKING:
-    from fxgrow.axes.analysis import Axes, AxisInfo
+    from fxgrow.axes.analysis import Axes, AxisInfo, Member
 
 #: roles that rules announce, strongest first
-RANK = ("kv_heads", "heads", "head_dim", "value_dim", "experts", "positions", "vocab", "channels")
+RANK = ("kv_heads", "groups", "heads", "head_dim", "value_dim", "experts", "positions", "vocab", "channels")
 
 
 def name_axes(axes: Axes) -> dict[str, AxisInfo]:
@@ -39,6 +41,7 @@ def name_axes(axes: Axes) -> dict[str, AxisInfo]:
                     if str(node.target) in axes.program.parameters:
                         trainable.add(axis.id)
     residual = _residual_axes(axes)
+    _mark_grouped_heads(axes, members)
     out: dict[str, AxisInfo] = {}
     for ident, axis in found.items():
         if ident not in trainable:
@@ -69,23 +72,42 @@ def _common_path(tensors: list[str], ops: list[str], axes: Axes) -> str:
     return ".".join(common) or "."
 
 
-def _role(axis: Axis, residual: set[int], axes: Axes) -> str:
+def products(dim: Expr) -> Iterator[tuple[Expr, ...]]:
+    """The factors of every part of a dim."""
+    dim = resolve(dim)
+    for part in dim.parts if isinstance(dim, Concat) else (dim,):
+        yield part.factors if isinstance(part, Product) else (part,)
+
+
+def _mark_grouped_heads(axes: Axes, members: dict[int, list[Member]]) -> None:
+    """Heads that are a product of two axes, the second of them broadcast: the first are key-value heads."""
+    table = axes.tensor_dims()
+    for tensor, i in {(m.tensor, m.dim) for found in members.values() for m in found}:
+        for part in products(table[tensor][i]):
+            for outer, inner in itertools.pairwise(part):
+                if isinstance(outer, Axis) and isinstance(inner, Axis) and {"groups", "heads"} <= set(inner.roles):
+                    outer.roles.setdefault("kv_heads", 1)
+
+
+def _role(axis: Axis, residual: dict[int, str], axes: Axes) -> str:
     roles = axis.roles
-    for role in RANK[:4]:
-        if role in roles:
+    reason = axis.frozen
+    if reason is not None and reason.op == "input":
+        return "inputs"
+    for role in RANK[:5]:
+        if role in roles and (role != "groups" or "heads" in roles):
             return role
     if roles.get("vocab", 0) >= 100 or roles.get("positions", 0) >= 100:
         return "vocab" if roles.get("vocab", 0) >= 100 else "positions"
+    if residual.get(axis.id) == "last":
+        return "residual"
     if "channels" in roles:
         return "channels"
     if axis.id in residual:
         return "residual"
-    reason = axis.frozen
-    if reason is not None and reason.op == "input":
-        return "inputs"
     if "vocab" in roles or (reason is not None and reason.op == "output"):
         return "vocab" if _has_vocab(axes) else "outputs"
-    for role in RANK[4:]:
+    for role in RANK[5:]:
         if role in roles:
             return role
     return "hidden"
@@ -95,9 +117,9 @@ def _has_vocab(axes: Axes) -> bool:
     return any(a.roles.get("vocab", 0) >= 100 for a in axes.unifier.axes)
 
 
-def _residual_axes(axes: Axes) -> set[int]:
-    """Axes along which a value is added to one computed from it: ``x + f(x)``."""
-    out: set[int] = set()
+def _residual_axes(axes: Axes) -> dict[int, str]:
+    """Axes along which a value is added to one computed from it, ``x + f(x)``: in the last dim, or in dim 1."""
+    out: dict[int, str] = {}
     order = {n: i for i, n in enumerate(axes.program.graph.nodes)}
     for node in axes.program.graph.nodes:
         if node.op != "call_function" or "aten.add" not in str(node.target):
@@ -108,8 +130,10 @@ def _residual_axes(axes: Axes) -> set[int]:
         early, late = sorted(operands, key=lambda n: order[n])
         dims = axes.dims.get(node)
         if dims and _reaches(late, early, order):
-            for axis in axes_of(dims[-1]) + (axes_of(dims[1]) if len(dims) > 2 else []):
-                out.add(axis.id)
+            for axis in axes_of(dims[1]) if len(dims) > 2 else []:
+                out.setdefault(axis.id, "second")
+            for axis in axes_of(dims[-1]):
+                out[axis.id] = "last"
     return out
 
 

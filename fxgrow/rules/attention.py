@@ -39,9 +39,11 @@ class ScaledDotProductAttention(Rule):
             a, b, c = q[i], k[i], v[i]
             self._pair(ctx, b, c)
             if ctx.args.get("enable_gqa") and i == len(q) - 3 and size_of(a) != size_of(b):
-                kv, _group = ctx.regroup([a], [size_of(b), size_of(a) // size_of(b)])
+                kv, group = ctx.regroup([a], [size_of(b), size_of(a) // size_of(b)])
                 ctx.unify(kv, b)
                 ctx.role(b, "kv_heads", 2)
+                ctx.role(group, "groups")
+                ctx.role(group, "heads")
             else:
                 self._pair(ctx, a, b)
                 if i == len(q) - 3 and i > 0:

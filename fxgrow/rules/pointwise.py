@@ -54,7 +54,10 @@ class Difference(Pointwise):
         return out
 
 
-ZERO = "relu gelu silu tanh neg abs sin sinh asinh atan erf sign leaky_relu elu selu celu mish hardswish square expm1 relu6"
+ZERO = (
+    "relu gelu silu tanh neg abs sin sinh asinh atan erf sign leaky_relu elu selu celu mish hardswish square expm1 "
+    "relu6"
+)
 FREE = (
     "sigmoid exp exp2 cos cosh softplus hardsigmoid log_sigmoid sgn round floor ceil trunc logical_not bitwise_not "
     "isnan isinf isfinite"

@@ -117,6 +117,8 @@ def _expand(ctx: Any, dims: Dims) -> Dims:
     for i, size in enumerate(shape):
         dim = dims[i - lead] if i >= lead else UNIT
         out.append(dim if not is_unit(dim) or same_size(size, 1) else ctx.born(i))
+        if is_unit(dim) and is_static(size):
+            ctx.role(out[-1], "groups")
     return out
 
 
@@ -180,7 +182,9 @@ def _repeat_interleave(ctx: Any, dims: Dims) -> Dims:
     if not isinstance(repeats, int) or dim is None:
         raise Conflict("repeats that are not one number")
     i = int(dim) % len(dims)
-    return [*dims[:i], product([dims[i], ctx.inner(i, repeats)]), *dims[i + 1 :]]
+    inner = ctx.inner(i, repeats)
+    ctx.role(inner, "groups")
+    return [*dims[:i], product([dims[i], inner]), *dims[i + 1 :]]
 
 
 def _resize_repeat_interleave(ctx: Resize) -> None:

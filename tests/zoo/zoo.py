@@ -155,9 +155,7 @@ class Attention(nn.Module):
         parts = self.qkv(x).split(c, dim=2) if self.fused else (self.q(x), self.k(x), self.v(x))
         q, k, v = (p.view(b, t, self.h, c // self.h).transpose(1, 2) for p in parts)
         if self.sdpa:
-            y = F.scaled_dot_product_attention(
-                q, k, v, is_causal=self.causal, dropout_p=0.1 if self.training else 0.0
-            )
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=0.1 if self.training else 0.0)
         else:
             scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
             if self.causal:
