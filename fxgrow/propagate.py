@@ -67,6 +67,7 @@ class Outcome:
     rescales: dict[str, float] = field(default_factory=dict)
     input_rescales: dict[tuple[str, str], float] = field(default_factory=dict)  # (user, operand node) -> factor
     scale_requests: dict[str, dict[str, float]] = field(default_factory=dict)  # tensor -> user node -> factor
+    fold_requests: dict[str, dict[str, float]] = field(default_factory=dict)  # the same, for shares of copies
     statistics: bool = False
     uneven_gradients: bool = False  # an op gives one of several equal copies all the gradient
     multiplied: bool = False  # two activations are multiplied and summed over the axis
@@ -80,6 +81,7 @@ class Grow:
         self.pinned: dict[Site, Content] = {}
         self.reasons: dict[Site, str] = {}
         self.forced: set[Site] = set()
+        self.no_fold = False
         self.node: fx.Node
         self.args: dict[str, Any] = {}
         self.env: dict[fx.Node, Any] = {}
@@ -98,9 +100,9 @@ class Grow:
         for _ in range(200):
             try:
                 self._interpret()
+                self._settle_scales()
             except _Restart:
                 continue
-            self._settle_scales()
             self._check_alive()
             return self.outcome
         raise GrowthRefused(f"cannot grow {self.name}: demands on its parameters do not settle")
@@ -490,26 +492,28 @@ class Grow:
         return True
 
     def _settle_scales(self) -> None:
-        users = {str(n.target): n.users for n in self.axes.program.graph.nodes if n.op == "get_attr"}
+        """Apply the scales that every op using a parameter agreed on."""
+        users: dict[str, set[str]] = {}
+        for node in self.axes.uses.get(self.axis.id, []):
+            if node.op == "get_attr":
+                users.setdefault(str(node.target), set()).update(u.name for u in node.users)
+
+        def agreed(name: str, requests: dict[str, float]) -> bool:
+            return len(set(requests.values())) == 1 and users[name] == set(requests)
+
+        if not all(agreed(name, requests) for name, requests in self.outcome.fold_requests.items()):
+            self.no_fold = True  # another op uses the norm's weight too: scale the product instead
+            raise _Restart
         for name, requests in self.outcome.scale_requests.items():
-            if len(set(requests.values())) != 1 or {u.name for u in users[name]} != set(requests):
+            if not agreed(name, requests):
                 raise GrowthRefused(
                     f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: {name} is used by several "
                     "ops, not all of which need the same scale of it"
                 )
-            before, folded = self.outcome.scales.get(name, (1.0, False))
-            self.outcome.scales[name] = (before * next(iter(requests.values())), folded)
-
-    def scale_parameter(self, operand: str, factor: float, fold: bool = False, node: fx.Node | None = None) -> bool:
-        """Multiply a parameter that only this op uses. Returns False where it is shared."""
-        owner = node if node is not None else self.node
-        value = bound_arguments(owner).get(operand)
-        if not isinstance(value, fx.Node) or value.op != "get_attr" or len(value.users) != 1:
-            return False
-        name = str(value.target)
-        before, folded = self.outcome.scales.get(name, (1.0, False))
-        self.outcome.scales[name] = (before * factor, folded or fold)
-        return True
+        for fold, table in ((False, self.outcome.scale_requests), (True, self.outcome.fold_requests)):
+            for name, requests in table.items():
+                before, folded = self.outcome.scales.get(name, (1.0, False))
+                self.outcome.scales[name] = (before * next(iter(requests.values())), folded or fold)
 
     def rescale_output(self, factor: float) -> None:
         """Multiply the op's result by a constant: in a literal that follows it, or by a new node."""
@@ -543,22 +547,25 @@ class Grow:
         self.outcome.input_rescales[key] = self.outcome.input_rescales.get(key, 1.0) * factor
 
     def _fold_into_norm(self, factor: float) -> bool:
-        """Scale the weight and bias of the norm that alone feeds the current op."""
+        """Scale the weight and bias of the norm that alone feeds the current op, through ops that only move entries."""
         source = self.args.get("input")
-        if not isinstance(source, fx.Node) or len(source.users) != 1:
+        while isinstance(source, fx.Node) and len(source.users) == 1 and _keeps_scale(source):
+            source = source.args[0]
+        if self.no_fold or not isinstance(source, fx.Node) or len(source.users) != 1:
             return False
         if op_name(source.target) not in ("aten.layer_norm.default", "aten.rms_norm.default"):
             return False
         args = bound_arguments(source)
+        names = []
         for operand in ("weight", "bias"):
             value = args.get(operand)
             if value is None and operand == "bias":
                 continue
-            if not isinstance(value, fx.Node) or value.op != "get_attr" or len(value.users) != 1:
+            if not isinstance(value, fx.Node) or value.op != "get_attr":
                 return False
-        for operand in ("weight", "bias"):
-            if args.get(operand) is not None:
-                self.scale_parameter(operand, factor, fold=True, node=source)
+            names.append(str(value.target))
+        for name in names:
+            self.outcome.fold_requests.setdefault(name, {})[source.name] = factor
         return True
 
     def mean_of(self, value: Any) -> tuple[fx.Node, list[int]] | None:
@@ -608,6 +615,13 @@ class Grow:
                 f"cannot grow {self.name}: its new units would have zero incoming and zero outgoing weights, a dead "
                 "saddle whose gradients stay 0 for ever"
             )
+
+
+def _keeps_scale(node: fx.Node) -> bool:
+    """Whether scaling the op's first operand scales its result, and nothing else goes in."""
+    name = op_name(node.target) if node.op == "call_function" else ""
+    moves = getattr(RULES.get(name), "moves", False)
+    return (moves or name in ("aten.index.Tensor", "aten.index_select.default")) and isinstance(node.args[0], fx.Node)
 
 
 def _mul_first(a: Content, b: Content) -> Content:
