@@ -114,7 +114,7 @@ def versions() -> list[tuple[str, str]]:
     import torch
 
     import fxgrow
-    from fxgrow.kernels.backends import backends
+    from fxgrow.kernels import backends
 
     rows = [("fxgrow", fxgrow.__version__), ("Python", sys.version.split()[0]), ("torch", torch.__version__)]
     rows.append(("CUDA", str(torch.version.cuda) if torch.cuda.is_available() else "no device"))
@@ -783,7 +783,7 @@ def passes(json_: Json = False) -> None:
 
     for group in ("fxgrow.passes", "fxgrow.rules"):
         load_plugins(group)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, cls in operations().items():
         rows.append(
             {

@@ -87,6 +87,8 @@ def parse_settings(settings: Sequence[str], option: str = "--config") -> dict[st
             raise SpecError(f"{option} {text!r}: write key=value")
         try:
             out[key] = yaml.safe_load(value)
+            if isinstance(out[key], str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value.strip()):
+                out[key] = float(value)  # 1e-3, which YAML takes for text
         except yaml.YAMLError:
             raise SpecError(f"{option} {text!r}: {value!r} is not a value (numbers, true, text, [lists])") from None
     return out
