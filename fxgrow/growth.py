@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,7 +76,8 @@ def plan_growth(program: Program, spec: GrowthSpec) -> tuple[GrowthPlan, Program
     """Decide a growth. Needs shapes only: works on meta tensors.
 
     Returns:
-        The plan, and the grown program (graph and names, without tensors).
+        The plan, and the grown program: its graph and names, with shapes (meta tensors) in place of weights. It can be
+        planned with again.
 
     Raises:
         SpecError: the spec names something the model does not have.
@@ -98,7 +100,19 @@ def plan_growth(program: Program, spec: GrowthSpec) -> tuple[GrowthPlan, Program
     plan.parameters_after = sum(
         int(torch.Size(t.shape).numel()) for n, t in state.tensors.items() if n in state.program.parameters
     )
-    return plan, state.program
+    return plan, _grown_shapes(state.program, plan)
+
+
+def _grown_shapes(program: Program, plan: GrowthPlan) -> Program:
+    def shaped(table: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {n: torch.empty(plan.tensors[n].shape, dtype=t.dtype, device="meta") for n, t in table.items()}
+
+    return dataclasses.replace(
+        program,
+        parameters=shaped(program.parameters),
+        buffers=shaped(program.buffers),
+        constants=shaped(program.constants),
+    )
 
 
 def grow(

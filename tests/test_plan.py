@@ -93,3 +93,14 @@ def test_the_plan_says_what_it_did() -> None:
     assert [s.op for s in plan.steps] == ["widen"] * 5 + ["deepen"]
     equal = fxgrow.grow(small_gpt(), [{"op": "widen", "axis": "*/hidden", "factor": 2}], tokens(), verify=False).plan
     assert any("add noise" in n for n in equal.notes)
+
+
+def test_plans_chain_without_weights() -> None:
+    program = fxgrow.capture(small_gpt(), tokens())
+    first, grown = plan_growth(program, fxgrow.GrowthSpec.parse(ALL))
+    again = fxgrow.GrowthSpec.parse([{"op": "widen", "axis": "*/residual", "factor": 2}])
+    second, _ = plan_growth(grown, again)
+    assert second.parameters_before == first.parameters_after
+    real = fxgrow.grow(fxgrow.grow(program, ALL, verify=False).module, again, tokens(), verify=False)
+    assert second.parameters_after == real.plan.parameters_after
+    assert {n: t.shape for n, t in second.tensors.items()} == {n: t.shape for n, t in real.plan.tensors.items()}
