@@ -81,7 +81,7 @@ def materialise_tensor(
             scale=scale,
             newborn_scale=random_std if plan.paired else 0.0,
             distribution=noise.distribution if noise is not None else "bytes",
-            seed=noise.seed if noise is not None else 0,
+            seed=noise.seed if noise is not None else plan.random_seed,
         )
     if kernel_noise is not None and closing is None and kernel_noise.kind == "antisymmetric":
         kernel_noise = None
@@ -92,6 +92,7 @@ def materialise_tensor(
         [_dim_map(d, i == closing) for i, d in enumerate(plan.dims)],
         scale=plan.scale,
         random_std=random_std,
+        random_seed=plan.random_seed,
         constant=plan.constant,
         noise=kernel_noise,
         key=plan.key,

@@ -143,6 +143,7 @@ class TensorPlan(_Model):
         zero: the tensor is all zeros whatever its source holds (last projections of an identity block).
         fresh: it belongs to an inserted block or layer, so that its optimizer state starts empty.
         random_std: standard deviation of random newborn entries; None: the source's own.
+        random_seed: of random newborn entries.
         constant: value of newborn entries with the constant fill.
         paired: newborn entries that share an id read with weights +z and -z.
     """
@@ -156,6 +157,7 @@ class TensorPlan(_Model):
     fresh: bool = False
     init: Literal["zeros", "ones", "identity", "dirac"] | None = None
     random_std: float | None = None
+    random_seed: int = 0
     constant: float = 0.0
     paired: bool = False
     noise: NoisePlan | None = None

@@ -231,6 +231,8 @@ def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> 
         dim = state.axes.dims[node][i]
         state.compose(name, i, dim_plan(dim, name, i, info.axis, outcome, carrier_fill))
         plan.key = zlib.crc32(name.encode())
+        if growth.newborn:
+            plan.random_seed = op.seed
         if name in outcome.constants:
             plan.constant = outcome.constants[name]
         reads = any(s[0] == name and s[1] == i and s not in outcome.carriers for s in outcome.readers)

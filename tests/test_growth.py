@@ -129,6 +129,21 @@ def test_noise_parts_the_copies_and_only_the_copies() -> None:
     assert 0 < float((left - right).detach().abs().median()) < 0.1
 
 
+def test_seed_of_new_units() -> None:
+    model = small_gpt()
+    name = "transformer.h.0.mlp.c_fc.weight"
+
+    def grown(seed: int) -> torch.Tensor:
+        spec = [widen("*/hidden", by=6, fill="add", seed=seed)]
+        return fxgrow.grow(model, spec, tokens(), verify=False).module.get_parameter(name).detach()
+
+    assert torch.equal(grown(1), grown(1))
+    assert not torch.equal(grown(1)[128:], grown(2)[128:])
+    assert torch.equal(grown(1)[:128], grown(2)[:128])
+    assert torch.equal(grown(1)[128:131], grown(1)[131:]), "pairs of equal units"
+    assert 0.3 < float(grown(1)[128:].std() / model.get_parameter(name).detach().std()) < 3
+
+
 def test_ties_are_one_tensor_before_and_after() -> None:
     model = small_gpt()
     growth = fxgrow.grow(model, ALL, tokens())
