@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import fx
 
-from fxgrow.axes.analysis import flat_dims, from_parameter, result_sizes, sizes_of
+from fxgrow.axes.analysis import constant_value, flat_dims, from_parameter, result_sizes, sizes_of
 from fxgrow.axes.expr import (
     Axis,
     Concat,
@@ -30,6 +31,7 @@ from fxgrow.axes.expr import (
     leaves,
     map_leaves,
     product,
+    quotient,
     resolve,
     same_size,
     size_of,
@@ -274,11 +276,21 @@ class Grow:
         whole = self._annotate(self.axes.dims[self.node][i], lambda _: Info(Content.CONST))
         return self.scratch.split_product(whole, size)[1]
 
+    def outer(self, i: int, size: Size) -> Expr:
+        whole = self._annotate(self.axes.dims[self.node][i], lambda _: Info(Content.CONST))
+        inner = quotient(size_of(whole), size)
+        if inner is None:
+            raise Conflict(f"size {size_of(whole)} is no multiple of {size}")
+        return self.scratch.split_product(whole, inner)[0]
+
     def constant_like(self, dim: Expr) -> Expr:
         return map_leaves(dim, lambda x: Leaf(x.axis, Info(Content.CONST)) if isinstance(x, Leaf) else x)
 
     def from_parameter(self, value: Any) -> bool:
         return from_parameter(value)
+
+    def constant(self, value: Any) -> torch.Tensor | None:
+        return constant_value(value, self.axes.program.constants)
 
     def merge(self, exprs: Sequence[Expr]) -> Expr:
         """One dim shared by operands with entries of their own: known is what all agree on."""
@@ -422,7 +434,7 @@ class Grow:
         if rank != 1 or len(over) != 1 or not self.is_whole(over[0]):
             raise self.refuse("new units in only a part of the dim it normalises over; grow by whole copies instead")
         (info,) = infos(over[0])
-        if info.content is not needed and info.content is not Content.CONST:
+        if info.content is not needed and not (info.content is Content.CONST and needed is Content.MEAN):
             self.demand(info, needed, "a norm takes its statistics over the axis")
         return float(np.sqrt(self.growth.copies * self.growth.old / self.growth.new))
 

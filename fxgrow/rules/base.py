@@ -506,7 +506,10 @@ class Pattern(Rule):
                 total = ctx.combine(total, e, "mul")
             for e in biases:
                 total = ctx.combine(total, e, "add")
-            result[letter] = ctx.close(total)
+            total = ctx.close(total)
+            if products and any(b not in owners and ctx.dims(b) is not None for b in self.bias & set(self.operands)):
+                total = annotate(total, lambda info: info.becomes(_add(info.content, Content.CONST), zeroable=False))
+            result[letter] = total
         if factor != 1.0:
             operand = next(o for o in self.operands if o not in self.bias)
             ctx.rescale_product(1.0 / factor, operand, self.bias)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxgrow.axes.expr import UNIT, Expr, Leaf, resolve
-from fxgrow.rules.base import Content, Dims, Pattern, Rule, annotate, infos, register_rule
+from fxgrow.axes.expr import UNIT, Concat, Conflict, Expr, Leaf, resolve
+from fxgrow.rules.base import Content, Dims, Info, Pattern, Rule, annotate, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -39,7 +40,8 @@ class LastDimsNorm(Rule):
         assert dims is not None
         lead = len(dims) - len(ctx.args["normalized_shape"])
         weight, bias = ctx.dims("weight"), ctx.dims("bias")
-        out: Dims = list(dims[:lead])
+        zero = self.needed is Content.ZERO and bias is None
+        out: Dims = [annotate(d, lambda info: _normalised(info, zero)) for d in map(ctx.close, dims[:lead])]
         over = [d for d in dims[lead:] if ctx.grows(d)]
         eta = ctx.statistic(over, self.needed, len(dims) - lead) if over else 1.0
         for i, dim in enumerate(dims[lead:]):
@@ -70,6 +72,12 @@ class LastDimsNorm(Rule):
     def resize(self, ctx: Any) -> None:
         dims = ctx.dims(ctx.args["input"])
         ctx.set_shape("normalized_shape", dims[len(dims) - len(ctx.args["normalized_shape"]) :])
+
+
+def _normalised(info: Info, zero: bool) -> Info:
+    """Along a dim that a norm does not run over: nothing but broadcasts, and zeros where there is no bias, survives."""
+    keep = info.content is Content.CONST or (info.content is Content.ZERO and zero)
+    return info.becomes(info.content if keep else Content.FREE, zeroable=zero)
 
 
 register_rule("aten.layer_norm.default", LastDimsNorm(Content.MEAN))
@@ -119,7 +127,17 @@ class GroupNorm(Rule):
                 ctx.unify(channels, other[0])
         from fxgrow.axes.expr import size_of
 
-        ctx.regroup([channels], [g, size_of(channels) // g])
+        try:
+            ctx.regroup([channels], [g, size_of(channels) // g])
+        except Conflict:
+            # groups that reach across concatenated parts: what a group and every part are multiples of can still grow
+            parts = resolve(channels)
+            sizes = [size_of(p) for p in parts.parts] if isinstance(parts, Concat) else []
+            shared = math.gcd(size_of(channels) // g, *sizes)
+            if shared == 1 or not sizes:
+                raise
+            outer, _ = ctx.regroup([channels], [size_of(channels) // shared, shared])
+            ctx.freeze(outer, f"groups of {size_of(channels) // g} channels reach across concatenated parts")
         for dim in dims[2:]:
             ctx.freeze(dim, "group norm takes statistics over it")
         return [resolve(d) for d in dims]
@@ -130,7 +148,7 @@ class GroupNorm(Rule):
         dims = ctx.dims("input")
         assert dims is not None
         g = ctx.args["num_groups"]
-        groups, inner = ctx.regroup([dims[1]], [g, size_of(dims[1]) // g])
+        groups, inner = self._groups(ctx, dims[1], g)
         if ctx.grows(inner):
             if ctx.newborn:
                 raise ctx.refuse("group norm over a group with new channels; grow by whole copies instead")
@@ -146,12 +164,28 @@ class GroupNorm(Rule):
         out[1] = ctx.close(annotate(total, lambda info: info.becomes(Content.FREE, zeroable=False)))
         return out
 
+    @staticmethod
+    def _groups(ctx: Any, channels: Expr, g: int) -> tuple[Expr, Expr]:
+        """Groups, and channels inside a group; what stands outside a factor that divides both does not grow."""
+        from fxgrow.axes.expr import size_of
+
+        try:
+            groups, inner = ctx.regroup([channels], [g, size_of(channels) // g])
+        except Conflict:
+            sizes = [size_of(p) for p in channels.parts] if isinstance(channels, Concat) else []
+            if not sizes:
+                raise
+            shared = math.gcd(size_of(channels) // g, *sizes)
+            _, inner = ctx.regroup([channels], [size_of(channels) // shared, shared])
+            groups = UNIT
+        return groups, inner
+
     def resize(self, ctx: Any) -> None:
         from fxgrow.axes.expr import Unifier, size_of
 
         channels = ctx.dims(ctx.args["input"])[1]
         g = ctx.args["num_groups"]
-        groups, _ = Unifier().regroup([channels], [g, size_of(channels) // g])
+        groups, _ = self._groups(Unifier(), channels, g)
         if ctx.changed(groups):
             ctx.set("num_groups", ctx.new_size(groups))
 

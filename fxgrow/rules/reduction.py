@@ -93,7 +93,7 @@ class Reduce(Rule):
             # a mean of squares is a root mean square's: zeros are what it can take
             wanted = Content.ZERO if self.kind == "mean" and ctx.of_square() else wanted
             ctx.demand(info, wanted, "a statistic runs over the axis")
-        if info.content is Content.MEAN and self.kind == "mean":
+        if info.content in (Content.MEAN, Content.CONST) and self.kind == "mean":
             ctx.uniform_factor(grown)
             return
         if info.content is Content.MEAN and self.kind == "variance":

@@ -124,7 +124,7 @@ SEVERAL = {
         widen("*/kv_heads", factor=2),
         widen("*/groups", by=1, fill="add"),
     ],
-    "vit": [widen("*/residual", factor=2), widen("*/heads", factor=2), widen("./hidden", by=5, fill="add")],
+    "vit": [widen("*/residual", factor=2), widen("*/heads", factor=2), widen("./hidden-2", by=5, fill="add")],
     "resnet-kind=cat": [widen("./channels", factor=2), widen("./channels-2", by=3, fill="add")],
     "resnet-kind=grouped": [widen("./channels", factor=2), widen("./channels-2", to=7)],
     "inverted-residual": [widen("./channels", to=9, split="uneven"), widen("./channels-2", by=3, fill="add")],

@@ -1,0 +1,556 @@
+"""A brute-force judge of rules: grow an op's inputs in every way, run the real op, and hold the rule to its word.
+
+For one op and one set of sample arguments, a program of that op alone is built. Every tensor argument of floating point
+stands once for a parameter whose use decides how it grows, and once for an activation whose newborn entries hold what
+the judge imposes (anything, zero, the mean of the others, or what a broadcast holds). For each axis the analysis finds
+and each way of growing it, the rule's claim is executed: the copies in the results must equal the old entries, and
+newborn entries what the rule says of them (:class:`~fxgrow.rules.base.Content`). A claim that does not hold is *wrong*.
+A refusal, or a frozen axis, where growth by whole copies would have left the result as it was is *stricter* than needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fxgrow.axes.analysis import Axes
+from fxgrow.axes.expr import Axis, Expr, Leaf, Product, is_static, leaves, resolve
+from fxgrow.capture import Program
+from fxgrow.errors import GrowthRefused
+from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Rescale
+from fxgrow.propagate import Grow, Outcome, UnequalCopies, dim_plan, size_edits
+from fxgrow.rules.base import RULES, Content, Site
+
+#: largest relative error of a claim that holds, in float64
+LIMIT = 1e-9
+
+
+@dataclass
+class Sample:
+    """Arguments of one call. Tensors of integers are inputs, whose dims never grow; all others may.
+
+    ``activations``: positions and names of arguments that are never parameters (the input of a batch norm, say).
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    activations: tuple[int | str, ...] = ()
+
+    def __init__(self, *args: Any, activations: Iterable[int | str] = (), **kwargs: Any) -> None:
+        self.args, self.kwargs, self.activations = args, kwargs, tuple(activations)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a rule got wrong, or refused without need."""
+
+    op: str
+    axis: str
+    growth: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.axis}, {self.growth}: {self.detail}"
+
+
+@dataclass
+class Report:
+    """What the judge found. ``accepted`` and ``refused`` count the growths that the rule claimed or declined."""
+
+    wrong: list[Finding] = field(default_factory=list)
+    strict: list[Finding] = field(default_factory=list)
+    accepted: int = 0
+    refused: int = 0
+
+    def __iadd__(self, other: Report) -> Report:
+        self.wrong += other.wrong
+        self.strict += other.strict
+        self.accepted += other.accepted
+        self.refused += other.refused
+        return self
+
+
+def check(op: Any, samples: Iterable[Sample]) -> Report:
+    """Judge the rules that an op (an overload, its name, or a function of tensors) goes through.
+
+    Args:
+        op: an ``OpOverload``, a name such as ``"aten.linear.default"``, or a callable, which is exported.
+        samples: calls to judge it by; float64 tensors are expected.
+    """
+    if isinstance(op, str):
+        from fxgrow.passes.base import operator_named
+
+        op = operator_named(op)
+    report = Report()
+    for sample in samples:
+        report += _Judge(op, sample).run()
+    return report
+
+
+# programs of one op -------------------------------------------------------------------------------------------------
+
+
+def _single(op: Any, sample: Sample) -> tuple[fx.Graph, dict[str, Tensor], list[fx.Node]]:
+    """A graph of one call; tensor arguments become ``get_attr`` nodes, integer ones placeholders."""
+    graph, tensors = fx.Graph(), {}
+
+    def node(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return type(value)(map(node, value)) if isinstance(value, list | tuple) else value
+        name = f"t{len(tensors)}"
+        tensors[name] = value
+        fixed = not value.is_floating_point() and value.dtype is not torch.bool
+        made = graph.placeholder(name) if fixed else graph.get_attr(name)
+        made.meta = {"val": value, "module_path": "", "source": ""}
+        return made
+
+    args = tuple(node(a) for a in sample.args)
+    kwargs = {k: node(v) for k, v in sample.kwargs.items()}
+    result = op(*(_fresh(a) for a in sample.args), **{k: _fresh(v) for k, v in sample.kwargs.items()})
+    call = graph.call_function(op, args, kwargs)
+    call.meta = {"val": result, "module_path": "", "source": ""}
+    results = [call]
+    if isinstance(result, list | tuple):
+        results = []
+        for i, value in enumerate(result):
+            if isinstance(value, Tensor):
+                part = graph.call_function(operator.getitem, (call, i))
+                part.meta = {"val": value, "module_path": "", "source": ""}
+                results.append(part)
+    return graph, tensors, results
+
+
+def _exported(f: Callable[..., Any], sample: Sample) -> tuple[fx.Graph, dict[str, Tensor], list[fx.Node]]:
+    """The graph of a function of tensors, through ``torch.export``."""
+    from fxgrow.capture import capture
+
+    tensors = {f"t{i}": a for i, a in enumerate(sample.args) if isinstance(a, Tensor)}
+
+    class Call(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in tensors.items():
+                self.register_buffer(name, value)
+
+        def forward(self) -> Any:
+            return f(
+                *(getattr(self, f"t{i}") if isinstance(a, Tensor) else a for i, a in enumerate(sample.args)),
+                **sample.kwargs,
+            )
+
+    graph = capture(Call().eval()).graph
+    output = next(n for n in graph.nodes if n.op == "output")
+    results = [n for n in output.all_input_nodes]
+    graph.erase_node(output)
+    return graph, tensors, results
+
+
+def _fresh(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return type(value)(map(_fresh, value)) if isinstance(value, list | tuple) else value
+
+
+def _execute(graph: fx.Graph, tensors: Mapping[str, Tensor], results: Sequence[str]) -> list[Tensor]:
+    """Run a graph node by node."""
+    env: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            env[node] = tensors[str(node.target)].clone()
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])  # type: ignore[misc]
+            env[node] = node.target(*args, **kwargs)
+    byname = {n.name: v for n, v in env.items()}
+    return [byname[r] for r in results]
+
+
+def _program(graph: fx.Graph, tensors: dict[str, Tensor]) -> Program:
+    attributes = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    own = {n: t for n, t in tensors.items() if n in attributes}
+    return Program(
+        graph=graph,
+        parameters={n: t for n, t in own.items() if t.is_floating_point()},
+        buffers={n: t for n, t in own.items() if not t.is_floating_point()},
+        constants={},
+        aliases={},
+        persistent=set(),
+        requires_grad={},
+        module_types={},
+        class_name="Judged",
+        training=False,
+        both_modes=True,
+        mode_reason="",
+        args=(),
+        kwargs={},
+    )
+
+
+# the judge ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Case:
+    """One way of growing: the map, who is an activation, and what activations hold in newborn entries."""
+
+    words: str
+    growth: AxisMap
+    activations: frozenset[str]
+    content: Content
+
+
+class _Judge:
+    def __init__(self, op: Any, sample: Sample) -> None:
+        single = isinstance(op, torch._ops.OpOverload)
+        self.graph, self.tensors, nodes = (_single if single else _exported)(op, sample)
+        self.results = [n.name for n in nodes]
+        self.op = str(op) if single else getattr(op, "__name__", str(op))
+        self.sample = sample
+        self.program = _program(self.graph, self.tensors)
+        self.random = torch.Generator().manual_seed(0)
+        self.report = Report()
+
+    def run(self) -> Report:
+        axes = self.program.axes
+        for axis in self._axes(axes):
+            for case in self._cases(axis):
+                self._judge(axes, axis, case)
+        return self.report
+
+    def _axes(self, axes: Axes) -> list[Axis]:
+        found: dict[int, Axis] = {}
+        for dims in axes.tensor_dims().values():
+            for dim in dims:
+                for leaf in leaves(resolve(dim)):
+                    if isinstance(leaf, Axis) and is_static(leaf.size):
+                        found.setdefault(leaf.id, leaf)
+        return list(found.values())
+
+    def _cases(self, axis: Axis) -> Iterator[_Case]:
+        n = int(axis.size)
+        names = [str(x.target) for x in self.graph.nodes if x.op == "get_attr" and self._carries(x, axis)]
+        always = {f"t{i}" for i in self._positions(self.sample.activations)}
+        optional = [x for x in names if x not in always][:3]
+        maps = [
+            ("2 copies", AxisMap.copy(n, 2 * n, "even")),
+            ("2 copies, uneven", AxisMap.copy(n, 2 * n, "uneven")),
+            ("copies of one unit", AxisMap.copy(n, n + 1, "even")),
+            ("2 new units", AxisMap.add(n, n + 2, paired=False)),
+            ("2 copies and a new unit", AxisMap.copy(n, 2 * n + 1, "even", "newborn")) if n > 1 else None,
+            ("a pair of new units", AxisMap.add(n, n + 2, paired=True)),
+        ]
+        for chosen in itertools.chain.from_iterable(
+            itertools.combinations(optional, k) for k in range(len(optional) + 1)
+        ):
+            activations = frozenset(always | set(chosen) | set([] if optional else names))
+            for entry in maps:
+                if entry is None:
+                    continue
+                words, growth = entry
+                for content in Content if growth.newborn else (Content.FREE,):
+                    yield _Case(f"{words} ({content.value})", growth, activations, content)
+
+    def _positions(self, which: Iterable[int | str]) -> list[int]:
+        """Numbers of the tensors among the arguments named."""
+        order: list[int | str] = []
+        for key, value in [*enumerate(self.sample.args), *self.sample.kwargs.items()]:
+            for item in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(item, Tensor):
+                    order.append(key)
+        return [i for i, key in enumerate(order) if key in which]
+
+    def _carries(self, node: fx.Node, axis: Axis) -> bool:
+        dims = self.program.axes.tensor_dims().get(str(node.target), [])
+        return any(leaf is axis for dim in dims for leaf in leaves(dim))
+
+    # one case -------------------------------------------------------------------------------------------------------
+
+    def _judge(self, axes: Axes, axis: Axis, case: _Case) -> None:
+        tensors = self._constant_along(axes, axis, case)
+        if tensors is None:
+            return
+        old = _execute(self.graph, tensors, self.results)
+        name = f"axis of size {axis.size} in {self._where(axes, axis)}"
+        if axis.frozen is not None:
+            self._too_strict(axes, axis, case, tensors, old, name, str(axis.frozen))
+            return
+        run = Grow(axes, axis, name, case.growth)
+        for site in self._sites(axes, axis):
+            if site[0] in case.activations:
+                run.pinned[site] = case.content
+                run.reasons[site] = "the judge"
+                run.forced.add(site)
+        try:
+            outcome = run.run()
+            edits = size_edits(axes, axis, case.growth.new, lambda node, why: GrowthRefused(why))
+        except GrowthRefused as refusal:
+            self.report.refused += 1
+            if not isinstance(refusal, UnequalCopies):
+                self._too_strict(axes, axis, case, tensors, old, name, str(refusal))
+            return
+        self.report.accepted += 1
+        try:
+            new = self._grown(axes, axis, case, outcome, run, edits, tensors)
+        except Exception as error:
+            self._wrong(name, case, f"the grown op fails: {type(error).__name__}: {error}")
+            return
+        for result, before, after in zip(self.results, old, new, strict=True):
+            node = next(n for n in self.graph.nodes if n.name == result)
+            dims = run.env.get(node, axes.dims.get(node))
+            problem = _compare(dims, axis, case.growth, before, after)
+            if problem:
+                self._wrong(name, case, f"{result}: {problem}")
+
+    def _wrong(self, name: str, case: _Case, detail: str) -> None:
+        acting = ", ".join(sorted(case.activations)) or "none"
+        self.report.wrong.append(Finding(self.op, name, f"{case.words}, activations {acting}", detail))
+
+    def _where(self, axes: Axes, axis: Axis) -> str:
+        return ", ".join(f"{s[0]}:{s[1]}" for s in self._sites(axes, axis))
+
+    def _sites(self, axes: Axes, axis: Axis) -> list[Site]:
+        out = []
+        for name, dims in axes.tensor_dims().items():
+            for i, dim in enumerate(dims):
+                count = sum(leaf is axis for leaf in leaves(resolve(dim)))
+                out += [(name, i, k) for k in range(count)]
+        return out
+
+    def _constant_along(self, axes: Axes, axis: Axis, case: _Case) -> dict[str, Tensor] | None:
+        """The sample, its activations made constant along the axis where a broadcast is what they stand for.
+
+        None where the imposed content makes no sense for a part of a dim.
+        """
+        if not case.growth.newborn or case.content not in (Content.CONST, Content.MEAN):
+            return self.tensors
+        out = dict(self.tensors)
+        for name, i, _ in self._sites(axes, axis):
+            if name not in case.activations:
+                continue
+            if resolve(axes.tensor_dims()[name][i]) is not axis or not out[name].is_floating_point():
+                return None
+            if case.content is Content.CONST:
+                out[name] = out[name].mean(i, keepdim=True).expand_as(out[name]).contiguous()
+        return out
+
+    def _grown(
+        self,
+        axes: Axes,
+        axis: Axis,
+        case: _Case,
+        outcome: Outcome,
+        run: Grow,
+        edits: Sequence[Any],
+        tensors: Mapping[str, Tensor],
+    ) -> list[Tensor]:
+        from fxgrow.passes.base import apply_edit, apply_rescale, copy_graph
+
+        def fill(site: Site) -> int:
+            content = run.pinned.get(site, outcome.carriers.get(site, Content.FREE))
+            if content is Content.ZERO:
+                return FILL_ZERO
+            if content in (Content.MEAN, Content.CONST):
+                return FILL_MEAN
+            return FILL_CONSTANT if site[0] in outcome.constants else FILL_RANDOM
+
+        grown = dict(tensors)
+        for name, dims in axes.tensor_dims().items():
+            for i, dim in enumerate(dims):
+                if any(leaf is axis for leaf in leaves(resolve(dim))):
+                    plan = dim_plan(dim, name, i, axis, outcome, fill)
+                    constant = outcome.constants.get(name, 0.0)
+                    grown[name] = self._materialise(grown[name], i, plan, constant)
+            if name in outcome.scales:
+                grown[name] = grown[name] * outcome.scales[name][0]
+        graph = copy_graph(self.graph)
+        nodes = {n.name: n for n in graph.nodes}
+        for edit in edits:
+            apply_edit(graph, edit, nodes)
+        for (node, argument), value in outcome.edits.items():
+            from fxgrow.plan import Edit
+
+            apply_edit(graph, Edit(node=node, arguments={argument: value}), nodes)
+        names = list(self.results)
+        for node, factor in outcome.rescales.items():
+            apply_rescale(graph, Rescale(node=node, factor=factor, name=f"{node}_scale"), nodes)
+            names = [f"{n}_scale" if n == node else n for n in names]
+        for (user, node), factor in outcome.input_rescales.items():
+            apply_rescale(graph, Rescale(node=node, factor=factor, name=f"{node}_{user}", user=user), nodes)
+        return _execute(graph, grown, names)
+
+    def _materialise(self, t: Tensor, dim: int, plan: DimPlan, constant: float) -> Tensor:
+        """Plainly: take, share, fill. Entries with one newborn id are the same but for a reader's sign."""
+        index = torch.from_numpy(np.maximum(plan.index, 0))
+        shape = [-1 if i == dim else 1 for i in range(t.dim())]
+        out = t.index_select(dim, index)
+        if plan.split is not None and t.is_floating_point():
+            out = out * torch.from_numpy(plan.split).view(shape)
+        drawn: dict[int, Tensor] = {}
+        for k in np.flatnonzero(plan.index < 0):
+            code = FILL_ZERO if plan.fill is None else int(plan.fill[k])
+            entry = out.select(dim, int(k))
+            if code == FILL_ZERO:
+                entry.zero_()
+            elif code == FILL_MEAN and t.is_floating_point():
+                entry.copy_(t.mean(dim))
+            elif code == FILL_CONSTANT:
+                entry.fill_(constant)
+            else:
+                ident = int(plan.index[k])
+                if ident not in drawn:
+                    noise = torch.randn(entry.shape, generator=self.random, dtype=torch.float64)
+                    drawn[ident] = noise.abs() + 0.5 if t.is_floating_point() and bool((t > 0).all()) else noise
+                entry.copy_(drawn[ident] if t.is_floating_point() else drawn[ident] > 0)
+        return out
+
+    def _too_strict(
+        self, axes: Axes, axis: Axis, case: _Case, tensors: Mapping[str, Tensor], old: list[Tensor], name: str, why: str
+    ) -> None:
+        """Whether growing every activation by whole copies would have been exact after all."""
+        if case.words != "2 copies (free)" or len(case.activations) < len({s[0] for s in self._sites(axes, axis)}):
+            return
+        if any(finding.axis == name for finding in self.report.strict):
+            return
+        grown = dict(tensors)
+        for tensor, dims in axes.tensor_dims().items():
+            for i, dim in enumerate(dims):
+                if any(leaf is axis for leaf in leaves(resolve(dim))):
+                    plan = dim_plan(dim, tensor, i, axis, Outcome(case.growth), lambda _: FILL_ZERO)
+                    grown[tensor] = self._materialise(grown[tensor], i, plan, 0.0)
+        try:
+            new = _execute(self.graph, grown, self.results)
+        except Exception:
+            return  # literals would have to follow, so nothing can be said
+        if all(_gathered(a, b, case.growth) for a, b in zip(old, new, strict=True)):
+            self.report.strict.append(Finding(self.op, name, case.words, why))
+
+
+def _gathered(old: Tensor, new: Tensor, growth: AxisMap) -> bool:
+    """Whether a result is unchanged, or has some of its dims repeated as the axis was."""
+    if old.dim() != new.dim() or not old.is_floating_point():
+        return False
+    for i, (a, b) in enumerate(zip(old.shape, new.shape, strict=True)):
+        if a != b:
+            if (a, b) != (growth.old, growth.new):
+                return False
+            old = old.index_select(i, torch.from_numpy(growth.index))
+    return _close(old, new)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return bool(torch.equal(a, b.to(a.dtype)))
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, torch.zeros_like(a), (a - b).abs())
+    finite = a[a.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 1.0
+    return not difference.numel() or float(difference.max()) <= LIMIT * max(scale, 1.0)
+
+
+_Entries = tuple[np.ndarray, np.ndarray]  # old index or -1; content of newborn entries as a number, -1 elsewhere
+_CONTENTS = list(Content)
+
+
+def _entries(dim: Expr, axis: Axis, growth: AxisMap) -> _Entries:
+    """What a rule claims of every entry along one dim of a result."""
+    if isinstance(dim, Axis | Leaf):
+        owner = dim.axis if isinstance(dim, Leaf) else dim
+        if owner is not axis:
+            n = int(owner.size)
+            return np.arange(n), np.full(n, -1)
+        claim = dim.info.content if isinstance(dim, Leaf) else Content.FREE
+        new = growth.index < 0
+        return np.where(new, -1, growth.index), np.where(new, _CONTENTS.index(claim), -1)
+    if isinstance(dim, Product):
+        index, content, size = np.zeros(1, np.int64), np.full(1, -1), 1
+        for f in dim.factors:
+            i, c = _entries(f, axis, growth)
+            n = _old_size(f)
+            both = (index[:, None] >= 0) & (i[None, :] >= 0)
+            pair = np.maximum(content[:, None], c[None, :])
+            twice = (content[:, None] >= 0) & (c[None, :] >= 0)
+            zero = _CONTENTS.index(Content.ZERO)
+            either = (content[:, None] == zero) | (c[None, :] == zero)
+            pair = np.where(twice, np.where(either, zero, _CONTENTS.index(Content.FREE)), pair)
+            index = np.where(both, index[:, None] * n + i[None, :], -1).reshape(-1)
+            content, size = pair.reshape(-1), size * n
+        return index, content
+    pieces = [(_entries(p, axis, growth), _old_size(p)) for p in dim.parts]
+    offset, indices, contents = 0, [], []
+    for (i, c), n in pieces:
+        indices.append(np.where(i >= 0, i + offset, -1))
+        contents.append(c)
+        offset += n
+    return np.concatenate(indices), np.concatenate(contents)
+
+
+def _old_size(dim: Expr) -> int:
+    if isinstance(dim, Axis | Leaf):
+        return int(dim.size)
+    if isinstance(dim, Product):
+        return int(np.prod([_old_size(f) for f in dim.factors], dtype=np.int64))
+    return sum(_old_size(p) for p in dim.parts)
+
+
+def _compare(dims: Any, axis: Axis, growth: AxisMap, old: Tensor, new: Tensor) -> str:
+    """What of a result contradicts its claimed dims; empty where nothing does."""
+    if dims is None or len(dims) != old.dim():
+        return f"claims {len(dims or [])} dims of a result that has {old.dim()}"
+    claims = [_entries(d, axis, growth) for d in dims]
+    if [len(i) for i, _ in claims] != list(new.shape):
+        return f"claims the shape {[len(i) for i, _ in claims]}, and the op gives {list(new.shape)}"
+    kept, expected = new, old
+    for k, (index, _) in enumerate(claims):
+        here = torch.from_numpy(np.flatnonzero(index >= 0))
+        kept = kept.index_select(k, here)
+        expected = expected.index_select(k, torch.from_numpy(index[index >= 0]))
+    if not _close(expected, kept):
+        return "copies do not hold what the old entries held"
+    if new.is_floating_point() and old.isfinite().all() and not new.isfinite().all():
+        return "new entries are not finite"
+    for k, (index, content) in enumerate(claims):
+        born = np.flatnonzero(index < 0)
+        for entry in born:
+            problem = _newborn(_CONTENTS[content[entry]], dims[k], axis, claims, k, int(entry), old, new)
+            if problem:
+                return problem
+    return ""
+
+
+def _newborn(
+    content: Content, dim: Expr, axis: Axis, claims: list[_Entries], k: int, entry: int, old: Tensor, new: Tensor
+) -> str:
+    """Check one newborn slice against its claim, at the old entries of the other dims."""
+    if content is Content.FREE or not new.is_floating_point():
+        return ""
+    part, whole = new.select(k, entry), old
+    for j, (index, _) in enumerate(claims):
+        if j != k:
+            place = j if j < k else j - 1
+            part = part.index_select(place, torch.from_numpy(np.flatnonzero(index >= 0)))
+            whole = whole.index_select(j, torch.from_numpy(index[index >= 0]))
+    if content is Content.ZERO:
+        return "" if _close(torch.zeros_like(part), part) else "new entries said to be zero are not"
+    if not (isinstance(dim, Leaf) and dim.axis is axis):
+        return ""  # the mean over a part of a dim is never relied on
+    if content is Content.CONST and not _close(whole.select(k, 0).unsqueeze(k).expand_as(whole), whole):
+        return "said not to vary along the axis, and does"
+    if not _close(whole.mean(k), part):
+        return f"new entries said to hold the {content.value} do not"
+    return ""
+
+
+def unjudged(judged: Iterable[str]) -> list[str]:
+    """Registered rules that no sample has exercised."""
+    return sorted(set(RULES) - set(judged))
+
+
+__all__ = ["Finding", "Report", "Sample", "check", "unjudged"]
