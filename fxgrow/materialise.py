@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
@@ -19,33 +20,36 @@ def _vector(values: np.ndarray | None, dtype: torch.dtype) -> torch.Tensor | Non
     return None if values is None else torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
 
 
-def _splits(plan: TensorPlan) -> int | None:
-    """The dim whose copies must add up exactly: the last one with shares."""
-    found = [i for i, d in enumerate(plan.dims) if d is not None and d.split is not None]
-    for i in reversed(found):
-        dim = plan.dims[i]
-        assert dim is not None and dim.split is not None
-        sums = _group_sums(dim.index, dim.split)
-        if np.allclose(sums, 1.0):
-            return i
-    return None
+class _Map:
+    """What kernels need of one dim's plan. ``closes``: its shares add up to 1 for every unit, so that it may split."""
+
+    def __init__(self, dim: DimPlan) -> None:
+        index = torch.from_numpy(np.ascontiguousarray(dim.index))
+        fill, share = _vector(dim.fill, torch.uint8), _vector(dim.split, torch.float64)
+        self.closes = dim.split is not None and np.allclose(_group_sums(dim.index, dim.split), 1.0)
+        self.scaled = kernels.DimMap(index=index, scale=share, fill=fill)
+        self.split = kernels.DimMap(index=index, split=share, fill=fill)
+
+
+_MAPS: OrderedDict[tuple[bytes | None, ...], _Map] = OrderedDict()
+
+
+def _map(dim: DimPlan) -> _Map:
+    """One object for dims that grow alike (those of repeated blocks do), as kernels prepare their tables per object."""
+    key = tuple(None if a is None else a.tobytes() for a in (dim.index, dim.split, dim.fill))
+    found = _MAPS.get(key)
+    if found is None:
+        found = _MAPS[key] = _Map(dim)
+        while len(_MAPS) > 64:
+            _MAPS.popitem(last=False)
+    else:
+        _MAPS.move_to_end(key)
+    return found
 
 
 def _group_sums(index: np.ndarray, share: np.ndarray) -> np.ndarray:
     _, inverse = np.unique(index, return_inverse=True)
     return np.bincount(inverse, weights=share)
-
-
-def _dim_map(dim: DimPlan | None, closes: bool) -> kernels.DimMap | None:
-    if dim is None:
-        return None
-    share = _vector(dim.split, torch.float64)
-    return kernels.DimMap(
-        index=torch.from_numpy(np.ascontiguousarray(dim.index)),
-        split=share if closes else None,
-        scale=None if closes else share,
-        fill=_vector(dim.fill, torch.uint8),
-    )
 
 
 def materialise_tensor(
@@ -64,7 +68,9 @@ def materialise_tensor(
     dtype = dtype or source.dtype
     if plan.zero:
         return torch.zeros(plan.shape, dtype=dtype, device=source.device)
-    closing = _splits(plan)
+    maps = [None if d is None else _map(d) for d in plan.dims]
+    # the dim whose copies must add up exactly: the last one with shares
+    closing = next((i for i in reversed(range(len(maps))) if (m := maps[i]) is not None and m.closes), None)
     spread = 0.0
     needs_spread = plan.random_std is None and (
         plan.paired or any(d is not None and d.fill is not None for d in plan.dims)
@@ -89,7 +95,7 @@ def materialise_tensor(
         kernel_noise = None
     return kernels.materialise(
         source.detach(),
-        [_dim_map(d, i == closing) for i, d in enumerate(plan.dims)],
+        [None if m is None else m.split if i == closing else m.scaled for i, m in enumerate(maps)],
         scale=plan.scale,
         random_std=random_std,
         random_seed=plan.random_seed,

@@ -80,9 +80,8 @@ def run(job: Job, out: Tensor, backend: str | None, fresh: bool) -> None:
             _warn_once(f"growing on the GPU with plain torch, which is slower: {missing}")
     elif forced == "cpu" or (forced is None and out.device.type == "cpu"):
         try:
-            if fresh:
-                native.huge_pages(out)
-            native.run(job, out)
+            huge = fresh and native.huge_pages(out)
+            native.run(job, out, stream=huge or not fresh)
             return
         except native.Unsupported:
             pass

@@ -5,9 +5,11 @@
 // equal kernels/reference.py to the bit: same integers, same order of float operations, no fused multiply-adds.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <ctime>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -933,14 +935,38 @@ int fxgrow_run_many(const Task* tasks, i64 count, i64 threads) {
   return status;
 }
 
-// Ask for huge pages under a fresh allocation; harmless where they are not granted.
-int fxgrow_huge_pages(void* start, i64 bytes) {
+// Put huge pages under a fresh, untouched allocation, by touching them one by one. Where two in a row take more than
+// `dear` CPU seconds each, the rest keeps small pages. Returns the bytes that have huge pages.
+i64 fxgrow_huge_pages(void* start, i64 bytes, double dear, i64 threads) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t size = uintptr_t(2) << 20;
   const uintptr_t lo = (reinterpret_cast<uintptr_t>(start) + size - 1) / size * size;
   const uintptr_t hi = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / size * size;
-  if (hi > lo) return madvise(reinterpret_cast<void*>(lo), hi - lo, MADV_HUGEPAGE);
-#endif
+  if (hi <= lo || madvise(reinterpret_cast<void*>(lo), hi - lo, MADV_HUGEPAGE)) return 0;
+  const i64 pages = i64((hi - lo) / size);
+  std::atomic<i64> next{0}, slow{0};
+  auto now = [] {
+    timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+  };
+#pragma omp parallel num_threads(int(threads)) if (threads > 1 && pages > 8)
+  while (slow < 2) {
+    const i64 page = next++;
+    if (page >= pages) break;
+    const double before = now();
+    *reinterpret_cast<volatile char*>(lo + uintptr_t(page) * size) = 0;
+    if (now() - before > dear)
+      ++slow;
+    else if (slow < 2)
+      slow = 0;
+  }
+  const i64 done = next < pages ? i64(next) : pages;
+  if (slow < 2) return bytes;
+  if (done < pages) madvise(reinterpret_cast<void*>(lo + uintptr_t(done) * size), hi - lo - uintptr_t(done) * size, MADV_NOHUGEPAGE);
+  return done * i64(size);
+#else
   return 0;
+#endif
 }
 }

@@ -40,6 +40,8 @@ FLAGS = [
     "-w",
 ]
 HUGE = 4 << 20  # bytes; fresh destinations from here on ask for huge pages
+DEAR = 8e-4  # CPU seconds; the first touch of 512 small pages
+PATIENCE = 512 << 20  # bytes of destinations with small pages before huge ones are tried again
 STREAM = 1 << 20  # bytes; smaller destinations are left in the cache for whoever reads them next
 ALONE = 1 << 15  # elements; smaller tensors are not worth a second thread
 EXPAND = 64  # trailing elements of an ungrown dim (a convolution's kernel) that are folded into the columns
@@ -153,7 +155,8 @@ def library() -> ctypes.CDLL:
         raise NoCompiler(f"the built library cannot be kept or loaded: {error}") from error
     loaded.fxgrow_run.argtypes = [ctypes.POINTER(_Task)]
     loaded.fxgrow_run_many.argtypes = [ctypes.POINTER(_Task), ctypes.c_int64, ctypes.c_int64]
-    loaded.fxgrow_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    loaded.fxgrow_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int64]
+    loaded.fxgrow_huge_pages.restype = ctypes.c_int64
     if loaded.fxgrow_abi() != _ABI:
         raise NoCompiler(f"structures of another layout than expected ({loaded.fxgrow_abi()} against {_ABI})")
     return loaded
@@ -180,11 +183,27 @@ def _build(compiler: list[str], source: Path, target: Path) -> None:
             os.unlink(temporary)
 
 
-def huge_pages(tensor: Tensor) -> None:
-    """Ask for huge pages under a fresh, untouched destination: its first touch is then several times faster."""
+_small_left = 0  # bytes of destinations that are still to be made with small pages
+
+
+def huge_pages(tensor: Tensor) -> bool:
+    """Ask for huge pages under a fresh, untouched destination, and say whether it has them.
+
+    First touch is several times faster then, if huge pages are at hand. Where the system has to compact memory first,
+    or a hypervisor has taken free memory back, it is several times slower: each page is timed, and once they cost more
+    than the small pages they stand for, the rest and the next destinations are left with small ones.
+    """
+    global _small_left
     size = tensor.numel() * tensor.element_size()
-    if size >= HUGE:
-        library().fxgrow_huge_pages(tensor.data_ptr(), size)
+    if size < HUGE:
+        return False
+    if _small_left > 0:
+        _small_left -= size
+        return False
+    huge = library().fxgrow_huge_pages(tensor.data_ptr(), size, DEAR, torch.get_num_threads())
+    if huge < size:
+        _small_left = PATIENCE
+    return bool(2 * huge > size)
 
 
 # ---- tables ----
@@ -661,8 +680,11 @@ def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
     return task, [*keep, segments, table_of_cuts, later, job]
 
 
-def run(job: Job, out: Tensor) -> None:
+def run(job: Job, out: Tensor, stream: bool = True) -> None:
     """Fill `out` (CPU, shape ``job.local``) as `job` says.
+
+    `stream`: large destinations may bypass the cache. Not into fresh small pages: the system has just zeroed each, so
+    that it lies in the cache, and evicting it costs more than the copy.
 
     Raises:
         Unsupported: see `task_of`.
@@ -671,6 +693,7 @@ def run(job: Job, out: Tensor) -> None:
     if out.numel() == 0:
         return
     task, keep = task_of(job, out)
+    task.stream = task.stream and stream
     if library().fxgrow_run(ctypes.byref(task)):
         raise MemoryError("the native kernel ran out of memory")
     del keep
