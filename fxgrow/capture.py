@@ -7,13 +7,15 @@ one graph serves both modes. Parameters are ``get_attr`` nodes under their own n
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import linecache
 import operator
 import re
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -167,9 +169,10 @@ def capture(
                 m.training = modes[name]
             if not was_training:
                 model.train()
-            train = _export(model, call.args, call.kwargs)
-            model.eval()
-            exported.append((train, _export(model, call.args, call.kwargs)))
+            with _no_custom_backward():
+                train = _export(model, call.args, call.kwargs)
+                model.eval()
+                exported.append((train, _export(model, call.args, call.kwargs)))
     finally:
         for name, m in model.named_modules():
             m.training = modes[name]
@@ -184,6 +187,31 @@ def capture(
     program.mode_reason = next((reason for ok, reason, _ in aligned if not ok), "")
     program.seconds = time.perf_counter() - start
     return program
+
+
+@contextlib.contextmanager
+def _no_custom_backward() -> Iterator[None]:
+    """Refuse ``autograd.Function`` subclasses: export keeps their forward and silently replaces their backward."""
+    used: set[str] = set()
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        used.add(f"{cls.__module__}.{cls.__qualname__}")
+        return original.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+    if used:
+        names = ", ".join(sorted(used))
+        hint = (
+            "; use activation checkpointing with use_reentrant=False, and apply it to the grown module's blocks"
+            if any("CheckpointFunction" in n for n in used)
+            else "; register the operation with torch.library.custom_op and register_autograd instead"
+        )
+        raise CaptureError(f"the model calls the custom autograd function {names}, whose backward a graph loses{hint}")
 
 
 def _calls(args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: Mapping[str, Any] | None) -> list[Call]:
@@ -300,16 +328,44 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             lambda x: dict.fromkeys(range(x.dim()), Dim.AUTO) if isinstance(x, torch.Tensor) else None, value
         )
 
-    shapes: Any = dims(args)
-    if kwargs:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-        shapes = {name: dims(value) for name, value in bound.arguments.items()}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _named_keywords(model, kwargs):
             warnings.simplefilter("ignore")
+            bound = inspect.signature(model.forward).bind(*args, **kwargs)
+            shapes = {name: dims(value) for name, value in bound.arguments.items()}
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes or None, strict=False)
     except Exception as error:
         raise CaptureError(_capture_message(model, error)) from error
+
+
+@contextlib.contextmanager
+def _named_keywords(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Give ``forward(x, **kwargs)`` a signature that names the keywords, as ``torch.export`` needs dims by name."""
+    signature = inspect.signature(model.forward)
+    parameters = list(signature.parameters.values())
+    extra = [k for k in kwargs if k not in signature.parameters]
+    if not extra or not any(p.kind is p.VAR_KEYWORD for p in parameters) or "forward" in model.__dict__:
+        yield
+        return
+    plain = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def named(*args: Any, **keywords: Any) -> Any:
+        return forward(*args, **keywords)
+
+    named.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*plain, *(inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY) for k in extra)]
+    )
+    model.__dict__["forward"] = named
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+
+
+def _positional(model: nn.Module) -> list[str]:
+    return list(inspect.signature(model.forward).parameters)
 
 
 def _capture_message(model: nn.Module, error: Exception) -> str:
@@ -368,6 +424,7 @@ def _align(
         names[other.name] = _through_copies(node).name
         if node.op == "placeholder" and node.name != other.name:
             return False, "the inputs differ between train and eval", {}
+        _fill_defaults(node, other)
         differences: list[tuple[Any, Any]] = []
         if not _compare(node.args, other.args, names, ("args",), differences) or not _compare(
             dict(node.kwargs), dict(other.kwargs), names, ("kwargs",), differences
@@ -378,6 +435,16 @@ def _align(
     if todo:
         return False, "the eval graph is longer than the train graph", {}
     return True, "", flags
+
+
+def _fill_defaults(a: fx.Node, b: fx.Node) -> None:
+    """Give two calls of one op equally many positional arguments: one may spell out what the other leaves out."""
+    schema = getattr(a.target, "_schema", None)
+    for node, other in ((a, b), (b, a)):
+        for i in range(len(node.args), len(other.args)):
+            if schema is None or not schema.arguments[i].has_default_value():
+                return
+            node.args = (*node.args, schema.arguments[i].default_value)
 
 
 _CONTIGUOUS = torch.ops.aten.contiguous.default

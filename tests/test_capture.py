@@ -178,6 +178,49 @@ def test_a_model_that_cannot_be_traced_gives_one_error_with_its_line() -> None:
         fxgrow.capture(Branch(), (torch.randn(2, 4),))
 
 
+def test_variable_arguments() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, *inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+            return self.fc(sum(inputs) + named["bias"])
+
+    model, x = Sum(), torch.randn(3, 4)
+    module = rebuilt(fxgrow.capture(model, (x, x + 1), {"bias": torch.randn(3, 4)}))
+    y, bias = torch.randn(5, 4), torch.randn(5, 4)
+    assert torch.allclose(module(y, y * 2, bias=bias), model(y, y * 2, bias=bias))
+
+
+def test_custom_backwards_are_refused() -> None:
+    class Straight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clamp(-1, 1)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return gradient
+
+    class Net(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            self.fc, self.reentrant = nn.Linear(4, 4), reentrant
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.reentrant:
+                return torch.utils.checkpoint.checkpoint(self.fc, x, use_reentrant=True)
+            return Straight.apply(self.fc(x))
+
+    before = torch.autograd.Function.__dict__["apply"]
+    with pytest.raises(fxgrow.CaptureError, match="Straight, whose backward a graph loses"):
+        fxgrow.capture(Net(False), (torch.randn(3, 4),))
+    with pytest.raises(fxgrow.CaptureError, match="use_reentrant=False"):
+        fxgrow.capture(Net(True), (torch.randn(3, 4),))
+    assert torch.autograd.Function.__dict__["apply"] is before
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(fxgrow.CaptureError, match=r"write \(x,\)"):
         fxgrow.capture(nn.Linear(2, 2), torch.randn(2, 2))  # type: ignore[arg-type]
