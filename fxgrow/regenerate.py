@@ -234,9 +234,14 @@ class Region:
     call: int = 0
 
 
-def block_regions(program: Program, graph: fx.Graph) -> list[Region]:
-    """The blocks whose nodes form one run; parameters of their own and training flags belong to them."""
+def block_regions(program: Program, graph: fx.Graph, stack: str | None = None) -> list[Region]:
+    """The blocks whose nodes form one run; parameters of their own and training flags belong to them.
+
+    The outermost blocks, or those of one ``stack``, which may lie inside another's.
+    """
     stacks = stacks_of(program)
+    if stack is not None:
+        stacks = {stack: stacks[stack]}
     runs: list[tuple[tuple[int, str | None], list[fx.Node]]] = []
     for node in graph.nodes:
         if node.op != "call_function":

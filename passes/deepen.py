@@ -102,7 +102,7 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     if not new_blocks:
         step.notes.append(f"{stack} keeps its {len(numbers)} blocks")
         return
-    regions = block_regions(program, state.graph)
+    regions = block_regions(program, state.graph, stack)
     numbering: dict[int, int] = {}
     order: list[tuple[int, int | None]] = []  # (old number, number in new_blocks)
     for number in numbers:
@@ -320,7 +320,7 @@ def _temporary(clone: CloneBlock) -> str:
 
 def clone_block(program: Program, graph: fx.Graph, change: CloneBlock) -> None:
     """Copy a block's nodes in every call, feed the copy with the output of the block before, and pass its result on."""
-    regions = block_regions(program, graph)
+    regions = block_regions(program, graph, change.stack)
     for region in [r for r in regions if r.path == f"{change.stack}.{change.source}"]:
         _clone_region(graph, change, region, [r for r in regions if r.call == region.call])
 

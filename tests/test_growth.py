@@ -264,6 +264,34 @@ def test_post_norm_blocks_get_a_gate() -> None:
         fxgrow.grow(model, [{"op": "deepen", "stack": "blocks", "factor": 2, "init": "zero"}], args)
 
 
+def test_stacks_inside_stages_deepen() -> None:
+    class Block(torch.nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            self.norm, self.fc, self.proj = torch.nn.BatchNorm2d(n), torch.nn.Conv2d(n, 6, 1), torch.nn.Conv2d(6, n, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.proj(torch.relu(self.fc(self.norm(x))))
+
+    class Stage(torch.nn.Module):
+        def __init__(self, i: int, o: int) -> None:
+            super().__init__()
+            self.down, self.blocks = torch.nn.Conv2d(i, o, 1), torch.nn.Sequential(Block(o), Block(o))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks(self.down(x))
+
+    from tests.models import trained
+
+    model = trained(torch.nn.Sequential(Stage(3, 4), Stage(4, 8)).double()).eval()
+    args = (torch.randn(2, 3, 5, 5, dtype=torch.float64),)
+    growth = fxgrow.grow(model, [{"op": "deepen", "stack": "*.blocks", "factor": 2}], args)
+    assert relative_error(model, growth.module.eval(), args) == 0.0
+    assert {n for n in growth.module.state_dict() if n.endswith("proj.weight")} == {
+        f"{s}.blocks.{b}.proj.weight" for s in range(2) for b in range(4)
+    }
+
+
 def test_stacked_copies_are_lossy_and_say_so() -> None:
     model = small_gpt().eval()
     operation = {"op": "deepen", "stack": "transformer.h", "factor": 2, "init": "stack"}
