@@ -196,7 +196,8 @@ def _no_custom_backward() -> Iterator[None]:
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        used.add(f"{cls.__module__}.{cls.__qualname__}")
+        if not cls.__module__.startswith("torch._library"):  # of torch.library.custom_op, which a graph keeps
+            used.add(f"{cls.__module__}.{cls.__qualname__}")
         return original.__func__(cls, *args, **kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
