@@ -39,14 +39,14 @@ class Variant:
 
 
 VARIANTS = [
-    *(Variant("copy", d, False) for d in POINTERS),
+    *(Variant("copy", d, False) for d in ("float32", "bfloat16", "float64")),  # float16 is bfloat16's code
     *(Variant("pair", d, True) for d in POINTERS),
-    *(Variant("pair", d, False) for d in ("float32", "bfloat16")),
+    Variant("pair", "bfloat16", False),
     *(Variant("triple", d, True) for d in ("float32", "bfloat16")),
-    *(Variant("quad", d, True) for d in ("float32", "bfloat16")),
-    *(Variant("woven", d, True) for d in ("float32", "bfloat16")),
-    *(Variant("gather", d, False) for d in ("float32", "bfloat16")),
-    *(Variant("gather", d, True) for d in POINTERS),
+    Variant("quad", "bfloat16", True),
+    Variant("woven", "bfloat16", True),
+    Variant("gather", "bfloat16", False),
+    *(Variant("gather", d, True) for d in ("float32", "bfloat16", "float64")),
 ]
 
 

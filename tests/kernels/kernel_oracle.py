@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 from fractions import Fraction
+from typing import Any
 
 import torch
-from fxgrow.kernels import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, DimMap
 from torch import Tensor
+
+from fxgrow.kernels import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, DimMap, Noise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -91,3 +94,74 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     nan = a.isnan() & b.isnan()
     ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
     return bool(((a.contiguous().view(ints) == b.contiguous().view(ints)) | nan).all())
+
+
+def random_case(seed: int) -> tuple[Tensor, list[DimMap | None], dict[str, Any]]:
+    """A source, maps and arguments for `materialise`, drawn from everything the interface allows."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    rank = rng.choice([0, 1, 2, 2, 2, 3, 4])
+    sizes = [1, 2, 3, 4, 5, 7, 8, 16, 33] if rank > 2 else [1, 3, 8, 17, 64, 300]
+    shape = [rng.choice(sizes) for _ in range(rank)]
+    if rank == 4:
+        shape = [min(n, 8) for n in shape]
+    dtype, target = rng.choice(DTYPES), rng.choice([*DTYPES, None])
+    x = torch.randn(shape, generator=generator).to(dtype)
+    if rank and rng.random() < 0.3:
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    split = rng.randrange(-1, rank) if rank else -1
+    dims = [_random_map(rng, generator, n, d == split) for d, n in enumerate(shape)]
+    noise = None
+    if rng.random() < 0.67:
+        noise = Noise(
+            rng.choice(["antisymmetric", "independent"]),
+            0.1,
+            newborn_scale=rng.choice([0, 0.2]),
+            distribution=rng.choice(["bytes", "normal", "rademacher"]),
+            seed=seed,
+        )
+    arguments: dict[str, Any] = {
+        "noise": noise,
+        "key": seed,
+        "scale": rng.choice([1.0, 1.0, 0.7]),
+        "constant": 1.5,
+        "random_std": 0.3,
+        "dtype": target,
+    }
+    full = [len(m.index) if m is not None else n for m, n in zip(dims, shape, strict=True)]
+    if rng.random() < 0.5:
+        arguments["offset"] = [rng.randrange(n) for n in full]
+        arguments["local_shape"] = [rng.randrange(n - o + 1) for n, o in zip(full, arguments["offset"], strict=True)]
+    return x, dims, arguments
+
+
+def _random_map(rng: random.Random, generator: torch.Generator, size: int, may_split: bool) -> DimMap | None:
+    kind = rng.choice(["none", "tiled", "interleaved", "random", "padded", "shuffled", "scaled", "own scales"])
+    if kind == "none":
+        return None
+    new = rng.randrange(size, 3 * size + 2)
+    if kind == "tiled":
+        index = torch.arange(new) % size
+    elif kind == "interleaved":
+        index = torch.arange(size).repeat_interleave(rng.choice([2, 3]))
+    elif kind == "random":
+        index = torch.randint(size, (new,), generator=generator)
+    else:
+        index = torch.cat([torch.arange(size), torch.randint(size, (rng.randrange(size + 1),), generator=generator)])
+    fill = scale = split = None
+    if kind in ("padded", "shuffled"):
+        births = rng.randrange(1, 5)
+        ids = torch.randint(-births, 0, (rng.randrange(1, 7),), generator=generator)
+        codes = torch.randint(0, 4, (births,), generator=generator)
+        fill = torch.cat([torch.zeros(len(index), dtype=torch.int64), codes[-ids - 1]]).byte()
+        index = torch.cat([index, ids])
+        if kind == "shuffled":
+            order = torch.randperm(len(index), generator=generator)
+            index, fill = index[order], fill[order]
+    if may_split and rng.random() < 0.8 and kind != "own scales":
+        split = shares(index, rng.random() < 0.5)
+    if kind == "scaled":
+        scale = torch.linspace(0.5, 2, size).double()[index]
+    if kind == "own scales":
+        scale = torch.linspace(0.5, 2, len(index)).double()
+    return DimMap(index, split=split, scale=scale, fill=fill)

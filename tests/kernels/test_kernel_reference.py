@@ -6,6 +6,8 @@ from fractions import Fraction
 
 import pytest
 import torch
+from kernel_oracle import DTYPES, exact_sums, expected, interleaved, padded, same_bits, shares, tiled
+
 from fxgrow.kernels import (
     FILL_CONSTANT,
     FILL_MEAN,
@@ -17,7 +19,6 @@ from fxgrow.kernels import (
     materialise,
     philox,
 )
-from kernel_oracle import DTYPES, exact_sums, expected, interleaved, padded, same_bits, shares, tiled
 
 
 def source(*shape: int, seed: int = 0) -> torch.Tensor:

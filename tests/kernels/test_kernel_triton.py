@@ -1,0 +1,115 @@
+"""The Triton kernels without a GPU: equal bits in the interpreter, and what the machine code says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxgrow.kernels import aot
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+INTERPRETED = """
+import sys, warnings
+sys.path.insert(0, {here!r})
+warnings.simplefilter("ignore")
+import torch
+from kernel_oracle import DTYPES, interleaved, random_case, same_bits, tiled
+from fxgrow.kernels import Noise, gpu, materialise, reference
+torch.set_num_threads(1)
+forms = {{"scatter": 0, "gather": 0}}
+for name in forms:
+    def counted(*a, name=name, run=getattr(gpu, "_" + name)):
+        forms[name] += 1
+        return run(*a)
+    setattr(gpu, "_" + name, counted)
+
+def check(x, dims, **arguments):
+    want = materialise(x, dims, backend="torch", **arguments)
+    assert same_bits(materialise(x, dims, backend="triton", **arguments), want), (x.shape, x.dtype, arguments)
+"""
+
+SCATTER = """
+S = 16
+columns = [tiled(S, 2 * S, True), tiled(S, 3 * S, True), tiled(S, 4 * S, True), interleaved(S, 2, True)]
+columns += [tiled(S, 3 * S, True, True), tiled(S, 2 * S), interleaved(S, 2), tiled(S, S)]
+for dtype in DTYPES:
+    x = torch.randn(4, S, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, :4] = torch.tensor([0.0, -0.0, float("inf"), float("-inf")])
+    x[1, :3] = torch.tensor([1e-40, -3e-45, 6e-8]).to(dtype)
+    for k, column in enumerate(columns):
+        row = [None, tiled(4, 8), interleaved(4, 2)][k % 3]
+        noise = Noise("antisymmetric", 0.3, distribution=["bytes", "normal", "rademacher"][(k // 2) % 3])
+        check(x, [row, column])
+        check(x, [row, column], noise=noise)
+        check(x, [row, column], noise=noise, offset=[2, 0], local_shape=[2, len(column.index)])
+        check(x.float(), [row, column], noise=noise, dtype=dtype)
+assert forms["scatter"] > 80, forms
+print("ok", forms)
+"""
+
+GATHER = """
+for seed in range({lo}, {hi}):
+    x, dims, arguments = random_case(seed)
+    if x.numel() <= 600:
+        check(x, dims, **arguments)
+assert forms["gather"] > 25, forms
+print("ok", forms)
+"""
+
+
+def interpret(code: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("ok"), done.stdout
+
+
+def test_scatter_form_equals_the_reference() -> None:
+    """Every dtype, multiplicity, order of copies, shares, noise and row shard; infinities, subnormals, signed zeros."""
+    interpret(INTERPRETED.format(here=str(HERE)) + SCATTER)
+
+
+def test_general_form_equals_the_reference() -> None:
+    """Random maps, fills, scales, noise and shards."""
+    interpret(INTERPRETED.format(here=str(HERE)) + GATHER.format(lo=0, hi=70))
+
+
+@pytest.fixture(scope="module", params=list(aot.TARGETS))
+def machine_code(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """Every variant, compiled for one target."""
+    if request.param.startswith("sm_") and not all(aot.tools().values()):
+        pytest.skip("cuobjdump and nvdisasm are neither in Triton's wheel nor on PATH: NVIDIA code cannot be read")
+    rows = aot.table([request.param])
+    assert len(rows) == len(aot.VARIANTS)
+    return rows
+
+
+def pick(rows: list[dict[str, Any]], *kernels: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["kernel"] in kernels]
+
+
+@pytest.mark.slow
+def test_machine_code(machine_code: list[dict[str, Any]]) -> None:
+    """No spills anywhere; the scatter form loads and stores 128 bits; instructions per output, and shared memory."""
+    nvidia = machine_code[0]["target"].startswith("sm_")
+    for row in machine_code:
+        assert row["spills"] == 0, row
+        assert 0 < row["registers"] <= 128, row
+    for row in pick(machine_code, "copy", "pair", "triple", "quad", "woven"):
+        assert row["widest_load_bits"] == row["widest_store_bits"] == 128, row
+    for row in pick(machine_code, "copy", "pair", "triple", "quad"):
+        if row["dtype"] != "float64":  # float64 pairs change threads through shared memory
+            assert row["shared_bytes"] == 0, row
+    if not nvidia:
+        return
+    for row in pick(machine_code, "copy"):
+        assert row["instructions_per_output"] <= 4, row
+    for row in pick(machine_code, "pair"):
+        assert row["instructions_per_output"] <= (21 if row["dtype"] != "float64" else 28), row
+    for row in pick(machine_code, "triple", "quad", "woven"):
+        assert row["instructions_per_output"] <= 24, row
