@@ -201,3 +201,75 @@ class Export:
 
     def __exit__(self, *_: object) -> None:
         torch.export.export = self._original
+
+
+def run(argv: list[str]) -> int:
+    """Measure, print, save."""
+    options = common.parser("plan", __doc__)
+    options.add_argument("--layers", type=int, nargs="*", default=None)
+    options.add_argument("--spec", choices=list(SPECS), default="width")
+    options.add_argument("--depth", action="store_true", help="plan a doubled depth as well")
+    given = options.parse_args(argv)
+    depths = given.layers or ([1, 2] if given.quick else [2, 8, 20, 80])
+    kinds = [given.spec, "depth"] if given.depth else [given.spec]
+    runs: dict[str, list[dict[str, Any]]] = {
+        kind: [
+            common.isolated("benchmarks.plan:measure", {"layers": n, "spec": kind, "small": given.quick})
+            for n in depths
+        ]
+        for kind in kinds
+    }
+    for kind, found in runs.items():
+        common.table(
+            f"Llama-70B shapes on meta, plan of {_words(kind)}: wall seconds (CPU seconds)",
+            [
+                "layers",
+                "nodes",
+                "parameters",
+                "export",
+                "own: capture",
+                "analyse",
+                "plan",
+                "own / all",
+                "all",
+                "peak MB",
+            ],
+            [_row(r) for r in found],
+        )
+    verdicts = []
+    deepest = runs[given.spec][-1]
+    if not given.quick and depths[-1] == 80:
+        verdicts = [
+            common.verdict("80 layers, capture and plan, wall", deepest["total"], 90, " s"),
+            common.verdict("80 layers, peak memory", deepest["peak_process_bytes"] / 1e9, 2, " GB"),
+            common.verdict("80 layers, own part of the CPU time", deepest["own_cpu"] / deepest["total_cpu"], 1 / 3),
+        ]
+    with common.figure(given.out, "plan") as (ax,):
+        found = runs[given.spec]
+        nodes = [r["nodes"] for r in found]
+        ax.plot(nodes, [r["total_cpu"] for r in found], "o-", label="all")
+        ax.plot(nodes, [r["export_cpu"] for r in found], "s--", label="torch.export")
+        ax.plot(nodes, [r["own_cpu"] for r in found], "^-", label="fxgrow's own")
+        ax.set_xlabel("nodes of the graph")
+        ax.set_ylabel("CPU seconds")
+        ax.legend(frameon=False)
+    common.save(given.json, {"environment": common.environment(1), "runs": runs, "verdicts": verdicts})
+    return 0
+
+
+def _words(spec: str) -> str:
+    return ", ".join(f"{o.get('axis', o.get('stack'))} x{o['factor']}" for o in SPECS[spec])
+
+
+def _row(r: dict[str, Any]) -> list[str]:
+    own = {k: r["capture"][k] - r["export" if k == "wall" else "export_cpu"] for k in ("wall", "cpu")}
+    return [
+        str(r["layers"]),
+        f"{r['nodes']:,}",
+        f"{r['parameters_before'] / 1e9:.1f} to {r['parameters_after'] / 1e9:.1f} G",
+        f"{r['export']:.1f} ({r['export_cpu']:.1f})",
+        *[f"{x['wall']:.2f} ({x['cpu']:.2f})" for x in (own, r["analyse"], r["plan"])],
+        f"{r['own_cpu'] / r['total_cpu']:.0%}",
+        f"{r['total']:.1f} ({r['total_cpu']:.1f})",
+        f"{r['peak_process_bytes'] / 1e6:.0f}",
+    ]
