@@ -19,6 +19,7 @@ from fxgrow.errors import (
 from fxgrow.growth import Growth, grow, plan_growth
 from fxgrow.plan import GrowthPlan
 from fxgrow.rules import register_rule
+from fxgrow.schedule import GrowthScheduler, Schedule
 from fxgrow.spec import Deepen, GrowthSpec, Insert, Noise, Widen, register_operation
 from fxgrow.verify import Receipt
 
@@ -33,12 +34,14 @@ __all__ = [
     "Growth",
     "GrowthPlan",
     "GrowthRefused",
+    "GrowthScheduler",
     "GrowthSpec",
     "Insert",
     "Loaded",
     "Noise",
     "Program",
     "Receipt",
+    "Schedule",
     "SpecError",
     "Widen",
     "capture",
