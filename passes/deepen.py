@@ -201,6 +201,7 @@ def _adds_to(out: fx.Node, source: fx.Node, region: Region) -> bool:
 
 def _branches(out: fx.Node, source: fx.Node, region: Region) -> list[fx.Node] | None:
     """The terms f, g ... of ``out = source + f + g ...``, or None where out is no such sum."""
+    out = _same_value(out)
     if out is source:
         return []
     if out not in region.nodes or op_name(out.target) not in ("aten.add.Tensor", "aten.add_.Tensor"):
@@ -216,6 +217,26 @@ def _branches(out: fx.Node, source: fx.Node, region: Region) -> list[fx.Node] | 
                 return [*rest, branch]
     return None
 
+
+def _same_value(node: fx.Node) -> fx.Node:
+    """Through casts to the dtype the value has already (``x.float()`` in a float32 model) and copies of it."""
+    while node.op == "call_function" and op_name(node.target) in _CASTS and isinstance(node.args[0], fx.Node):
+        before, after = node.args[0].meta.get("val"), node.meta.get("val")
+        if getattr(before, "dtype", None) != getattr(after, "dtype", None):
+            break
+        node = node.args[0]
+    return node
+
+
+_CASTS = (
+    "aten.to.dtype",
+    "aten.to.dtype_layout",
+    "aten._to_copy.default",
+    "aten.type_as.default",
+    "aten.contiguous.default",
+    "aten.clone.default",
+    "aten.alias.default",
+)
 
 #: ops whose result is zero when these parameters are
 _PROJECTIONS: dict[str, tuple[str, ...]] = {
