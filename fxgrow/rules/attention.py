@@ -86,6 +86,10 @@ class ScaledDotProductAttention(Rule):
             total = a
             for x in (b, c):
                 total = ctx.combine(total, x, "any")
+            mask = ctx.dims("attn_mask") or []
+            place = len(mask) - len(q) + i
+            if place >= 0 and not is_unit(mask[place]):
+                total = ctx.combine(total, mask[place], "any")
             lead.append(ctx.close(self._value_content(total, c)))
         return [*lead, q[-2], ctx.close(v[-1])]
 

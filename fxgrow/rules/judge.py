@@ -4,13 +4,13 @@ For one op and one set of sample arguments, a program of that op alone is built.
 stands once for a parameter whose use decides how it grows, and once for an activation whose newborn entries hold what
 the judge imposes (anything, zero, the mean of the others, or what a broadcast holds). For each axis the analysis finds
 and each way of growing it, the rule's claim is executed: the copies in the results must equal the old entries, and
-newborn entries what the rule says of them (:class:`~fxgrow.rules.base.Content`). A claim that does not hold is *wrong*.
-A refusal, or a frozen axis, where growth by whole copies would have left the result as it was is *stricter* than needed.
+newborn entries what the rule says of them (:class:`~fxgrow.rules.base.Content`). A claim that does not hold is
+*wrong*. A refusal, or a frozen axis, where growth by whole copies would have left the result as it was is *stricter*
+than needed.
 """
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,7 +147,7 @@ def _exported(f: Callable[..., Any], sample: Sample) -> tuple[fx.Graph, dict[str
 
     graph = capture(Call().eval()).graph
     output = next(n for n in graph.nodes if n.op == "output")
-    results = [n for n in output.all_input_nodes]
+    results = list(output.all_input_nodes)
     graph.erase_node(output)
     return graph, tensors, results
 
@@ -245,9 +245,7 @@ class _Judge:
             ("2 copies and a new unit", AxisMap.copy(n, 2 * n + 1, "even", "newborn")) if n > 1 else None,
             ("a pair of new units", AxisMap.add(n, n + 2, paired=True)),
         ]
-        for chosen in itertools.chain.from_iterable(
-            itertools.combinations(optional, k) for k in range(len(optional) + 1)
-        ):
+        for chosen in [(), *((x,) for x in optional), tuple(optional)][: 2 + len(optional) * (len(optional) > 1)]:
             activations = frozenset(always | set(chosen) | set([] if optional else names))
             for entry in maps:
                 if entry is None:

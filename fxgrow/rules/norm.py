@@ -143,7 +143,6 @@ class GroupNorm(Rule):
         return [resolve(d) for d in dims]
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
-        from fxgrow.axes.expr import size_of
 
         dims = ctx.dims("input")
         assert dims is not None
@@ -154,6 +153,7 @@ class GroupNorm(Rule):
                 raise ctx.refuse("group norm over a group with new channels; grow by whole copies instead")
             ctx.uniform_factor([inner])
         out = list(dims)
+        out[0] = annotate(ctx.close(dims[0]), lambda info: _normalised(info, False))
         total: Expr = dims[1]
         if ctx.grows(groups) and ctx.newborn:
             ctx.newborn_constants({"weight": 1.0, "bias": 0.0})
@@ -181,7 +181,7 @@ class GroupNorm(Rule):
         return groups, inner
 
     def resize(self, ctx: Any) -> None:
-        from fxgrow.axes.expr import Unifier, size_of
+        from fxgrow.axes.expr import Unifier
 
         channels = ctx.dims(ctx.args["input"])[1]
         g = ctx.args["num_groups"]

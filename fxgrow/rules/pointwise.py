@@ -22,10 +22,14 @@ def _with_in_place(names: str) -> list[str]:
 class Finite(Pointwise):
     """An element-wise op that is not finite everywhere: newborn entries of unknown value may become NaN or infinite."""
 
+    def __init__(self, everywhere: bool = False) -> None:
+        super().__init__()
+        self.everywhere = everywhere  # every operand has a domain, not the last one alone
+
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         risky = {Content.FREE, Content.ZERO, Content.MEAN}
         operands = ctx.tensor_operands()
-        for name, dims in operands[-1:] if len(operands) > 1 else operands:
+        for name, dims in operands if self.everywhere else operands[-1:]:
             for dim in dims:
                 for info in infos(dim):
                     if ctx.newborn and info.content in risky:
@@ -77,7 +81,7 @@ register_rule(
 )
 register_rule(_with_in_place("clamp_min clamp_max"), Pointwise())
 register_rule(
-    _with_in_place("dropout alpha_dropout feature_dropout") + ["aten.native_dropout.default"],
+    _with_in_place("dropout alpha_dropout feature_dropout"),
     Pointwise(zero=True, mean=True),
 )
 
@@ -121,7 +125,7 @@ class Power(Pointwise):
 
 
 register_rule(["aten.pow.Tensor_Scalar", "aten.pow_.Scalar"], Power(zero=_positive_power))
-register_rule("aten.pow.Tensor_Tensor", Finite())
+register_rule("aten.pow.Tensor_Tensor", Finite(everywhere=True))
 register_rule("aten.pow.Scalar", Pointwise())
 register_rule(["aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other"], Pointwise("zero"))
 register_rule(["aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar"], Pointwise())
@@ -129,7 +133,8 @@ register_rule(_with_in_place("masked_fill.Scalar masked_fill.Tensor"), Pointwise
 register_rule(
     [f"aten.{n}.{o}" for n in ("eq", "ne", "lt", "le", "gt", "ge") for o in ("Scalar", "Tensor")]
     + [f"aten.{n}.default" for n in ("logical_and", "logical_or", "logical_xor")]
-    + [f"aten.bitwise_{n}.{o}" for n in ("and", "or", "xor") for o in ("Tensor", "Scalar")],
+    + [f"aten.bitwise_{n}.{o}" for n in ("and", "or", "xor") for o in ("Tensor", "Scalar")]
+    + [f"aten.__{n}__.{o}" for n in ("and", "or", "xor") for o in ("Tensor", "Scalar")],
     Pointwise(),
 )
 register_rule(["aten.lerp.Tensor", "aten.lerp.Scalar", "aten.addcmul.default"], Pointwise())
@@ -146,8 +151,8 @@ class Like(Pointwise):
 
 register_rule(["aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default"], Like())
 register_rule(
-    [f"aten.{n}.default" for n in ("empty_like", "rand_like", "randn_like", "bernoulli", "rand", "randn", "empty")]
-    + ["aten.bernoulli.p", "aten.bernoulli_.float"],
+    [f"aten.{n}.default" for n in ("empty_like", "rand_like", "randn_like", "bernoulli", "rand", "randn")]
+    + ["aten.empty.memory_format", "aten.bernoulli.p", "aten.bernoulli_.float"],
     Opaque("its entries are drawn at random or not set"),
 )
 
@@ -230,8 +235,10 @@ class Glu(Pointwise):
         assert dims is not None
         i = ctx.args["dim"] % len(dims)
         a, b = ctx.split(dims[i], [ctx.shape[i], ctx.shape[i]])
-        return [*dims[:i], ctx.close(ctx.combine(a, b, "mul_first")), *dims[i + 1 :]]
+        out = [self._unary(ctx, ctx.close(d)) for d in dims]
+        out[i] = ctx.close(ctx.combine(a, b, "mul_first"))
+        return out
 
 
-register_rule("aten.glu.default", Glu())
+register_rule("aten.glu.default", Glu(zero=True))
 _ = (UNIT, is_unit)

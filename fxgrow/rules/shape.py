@@ -16,11 +16,12 @@ from fxgrow.axes.expr import (
     concat,
     is_static,
     is_unit,
+    quotient,
     resolve,
     same_size,
     size_of,
 )
-from fxgrow.rules.base import Dims, Resize, Rule, Structural, register_rule
+from fxgrow.rules.base import Content, Dims, Info, Resize, Rule, Structural, annotate, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -35,7 +36,23 @@ def _dim(ctx: Any, dims: Dims, name: str = "dim", extra: int = 0) -> int:
 
 
 def _reshape(ctx: Any, dims: Dims) -> Dims:
-    return list(ctx.regroup(dims, ctx.shape))
+    """Common refinement; where that fails, of the equal dims at both ends alone: what lies between is frozen."""
+    shape = ctx.shape
+    try:
+        return list(ctx.regroup(dims, shape))
+    except Conflict as conflict:
+        first = last = 0
+        shortest = min(len(dims), len(shape))
+        while last < shortest and same_size(size_of(dims[-1 - last]), shape[-1 - last]):
+            last += 1
+        while first < shortest - last and same_size(size_of(dims[first]), shape[first]):
+            first += 1
+        between, new = dims[first : len(dims) - last], shape[first : len(shape) - last]
+        if not between or not new or first + last == 0:
+            raise
+        for dim in between:
+            ctx.freeze(dim, str(conflict))
+        return [*dims[:first], *(ctx.opaque(s, str(conflict)) for s in new), *dims[len(dims) - last :]]
 
 
 def _resize_shape(name: str) -> Callable[[Resize], None]:
@@ -63,7 +80,7 @@ register_rule("aten.unflatten.int", Structural(_reshape, _resize_unflatten))
 
 
 def _transpose(ctx: Any, dims: Dims) -> Dims:
-    a, b = ctx.args["dim0"] % len(dims), ctx.args["dim1"] % len(dims)
+    a, b = (v % len(dims) for k, v in ctx.args.items() if k in ("dim0", "dim1", "axis0", "axis1"))
     out = list(dims)
     out[a], out[b] = out[b], out[a]
     return out
@@ -131,6 +148,8 @@ def _expand_as(ctx: Any, dims: Dims) -> Dims:
     out: Dims = []
     for i, like in enumerate(other):
         dim = dims[i - lead] if i >= lead else UNIT
+        if not is_unit(dim) and not is_unit(like):
+            ctx.unify(dim, like)
         out.append(ctx.constant_like(like) if is_unit(dim) and not is_unit(like) else dim)
     return out
 
@@ -139,7 +158,10 @@ register_rule("aten.expand_as.default", Structural(_expand_as))
 
 
 def _view_as(ctx: Any, dims: Dims) -> Dims:
-    return list(ctx.regroup(dims, ctx.shape))
+    out = list(ctx.regroup(dims, ctx.shape))
+    for mine, theirs in zip(out, ctx.dims("other"), strict=True):
+        ctx.unify(mine, theirs)
+    return out
 
 
 class BroadcastTensors(Rule):
@@ -172,6 +194,41 @@ class BroadcastTensors(Rule):
 
 register_rule("aten.broadcast_tensors.default", BroadcastTensors())
 register_rule(["aten.view_as.default", "aten.reshape_as.default"], Structural(_view_as))
+
+
+def _repeat(ctx: Any, dims: Dims) -> Dims:
+    """The tensor laid end to end: a new outer factor along every dim that is repeated."""
+    from fxgrow.axes.expr import product
+
+    repeats = list(ctx.args["repeats"])
+    padded = [UNIT] * (len(repeats) - len(dims)) + dims
+    out: Dims = []
+    for i, (n, dim) in enumerate(zip(repeats, padded, strict=True)):
+        if isinstance(n, int) and n == 1:
+            out.append(dim)
+        elif is_unit(dim):
+            out.append(ctx.born(i))
+        else:
+            n = n if isinstance(n, int) else quotient(ctx.shape[i], size_of(dim))
+            if n is None:
+                raise Conflict("repeated a dynamic number of times")
+            out.append(product([ctx.outer(i, n), dim]))
+    return out
+
+
+def _resize_repeat(ctx: Resize) -> None:
+    before, after = ctx.dims(ctx.args["self"]), ctx.dims(ctx.node)
+    repeats = list(ctx.args["repeats"])
+    lead = len(repeats) - len(before)
+    for i, dim in enumerate(after):
+        inner = before[i - lead] if i >= lead else UNIT
+        if isinstance(repeats[i], int) and (ctx.changed(dim) or ctx.changed(inner)):
+            repeats[i] = quotient(ctx.new_size(dim), ctx.new_size(inner))
+    if repeats != list(ctx.args["repeats"]):
+        ctx.set("repeats", repeats)
+
+
+register_rule("aten.repeat.default", Structural(_repeat, _resize_repeat))
 
 
 def _repeat_interleave(ctx: Any, dims: Dims) -> Dims:
@@ -335,6 +392,8 @@ def _slice(ctx: Any, dims: Dims) -> Dims:
         out[i] = ctx.opaque(ctx.shape[i], "it is sliced to a dynamic length")
     elif step == 1 and end > start:
         out[i] = _cut(ctx, dims[i], start, end)
+    elif end <= start:
+        out[i] = concat([])
     elif step > 1 and total % step == 0 and start < step and end + step > total:
         outer, inner = ctx.regroup([dims[i]], [total // step, step])
         if ctx.units(inner) is None:
@@ -356,9 +415,11 @@ def _resize_slice(ctx: Resize) -> None:
         ctx.set("end", _END)
         return
     scratch = Unifier()
-    if start > 0:
+    if start == total:
+        ctx.set("start", ctx.new_size(dims[i]))
+    elif start > 0:
         ctx.set("start", ctx.new_size(scratch.split_concat(dims[i], start)[0]))
-    if end < total:
+    if 0 < end < total:
         ctx.set("end", ctx.new_size(scratch.split_concat(dims[i], end)[0]))
 
 
@@ -397,10 +458,16 @@ register_rule("aten.select.int", Structural(_select))
 # moves along a dim that keep the others ----------------------------------------------------------------------------
 
 
+def _nonlinear(info: Info) -> Info:
+    return info.becomes(info.content if info.content is Content.CONST else Content.FREE, zeroable=False)
+
+
 class Blocked(Structural):
     """Mixes or reorders entries along some dims, which cannot grow; the others pass."""
 
-    def __init__(self, which: Callable[[Any, int], list[int]], why: str) -> None:
+    def __init__(
+        self, which: Callable[[Any, int], list[int]], why: str, linear: bool | Callable[[Any], bool] = True
+    ) -> None:
         def f(ctx: Any, dims: Dims) -> Dims:
             blocked = {w % len(dims) for w in which(ctx.args, len(dims))}
             out: Dims = []
@@ -409,7 +476,8 @@ class Blocked(Structural):
                     ctx.freeze(dim, why)
                     out.append(ctx.opaque(ctx.shape[i], why))
                 else:
-                    out.append(dim)
+                    keep = linear(ctx.args) if callable(linear) else linear
+                    out.append(dim if keep else annotate(ctx.close(dim), _nonlinear))
             n = ctx.result_count
             return out if n is None else [list(out) for _ in range(n)]
 
@@ -429,9 +497,11 @@ def _listed(name: str) -> Callable[[Any, int], list[int]]:
 register_rule(["aten.roll.default"], Blocked(_listed("dims"), "its entries are rolled"))
 register_rule(["aten.flip.default"], Blocked(_listed("dims"), "its entries are reversed"))
 register_rule(
-    ["aten.cumsum.default", "aten.cumprod.default", "aten.sort.default", "aten.argsort.default", "aten.topk.default"],
-    Blocked(_listed("dim"), "its entries depend on their order"),
+    [f"aten.{n}.default" for n in ("cumprod", "sort", "argsort", "topk")],
+    Blocked(_listed("dim"), "its entries depend on their order", linear=False),
 )
+register_rule("aten.cumsum.default", Blocked(_listed("dim"), "its entries depend on their order"))
+register_rule("aten.diff.default", Blocked(_listed("dim"), "neighbouring entries are subtracted"))
 
 
 def _padded(args: Any, rank: int) -> list[int]:
@@ -439,7 +509,10 @@ def _padded(args: Any, rank: int) -> list[int]:
     return [rank - 1 - i // 2 for i, p in enumerate(pad) if p != 0]
 
 
-register_rule(["aten.pad.default", "aten.constant_pad_nd.default"], Blocked(_padded, "it is padded"))
+register_rule(
+    ["aten.pad.default", "aten.constant_pad_nd.default"],
+    Blocked(_padded, "it is padded", linear=lambda a: not a["value"]),
+)
 register_rule(
     ["aten.tril.default", "aten.triu.default"], Blocked(lambda a, rank: [rank - 2, rank - 1], "a triangle is cut out")
 )

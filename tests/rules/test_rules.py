@@ -1,0 +1,119 @@
+"""Every registered rule against the real op, by brute force."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from samples import SAMPLES
+
+from fxgrow.passes.base import operator_named
+from fxgrow.rules import RULES
+from fxgrow.rules.base import Content, Pattern, Pointwise, Structural, parse_pattern, register_rule
+from fxgrow.rules.judge import Sample, check, unjudged
+
+#: refusals that brute force would have let pass, and why they stay
+STRICT = {
+    "softmax runs over it": "sums of copies would be exact only where everything that follows sums over them",
+    "attention over a growing sequence": "the same",
+    "the loss averages over it": "an average over copies is the same, but not over anything else",
+    "the loss runs over it": "targets number the classes: old numbers stay valid only where copies come last",
+    "looked up by number": "old numbers stay valid only where copies come last; see the extend pass",
+    "dim 0 of the input": "an index that the caller passes in has its size",
+    "batch norm takes statistics": "the running variance is unbiased, and so depends on the number of entries",
+    "group norm takes statistics": "spatial dims are the caller's",
+    "entries are rolled": "whole copies end to end roll alike, other growths do not",
+    "entries are reversed": "the same",
+    "reduced in a way": "no model has needed it yet",
+    "drawn at random": "uninitialised memory happened to be equal",
+}
+
+
+def exists(name: str) -> bool:
+    try:
+        operator_named(name)
+    except AttributeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("op", [name for name in SAMPLES if exists(name)])
+def test_what_a_rule_claims_holds(op: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message="Using padding='same'")
+        report = check(op, SAMPLES[op])
+    assert not report.wrong, "\n".join(map(str, report.wrong[:10]))
+    unexplained = [f for f in report.strict if not any(words in f.detail for words in STRICT)]
+    assert not unexplained, "\n".join(map(str, unexplained))
+
+
+def test_every_rule_is_judged() -> None:
+    missing = [name for name in unjudged(SAMPLES) if name != "getitem" and exists(name)]
+    assert not missing, f"no samples for {missing}"
+
+
+def r(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("op", "rule", "sample", "complaint"),
+    [
+        ("aten.softmax.int", Pointwise(), Sample(r(3, 4), 1), "copies do not hold"),
+        ("aten.cumsum.default", Structural(lambda ctx, dims: dims), Sample(r(3, 4), 1), "copies do not hold"),
+        ("aten.sigmoid.default", Pointwise(zero=True), Sample(r(3, 4)), "said to be zero"),
+        ("aten.exp.default", Pointwise(mean=True), Sample(r(3, 4)), "said to hold the mean"),
+        ("aten.linear.default", Pattern("... i, o i, o? -> ... o", ["input", "weight", "bias"]), None, "copies do not"),
+        ("aten.view.default", Structural(lambda ctx, dims: ctx.regroup(dims, ctx.shape)), None, "fails"),
+        ("aten.transpose.int", Structural(lambda ctx, dims: dims), Sample(r(4, 4), 0, 1), "claims the shape"),
+        ("aten.mul.Tensor", Pointwise("add"), Sample(r(3, 4), r(4)), "said to hold the mean"),
+    ],
+)
+def test_the_judge_finds_a_rule_that_is_wrong(
+    op: str, rule: object, sample: Sample | None, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RULES, op, rule)
+    report = check(op, [sample] if sample is not None else SAMPLES[op])
+    assert any(complaint in f.detail for f in report.wrong), report
+
+
+def test_the_judge_finds_a_rule_that_is_stricter_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxgrow.rules.base import Opaque
+
+    monkeypatch.setitem(RULES, "aten.tanh.default", Opaque("nobody looked"))
+    report = check("aten.tanh.default", [Sample(r(3, 4))])
+    assert not report.wrong
+    assert {f.detail.rpartition(": ")[2] for f in report.strict} == {"nobody looked"}
+    assert len(report.strict) == 2
+
+
+def test_the_judge_takes_functions_of_several_ops() -> None:
+    def normalise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3)
+
+    report = check(normalise, [Sample(r(3, 4), r(4))])
+    assert not report.wrong, report.wrong
+    assert report.accepted
+
+
+def test_a_rule_is_registered_once_unless_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="has a rule already"):
+        register_rule("aten.relu.default", Pointwise())
+    monkeypatch.setitem(RULES, "aten.relu.default", RULES["aten.relu.default"])
+    mine = Pointwise()
+    register_rule("aten.relu.default", mine, override=True)
+    assert RULES["aten.relu.default"] is mine
+
+
+@pytest.mark.parametrize("pattern", ["a b", "a (b -> a", "a b) -> a", "a, b -> c", "((a) -> a"])
+def test_a_pattern_that_makes_no_sense_is_an_error(pattern: str) -> None:
+    with pytest.raises(ValueError, match="pattern"):
+        parse_pattern(pattern)
+
+
+def test_contents_join_to_what_both_agree_on() -> None:
+    for a in Content:
+        for b in Content:
+            assert Content.join(a, b) is (a if a is b else Content.FREE)
