@@ -55,9 +55,11 @@ print("ok", forms)
 GATHER = """
 for seed in range({lo}, {hi}):
     x, dims, arguments = random_case(seed)
-    if x.numel() <= 600:
-        check(x, dims, **arguments)
-assert forms["gather"] > 25, forms
+    want = materialise(x, dims, backend="torch", **arguments)
+    # the interpreter pays by the row: few rows, of any length
+    if want.dim() < 2 or want.numel() <= 12 * want.shape[-1]:
+        assert same_bits(materialise(x, dims, backend="triton", **arguments), want), (seed, x.shape, x.dtype, arguments)
+assert forms["gather"] > 20, forms
 print("ok", forms)
 """
 
@@ -76,7 +78,7 @@ def test_scatter_form_equals_the_reference() -> None:
 
 def test_general_form_equals_the_reference() -> None:
     """Random maps, fills, scales, noise and shards."""
-    interpret(INTERPRETED.format(here=str(HERE)) + GATHER.format(lo=0, hi=70))
+    interpret(INTERPRETED.format(here=str(HERE)) + GATHER.format(lo=0, hi=150))
 
 
 @pytest.fixture(scope="module", params=list(aot.TARGETS))
