@@ -16,6 +16,7 @@ from fxgrow.errors import (
     GrowthRefused,
     SpecError,
 )
+from fxgrow.expand import expand
 from fxgrow.growth import Growth, grow, plan_growth
 from fxgrow.plan import GrowthPlan
 from fxgrow.rules import register_rule
@@ -45,6 +46,7 @@ __all__ = [
     "SpecError",
     "Widen",
     "capture",
+    "expand",
     "grow",
     "load",
     "passes",

@@ -1,0 +1,38 @@
+"""Growing into the user's own larger instance."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import fxgrow
+from tests.models import relative_error, small_gpt, tokens
+
+
+def test_small_becomes_the_larger_instance() -> None:
+    small = small_gpt().eval()
+    big = small_gpt(n_layer=4, n_head=8, n_embd=64, head_dim=8, n_hidden=200).eval()
+    growth = fxgrow.expand(small, big, tokens(), noise={"scale": 1e-3})
+    assert relative_error(small, big, tokens(3)) <= 1e-12
+    assert {s.op for s in growth.plan.steps} == {"widen", "deepen"}
+    assert all(torch.equal(v, big.state_dict()[k]) for k, v in growth.module.state_dict().items())
+    assert big.lm_head.weight is big.transformer.wte.weight
+
+
+def test_other_constants_are_refused_and_nothing_is_changed() -> None:
+    small, big = small_gpt(), small_gpt(n_head=4, n_embd=32, head_dim=16, value_dim=8)
+    before = copy.deepcopy(big.state_dict())
+    with pytest.raises(fxgrow.GrowthRefused, match=r"other constants.*scale="):
+        fxgrow.expand(small, big, tokens())
+    assert all(torch.equal(before[k], v) for k, v in big.state_dict().items())
+
+
+def test_sizes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(fxgrow.SpecError, match="nothing to grow"):
+        fxgrow.expand(small_gpt(), small_gpt(), tokens())
+    with pytest.raises(fxgrow.SpecError, match=r"hidden has 128 units, the larger model 64"):
+        fxgrow.expand(small_gpt(), small_gpt(n_hidden=64), tokens())
+    with pytest.raises(fxgrow.GrowthRefused, match=r"vocab to 60.*looked up"):
+        fxgrow.expand(small_gpt(), small_gpt(vocab_size=60), tokens())
