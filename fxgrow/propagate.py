@@ -289,6 +289,9 @@ class Grow:
     def from_parameter(self, value: Any) -> bool:
         return from_parameter(value)
 
+    def from_input(self, value: Any) -> bool:
+        return False  # roles are found in analysis
+
     def constant(self, value: Any) -> torch.Tensor | None:
         return constant_value(value, self.axes.program.constants)
 
@@ -759,7 +762,7 @@ def dim_plan(
         pieces = [walk(p) for p in e.parts]
         index, old, extended = [], 0, 0
         total = sum(p[4] for p in pieces)
-        total_extended = sum(p[5] for p in pieces)
+        total_extended = total + sum(p[5] for p in pieces)
         for p in pieces:
             # extended coordinates of newborn entries are unique across the parts
             index.append(np.where(p[0] >= 0, p[0] + old, p[0] - extended))
@@ -796,7 +799,7 @@ def _outer(a: _Walked, b: _Walked) -> _Walked:
         (a[2][:, None] * b[2][None, :]).reshape(-1),
         fill,
         a[4] * b[4],
-        a[5] * b[5],
+        a[4] * b[4] + a[5] * b[5],
     )
 
 
