@@ -148,7 +148,7 @@ def options(
     See what can grow:  fxgrow inspect examples.gpt.train:task
     Why, or why not:    fxgrow inspect examples.gpt.train:task --why ./vocab
     Try it on paper:    fxgrow plan examples.gpt.train:task spec.yaml
-    Grow a checkpoint:  fxgrow grow my.models:gpt spec.yaml -w small.safetensors -o big
+    Grow a checkpoint:  fxgrow grow my.models:gpt spec.yaml -w w.safetensors -o big
     Check it later:     fxgrow verify big
     Train and grow:     fxgrow train examples.gpt.train:task --out out/run
 
@@ -273,7 +273,7 @@ def inspect(
     \b
     fxgrow inspect examples.gpt.train:task
     fxgrow inspect examples.gpt.train:task --why "transformer.h.0.attn/heads"
-    fxgrow inspect torchvision.models:resnet18 -i "float32[2,3,64,64]" --picture axes.png
+    fxgrow inspect my.models:cnn -c width=16 -i "float32[2,3,32,32]" --picture axes.png
     """
     named = _load(model, config=config or (), inputs=input or (), device=device, seed=seed, dry=True)
     program = _capture(named)
@@ -442,7 +442,7 @@ def show_plan(console: Console, made: GrowthPlan, program: Program | None = None
 
 def _short(value: Any) -> str:
     if isinstance(value, dict) and "$node" in value:
-        return str(value["$node"])
+        return "*" if str(value["$node"]).startswith("sym_") else str(value["$node"])
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_short(v) for v in value) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)
