@@ -517,6 +517,11 @@ def _program(
                 types.setdefault(_clean(path), cls if isinstance(cls, str) else cls.__qualname__)
     graph.output(structures[0] if len(structures) == 1 else tuple(structures))
     graph.eliminate_dead_code(is_impure_node=_impure)
+    needed = False
+    for node in reversed([n for n in graph.nodes if n.op == "placeholder"]):
+        if needed:
+            node.args = ()  # Python allows no default before an argument without one
+        needed |= not node.args
     _views_to_reshapes(graph)
     used = {n.target for n in graph.nodes if n.op == "get_attr"}
     for name in own:

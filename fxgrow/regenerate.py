@@ -131,7 +131,9 @@ def call_graphs(program: Program, graph: fx.Graph) -> list[fx.Graph]:
             elif node.op == "placeholder" and node.meta.get("call", 0) == number:
                 name = node.meta["input"]
                 is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
-                env[node] = own.placeholder(name) if is_tensor else own.placeholder(name, default_value=node.args[0])
+                env[node] = own.placeholder(
+                    name, **({} if is_tensor or not node.args else {"default_value": node.args[0]})
+                )
                 env[node].meta = dict(node.meta)
             elif node.op == "call_function" and node.meta.get("call", 0) == number:
                 env[node] = own.node_copy(node, value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -271,6 +271,16 @@ def from_parameter(value: Any) -> bool:
     return False
 
 
+def constant_value(value: Any, constants: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The value of a constant tensor, seen through copies; None where it is none, or on the meta device."""
+    while isinstance(value, fx.Node) and value.op == "call_function" and str(value.target) in _COPIES:
+        value = value.args[0]
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return None
+    found = constants.get(str(value.target))
+    return None if found is None or found.is_meta else found
+
+
 def flat_dims(dims: Any) -> Iterator[Expr]:
     """Every dim of a node's result or results."""
     if dims is None:
@@ -291,8 +301,10 @@ def _resolve_all(dims: Any) -> Any:
 class Relate:
     """What a rule sees during analysis."""
 
-    def __init__(self, unifier: Unifier, env: dict[fx.Node, Any]) -> None:
-        self.unifier, self.env = unifier, env
+    def __init__(
+        self, unifier: Unifier, env: dict[fx.Node, Any], constants: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        self.unifier, self.env, self.constants = unifier, env, constants or {}
         self.node: fx.Node
         self.args: dict[str, Any] = {}
 
@@ -384,6 +396,10 @@ class Relate:
         """A new axis that becomes the inner factor of dim ``i`` of the result, a broadcast."""
         return self.sized(size)
 
+    def outer(self, i: int, size: Size) -> Expr:
+        """A new axis that becomes the outer factor of dim ``i`` of the result, a repetition."""
+        return self.sized(size)
+
     def constant_like(self, dim: Expr) -> Expr:
         """The dim of another tensor, along which the result does not vary."""
         return dim
@@ -399,6 +415,9 @@ class Relate:
 
     def from_parameter(self, value: Any) -> bool:
         return from_parameter(value)
+
+    def constant(self, value: Any) -> torch.Tensor | None:
+        return constant_value(value, self.constants)
 
     def from_input(self, value: Any) -> bool:
         """Whether a value depends on what the user passes in, and not only on its sizes."""
@@ -428,6 +447,9 @@ class Relate:
         return None if one is None else [self.opaque(s, why) for s in one]
 
 
+_COPIES = {
+    f"aten.{n}" for n in ("lift_fresh_copy.default", "detach_.default", "detach.default", "to.dtype", "clone.default")
+}
 _warned: set[str] = set()
 
 
@@ -440,7 +462,7 @@ def analyse(program: Program) -> Axes:
     load_plugins("fxgrow.rules")
     unifier = Unifier()
     env: dict[fx.Node, Any] = {}
-    ctx = Relate(unifier, env)
+    ctx = Relate(unifier, env, program.constants)
     unknown: dict[str, list[str]] = {}
     attributes: dict[str, fx.Node] = {}  # one tensor read in several places has one set of axes
     for node in program.graph.nodes:

@@ -99,6 +99,9 @@ def _role(axis: Axis, residual: dict[int, str], axes: Axes) -> str:
             return role
     if roles.get("vocab", 0) >= 100 or roles.get("positions", 0) >= 100:
         return "vocab" if roles.get("vocab", 0) >= 100 else "positions"
+    for role in ("experts", "kernel", "spatial"):
+        if roles.get(role, 0) >= 100:
+            return role
     if residual.get(axis.id) == "last":
         return "residual"
     if "channels" in roles:

@@ -3,8 +3,8 @@
 Each file registers the rules of one kind of op in :data:`RULES`.
 """
 
-from fxgrow.rules import attention, contraction, indexing, norm, pointwise, reduction, shape
+from fxgrow.rules import attention, contraction, indexing, norm, pointwise, recurrent, reduction, shape
 from fxgrow.rules.base import RULES, Content, Opaque, Pattern, Pointwise, Rule, Structural, register_rule
 
 __all__ = ["RULES", "Content", "Opaque", "Pattern", "Pointwise", "Rule", "Structural", "register_rule"]
-_ = (attention, contraction, indexing, norm, pointwise, reduction, shape)
+_ = (attention, contraction, indexing, norm, pointwise, recurrent, reduction, shape)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from fxgrow.axes.expr import Conflict, is_static, size_of
+from fxgrow.axes.expr import Conflict, factors_of, is_static, is_unit, size_of
 from fxgrow.rules.base import Dims, Pattern, Resize, Rule, op_name, register_rule
 
 if TYPE_CHECKING:
@@ -35,6 +35,35 @@ class AddMM(Rule):
 
 
 register_rule("aten.addmm.default", AddMM())
+
+
+class BAddBMM(Rule):
+    """``beta * bias + alpha * a @ b`` over a batch; the bias broadcasts."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        a, b = ctx.dims("batch1"), ctx.dims("batch2")
+        assert a is not None and b is not None
+        for dim in factors_of(a[0])[1:]:
+            ctx.role(dim, "heads")
+        if is_static(size_of(a[-1])):
+            ctx.role(a[-1], "head_dim")
+        return self._pattern(ctx).relate(ctx)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        return self._pattern(ctx).grow(ctx)
+
+    @staticmethod
+    def _pattern(ctx: Any) -> Pattern:
+        """A bias dim of size 1 is broadcast, and shares no letter."""
+        bias = ctx.dims("self")
+        names = ["b", "m", "n"][3 - len(bias) :]
+        letters = [x if not is_unit(d) else f"{x}1" for x, d in zip(names, bias, strict=True)]
+        return Pattern(
+            f"{' '.join(letters)}, b m k, b k n -> b m n", ["self", "batch1", "batch2"], sum="k", bias=("self",)
+        )
+
+
+register_rule("aten.baddbmm.default", BAddBMM())
 
 _PASSES = ("dropout", "to", "_to_copy", "contiguous", "clone", "mul", "div", "type_as", "view", "reshape", "expand")
 
@@ -145,9 +174,10 @@ class Convolution(Pattern):
         )
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
-        for name in ("input", "weight"):
+        for name, role in (("input", "spatial"), ("weight", "kernel")):
             for dim in (ctx.dims(name) or [])[2:]:
                 ctx.freeze(dim, self.why)
+                ctx.role(dim, role, 100)
         return super().relate(ctx)
 
     def resize(self, ctx: Resize) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
-from fxgrow.axes.expr import is_static
-from fxgrow.rules.base import Content, Dims, Info, Resize, Rule, annotate, register_rule
+from fxgrow.axes.expr import Conflict, is_static, resolve, same_size, size_of
+from fxgrow.rules.base import Content, Dims, Info, Resize, Rule, annotate, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -45,11 +46,17 @@ class Index(Rule):
 
     def _run(self, ctx: Any) -> Dims:
         dims = ctx.dims("self")
+        part = self._part(ctx, dims)
+        if part is not None:
+            return part
         indices = list(ctx.args["indices"]) + [None] * (len(dims) - len(ctx.args["indices"]))
         at = [i for i, x in enumerate(indices) if x is not None]
         why = "its entries are looked up by number"
+        role = _looked_up(ctx, indices, dims)
         for i in at:
             ctx.freeze(dims[i], why)
+            if role and len(at) == 1:
+                ctx.role(dims[i], role, 100)
         for node in indices:
             for d in (ctx.dims(node) or []) if isinstance(node, fx.Node) else []:
                 ctx.freeze(d, "it indexes another tensor")
@@ -61,8 +68,43 @@ class Index(Rule):
         fresh = [ctx.opaque(shape[place + j], why) for j in range(width)]
         return [*kept[:place], *fresh, *kept[place:]]
 
+    @staticmethod
+    def _part(ctx: Any, dims: Dims) -> Dims | None:
+        """``x[..., [-2], ...]``: a constant list of consecutive numbers, counted from the end, is a slice."""
+        found = [(i, x) for i, x in enumerate(ctx.args["indices"]) if x is not None]
+        if len(found) != 1 or not is_static(size_of(dims[found[0][0]])):
+            return None
+        at, node = found[0]
+        numbers = ctx.constant(node)
+        if numbers is None or numbers.dim() != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+            return None
+        listed = [int(x) for x in numbers.tolist()]
+        total = size_of(dims[at])
+        if not listed or listed != list(range(listed[0], listed[0] + len(listed))):
+            return None
+        if (listed[0] < 0) != (listed[-1] < 0) or not -total <= listed[0] <= listed[-1] < total:
+            return None
+        start = listed[0] % total
+        sizes = [s for s in (start, len(listed), total - start - len(listed)) if s > 0]
+        pieces = list(ctx.split(dims[at], sizes)) if len(sizes) > 1 else [dims[at]]
+        taken = pieces[1 if start > 0 else 0]
+        # the numbers stay as they are: neither what they pick nor what they are counted from may grow
+        counted = pieces[pieces.index(taken) + 1 :] if listed[0] < 0 else pieces[: pieces.index(taken)]
+        for piece in (taken, *counted):
+            ctx.freeze(piece, "its entries are looked up by number")
+        return [ctx.close(d) for d in (*dims[:at], taken, *dims[at + 1 :])]
+
 
 register_rule("aten.index.Tensor", Index())
+
+
+def _looked_up(ctx: Any, indices: list[Any], dims: Dims) -> str:
+    """What a parameter's entries are that are picked by number."""
+    if not ctx.from_parameter(ctx.args["self"]):
+        return ""
+    if not any(ctx.from_input(x) for x in indices if x is not None):
+        return "positions"
+    return "experts" if len(dims) > 2 else "vocab"
 
 
 class IndexSelect(Rule):
@@ -81,6 +123,44 @@ class IndexSelect(Rule):
 
 
 register_rule("aten.index_select.default", IndexSelect())
+
+
+class Gather(Rule):
+    """``gather(x, dim, index)``: entry by entry along every other dim, a look-up along ``dim``."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        dims, index, at = self._operands(ctx)
+        why = "its entries are looked up by number"
+        ctx.freeze(dims[at], why)
+        for i, (mine, theirs) in enumerate(zip(dims, index, strict=True)):
+            if i == at:
+                continue
+            if same_size(size_of(mine), size_of(theirs)):
+                ctx.unify(mine, theirs)
+            else:
+                ctx.freeze(mine, "only its first entries are looked up")
+                ctx.freeze(theirs, "only its first entries are looked up")
+        return [resolve(d) for d in index]
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims, index, at = self._operands(ctx)
+        ctx.freeze(dims[at], "its entries are looked up by number")
+        out = []
+        for i, (mine, theirs) in enumerate(zip(dims, index, strict=True)):
+            if ctx.newborn and any(x.content not in (Content.CONST, Content.ZERO) for x in infos(theirs)):
+                raise ctx.refuse("the new entries of an index are not known")
+            out.append(ctx.close(theirs if i == at else ctx.combine(mine, theirs, "any")))
+        return out
+
+    @staticmethod
+    def _operands(ctx: Any) -> tuple[Dims, Dims, int]:
+        dims, index = ctx.dims("self"), ctx.dims("index")
+        if not dims:
+            raise Conflict("a gather from a scalar")
+        return dims, index, int(ctx.args["dim"]) % len(dims)
+
+
+register_rule("aten.gather.default", Gather())
 
 
 class ClassLoss(Rule):

@@ -1,0 +1,272 @@
+"""What can grow in which model: capture, analyse and grow every named axis of a list of model families.
+
+Every axis is grown twofold by copies and once to an uneven size (half as much again: by copies, else by new units), in
+float64 and in a fresh process with a time limit. Writes ``docs/growability.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.families import Example, perturbed, sources
+
+ROOT = Path(__file__).resolve().parent.parent
+_MARK = "@@growability "
+
+#: roles whose growth is promised wherever a model has them
+PROMISED = {
+    "stream": ("residual",),
+    "hidden": ("hidden",),
+    "heads": ("heads", "kv_heads"),
+    "channels": ("channels",),
+}
+LIMIT = 1e-10
+
+
+def examine(name: str, source: str, only: str = "*") -> dict[str, Any]:
+    """Everything there is to say of one model, in this process."""
+    import fnmatch
+
+    import fxgrow
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    start = time.perf_counter()
+    out: dict[str, Any] = {"model": name, "source": source, "axes": []}
+    example = sources()[source][0][name]()
+    perturbed(example.model)
+    try:
+        program = fxgrow.capture(example.model, example.args, example.kwargs)
+    except Exception as error:
+        return {**out, "failed": f"capture: {_first(error)}", "seconds": time.perf_counter() - start}
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    axes = program.axes
+    out |= {
+        "ops": len(calls),
+        "kinds": len({str(n.target) for n in calls}),
+        "modes": "both" if program.both_modes else program.mode_reason,
+        "unknown": {k: len(v) for k, v in axes.unknown_ops.items()},
+        "capture_seconds": program.seconds,
+    }
+    for info in axes:
+        if not fnmatch.fnmatchcase(info.name, only):
+            continue
+        row: dict[str, Any] = {"name": info.name, "role": info.role, "size": info.size}
+        out["axes"].append(row)
+        if not info.growable:
+            row["frozen"] = str(info.reason)
+            continue
+        half = info.size + max(1, info.size // 2)
+        row["double"] = _try(example, program, {"op": "widen", "axis": info.name, "factor": 2, "fill": "copy"})
+        row["uneven"] = _try(example, program, {"op": "widen", "axis": info.name, "to": half, "fill": "copy"})
+        if row["uneven"] != "exact":
+            added = _try(example, program, {"op": "widen", "axis": info.name, "to": half, "fill": "add"})
+            row["uneven"] = added if added == "exact" or not row["uneven"].startswith("ERROR") else row["uneven"]
+    return {**out, "seconds": time.perf_counter() - start}
+
+
+def _try(example: Example, program: Any, operation: dict[str, Any]) -> str:
+    """``exact``, the reason of a refusal, or ``ERROR`` and what went wrong."""
+    import fxgrow
+    from fxgrow.errors import GrowthRefused
+    from fxgrow.verify import relative_errors
+
+    try:
+        growth = fxgrow.grow(program, [operation], verify="float64")
+        for module in (example.model, growth.module):
+            module.eval()
+        if program.both_modes or not program.training:
+            args = example.other_args if example.other is not None else example.args
+            kwargs = example.other if example.other is not None else example.kwargs
+            with torch.no_grad():
+                errors = relative_errors(example.model(*args, **kwargs), growth.module(*args, **kwargs))
+            worst = max(e.relative_error for e in errors)
+            if not worst <= 1e-4:  # the model's own casts to float32 stay in this comparison
+                return f"ERROR: other inputs differ by {worst:.1e}"
+    except GrowthRefused as refusal:
+        return _first(refusal)
+    except Exception as error:
+        return f"ERROR: {type(error).__name__}: {_first(error)}"
+    dead = growth.receipt.dead_parameters
+    return "exact" if not dead else f"exact, but without gradient in {', '.join(dead)}"
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def in_process(name: str, source: str, limit: float, only: str = "*") -> dict[str, Any]:
+    """:func:`examine` in a fresh interpreter."""
+    command = [sys.executable, "-m", "benchmarks", "growability", "--child", source, name, "--only", only]
+    start = time.perf_counter()
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"model": name, "source": source, "axes": [], "failed": f"not finished in {limit:.0f} s"}
+    for line in done.stdout.splitlines():
+        if line.startswith(_MARK):
+            return dict(json.loads(line[len(_MARK) :]))
+    lines = done.stderr.strip().splitlines()
+    return {
+        "model": name,
+        "source": source,
+        "axes": [],
+        "failed": lines[-1] if lines else f"ended with status {done.returncode}",
+        "seconds": time.perf_counter() - start,
+    }
+
+
+# the report --------------------------------------------------------------------------------------------------------
+
+
+def grown(row: dict[str, Any]) -> bool:
+    """Whether an axis grew twofold, exactly."""
+    return str(row.get("double", "")).startswith("exact")
+
+
+def errors_of(results: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{r['model']} {a['name']}: {a[k]}"
+        for r in results
+        for a in r["axes"]
+        for k in ("double", "uneven")
+        if str(a.get(k, "")).startswith("ERROR")
+    ]
+
+
+def totals(results: list[dict[str, Any]]) -> dict[str, tuple[int, int, int, int]]:
+    """Per promised kind: (models in which all of it grows, models that have it, axes that grow, axes)."""
+    out = {}
+    for kind, roles in PROMISED.items():
+        per = [[grown(a) for a in r["axes"] if a["role"] in roles] for r in results]
+        per = [p for p in per if p]
+        out[kind] = (sum(map(all, per)), len(per), sum(map(sum, per)), sum(map(len, per)))
+    return out
+
+
+def report(results: list[dict[str, Any]], missing: list[str]) -> str:
+    """The table, in Markdown."""
+    lines = [
+        "# Growability",
+        "",
+        "Generated by `python -m benchmarks growability`. Small random configurations in float64, norms and running",
+        "statistics off their initial values; every named axis is grown ×2 by copies and once by half (by copies,",
+        "else by new units), each in its own growth, verified in float64 in eval and train mode and on inputs of other",
+        "sizes.",
+        f"torch {torch.__version__}.",
+        "",
+        "| model | ops | axes | grow ×2 exactly | grow by half exactly | refused | s |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in results:
+        if r.get("failed"):
+            lines.append(f"| {r['model']} | | | | | {_cell(r['failed'])} | {r.get('seconds', 0):.0f} |")
+            continue
+        axes = r["axes"]
+        doubled = sum(map(grown, axes))
+        uneven = sum(str(a.get("uneven", "")).startswith("exact") for a in axes)
+        cells = [r["model"], r["ops"], len(axes), doubled, uneven, len(axes) - doubled, f"{r['seconds']:.0f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if missing:
+        lines += ["", "Left out: " + "; ".join(missing) + "."]
+    lines += [
+        "",
+        "## Totals",
+        "",
+        "| kind | models where every such axis grows ×2 | axes that grow ×2 |",
+        "|---|---:|---:|",
+    ]
+    for kind, (models, of, n, all_of) in totals(results).items():
+        if of:
+            lines.append(f"| {kind} | {models} of {of} ({models / of:.0%}) | {n} of {all_of} ({n / all_of:.0%}) |")
+    unknown: Counter[str] = Counter()
+    for r in results:
+        for op, n in r.get("unknown", {}).items():
+            unknown[op] += n
+    lines += ["", "## Ops met with no rule", ""]
+    lines += [f"- `{op}`: {n} calls" for op, n in unknown.most_common()] or ["None."]
+    errors = errors_of(results)
+    lines += ["", "## Errors", "", *([f"- {_cell(e)}" for e in errors] or ["None."]), ""]
+    lines += ["## Refusals", ""]
+    for r in results:
+        rows = [a for a in r["axes"] if not grown(a) or not str(a.get("uneven", "")).startswith("exact")]
+        if not rows:
+            continue
+        lines += [f"### {r['model']}", ""]
+        for a in rows:
+            why = a.get("frozen")
+            if why is None:
+                why = f"×2: {a['double']}; by half: {a['uneven']}"
+            lines.append(f"- `{a['name']}` ({a['size']}): {_cell(_anonymous(why))}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _anonymous(text: str) -> str:
+    """Without folders of the machine the table was made on."""
+    import re
+
+    return re.sub(r"(/[^\s:/]+)+/(?=[^\s:/]+\.py)", "", text)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def run(argv: list[str]) -> int:
+    """The command line; returns the exit status: 1 where a growth went wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks growability", description=__doc__)
+    parser.add_argument("models", nargs="*", help="names of models, or of the libraries they are from; all if none")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="axes to grow")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds per model")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the table goes")
+    parser.add_argument("--child", nargs=2, metavar=("SOURCE", "MODEL"), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        print(_MARK + json.dumps(examine(options.child[1], options.child[0], options.only)))
+        return 0
+    known = sources()
+    chosen = [
+        (source, name)
+        for source, (table, _) in known.items()
+        for name in table
+        if not options.models or name in options.models or source in options.models
+    ]
+
+    def one(item: tuple[str, str]) -> dict[str, Any]:
+        result = in_process(item[1], item[0], options.limit, options.only)
+        n = sum(map(grown, result["axes"]))
+        print(
+            f"{item[1]:20} {result.get('failed') or ''} {n}/{len(result['axes'])} axes, "
+            f"{len(result.get('unknown', {}))} ops without a rule, {len(errors_of([result]))} errors, "
+            f"{result.get('seconds', 0):.0f} s",
+            flush=True,
+        )
+        return result
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(one, chosen))
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    text = report(results, [note for _, note in known.values() if note])
+    if options.out:
+        options.out.write_text(text)
+    elif not options.models:
+        (ROOT / "docs" / "growability.md").write_text(text)
+    else:
+        print(text)
+    return 1 if errors_of(results) else 0
