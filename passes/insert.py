@@ -83,21 +83,52 @@ def _ancestors(path: str) -> list[str]:
 
 def _insert_after(state: State, op: Insert, name: str, step: Step) -> None:
     graph, program = state.graph, state.program
+    nodes = [_output_of(graph, name, call) for call in range(max(1, len(program.calls)))]
+    found = [n for n in nodes if n is not None]
+    if not found:
+        raise GrowthRefused(f"cannot insert after {name}: it hands on no tensor")
+    changes = [_layer_after(op, name, n) for n in found]
+    if len({(c.size, c.rank, c.activation) for c in changes}) > 1:
+        raise GrowthRefused(f"cannot insert after {name}: its outputs differ from call to call")
+    width = 2 if changes[0].activation else 1
+    path, prefixes = _place(program, name, width)
+    growth_pass = InsertPass(step, program)
+    if prefixes:
+        growth_pass.apply(graph, Renumber(prefixes=prefixes))
+        state.rename(lambda name: renamed_path(name, prefixes))
+        step.changes.append(Renumber(prefixes=prefixes))
+    value = found[0].meta.get("val")
+    for change in changes:
+        change.path = path
+        growth_pass.apply(graph, change)
+        step.changes.append(change)
+    _add_layer(state, changes[0], value.dtype if isinstance(value, torch.Tensor) else torch.float32)
+    state.order_blocks(name.rpartition(".")[0])
+    state.structure_changed()
+
+
+def _output_of(graph: fx.Graph, name: str, call: int) -> fx.Node | None:
+    """The one tensor that a module hands on in one of the model's calls; None where that call does not run it."""
     inside = [
         n
         for n in graph.nodes
-        if n.op == "call_function" and (n.meta.get("module_path", "") + ".").startswith(name + ".")
+        if n.op == "call_function"
+        and n.meta.get("call", 0) == call
+        and (n.meta.get("module_path", "") + ".").startswith(name + ".")
     ]
     members = set(inside)
     outputs = [n for n in inside if sizes_of(n) is not None and any(u not in members for u in n.users)]
+    if not inside:
+        return None
     if len(outputs) != 1:
         raise GrowthRefused(f"cannot insert after {name}: it hands on {len(outputs)} tensors, not one")
-    (node,) = outputs
-    if any(
-        n.meta.get("module_call", name) != inside[0].meta.get("module_call", name) and "@" in n.meta["module_call"]
-        for n in inside
-    ):
+    times = {n.meta.get("module_call", name) for n in inside}
+    if any("@" in t for t in times):
         raise GrowthRefused(f"cannot insert after {name}: the module is called more than once")
+    return outputs[0]
+
+
+def _layer_after(op: Insert, name: str, node: fx.Node) -> InsertLayer:
     sizes = sizes_of(node)
     assert sizes is not None
     rank = len(sizes)
@@ -112,30 +143,18 @@ def _insert_after(state: State, op: Insert, name: str, step: Step) -> None:
     dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float32
     if not dtype.is_floating_point:
         raise GrowthRefused(f"cannot insert after {name}: its output is {dtype}")
-    activation = op_name(node.target) if op.activation == "auto" and op_name(node.target) in IDEMPOTENT else None
-    path, prefixes = _place(program, name, 2 if activation else 1)
-    change = InsertLayer(
+    return InsertLayer(
         layer=op.layer,
         after=name,
         node=node.name,
-        path=path,
+        path="",
         dim=dim,
         size=int(sizes[dim]),
         rank=rank,
         kernel_size=op.kernel_size,
         bias=op.bias,
-        activation=activation,
+        activation=op_name(node.target) if op.activation == "auto" and op_name(node.target) in IDEMPOTENT else None,
     )
-    growth_pass = InsertPass(step, program)
-    if prefixes:
-        growth_pass.apply(graph, Renumber(prefixes=prefixes))
-        state.rename(lambda name: renamed_path(name, prefixes))
-        step.changes.append(Renumber(prefixes=prefixes))
-    growth_pass.apply(graph, change)
-    _add_layer(state, change, dtype)
-    state.order_blocks(name.rpartition(".")[0])
-    step.changes.append(change)
-    state.structure_changed()
 
 
 def _place(program: Program, name: str, width: int) -> tuple[str, dict[str, str]]:
@@ -217,6 +236,8 @@ def insert_layer(graph: fx.Graph, change: InsertLayer) -> None:
         out.meta = {"val": torch.empty(shape, dtype=kind, device="meta"), "module_path": change.path, "source": ""}
         return out
 
+    call = {"call": node.meta["call"]} if "call" in node.meta else {}
+
     meta = {**node.meta, "module_path": change.path, "module_call": change.path, "source": ""}
     n = change.size
     with graph.inserting_after(node):
@@ -235,7 +256,7 @@ def insert_layer(graph: fx.Graph, change: InsertLayer) -> None:
             )
         else:
             flag = graph.get_attr("training")
-            flag.meta = {"module_path": change.path, "val": None, "is_flag": True, "source": ""}
+            flag.meta = {"module_path": change.path, "val": None, "is_flag": True, "source": "", **call}
             count = attribute("num_batches_tracked", [], torch.int64)
             counted = graph.call_function(aten.add_.Tensor, (count, flag))
             counted.meta = {**meta, "val": count.meta["val"]}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxgrow
-from tests.models import relative_error, small_gpt, tokens
+from tests.models import relative_error, small_gpt, tokens, trained
 from tests.test_growth import GROWTHS
 
 
@@ -80,6 +80,34 @@ def test_all_calls_constrain_the_axes() -> None:
     assert len(frozen) == 1
     assert not frozen[0].growable
     assert "returns" in str(frozen[0].reason)
+
+
+def test_layers_are_inserted_into_every_call() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(4, 6), nn.ReLU()), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+            out = self.head(self.body(x))
+            return out if y is None else (out - y).square().mean()
+
+    model = trained(Net().double()).eval()
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    spec = [
+        {"op": "insert", "layer": "linear", "after": "body.1"},
+        {"op": "insert", "layer": "batch_norm", "after": "body.0"},
+    ]
+    growth = fxgrow.grow(model, spec, calls={"loss": (x, y), "predict": (x,)})
+    module = growth.module.eval()
+    assert float((module(x) - model(x)).detach().abs().max()) <= 1e-12
+    assert float((module(x, y) - model(x, y)).detach().abs()) <= 1e-12
+    assert [n for n in module.state_dict() if n.endswith("weight")] == [
+        "body.0.weight",
+        "body.1.weight",
+        "body.3.weight",
+        "head.weight",
+    ]
 
 
 def test_bad_calls_are_named() -> None:
