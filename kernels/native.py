@@ -580,7 +580,7 @@ def _address(values: np.ndarray | None) -> int | None:
     if values is None:
         return None
     assert values.flags.c_contiguous
-    return int(values.ctypes.data)
+    return int(values.__array_interface__["data"][0])  # several times faster than .ctypes.data
 
 
 def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
