@@ -1,0 +1,110 @@
+"""The benchmarks run at all, on tiny sizes, and write what they promise. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fxgrow
+from benchmarks import __main__ as entry
+from benchmarks import common, grow
+from examples.gpt.model import GPT
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Measure in this process instead of a fresh one; returns the calls."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def isolated(target: str, arguments: dict[str, Any], **_: Any) -> dict[str, Any]:
+        import importlib
+
+        calls.append((target, arguments))
+        module, _, function = target.partition(":")
+        return dict(json.loads(json.dumps(getattr(importlib.import_module(module), function)(**arguments))))
+
+    monkeypatch.setattr(common, "isolated", isolated)
+    return calls
+
+
+def _run(name: str, folder: Path, *options: str) -> dict[str, Any]:
+    path = folder / "figures.json"
+    assert entry.main([name, "--quick", "--threads", "1", "--json", str(path), "--out", str(folder), *options]) == 0
+    assert (folder / f"{name}.png").stat().st_size > 1000
+    result = json.loads(path.read_text())
+    assert result["environment"]["torch"] == torch.__version__
+    return dict(result)
+
+
+def test_grow_measures_every_method_and_agrees_with_the_script(
+    tmp_path: Path, here: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = _run("grow", tmp_path)
+    shape = result["shapes"]["tiny"]
+    assert shape["agreement"]["different"] == [] and shape["agreement"]["names_equal"]
+    assert shape["agreement"]["error"] < 1e-5
+    assert set(shape["samples"]) == set(grow.METHODS)
+    assert len({s["new"] for s in [v[0] for v in shape["samples"].values()]}) == 1, "all make the same number of bytes"
+    assert "yes, to the bit" in capsys.readouterr().out
+
+
+def test_both_forms_of_the_script_are_the_growth_to_the_bit() -> None:
+    torch.manual_seed(0)
+    model = GPT(grow.SHAPES["tiny"])
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p), alpha=0.1)
+    ours = fxgrow.grow(model, grow.SPEC, grow.inputs(model.config), verify=False).module.state_dict()
+    for concatenate in (False, True):
+        script = grow.by_hand(model, concatenate).state_dict()
+        assert script.keys() == ours.keys()
+        assert all(torch.equal(script[n], ours[n]) for n in script)
+
+
+def test_plan_tells_export_and_own_work_apart(tmp_path: Path, here: list[Any]) -> None:
+    found = _run("plan", tmp_path, "--depth", "--layers", "1")["runs"]
+    assert [r["layers"] for r in found["width"]] == [1]
+    for r in found["width"]:
+        assert 0 < r["export"] < r["total"] and r["nodes"] > 50
+        assert r["parameters_after"] > 2 * r["parameters_before"]
+    assert found["depth"][0]["parameters_after"] > found["depth"][0]["parameters_before"]
+
+
+def test_throughput_compares_modules_that_compute_the_same(tmp_path: Path, here: list[Any]) -> None:
+    result = _run("throughput", tmp_path)
+    assert all(r["difference"] < 1e-5 for r in result["runs"])
+    assert {f["name"] for f in result["figures"]} == {"tiny, eager, forward", "tiny, eager, training"}
+
+
+@pytest.mark.compile
+def test_blocks_share_one_compiled_graph(tmp_path: Path, here: list[Any]) -> None:
+    result = _run("recompile", tmp_path, "--ways", "regions", "hand blocks", "--layers", "2", "3")
+    for way in ("regions", "hand blocks"):
+        for runs in result["samples"][way].values():
+            assert runs[0]["graphs"] == runs[0]["graphs_after"] == 1
+            assert runs[0]["losses"][0] == pytest.approx(runs[0]["losses"][1], rel=1e-5)
+
+
+def test_a_fresh_process_reports_its_result_and_its_failure() -> None:
+    assert common.isolated("builtins:dict", {"a": 1}) == {"a": 1}
+    with pytest.raises(RuntimeError, match=r"no_such_function"):
+        common.isolated("builtins:no_such_function", {})
+
+
+def test_side_by_side_changes_the_order_of_rounds() -> None:
+    seen: list[str] = []
+    found = common.side_by_side({n: (lambda n=n: seen.append(n)) for n in "ab"}, 2, warmup=0)  # type: ignore[misc]
+    assert seen == ["a", "b", "b", "a"]
+    assert len(found["a"]["cpu"]) == len(found["b"]["wall"]) == 2
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    assert common.ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])["median"] == 2.0
+
+
+def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.main(["nothing"]) == 2
+    assert "grow" in capsys.readouterr().out
