@@ -17,8 +17,10 @@ from torch import nn
 import fxgrow
 from fxgrow import checkpoint
 from fxgrow.errors import CheckpointError
+from fxgrow.regenerate import regenerate
 from fxgrow.serialize import decode_size, decode_value, encode_size, encode_value, graph_from_json
 from tests.models import small_cnn, small_gpt, tokens
+from tests.zoo.zoo import ZOO
 
 HIDDEN = {"op": "widen", "axis": "*/hidden", "factor": 2}
 DEEPER = {"op": "deepen", "stack": "transformer.h", "factor": 2}
@@ -181,6 +183,40 @@ def test_dtypes_and_memory_formats(tmp_path: Path, dtype: torch.dtype) -> None:
     assert equal_states(growth.module, loaded.module) and loaded.replay_error() == 0.0
     for (name, a), b in zip(growth.module.named_parameters(), loaded.module.parameters(), strict=True):
         assert a.stride() == b.stride(), name
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "vit", "resnet", "unet", "einsum-attention", "biased-kind=table", "repeated"]
+)
+def test_whole_models(tmp_path: Path, name: str) -> None:
+    example = ZOO[name]()
+    program = fxgrow.capture(example.model, example.args)
+    module = regenerate(program, program.tensors)
+    loaded = fxgrow.load(fxgrow.save(module, tmp_path / "c"))
+    again = fxgrow.capture(loaded.module, example.args)
+    assert [(a.name, a.size, a.growable, a.members) for a in again.axes] == [
+        (a.name, a.size, a.growable, a.members) for a in program.axes
+    ]
+    for a, b in zip(program.graph.nodes, loaded.program.graph.nodes, strict=True):
+        assert (a.op, a.name, a.target, str(a.args), str(a.kwargs)) == (
+            b.op,
+            b.name,
+            b.target,
+            str(b.args),
+            str(b.kwargs),
+        )
+    assert equal_states(module, loaded.module) and loaded.replay_error() == 0.0
+
+
+def test_gates_and_inserted_layers(tmp_path: Path) -> None:
+    gated = fxgrow.grow(small_gpt(torch.float32), {**DEEPER, "init": "gate"}, tokens())
+    loaded = fxgrow.load(fxgrow.save(gated, tmp_path / "gated"))
+    assert any(n.endswith(".alpha") for n in loaded.module.state_dict()) and equal_states(gated.module, loaded.module)
+    spec = [{"op": "insert", "layer": kind, "after": "2"} for kind in ("conv", "batch_norm")]
+    inserted = fxgrow.grow(small_cnn(torch.float32), spec, (torch.randn(2, 3, 12, 12),))
+    loaded = fxgrow.load(fxgrow.save(inserted, tmp_path / "inserted"))
+    assert equal_states(inserted.module, loaded.module) and loaded.replay_error() == 0.0
+    assert fxgrow.grow(loaded.module, spec, loaded.args).receipt.error_float64 == 0.0
 
 
 def test_private_inputs_can_be_left_out(tmp_path: Path) -> None:
