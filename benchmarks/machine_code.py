@@ -25,7 +25,11 @@ def run(argv: list[str]) -> int:
         except RuntimeError as error:
             skipped[target] = str(error).strip().splitlines()[-1]
             print(f"skipped {target}: {skipped[target]}")
-    shown = list(rows[0]) if rows else []
-    common.table("machine code", shown, [[row[c] for c in shown] for row in rows])
+    shown = ["registers", "spills", "shared_bytes", "instructions_per_output", "widest_load_bits", "widest_store_bits"]
+    heads = ["variant", "registers", "spills", "shared", "instr/output", "load", "store"]
+    lines = [
+        [" ".join(str(r[c]) for c in ("target", "kernel", "dtype", "noise")), *(r[c] for c in shown)] for r in rows
+    ]
+    common.table("machine code", heads, lines)
     common.save(options.json, {"environment": common.environment(), "rows": rows, "skipped": skipped})
     return 0 if rows else 1
