@@ -611,7 +611,7 @@ def _trace_into(
             env[node] = _inline(graph, exported.graph_module, node, env)
             continue
         if node.target is operator.getitem and isinstance(env.get(node.args[0]), _Region):
-            env[node] = env[node.args[0]][node.args[1]]  # type: ignore[index]
+            env[node] = env[node.args[0]][node.args[1]]
             continue
         new = graph.node_copy(node, lambda n: env[n])
         new.meta = _meta(node)

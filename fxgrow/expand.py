@@ -97,7 +97,7 @@ def expand(
     dtype = next((p.dtype for p in big.parameters()), torch.float32)
     if not error <= TOLERANCE.get(dtype, 1e-2):
         constants = [
-            f"{c.node}: {', '.join(f'{k}={v}' for k, v in getattr(c, 'arguments', {}).items())}"
+            f"{getattr(c, 'node', '')}: {', '.join(f'{k}={v}' for k, v in getattr(c, 'arguments', {}).items())}"
             for s in growth.plan.steps
             for c in s.changes
             if getattr(c, "why", "") == "constant"

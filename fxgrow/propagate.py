@@ -9,7 +9,8 @@ zero already. If every op agrees, the growth is exact; else it is refused with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -267,7 +268,7 @@ class Grow:
     def opaque(self, size: Size, why: str) -> Expr:
         return self.scratch.fresh(size)
 
-    sized = opaque  # type: ignore[assignment]
+    sized = opaque
 
     def born(self, i: int) -> Expr:
         return self._annotate(self.axes.dims[self.node][i], lambda _: Info(Content.CONST))
@@ -300,9 +301,11 @@ class Grow:
         total = exprs[0]
         for other in exprs[1:]:
             theirs = iter(infos(other))
-            total = map_leaves(
-                total, lambda x, t=theirs: Leaf(x.axis, x.info.join(next(t))) if isinstance(x, Leaf) else x
-            )
+
+            def join(x: Axis | Leaf, theirs: Iterator[Info] = theirs) -> Expr:
+                return Leaf(x.axis, x.info.join(next(theirs))) if isinstance(x, Leaf) else x
+
+            total = map_leaves(total, join)
         return total
 
     # growth ------------------------------------------------------------------------------------------------------
@@ -408,6 +411,8 @@ class Grow:
             GrowthRefused: only part of the dim is repeated.
         """
         self.outcome.statistics = True
+        if self.growth.copies == 1:
+            return 1
         if self.growth.copies == 0:
             raise self.refuse(
                 f"the units have unequal numbers of copies, and it sums over all of them; a multiple of "
@@ -607,7 +612,7 @@ class Grow:
             return False
         name = op_name(value.target)
         if name == "aten.pow.Tensor_Scalar":
-            return value.args[1] == 2
+            return bool(value.args[1] == 2)
         return name == "aten.square.default" or (name == "aten.mul.Tensor" and value.args[0] is value.args[1])
 
     def _check_alive(self) -> None:
@@ -826,7 +831,7 @@ def size_edits(axes: Axes, axis: Axis, new: int, refuse: Callable[[fx.Node, str]
         rule = RULES.get(op_name(node.target)) if node.op == "call_function" else None
         if rule is None:
             continue
-        ctx = Resize(node, axes.dims.get, new_size, lambda why, n=node: refuse(n, why))  # type: ignore[arg-type,misc]
+        ctx = Resize(node, axes.dims.get, new_size, functools.partial(refuse, node))
         rule.resize(ctx)
         if ctx.edit is not None:
             out.append(ctx.edit)

@@ -56,6 +56,7 @@ def regenerate(
             _register(module, program, holders, name, tensor)
     for alias, name in program.aliases.items():
         _register_alias(module, program, holders, alias, name)
+    _order_children(module, program)
     module.meta["fxgrow"] = program.without_tensors()
     if isinstance(module, CallsModule):
         module.meta["fxgrow_graphs"] = targets
@@ -101,11 +102,11 @@ class CallsModule(fx.GraphModule):
             given = {**dict(zip(signature, args, strict=False)), **kwargs}
             return functions[number](self, **{n: given[n] for n in calls[number].inputs})
 
-        cls.forward = forward  # type: ignore[method-assign]
+        cls.forward = forward
         return code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        out = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+        out = super().__deepcopy__(memo)
         out.recompile()
         return out
 
@@ -387,6 +388,16 @@ def _parent(module: nn.Module, program: Program, path: str) -> nn.Module:
         assert child is not None
         module = child
     return module
+
+
+def _order_children(module: nn.Module, program: Program) -> None:
+    """Children in the original's order, so that tied parameters are listed first under the same name as there."""
+    order = {path: i for i, path in enumerate(program.containers)}
+    for path, parent in list(module.named_modules()):
+        prefix = f"{path}." if path else ""
+        children = sorted(parent._modules.items(), key=lambda c: order.get(prefix + c[0], len(order)))
+        parent._modules.clear()
+        parent._modules.update(children)
 
 
 def _attach(module: nn.Module, program: Program, path: str, child: nn.Module) -> None:

@@ -223,7 +223,7 @@ class Axes:
 
     @cached_property
     def graph(self) -> nx.Graph:
-        out = nx.Graph()
+        out: nx.Graph[str] = nx.Graph()
         infos = {i.axis.id: i for i in self}
         for info in self:
             out.add_node(info.name, kind="axis", size=info.size, role=info.role, frozen=str(info.reason or ""))

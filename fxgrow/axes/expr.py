@@ -348,9 +348,10 @@ class Unifier:
         if isinstance(expr, Leaf):
             raise Conflict(f"an axis of size {total} is not refined into (…, {inner})")
         if isinstance(expr, Axis):
-            return self._refine(expr, lambda: [self.fresh(outer), self.fresh(inner)], product)
+            left, right = self._refine(expr, lambda: [self.fresh(outer), self.fresh(inner)], product)
+            return left, right
         if isinstance(expr, Concat):
-            outers, inners = zip(*[self.split_product(p, inner) for p in expr.parts], strict=True)
+            outers, inners = zip(*self._split_parts(expr.parts, inner), strict=True)
             joined = resolve(inners[0])
             for other in inners[1:]:
                 joined = self._join(joined, resolve(other))
@@ -373,6 +374,20 @@ class Unifier:
                 taken.insert(0, inn)
                 need = 1
         return product(rest), product(taken)
+
+    def _split_parts(self, parts: Sequence[Expr], inner: Size) -> Iterator[tuple[Expr, Expr]]:
+        """Split the parts of a concatenation; a unit of ``inner`` may itself be a concatenation that was flattened."""
+        group: list[Expr] = []
+        for part in parts:
+            group.append(part)
+            if quotient(size_of(concat(group)), inner) is None:
+                continue
+            if len(group) > 1 and not same_size(size_of(concat(group)), inner):
+                raise Conflict(f"size {size_of(concat(group))} does not split into (…, {inner})")
+            yield self.split_product(concat(group), inner) if len(group) == 1 else (UNIT, concat(group))
+            group = []
+        if group:
+            raise Conflict(f"size {size_of(concat(group))} does not split into (…, {inner})")
 
     def _join(self, a: Expr, b: Expr) -> Expr:
         """One inner dim for all parts of a concatenation: unified, or its annotations joined."""

@@ -271,10 +271,10 @@ class Structural(Rule):
         self.f, self._resize, self.operand = f, resize, operand
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
-        return self.f(ctx, ctx.dims(self.operand or ctx.first))
+        return self.f(ctx, ctx.dims(self.operand or ctx.first) or [])
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
-        return self.f(ctx, ctx.dims(self.operand or ctx.first))
+        return self.f(ctx, ctx.dims(self.operand or ctx.first) or [])
 
     def resize(self, ctx: Resize) -> None:
         if self._resize is not None:
@@ -648,14 +648,15 @@ class GetItem(Rule):
     """``operator.getitem`` on an op with several results."""
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        return self._pick(ctx)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        return self._pick(ctx)
+
+    def _pick(self, ctx: Any) -> Dims | None:
         source, index = ctx.node.args
         value = ctx.results(source)
         return value[index] if value is not None else None
-
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
-        source, index = ctx.node.args
-        value = ctx.results(source)
-        return value[index]
 
 
 register_rule(op_name(operator.getitem), GetItem())

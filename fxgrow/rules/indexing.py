@@ -175,7 +175,7 @@ class ClassLoss(Rule):
         for _, other in ctx.tensor_operands():
             for d in other:
                 ctx.freeze(d, "the loss runs over it")
-        return ctx.opaque_results("the loss runs over it")  # type: ignore[no-any-return]
+        return ctx.opaque_results("the loss runs over it")
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         raise ctx.refuse("the loss runs over it")
@@ -193,7 +193,7 @@ class ElementLoss(Rule):
             ctx.unify(x, y)
         for d in (*a, *b):
             ctx.freeze(d, "the loss averages over it")
-        return ctx.opaque_results("the loss averages over it")  # type: ignore[no-any-return]
+        return ctx.opaque_results("the loss averages over it")
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         raise ctx.refuse("the loss averages over it")

@@ -99,7 +99,8 @@ def check(op: Any, samples: Iterable[Sample]) -> Report:
 
 def _single(op: Any, sample: Sample) -> tuple[fx.Graph, dict[str, Tensor], list[fx.Node]]:
     """A graph of one call; tensor arguments become ``get_attr`` nodes, integer ones placeholders."""
-    graph, tensors = fx.Graph(), {}
+    graph = fx.Graph()
+    tensors: dict[str, Tensor] = {}
 
     def node(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -165,7 +166,7 @@ def _execute(graph: fx.Graph, tensors: Mapping[str, Tensor], results: Sequence[s
         if node.op in ("placeholder", "get_attr"):
             env[node] = tensors[str(node.target)].clone()
         elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])  # type: ignore[misc]
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
             env[node] = node.target(*args, **kwargs)
     byname = {n.name: v for n, v in env.items()}
     return [byname[r] for r in results]
@@ -257,7 +258,8 @@ class _Judge:
     def _positions(self, which: Iterable[int | str]) -> list[int]:
         """Numbers of the tensors among the arguments named."""
         order: list[int | str] = []
-        for key, value in [*enumerate(self.sample.args), *self.sample.kwargs.items()]:
+        pairs: list[tuple[int | str, Any]] = [*enumerate(self.sample.args), *self.sample.kwargs.items()]
+        for key, value in pairs:
             for item in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(item, Tensor):
                     order.append(key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -105,8 +105,8 @@ class BatchNorm(Pattern):
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         out = super().grow(ctx)
         assert out is not None
-        out[1] = annotate(out[1], lambda info: info.becomes(Content.FREE, zeroable=False))  # type: ignore[arg-type]
-        return out
+        first, channels, *rest = cast(Dims, out)
+        return [first, annotate(channels, lambda info: info.becomes(Content.FREE, zeroable=False)), *rest]
 
 
 register_rule("aten.batch_norm.default", BatchNorm())

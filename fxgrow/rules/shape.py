@@ -479,7 +479,7 @@ class Blocked(Structural):
                     keep = linear(ctx.args) if callable(linear) else linear
                     out.append(dim if keep else annotate(ctx.close(dim), _nonlinear))
             n = ctx.result_count
-            return out if n is None else [list(out) for _ in range(n)]
+            return out if n is None else [list(out) for _ in range(n)]  # type: ignore[misc]
 
         super().__init__(f)
 
