@@ -191,7 +191,10 @@ class Verification:
         return None in sources or len(set(sources)) != len(sources)
 
     def _alive(self, new: fx.GraphModule, receipt: Receipt) -> None:
-        """Every newborn entry gets a gradient within two steps of gradient descent."""
+        """Every newborn entry gets a gradient within two steps of gradient descent, where old entries get one at all.
+
+        (Softmax lets none through to a key's bias, nor a norm to the bias before it.)
+        """
         newborn = {
             n: p
             for n, p in self.plan.tensors.items()
@@ -199,7 +202,7 @@ class Verification:
         }
         parameters = dict(new.named_parameters())
         waiting = {n for n in newborn if n in parameters and parameters[n].requires_grad}
-        was = new.training
+        was, silent = new.training, {n for n in waiting if newborn[n].source is not None and not newborn[n].zero}
         # a bias before a batch norm has a gradient in eval mode only
         modes = [True, False] if self.program.both_modes else [self.program.training]
         for training in (m for m in modes for _ in range(2)):
@@ -211,6 +214,8 @@ class Verification:
             size = max((float(g.abs().max()) for g in gradients.values() if g is not None), default=1.0)
             for name in list(waiting):
                 g = gradients.get(name)
+                if g is not None and float(g.abs().max()) > 1e-14 * size:
+                    silent.discard(name)
                 if g is not None and _newborn_part(newborn[name], g) > 1e-14 * size:
                     waiting.discard(name)
             with torch.no_grad():
@@ -219,7 +224,7 @@ class Verification:
                     if g is not None:
                         p.sub_(g, alpha=0.01 / max(size, 1e-12))
         new.train(was)
-        receipt.dead_parameters = sorted(waiting)
+        receipt.dead_parameters = sorted(waiting - silent)
 
     def native(self, module: Callable[..., Any], grown: fx.GraphModule, receipt: Receipt) -> None:
         """The user's own module against the grown one, eval mode, own dtype."""
