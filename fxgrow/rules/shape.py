@@ -248,6 +248,8 @@ def _resize_repeat_interleave(ctx: Resize) -> None:
     i = int(ctx.args["dim"]) % len(ctx.dims(ctx.args["self"]))
     before, after = ctx.dims(ctx.args["self"])[i], ctx.dims(ctx.node)[i]
     ctx.set("repeats", ctx.new_size(after) // ctx.new_size(before))
+    if ctx.args.get("output_size") is not None and ctx.changed(after):
+        ctx.set("output_size", ctx.new_size(after))
 
 
 register_rule("aten.repeat_interleave.self_int", Structural(_repeat_interleave, _resize_repeat_interleave))
