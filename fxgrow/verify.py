@@ -170,7 +170,8 @@ class Verification:
             receipt.notes.append("gradient map not checked: this growth does not map gradients exactly")
             return
         old, new = self._modules(noise=False)
-        small, large = _gradients(old, _double(self.calls)), _gradients(new, _double(self.calls))
+        with without_dropout(new):
+            small, large = _gradients(old, _double(self.calls)), _gradients(new, _double(self.calls))
         worst = 0.0
         # gradients that are zero but for rounding (key biases, biases before a batch norm) cannot be compared
         floor = 1e-6 * max((float(g.abs().max()) for g in small.values() if g is not None), default=0.0)

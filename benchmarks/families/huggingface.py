@@ -19,7 +19,7 @@ def _tokens(*shape: int) -> torch.Tensor:
     return torch.randint(3, V, shape)
 
 
-def _text(config: str, model: str, **options: Any) -> Maker:
+def _text(config: str, model: str, length: int = 6, **options: Any) -> Maker:
     def make() -> Example:
         import transformers
 
@@ -28,7 +28,7 @@ def _text(config: str, model: str, **options: Any) -> Maker:
         return Example(
             getattr(transformers, model)(cfg),
             {"input_ids": _tokens(2, 8), **_TUPLE},
-            {"input_ids": _tokens(3, 6), **_TUPLE},
+            {"input_ids": _tokens(3, length), **_TUPLE},
         )
 
     return make
@@ -233,6 +233,7 @@ FAMILIES: dict[str, dict[str, Maker]] = {
         "mamba2": _text(
             "Mamba2Config",
             "Mamba2ForCausalLM",
+            length=8,  # the padding to whole chunks specialises
             hidden_size=32,
             num_hidden_layers=2,
             num_heads=8,

@@ -429,7 +429,7 @@ class Relate:
             seen.add(node)
             if node.op == "placeholder":
                 return True
-            if isinstance(node.meta.get("val"), torch.Tensor):
+            if isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
                 stack.extend(node.all_input_nodes)
         return False
 

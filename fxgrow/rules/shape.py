@@ -499,11 +499,24 @@ def _listed(name: str) -> Callable[[Any, int], list[int]]:
 register_rule(["aten.roll.default"], Blocked(_listed("dims"), "its entries are rolled"))
 register_rule(["aten.flip.default"], Blocked(_listed("dims"), "its entries are reversed"))
 register_rule(
-    [f"aten.{n}.default" for n in ("cumprod", "sort", "argsort", "topk")],
+    [f"aten.{n}.default" for n in ("cumprod", "sort", "argsort")],
     Blocked(_listed("dim"), "its entries depend on their order", linear=False),
 )
 register_rule("aten.cumsum.default", Blocked(_listed("dim"), "its entries depend on their order"))
 register_rule("aten.diff.default", Blocked(_listed("dim"), "neighbouring entries are subtracted"))
+
+
+def _top(ctx: Any, dims: Dims) -> list[Dims]:
+    """The largest entries of a dim: which they are depends on all of them."""
+    i = int(ctx.args["dim"]) % len(dims)
+    why = "the largest of its entries are picked"
+    ctx.role(dims[i], "experts", 100)
+    ctx.freeze(dims[i], why)
+    picked = ctx.opaque(ctx.shape[i], why)
+    return [[*dims[:i], picked, *dims[i + 1 :]] for _ in range(2)]
+
+
+register_rule("aten.topk.default", Structural(_top))
 
 
 def _padded(args: Any, rank: int) -> list[int]:
