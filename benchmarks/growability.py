@@ -237,6 +237,15 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the table goes")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="earlier --json files, of other environments for instance; what is run now replaces what they say",
+    )
+    parser.add_argument("--report-only", action="store_true", help="run nothing: the table of --merge")
     parser.add_argument("--child", nargs=2, metavar=("SOURCE", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.child:
@@ -247,7 +256,7 @@ def run(argv: list[str]) -> int:
         (source, name)
         for source, (table, _) in known.items()
         for name in table
-        if not options.models or name in options.models or source in options.models
+        if not options.report_only and (not options.models or name in options.models or source in options.models)
     ]
 
     def one(item: tuple[str, str]) -> dict[str, Any]:
@@ -262,10 +271,13 @@ def run(argv: list[str]) -> int:
         return result
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(one, chosen))
+        merged = {(r["source"], r["model"]): r for file in options.merge for r in json.loads(file.read_text())}
+        merged |= {(r["source"], r["model"]): r for r in pool.map(one, chosen)}
+    results = list(merged.values())
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
-    text = report(results, [note for _, note in known.values() if note])
+    there = {r["source"] for r in results}
+    text = report(results, [note for source, (_, note) in known.items() if note and source not in there])
     if options.out:
         options.out.write_text(text)
     elif not options.models:
