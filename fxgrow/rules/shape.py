@@ -506,17 +506,17 @@ register_rule("aten.cumsum.default", Blocked(_listed("dim"), "its entries depend
 register_rule("aten.diff.default", Blocked(_listed("dim"), "neighbouring entries are subtracted"))
 
 
-def _top(ctx: Any, dims: Dims) -> list[Dims]:
-    """The largest entries of a dim: which they are depends on all of them."""
-    i = int(ctx.args["dim"]) % len(dims)
-    why = "the largest of its entries are picked"
-    ctx.role(dims[i], "experts", 100)
-    ctx.freeze(dims[i], why)
-    picked = ctx.opaque(ctx.shape[i], why)
-    return [[*dims[:i], picked, *dims[i + 1 :]] for _ in range(2)]
+class Top(Blocked):
+    """The largest entries of a dim: which they are depends on all of them. Routers pick experts so."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        dims = ctx.dims("self")
+        if dims:
+            ctx.role(dims[int(ctx.args["dim"]) % len(dims)], "experts", 100)
+        return super().relate(ctx)
 
 
-register_rule("aten.topk.default", Structural(_top))
+register_rule("aten.topk.default", Top(_listed("dim"), "the largest of its entries are picked", linear=False))
 
 
 def _padded(args: Any, rank: int) -> list[int]:
