@@ -242,16 +242,7 @@ def _backward_error(model: nn.Module, exported: Any, call: Call, scale: float) -
 
     Large weights reach the parts of a function that small ones do not, such as where it saturates.
     """
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    try:
-        with torch.no_grad():
-            for p in model.parameters():
-                p.mul_(scale)
-        there, here = _output_gradients(exported.module(), call), _output_gradients(model, call)
-    finally:
-        with torch.no_grad():
-            for n, p in model.named_parameters():
-                p.copy_(before[n])
+    there, here = (_output_gradients(module, call, scale) for module in (exported.module(), model))
     worst = 0.0 if here else float("inf")
     for name, g in here.items():
         other = there.get(name)
@@ -263,21 +254,25 @@ def _backward_error(model: nn.Module, exported: Any, call: Call, scale: float) -
     return worst
 
 
-def _output_gradients(module: nn.Module, call: Call) -> dict[str, torch.Tensor | None]:
-    """Gradients of a fixed random combination of the outputs, with one seed for dropout; empty where there are none."""
-    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    buffers = {n: b.detach().clone() for n, b in module.named_buffers()}
+def _output_gradients(module: nn.Module, call: Call, scale: float) -> dict[str, torch.Tensor | None]:
+    """Gradients of a fixed random combination of the outputs, with one seed for dropout; empty where there are none.
+
+    Runs on copies of the weights and buffers; the module is left alone.
+    """
+    trained = {n for n, p in module.named_parameters() if p.requires_grad}
+    tensors = {n: (p.detach() * scale).requires_grad_(n in trained) for n, p in module.named_parameters()}
+    tensors |= {n: b.detach().clone() for n, b in module.named_buffers()}
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
-        outputs = pytree.tree_leaves(module(*_distinct(call.args), **_distinct(call.kwargs)))
-        floats = [t for t in outputs if isinstance(t, torch.Tensor) and t.requires_grad]
+        result = torch.func.functional_call(module, tensors, _distinct(call.args), _distinct(call.kwargs))
+        floats = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if not floats:
+            return {}
         torch.manual_seed(1)
         total = sum(((t * torch.randn(t.shape).to(t)).sum() for t in floats), start=torch.zeros(()))
-        found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True) if floats else ()
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])  # running statistics
-    return dict(zip(parameters, found, strict=bool(floats)))
+        names = sorted(trained)
+        found = torch.autograd.grad(total, [tensors[n] for n in names], allow_unused=True)
+    return dict(zip(names, found, strict=True))
 
 
 def _calls(args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: Mapping[str, Any] | None) -> list[Call]:

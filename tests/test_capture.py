@@ -221,6 +221,36 @@ def test_custom_backwards_are_refused() -> None:
     assert torch.autograd.Function.__dict__["apply"] is before
 
 
+def test_a_custom_backward_that_equals_its_forwards_is_measured_and_kept() -> None:
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x)
+            return x * x
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return 2 * ctx.saved_tensors[0] * gradient
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Square.apply(self.norm(self.fc(x)))
+
+    model = Net()
+    before = {n: (t.clone(), t._version) for n, t in model.state_dict(keep_vars=True).items()}
+    with pytest.warns(UserWarning, match="Square; its backward is replaced"):
+        module = rebuilt(fxgrow.capture(model, (torch.randn(3, 4),)))
+    for name, t in model.state_dict(keep_vars=True).items():
+        assert torch.equal(before[name][0], t)
+        assert before[name][1] == t._version, "the measurement left the model alone"
+    x = torch.randn(5, 4)
+    assert torch.equal(module.eval()(x), model.eval()(x))
+
+
 def test_bad_input_is_named() -> None:
     with pytest.raises(fxgrow.CaptureError, match=r"write \(x,\)"):
         fxgrow.capture(nn.Linear(2, 2), torch.randn(2, 2))  # type: ignore[arg-type]
