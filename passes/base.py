@@ -131,15 +131,17 @@ class GrowthPass(PassBase):
     """Applies the changes of one planned step to a graph module.
 
     ``call`` edits ``graph_module.graph`` in place and reports whether anything changed. Parameters that do not exist
-    yet are left as dangling ``get_attr`` targets, to be materialised from the plan's tensors.
+    yet are left as dangling ``get_attr`` targets, to be materialised from the plan's tensors. Passes that move modules
+    need the graph's :class:`~fxgrow.capture.Program`, which ``graph_module.meta["fxgrow"]`` holds.
     """
 
     op = ""
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    def __init__(self, step: Step, program: Program | None = None) -> None:
+        self.step, self.program = step, program
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
+        self.program = self.program or graph_module.meta.get("fxgrow")
         graph = graph_module.graph
         for change in self.step.changes:
             self.apply(graph, change)

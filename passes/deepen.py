@@ -20,20 +20,9 @@ from fxgrow.spec import Deepen
 
 
 class DeepenPass(GrowthPass):
-    """Clones blocks of a stack and renumbers them.
-
-    Needs the :class:`~fxgrow.capture.Program` of the graph, which ``graph_module.meta["fxgrow"]`` holds.
-    """
+    """Clones blocks of a stack and renumbers them."""
 
     op = "deepen"
-
-    def __init__(self, step: Step, program: Program | None = None) -> None:
-        super().__init__(step)
-        self.program = program
-
-    def call(self, graph_module: fx.GraphModule) -> Any:
-        self.program = self.program or graph_module.meta["fxgrow"]
-        return super().call(graph_module)
 
     def apply(self, graph: fx.Graph, change: Change) -> None:
         assert self.program is not None

@@ -34,14 +34,6 @@ class InsertPass(GrowthPass):
 
     op = "insert"
 
-    def __init__(self, step: Step, program: Program | None = None) -> None:
-        super().__init__(step)
-        self.program = program
-
-    def call(self, graph_module: fx.GraphModule) -> Any:
-        self.program = self.program or graph_module.meta["fxgrow"]
-        return super().call(graph_module)
-
     def apply(self, graph: fx.Graph, change: Change) -> None:
         assert self.program is not None
         if isinstance(change, InsertLayer):
