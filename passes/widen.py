@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 
+import numpy as np
 from torch import fx
 
 from fxgrow.axes.analysis import AxisInfo
@@ -229,7 +230,14 @@ def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> 
         plan = state.tensors[name]
         node = next(n for n in state.axes.uses[info.axis.id] if n.op == "get_attr" and str(n.target) == name)
         dim = state.axes.dims[node][i]
-        state.compose(name, i, dim_plan(dim, name, i, info.axis, outcome, carrier_fill))
+        made = dim_plan(dim, name, i, info.axis, outcome, carrier_fill)
+        contents = {c for site, c in outcome.carriers.items() if site[:2] == (name, i)}
+        if contents == {Content.FREE} and not program.tensor(name).is_floating_point():
+            # a mask or a table of numbers: new units take an old one's entries, which are possible ones; by id, so that
+            # the two units of a pair take the same
+            made.index = np.where(made.index < 0, (-made.index - 1) % plan.shape[i], made.index)
+            made.fill = None
+        state.compose(name, i, made)
         plan.key = zlib.crc32(name.encode())
         if growth.newborn:
             plan.random_seed = op.seed

@@ -292,6 +292,29 @@ def test_stacks_inside_stages_deepen() -> None:
     }
 
 
+def test_new_heads_under_a_mask_of_their_own() -> None:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = torch.nn.Linear(6, 24), torch.nn.Linear(8, 6)
+            near = (torch.arange(5)[:, None] - torch.arange(5)[None, :]).abs() < 2
+            self.register_buffer("mask", torch.stack([near, ~near | torch.eye(5, dtype=torch.bool)]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            scores = (q @ k.transpose(-2, -1) / 2).masked_fill(~self.mask, float("-inf"))
+            return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    from tests.models import trained
+
+    model = trained(Attention().double()).eval()
+    args = (torch.randn(3, 5, 6, dtype=torch.float64),)
+    growth = fxgrow.grow(model, [widen("*/heads", by=2, fill="add")], args)
+    assert growth.module.state_dict()["mask"].shape == (4, 5, 5)
+    assert relative_error(model, growth.module.eval(), args) <= 1e-12
+    assert growth.receipt.dead_parameters == []
+
+
 def test_stacked_copies_are_lossy_and_say_so() -> None:
     model = small_gpt().eval()
     operation = {"op": "deepen", "stack": "transformer.h", "factor": 2, "init": "stack"}
