@@ -232,9 +232,10 @@ def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> 
         dim = state.axes.dims[node][i]
         made = dim_plan(dim, name, i, info.axis, outcome, carrier_fill)
         contents = {c for site, c in outcome.carriers.items() if site[:2] == (name, i)}
-        if contents == {Content.FREE} and not program.tensor(name).is_floating_point():
-            # a mask or a table of numbers: new units take an old one's entries, which are possible ones; by id, so that
-            # the two units of a pair take the same
+        table = len(plan.shape) > 1 and not program.tensor(name).is_floating_point()
+        if contents == {Content.FREE} and table:
+            # a mask or numbers per unit: a row of zeros could be an impossible one (nothing to attend to), so new units
+            # take an old one's row; by id, so that the two units of a pair take the same
             made.index = np.where(made.index < 0, (-made.index - 1) % plan.shape[i], made.index)
             made.fill = None
         state.compose(name, i, made)
