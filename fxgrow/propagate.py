@@ -33,12 +33,10 @@ from fxgrow.axes.expr import (
     map_leaves,
     product,
     quotient,
-    resolve,
-    same_size,
     size_of,
 )
 from fxgrow.errors import GrowthRefused
-from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Edit, Rescale
+from fxgrow.plan import FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Edit
 from fxgrow.rules.base import COMBINE, RULES, Content, Dims, Info, Site, bound_arguments, infos, op_name
 
 if TYPE_CHECKING:
@@ -839,4 +837,3 @@ def size_edits(axes: Axes, axis: Axis, new: int, refuse: Callable[[fx.Node, str]
 
 
 __all__ = ["Grow", "Outcome", "UnequalCopies", "dim_plan", "reader_fill", "size_edits"]
-_ = (FILL_CONSTANT, FILL_MEAN, Rescale, resolve, same_size)

@@ -14,7 +14,6 @@ import torch
 from torch import fx
 
 from fxgrow.axes.expr import (
-    UNIT,
     Axis,
     Conflict,
     Expr,
@@ -22,8 +21,6 @@ from fxgrow.axes.expr import (
     Size,
     Unifier,
     axes_of,
-    is_static,
-    is_unit,
     resolve,
     same_size,
     size_of,
@@ -533,6 +530,3 @@ def _wrong_result(node: fx.Node, dims: Any) -> str:
         if len(sizes) != len(d) or not all(same_size(size_of(x), s) for x, s in zip(d, sizes, strict=True)):
             return f"the rule for {node.target} gives dims of {[size_of(x) for x in d]} for a tensor of {sizes}"
     return ""
-
-
-_ = (UNIT, is_static, is_unit)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from torch import fx
-
-from fxgrow.axes.expr import UNIT, Conflict, Expr, is_unit, resolve, size_of
+from fxgrow.axes.expr import Conflict, Expr, is_unit, resolve, size_of
 from fxgrow.rules.base import Content, Dims, Info, Rule, annotate, infos, register_rule
 
 if TYPE_CHECKING:
@@ -108,4 +106,3 @@ class ScaledDotProductAttention(Rule):
 
 
 register_rule("aten.scaled_dot_product_attention.default", ScaledDotProductAttention())
-_ = (fx, UNIT)

@@ -24,11 +24,9 @@ from torch import fx
 
 from fxgrow.axes.expr import (
     UNIT,
-    Axis,
     Conflict,
     Expr,
     Leaf,
-    Product,
     Size,
     factors_of,
     is_unit,
@@ -685,4 +683,3 @@ __all__ = [
     "register_rule",
     "set_argument",
 ]
-_ = (Axis, Product)

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxgrow.axes.expr import Conflict, is_static, resolve, same_size, size_of
-from fxgrow.rules.base import Content, Dims, Info, Resize, Rule, annotate, infos, register_rule
+from fxgrow.rules.base import Content, Dims, Resize, Rule, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -244,4 +244,3 @@ register_rule(
     + ["aten.eye.default", "aten.eye.m", "aten.scalar_tensor.default"],
     Enumerate(),
 )
-_ = (is_static, annotate, Content, Info)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fxgrow.axes.expr import UNIT, Concat, Conflict, Expr, Leaf, resolve
-from fxgrow.rules.base import Content, Dims, Info, Pattern, Rule, annotate, infos, register_rule
+from fxgrow.axes.expr import UNIT, Concat, Conflict, Expr, resolve
+from fxgrow.rules.base import Content, Dims, Info, Pattern, Rule, annotate, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -191,4 +191,3 @@ class GroupNorm(Rule):
 
 
 register_rule("aten.group_norm.default", GroupNorm())
-_ = (UNIT, Leaf, infos)

@@ -241,4 +241,3 @@ class Glu(Pointwise):
 
 
 register_rule("aten.glu.default", Glu(zero=True))
-_ = (UNIT, is_unit)

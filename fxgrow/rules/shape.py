@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import fx
-
 from fxgrow.axes.expr import (
     UNIT,
     Conflict,
@@ -531,4 +529,3 @@ register_rule(
 register_rule(
     ["aten.tril.default", "aten.triu.default"], Blocked(lambda a, rank: [rank - 2, rank - 1], "a triangle is cut out")
 )
-_ = fx
