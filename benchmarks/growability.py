@@ -56,7 +56,7 @@ def examine(name: str, source: str, only: str = "*") -> dict[str, Any]:
     out |= {
         "ops": len(calls),
         "kinds": len({str(n.target) for n in calls}),
-        "modes": "both" if program.both_modes else program.mode_reason,
+        "modes": program.mode_reason,
         "unknown": {k: len(v) for k, v in axes.unknown_ops.items()},
         "capture_seconds": program.seconds,
     }
@@ -90,14 +90,13 @@ def _try(example: Example, program: Any, operation: dict[str, Any]) -> str:
         growth = fxgrow.grow(program, [operation], verify="float64")
         for module in (example.model, growth.module):
             module.eval()
-        if program.both_modes or not program.training:
-            args = example.other_args if example.other is not None else example.args
-            kwargs = example.other if example.other is not None else example.kwargs
-            with torch.no_grad():
-                errors = relative_errors(example.model(*args, **kwargs), growth.module(*args, **kwargs))
-            worst = max(e.relative_error for e in errors)
-            if not worst <= 1e-4:  # the model's own casts to float32 stay in this comparison
-                return f"ERROR: other inputs differ by {worst:.1e}"
+        args = example.other_args if example.other is not None else example.args
+        kwargs = example.other if example.other is not None else example.kwargs
+        with torch.no_grad():
+            errors = relative_errors(example.model(*args, **kwargs), growth.module(*args, **kwargs))
+        worst = max(e.relative_error for e in errors)
+        if not worst <= 1e-4:  # the model's own casts to float32 stay in this comparison
+            return f"ERROR: other inputs differ by {worst:.1e}"
     except GrowthRefused as refusal:
         return _first(refusal)
     except Exception as error:

@@ -2,7 +2,9 @@
 
 Capture goes through ``torch.export`` (non-strict, every input dim ``Dim.AUTO``), twice: in train and in eval mode.
 Where the two graphs differ only in literals, the literal is rewired to the module's own ``training`` flag, so that
-one graph serves both modes. Parameters are ``get_attr`` nodes under their own names; ties are kept.
+one graph serves both modes. Where they differ in ops (stochastic depth), they stand side by side, like the graphs of
+several named calls, and constrain one set of axes. Parameters are ``get_attr`` nodes under their own names; ties are
+kept.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from fxgrow.errors import CaptureError
+from fxgrow.structure import describe
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Axes
@@ -39,6 +42,8 @@ class Call:
     """One way of calling a model: its name, example inputs, and what tells it from the others.
 
     ``inputs`` are the forward parameters that take tensors, ``constants`` the values of those that do not.
+    ``training`` is the mode it serves, None for both; ``structure`` describes what it returns where that is no plain
+    tuple, list or dict (see :mod:`fxgrow.structure`), the graph then returns the leaves.
     """
 
     name: str
@@ -46,6 +51,16 @@ class Call:
     kwargs: dict[str, Any]
     inputs: list[str] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
+    training: bool | None = None
+    structure: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.training is None else f"{self.name}_{'train' if self.training else 'eval'}"
+
+    def serves(self, training: bool | None) -> bool:
+        """Whether the call's graph is that of the mode; None asks for any."""
+        return self.training is None or training is None or self.training == training
 
 
 @dataclass
@@ -60,7 +75,8 @@ class Program:
         aliases: further names of a tied parameter or buffer, to the name it is kept under.
         persistent: names of the buffers that are in the state dict.
         module_types: module path to class name, in order of first use.
-        both_modes: train and eval share this graph; otherwise it is that of ``mode`` alone, for the reason given.
+        training: the mode the model was in.
+        mode_reason: why train and eval have graphs of their own; empty where they share one.
         args, kwargs: the example inputs (clones), of the first call where there are several.
         calls: every way of calling the model that was captured. With several, the graph holds them side by side: the
             nodes of call k > 0 have ``meta["call"] == k``, parameters are shared, the output node is a tuple.
@@ -77,7 +93,6 @@ class Program:
     module_types: dict[str, str]
     class_name: str
     training: bool
-    both_modes: bool
     mode_reason: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -181,15 +196,20 @@ def capture(
     finally:
         for name, m in model.named_modules():
             m.training = modes[name]
-    aligned = [_align(t, e) for t, e in exported]
-    both = all(a[0] for a in aligned)
-    traces = [
-        (t if both or was_training else e, flags if both else {})
-        for (t, e), (_, _, flags) in zip(exported, aligned, strict=True)
-    ]
-    program = _program(model, traces, wanted)
-    program.both_modes, program.training = both, was_training
-    program.mode_reason = next((reason for ok, reason, _ in aligned if not ok), "")
+    traces: list[_Trace] = []
+    served: list[Call] = []
+    reasons: list[str] = []
+    for call, (train, evaluation) in zip(wanted, exported, strict=True):
+        same, reason, flags = _align(train, evaluation)
+        if same:
+            traces.append((train, flags))
+            served.append(call)
+            continue
+        reasons.append(reason)
+        traces += [(train, {}), (evaluation, {})]
+        served += [replace(call, training=mode, inputs=[], constants={}) for mode in (True, False)]
+    program = _program(model, traces, served)
+    program.training, program.mode_reason = was_training, next(iter(reasons), "")
     program.seconds = time.perf_counter() - start
     return program
 
@@ -309,10 +329,12 @@ def _remembered(model: nn.Module, calls: list[Call]) -> Program | None:
     before: Program = model.meta["fxgrow"]
     if code_of(model) != model.meta.get("fxgrow_code"):
         return None  # somebody changed it: trace what is there now
-    fitting = [_same_call(before, call) for call in calls]
-    if any(f is None for f in fitting):
-        return None
-    examples = dict(zip(fitting, calls, strict=True))
+    examples: dict[int, Call] = {}
+    for call in calls:
+        fitting = matching_calls(before.signature, before.calls, call.args, call.kwargs)
+        if not fitting:
+            return None
+        examples |= dict.fromkeys(fitting, call)
     if any(k not in examples and c.args == () and c.kwargs == {} for k, c in enumerate(before.calls)):
         return None  # one of its calls has no example left to verify it with
     return replace(
@@ -341,29 +363,32 @@ def program_of(module: fx.GraphModule, program: Program) -> Program:
         buffers={n: own[n] for n in program.buffers},
         constants={n: own[n] for n in program.constants},
         requires_grad={n: own[n].requires_grad for n in program.parameters},
-        training=module.training if program.both_modes else program.training,
+        training=module.training,
         seconds=0.0,
         _axes=None,
     )
 
 
-def _same_call(program: Program, call: Call) -> int | None:
-    """Which of a program's calls takes these arguments."""
-    return choose_call(program.signature, program.calls, call.args, call.kwargs)
-
-
-def choose_call(
-    signature: Sequence[str], calls: Sequence[Call], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> int | None:
-    """The number of the call whose inputs are those given (None counts as not given), if there is one."""
+def matching_calls(
+    signature: Sequence[str],
+    calls: Sequence[Call],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    training: bool | None = None,
+) -> list[int]:
+    """The numbers of the calls whose inputs are those given (None counts as not given), of one mode or of any."""
+    asked = [n for n, c in enumerate(calls) if c.serves(training)]
+    alone = len({c.name for c in calls}) == 1
     if len(args) > len(signature):
-        return 0 if len(calls) == 1 else None
+        return asked if alone else []
     given = {**dict(zip(signature, args, strict=False)), **kwargs}
     tensors = {n for n, v in given.items() if isinstance(v, torch.Tensor)}
-    for number, call in enumerate(calls):
-        if tensors == set(call.inputs) and all(given.get(n, v) == v for n, v in call.constants.items()):
-            return number
-    return 0 if len(calls) == 1 and not calls[0].inputs else None
+    found = [
+        n
+        for n in asked
+        if tensors == set(calls[n].inputs) and all(given.get(k, v) == v for k, v in calls[n].constants.items())
+    ]
+    return found or [n for n in asked if alone and not calls[n].inputs]
 
 
 def _distinct(value: Any) -> Any:
@@ -546,9 +571,13 @@ def _compare(a: Any, b: Any, names: dict[str, str], path: tuple[Any, ...], out: 
     return False
 
 
+#: an exported graph, and by node the (path, eval literal) pairs where the other mode's graph differs
+_Trace = tuple[torch.export.ExportedProgram, dict[str, list[tuple[Any, Any]]]]
+
+
 def _program(
     model: nn.Module,
-    traces: list[tuple[torch.export.ExportedProgram, dict[str, list[tuple[Any, Any]]]]],
+    traces: list[_Trace],
     calls: list[Call],
 ) -> Program:
     own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
@@ -598,7 +627,6 @@ def _program(
         module_types=types,
         class_name=type(model).__name__,
         training=True,
-        both_modes=True,
         mode_reason="",
         args=calls[0].args,
         kwargs=calls[0].kwargs,
@@ -646,7 +674,7 @@ def _trace_into(
                 env[node] = attribute(name, node)
             elif spec.kind is InputKind.USER_INPUT:
                 value = getattr(spec.arg, "value", None)
-                label = f"{node.name}__{call.name}" if number else node.name
+                label = f"{node.name}__{call.label}" if number else node.name
                 if isinstance(node.meta.get("val"), torch.Tensor):
                     new = graph.placeholder(label)
                     call.inputs.append(node.name)
@@ -661,7 +689,7 @@ def _trace_into(
             continue
         if node.op == "output":
             flat = pytree.tree_map_only(fx.Node, lambda n: env[n], list(node.args[0]))
-            return _structure(graph, flat, exported.call_spec.out_spec)
+            return _structure(call, flat, exported.call_spec.out_spec)
         if any(word in str(node.target) for word in _ASSERTIONS):
             continue
         if node.op == "get_attr":
@@ -686,12 +714,19 @@ def _views_to_reshapes(graph: fx.Graph) -> None:
 
     Only where something is written in place can it matter that a view shares memory; then views stay.
     """
+    memory: dict[fx.Node, fx.Node] = {}  # value -> the value whose memory it may share
+    written: set[fx.Node] = set()
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable and getattr(node.args[0], "op", "") != "get_attr":
-            return
+        shares = node.target is operator.getitem or (
+            schema is not None and any(r.alias_info is not None for r in schema.returns)
+        )
+        operands = node.all_input_nodes
+        memory[node] = memory[operands[0]] if shares and operands else node
+        if schema is not None and schema.is_mutable and operands and operands[0].op != "get_attr":
+            written.add(memory[operands[0]])
     for node in graph.nodes:
-        if node.target == torch.ops.aten.view.default:
+        if node.target == torch.ops.aten.view.default and memory[node] not in written:
             node.target = torch.ops.aten.reshape.default
 
 
@@ -735,8 +770,8 @@ def source_line(stack_trace: str) -> str:
     return best
 
 
-def _structure(graph: fx.Graph, flat: list[Any], spec: Any) -> Any:
-    """The model's own output structure over graph nodes."""
+def _structure(call: Call, flat: list[Any], spec: Any) -> Any:
+    """The model's own output structure over graph nodes; a tuple of its leaves where it takes more than builtins."""
     tree = pytree.tree_unflatten(list(flat), spec)
 
     def plain(value: Any) -> bool:
@@ -748,10 +783,8 @@ def _structure(graph: fx.Graph, flat: list[Any], spec: Any) -> Any:
 
     if plain(tree):
         return tree
-    raise CaptureError(
-        f"the model returns a {type(tree).__name__}; return tensors in tuples, lists or dicts "
-        "(for Hugging Face models: return_dict=False)"
-    )
+    call.structure = describe(tree, spec)
+    return tuple(flat)
 
 
 def _rewire(graph: fx.Graph, node: fx.Node, path: tuple[Any, ...], eval_value: Any) -> None:

@@ -37,6 +37,7 @@ from fxgrow.growth import Growth
 from fxgrow.plan import GrowthPlan
 from fxgrow.regenerate import code_of, regenerate
 from fxgrow.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name
+from fxgrow.structure import check as check_structure
 from fxgrow.verify import Receipt, relative_errors
 
 FORMAT: Final = "fxgrow-checkpoint"
@@ -65,6 +66,8 @@ class CallRecord(_Model):
     name: str
     inputs: list[str] = Field(default_factory=list)
     constants: dict[str, Any] = Field(default_factory=dict)
+    training: bool | None = None
+    structure: str | None = None
     args: Any = None
     kwargs: Any = None
 
@@ -76,7 +79,7 @@ class Manifest(_Model):
         format, version: of the checkpoint; a newer version than :data:`VERSION` is refused.
         fxgrow, torch: versions that wrote it, for people.
         plan, receipt: of the growth that made the model, where there was one.
-        training: the module's mode; ``both_modes`` says that its graph serves train and eval.
+        training: the module's mode; ``mode_reason`` says why train and eval have graphs of their own, if they have.
         containers: module path to class name, the whole tree.
         ties: further names of a tied tensor to the name it is stored under.
         tensors: what ``model.safetensors`` holds.
@@ -93,7 +96,6 @@ class Manifest(_Model):
     class_name: str
     parameters: int = Field(description="elements of all parameters, tied ones once")
     training: bool
-    both_modes: bool
     mode_reason: str = ""
     containers: dict[str, str]
     module_types: dict[str, str] = Field(default_factory=dict)
@@ -138,7 +140,9 @@ class Loaded:
             raise CheckpointError("the checkpoint was saved without examples, so that there is nothing to compare with")
         worst = 0.0
         for call, before in zip(self.program.calls, self.outputs, strict=True):
-            now = _run(self.program, self.module, call.args, call.kwargs)
+            if not call.serves(False):
+                continue
+            now = _run(self.module, call.args, call.kwargs)
             if len(now) != len(before):
                 raise CheckpointError(f"{call.name} returns {len(now)} tensors, the checkpoint has {len(before)}")
             worst = max([worst, *(e.relative_error for e in relative_errors(before, now))])
@@ -192,7 +196,6 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
         class_name=program.class_name,
         parameters=sum(p.numel() for p in module.parameters()),
         training=module.training,
-        both_modes=program.both_modes,
         mode_reason=program.mode_reason,
         containers=dict(program.containers),
         module_types={k: v for k, v in program.module_types.items() if not k.startswith("_empty")},
@@ -206,13 +209,13 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
     stored: dict[str, torch.Tensor] = {}
     on_meta = any(t.is_meta for t in tensors.values())
     for number, call in enumerate(program.calls):
-        record = CallRecord(name=call.name, inputs=call.inputs)
+        record = CallRecord(name=call.name, inputs=call.inputs, training=call.training, structure=call.structure)
         record.constants = {n: encode_value(v, f"input {n}") for n, v in call.constants.items()}
         if examples and not on_meta:
             device = next(iter(tensors.values()), torch.empty(0)).device
             args, kwargs = _to_device((call.args, call.kwargs), device)
             record.args, record.kwargs = _encode_inputs(args, stored), _encode_inputs(kwargs, stored)
-            for i, output in enumerate(_run(program, module, args, kwargs)):
+            for i, output in enumerate(_run(module, args, kwargs) if call.serves(False) else ()):
                 stored[f"output.{number}.{i}"] = output
         manifest.calls.append(record)
     with _atomic_folder(path) as folder:
@@ -307,21 +310,17 @@ def _decode_inputs(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return decode_value(value, {}, "the example inputs")
 
 
-def _run(program: Program, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """Output tensors in eval mode (or the only mode there is), on copies of the inputs; the module is left as it is."""
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Output tensors in eval mode, on copies of the inputs; the module is left as it is."""
     modes = {name: m.training for name, m in module.named_modules()}
-    buffers = {n: b.clone() for n, b in module.named_buffers()} if not program.both_modes and program.training else {}
     try:
-        if program.both_modes:
-            module.eval()
+        module.eval()
         with torch.no_grad():
             copies = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
             result = module(*copies[0], **copies[1])
     finally:
         for name, m in module.named_modules():
             m.training = modes[name]
-        for name, buffer in buffers.items():
-            module.get_buffer(name).copy_(buffer)
     return [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
 
 
@@ -475,7 +474,6 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
         module_types=dict(manifest.module_types),
         class_name=manifest.class_name,
         training=manifest.training,
-        both_modes=manifest.both_modes,
         mode_reason=manifest.mode_reason,
         args=args,
         kwargs=kwargs,
@@ -506,7 +504,9 @@ def _read_calls(
         if not isinstance(args, tuple) or not isinstance(kwargs, dict):
             raise CheckpointError(f"{where}: the example of call {record.name} is damaged")
         constants = {n: decode_value(v, {}, f"{where}: input {n}") for n, v in record.constants.items()}
-        calls.append(Call(record.name, args, kwargs, list(record.inputs), constants))
+        if record.structure is not None:
+            check_structure(record.structure)
+        calls.append(Call(record.name, args, kwargs, list(record.inputs), constants, record.training, record.structure))
         prefix = f"output.{number}."
         found = sorted((n for n in stored if n.startswith(prefix)), key=lambda n: int(n.rpartition(".")[2]))
         outputs.append([stored[n] for n in found])

@@ -213,7 +213,7 @@ def inspection(program: Program) -> dict[str, Any]:
         "model": program.class_name,
         "parameters": sum(p.numel() for p in program.parameters.values()),
         "bytes": sum(p.numel() * p.element_size() for p in program.parameters.values()),
-        "modes": "train and eval" if program.both_modes else ("train" if program.training else "eval"),
+        "modes": "train and eval, a graph each" if program.mode_reason else "train and eval",
         "mode_reason": program.mode_reason,
         "axes": [
             {

@@ -17,7 +17,8 @@ import torch
 from torch import fx, nn
 
 from fxgrow.axes.analysis import sizes_of
-from fxgrow.capture import Program, choose_call
+from fxgrow.capture import Program, matching_calls
+from fxgrow.structure import rebuild
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,6 +45,9 @@ def regenerate(
     graphs = call_graphs(program, _clean(program.graph, double))
     own: dict[str, nn.Module] = {}
     targets = [_split_blocks(program, g, own) if hierarchical else g for g in graphs]
+    for call, graph in zip(program.calls, targets, strict=False):
+        if call.structure is not None:
+            _restructure(graph, call.structure)
     kind = fx.GraphModule if len(graphs) == 1 else CallsModule
     module = kind(nn.Module(), fx.Graph(), class_name=_identifier(program.class_name))
     for path, child in own.items():
@@ -77,7 +81,7 @@ def code_of(module: fx.GraphModule) -> str:
 class CallsModule(fx.GraphModule):
     """A GraphModule with a graph for each of several ways of calling it; ``graph`` is that of the first.
 
-    ``forward`` chooses by which tensor arguments are given, and by the values of the others.
+    ``forward`` chooses by which tensor arguments are given, by the values of the others, and by the module's mode.
     """
 
     def recompile(self) -> Any:
@@ -95,12 +99,15 @@ class CallsModule(fx.GraphModule):
         signature, calls = program.signature, program.calls
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            number = choose_call(signature, calls, args, kwargs)
-            if number is None:
-                known = "; ".join(f"{c.name}({', '.join([*c.inputs, *c.constants])})" for c in calls)
+            served = [n for n, c in enumerate(calls) if c.serves(self.training)]
+            if len(served) == 1:  # as a GraphModule of that graph alone would
+                return functions[served[0]](self, *args, **kwargs)
+            found = matching_calls(signature, calls, args, kwargs, self.training)
+            if not found:
+                known = "; ".join(f"{c.label}({', '.join([*c.inputs, *c.constants])})" for c in calls)
                 raise TypeError(f"no call with these arguments was captured; captured: {known}")
             given = {**dict(zip(signature, args, strict=False)), **kwargs}
-            return functions[number](self, **{n: given[n] for n in calls[number].inputs})
+            return functions[found[0]](self, **{n: given[n] for n in calls[found[0]].inputs})
 
         cls.forward = forward
         return code
@@ -140,6 +147,13 @@ def call_graphs(program: Program, graph: fx.Graph) -> list[fx.Graph]:
                 env[node] = own.node_copy(node, value)
         out.append(own)
     return out
+
+
+def _restructure(graph: fx.Graph, structure: str) -> None:
+    """Return the model's own kind of output instead of its leaves."""
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        output.args = (graph.call_function(rebuild, (list(output.args[0]), structure)),)  # type: ignore[arg-type]
 
 
 def _identifier(name: str) -> str:

@@ -104,9 +104,17 @@ def widen_float(t: torch.Tensor) -> torch.Tensor:
     return t.detach().to(torch.float64, copy=True) if t.is_floating_point() else t.detach().clone()
 
 
+#: ops that draw at random, and what they draw where nothing is left to chance (``bernoulli`` keeps everything)
+_DRAWS = ("rand", "randn", "rand_like", "randn_like", "normal", "normal_", "uniform", "uniform_")
+_KEEPS = ("bernoulli", "bernoulli_")
+
+
 @contextlib.contextmanager
-def without_dropout(module: nn.Module) -> Iterator[None]:
-    """Run in train mode with every dropout probability 0: the deterministic part of train mode."""
+def without_chance() -> Iterator[None]:
+    """Run in train mode with every dropout probability 0 and every draw 1 or 0.5: its deterministic part.
+
+    A grown model may draw more numbers than the old one (blocks were inserted), so that a seed is not enough.
+    """
     import torch.overrides
 
     class Off(torch.overrides.TorchFunctionMode):
@@ -121,7 +129,11 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
                 if len(args) > 4:
                     args = (*args[:4], 0.0, *args[5:])
                 kwargs.pop("dropout_p", None)
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            op = name.split(".")[1] if name.startswith("aten.") else ""
+            if op in _DRAWS or op in _KEEPS:
+                result.fill_(1.0 if op in _KEEPS else 0.5)
+            return result
 
     with Off():
         yield
@@ -132,7 +144,11 @@ class Verification:
 
     def __init__(self, program: Program, grown: Program, plan: GrowthPlan) -> None:
         self.program, self.grown, self.plan = program, grown, plan
-        self.calls = [(c.args, c.kwargs) for c in program.calls] or [(program.args, program.kwargs)]
+
+    def _calls(self, training: bool) -> list[tuple[Any, Any]]:
+        """The examples of the calls that serve a mode."""
+        calls = [(c.args, c.kwargs) for c in self.program.calls if c.serves(training)]
+        return calls or [(self.program.args, self.program.kwargs)]
 
     def _modules(self, noise: bool) -> tuple[fx.GraphModule, fx.GraphModule]:
         old = regenerate(
@@ -150,12 +166,11 @@ class Verification:
     def float64(self, receipt: Receipt) -> None:
         """Outputs in float64, in eval mode and in train mode without dropout."""
         old, new = self._modules(noise=True)
-        calls = _double(self.calls)
-        modes: list[bool] = [False, True] if self.program.both_modes else [self.program.training]
-        for training in modes:
+        for training in (False, True):
+            calls = _double(self._calls(training))
             old.train(training)
             new.train(training)
-            with torch.no_grad(), without_dropout(new) if training else contextlib.nullcontext():
+            with torch.no_grad(), without_chance() if training else contextlib.nullcontext():
                 errors = relative_errors(_run(old, calls), _run(new, calls))
             if training:
                 receipt.error_float64_train = _worst(errors)
@@ -170,8 +185,9 @@ class Verification:
             receipt.notes.append("gradient map not checked: this growth does not map gradients exactly")
             return
         old, new = self._modules(noise=False)
-        with without_dropout(new):
-            small, large = _gradients(old, _double(self.calls)), _gradients(new, _double(self.calls))
+        calls = _double(self._calls(self.program.training))
+        with without_chance():
+            small, large = _gradients(old, calls), _gradients(new, calls)
         worst = 0.0
         # gradients that are zero but for rounding (key biases, biases before a batch norm) cannot be compared
         floor = 1e-6 * max((float(g.abs().max()) for g in small.values() if g is not None), default=0.0)
@@ -205,13 +221,12 @@ class Verification:
         waiting = {n for n in newborn if n in parameters and parameters[n].requires_grad}
         was, silent = new.training, {n for n in waiting if newborn[n].source is not None and not newborn[n].zero}
         # a bias before a batch norm has a gradient in eval mode only
-        modes = [True, False] if self.program.both_modes else [self.program.training]
-        for training in (m for m in modes for _ in range(2)):
+        for training in (True, True, False, False):
             if not waiting:
                 break
             new.train(training)
-            with without_dropout(new):
-                gradients = _gradients(new, _double(self.calls))
+            with without_chance():
+                gradients = _gradients(new, _double(self._calls(training)))
             size = max((float(g.abs().max()) for g in gradients.values() if g is not None), default=1.0)
             for name in list(waiting):
                 g = gradients.get(name)
@@ -233,11 +248,11 @@ class Verification:
         modes = {n: m.training for n, m in module.named_modules()}
         was = grown.training
         try:
-            if self.program.both_modes:
-                module.eval()
-                grown.eval()
+            module.eval()
+            grown.eval()
+            calls = self._calls(False)
             with torch.no_grad():
-                old, new = _run(module, self.calls), _run(grown, self.calls)
+                old, new = _run(module, calls), _run(grown, calls)
         finally:
             for n, m in module.named_modules():
                 m.training = modes[n]
@@ -249,8 +264,13 @@ class Verification:
 
 
 def _run(module: Callable[..., Any], calls: list[tuple[Any, Any]]) -> list[Any]:
-    """The outputs of every captured call, on copies of its inputs."""
-    return [module(*_copy(args), **_copy(kwargs)) for args, kwargs in calls]
+    """The outputs of every captured call, on copies of its inputs; each draws the same random numbers every time."""
+    out = []
+    for args, kwargs in calls:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            out.append(module(*_copy(args), **_copy(kwargs)))
+    return out
 
 
 def _copy(value: Any) -> Any:
@@ -320,9 +340,6 @@ def verify(
     if original is not None:
         check.native(original, grown, receipt)
         receipt.seconds["verify native"] = time.perf_counter() - start
-    if program.both_modes is False:
-        mode = "train" if program.training else "eval"
-        receipt.notes.append(f"measured in {mode} mode only: {program.mode_reason}")
     if receipt.gradient_error is not None and not receipt.gradient_error <= GRADIENT_LIMIT:
         raise ExactnessError(
             f"the plan's map of gradients differs from the grown model's by {receipt.gradient_error:.2e} (limit "

@@ -47,7 +47,8 @@ def test_one_tensor_passed_twice_is_two_inputs() -> None:
 def test_train_and_eval_share_one_graph(flash: bool) -> None:
     model = small_gpt(dropout=0.3, flash=flash)
     program = fxgrow.capture(model, tokens())
-    assert program.both_modes
+    assert program.mode_reason == ""
+    assert len(program.calls) == 1
     module = rebuilt(program)
     x, y = tokens(3, batch=2, length=5)
     for mode in (True, False, True):

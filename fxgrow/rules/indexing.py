@@ -229,18 +229,26 @@ register_rule(
 )
 
 
-class Enumerate(Rule):
-    """``arange`` and its like: each entry is its own number."""
+class Own(Rule):
+    """A tensor whose entries are told apart, whatever its size: its axes are its own, and frozen."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
-        return [ctx.opaque(s, "its entries are consecutive numbers") for s in ctx.shape]
+        return [ctx.opaque(s, self.why) for s in ctx.shape]
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
-        raise ctx.refuse("its entries are consecutive numbers")
+        return ctx.axes.dims[ctx.node]
 
 
 register_rule(
     ["aten.arange.default", "aten.arange.start", "aten.arange.start_step", "aten.linspace.default"]
     + ["aten.eye.default", "aten.eye.m", "aten.scalar_tensor.default"],
-    Enumerate(),
+    Own("its entries are consecutive numbers"),
+)
+register_rule(
+    [f"aten.{n}.default" for n in ("rand", "randn", "randint", "randperm", "new_empty")]
+    + ["aten.empty.memory_format", "aten.randint.low", "aten.normal.float_float"],
+    Own("its entries are drawn at random or not set"),
 )

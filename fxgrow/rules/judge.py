@@ -186,7 +186,6 @@ def _program(graph: fx.Graph, tensors: dict[str, Tensor]) -> Program:
         module_types={},
         class_name="Judged",
         training=False,
-        both_modes=True,
         mode_reason="",
         args=(),
         kwargs={},

@@ -151,8 +151,9 @@ class Like(Pointwise):
 
 register_rule(["aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default"], Like())
 register_rule(
-    [f"aten.{n}.default" for n in ("empty_like", "rand_like", "randn_like", "bernoulli", "rand", "randn")]
-    + ["aten.empty.memory_format", "aten.bernoulli.p", "aten.bernoulli_.float"],
+    [f"aten.{n}.default" for n in ("empty_like", "rand_like", "randn_like", "bernoulli", "multinomial")]
+    + [f"aten.{n}_.default" for n in ("uniform", "normal", "exponential")]
+    + ["aten.bernoulli.p", "aten.bernoulli_.float", "aten.bernoulli_.Tensor"],
     Opaque("its entries are drawn at random or not set"),
 )
 

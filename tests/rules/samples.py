@@ -223,6 +223,16 @@ SAMPLES |= {
     "aten.fill_.Tensor": [S(r(3, 4), torch.tensor(2.0, dtype=torch.float64))],
     "aten.zero_.default": [S(r(3, 4))],
     "aten.bernoulli_.float": [S(r(3, 4), 0.5)],
+    "aten.bernoulli_.Tensor": [S(r(3, 4), p(3, 4) / 2)],
+    "aten.uniform_.default": [S(r(3, 4))],
+    "aten.normal_.default": [S(r(3, 4))],
+    "aten.exponential_.default": [S(r(3, 4))],
+    "aten.multinomial.default": [S(p(3, 4), 2)],
+    "aten.randint.default": [S(5, [2, 3])],
+    "aten.randint.low": [S(2, 5, [2, 3])],
+    "aten.randperm.default": [S(5)],
+    "aten.new_empty.default": [S(r(3, 4), [0, 3])],  # unset entries cannot be compared
+    "aten.normal.float_float": [S(0.0, 1.0, [2, 3])],
     "aten.glu.default": [S(r(3, 8), -1), S(r(4, 3), 0)],
     # casts
     "aten.to.dtype": [S(r(3, 4), torch.float64)],

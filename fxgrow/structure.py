@@ -1,0 +1,69 @@
+"""What a model returns when it is no plain tuple, list or dict: dataclasses registered with pytree, named tuples.
+
+A graph returns a flat list; the structure around it is kept as text, so that it can be stored and is never unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+# torch.utils._pytree is what torch.export describes outputs with; it has no public counterpart that serialises
+import torch.utils._pytree as pytree
+
+from fxgrow.errors import CaptureError, CheckpointError
+
+_KNOWN: dict[str, Any] = {}
+
+
+def describe(value: Any, spec: Any) -> str:
+    """The structure ``spec`` of ``value`` as text for :func:`rebuild`.
+
+    Raises:
+        CaptureError: a class in it is not registered with pytree under a name of its own.
+    """
+    _register_named_tuples(value)
+    try:
+        text = str(pytree.treespec_dumps(spec))
+        _KNOWN[text] = pytree.treespec_loads(text)
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise CaptureError(
+            f"the model returns a {type(value).__name__}, whose structure cannot be stored ({error}); return tensors "
+            "in tuples, lists or dicts, or register the class with torch.utils._pytree.register_pytree_node and a "
+            "serialized_type_name"
+        ) from error
+    return text
+
+
+def check(text: str) -> None:
+    """Whether this process knows the classes of a structure.
+
+    Raises:
+        CheckpointError: it does not; the message says which is missing.
+    """
+    try:
+        _KNOWN[text] = pytree.treespec_loads(text)
+    except (NotImplementedError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"the model returns a structure that this process cannot build ({error}); import the package that "
+            "defines it before loading"
+        ) from error
+
+
+def rebuild(leaves: Sequence[Any], text: str) -> Any:
+    """The structure that :func:`describe` described, around ``leaves``."""
+    return pytree.tree_unflatten(list(leaves), _KNOWN[text])
+
+
+def _register_named_tuples(value: Any) -> None:
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        kind = type(value)
+        if kind not in pytree.SUPPORTED_SERIALIZED_TYPES:
+            # the only way to give a named tuple a name to be stored under
+            pytree._register_namedtuple(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+    if isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            _register_named_tuples(item)
+
+
+__all__ = ["check", "describe", "rebuild"]

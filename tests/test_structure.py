@@ -1,0 +1,89 @@
+"""Models that return dataclasses or named tuples, as Hugging Face's and torchvision's do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+import fxgrow
+from fxgrow import structure
+from tests.models import trained
+
+Both = namedtuple("Both", "logits aux")
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: list[torch.Tensor] | None = None
+
+
+pytree.register_pytree_node(
+    Output,
+    lambda o: ([o.logits, o.hidden], None),
+    lambda leaves, _: Output(*leaves),
+    serialized_type_name="tests.test_structure.Output",
+)
+
+
+class Net(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.up, self.down, self.aux = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = torch.tanh(self.up(x))
+        logits, aux = self.down(h), self.aux(h)
+        if self.kind == "nested":
+            return {"a": Both(logits, (aux, logits.sum())), "b": Output(logits, [aux])}
+        if self.kind == "dataclass":
+            return Output(logits)
+        return Both(logits, aux) if self.training else logits
+
+
+def grown(kind: str) -> tuple[nn.Module, fxgrow.Growth, torch.Tensor]:
+    model = trained(Net(kind).double()).eval()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    return model, fxgrow.grow(model, {"op": "widen", "axis": "./hidden", "factor": 2}, (x,)), x
+
+
+def test_dataclass_comes_back() -> None:
+    model, growth, x = grown("dataclass")
+    out = growth.module(x)
+    assert type(out) is Output
+    assert out.hidden is None
+    torch.testing.assert_close(out.logits, model(x).logits, rtol=0, atol=1e-12)
+
+
+def test_nested_structures_chain_and_are_stored(tmp_path: Path) -> None:
+    model, growth, x = grown("nested")
+    again = fxgrow.grow(growth.module, {"op": "widen", "axis": "./hidden", "to": 15}, (x,))
+    fxgrow.save(again, tmp_path / "grown")
+    loaded = fxgrow.load(tmp_path / "grown")
+    assert loaded.replay_error() == 0.0
+    expected = model(x)
+    for module in (growth.module, again.module, loaded.module):
+        out = module(x)
+        assert (type(out["a"]), type(out["a"].aux), type(out["b"])) == (Both, tuple, Output)
+        torch.testing.assert_close(pytree.tree_leaves(out), pytree.tree_leaves(expected), rtol=0, atol=1e-12)
+
+
+def test_modes_may_return_different_structures() -> None:
+    model, growth, x = grown("modes")
+    assert isinstance(growth.module.train()(x), Both)
+    torch.testing.assert_close(growth.module.eval()(x), model(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(growth.module.train()(x), model.train()(x), rtol=0, atol=1e-12)
+
+
+def test_an_unknown_class_is_named_when_loading() -> None:
+    text = structure.describe(Output(torch.ones(1)), pytree.tree_flatten(Output(torch.ones(1)))[1])
+    with pytest.raises(fxgrow.CheckpointError, match=r"other\.Output.*import the package"):
+        structure.check(text.replace("tests.test_structure.Output", "other.Output"))
