@@ -114,7 +114,7 @@ class Grow:
             if node.op == "get_attr":
                 self.env[node] = self._load(node)
             elif node.op == "call_function":
-                if sizes_of(node) is None and not any(result_sizes(node) or []):
+                if sizes_of(node) is None and all(r is None for r in result_sizes(node) or []):
                     continue
                 self.node, self.args = node, bound_arguments(node)
                 self.read_here = set()

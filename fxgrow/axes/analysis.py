@@ -483,7 +483,7 @@ def analyse(program: Program) -> Axes:
                         dim, Frozen(f"dim {i} of output {number} ({out.name}), which the model returns", "output")
                     )
         elif node.op == "call_function":
-            if sizes is None and not any(result_sizes(node) or []):
+            if sizes is None and all(r is None for r in result_sizes(node) or []):
                 continue  # sizes and flags
             name = op_name(node.target)
             rule = RULES.get(name)

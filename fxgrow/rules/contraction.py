@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -20,11 +21,17 @@ register_rule("aten.dot.default", Pattern("k, k ->", ["self", "tensor"], sum="k"
 register_rule("aten.outer.default", Pattern("m, n -> m n", ["self", "vec2"]))
 
 
+def _bias_letters(bias: Dims, letters: Sequence[str]) -> str:
+    """The pattern of a bias that broadcasts against dims named by letters: a dim of size 1 shares no letter."""
+    names = letters[len(letters) - len(bias) :]
+    return " ".join(x if not is_unit(d) else f"{x}1" for x, d in zip(names, bias, strict=True))
+
+
 class AddMM(Rule):
-    """``beta * bias + a @ b``, the bias of one or two dims."""
+    """``beta * bias + alpha * a @ b``; the bias broadcasts."""
 
     def _pattern(self, ctx: Any) -> Pattern:
-        bias = "n" if len(ctx.dims("self")) == 1 else "m n"
+        bias = _bias_letters(ctx.dims("self"), "mn")
         return Pattern(f"{bias}, m k, k n -> m n", ["self", "mat1", "mat2"], sum="k", bias=("self",))
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
@@ -54,13 +61,8 @@ class BAddBMM(Rule):
 
     @staticmethod
     def _pattern(ctx: Any) -> Pattern:
-        """A bias dim of size 1 is broadcast, and shares no letter."""
-        bias = ctx.dims("self")
-        names = ["b", "m", "n"][3 - len(bias) :]
-        letters = [x if not is_unit(d) else f"{x}1" for x, d in zip(names, bias, strict=True)]
-        return Pattern(
-            f"{' '.join(letters)}, b m k, b k n -> b m n", ["self", "batch1", "batch2"], sum="k", bias=("self",)
-        )
+        bias = _bias_letters(ctx.dims("self"), "bmn")
+        return Pattern(f"{bias}, b m k, b k n -> b m n", ["self", "batch1", "batch2"], sum="k", bias=("self",))
 
 
 register_rule("aten.baddbmm.default", BAddBMM())
@@ -159,30 +161,41 @@ register_rule(
 )
 
 
-class Convolution(Pattern):
-    """Convolutions of any rank and group count; the spatial extents do not grow."""
+class Convolution(Rule):
+    """Convolutions of any rank and group count, with or without a batch; the spatial extents do not grow."""
 
     def __init__(self, pattern: str) -> None:
-        super().__init__(
-            pattern,
-            ["input", "weight", "bias"],
-            sum="i",
-            why="the spatial extent of a convolution",
-            sizes=lambda args: {"g": args["groups"]},
-            roles={"g": "channels", "o": "channels", "i": "channels"},
-            literals={"groups": "g"},
-        )
+        def rule(text: str) -> Pattern:
+            return Pattern(
+                text,
+                ["input", "weight", "bias"],
+                sum="i",
+                why="the spatial extent of a convolution",
+                sizes=lambda args: {"g": args["groups"]},
+                roles={"g": "channels", "o": "channels", "i": "channels"},
+                literals={"groups": "g"},
+            )
+
+        self.batched, self.single = rule(pattern), rule(pattern.replace("b (g", "(g"))
+
+    def _pattern(self, rank: int, weight: int) -> Pattern:
+        return self.batched if rank == weight else self.single
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
-        for name, role in (("input", "spatial"), ("weight", "kernel")):
-            for dim in (ctx.dims(name) or [])[2:]:
-                ctx.freeze(dim, self.why)
+        x, weight = ctx.dims("input") or [], ctx.dims("weight") or []
+        pattern = self._pattern(len(x), len(weight))
+        for dims, role in ((x, "spatial"), (weight, "kernel")):
+            for dim in dims[len(dims) - len(weight) + 2 :]:
+                ctx.freeze(dim, pattern.why)
                 ctx.role(dim, role, 100)
-        return super().relate(ctx)
+        return pattern.relate(ctx)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        return self._pattern(len(ctx.dims("input") or []), len(ctx.dims("weight") or [])).grow(ctx)
 
     def resize(self, ctx: Resize) -> None:
         if ctx.args["groups"] != 1:
-            super().resize(ctx)
+            self._pattern(len(ctx.dims(ctx.args["input"])), len(ctx.dims(ctx.args["weight"]))).resize(ctx)
 
 
 register_rule(

@@ -116,10 +116,12 @@ class IndexSelect(Rule):
 
     def _run(self, ctx: Any) -> Dims:
         dims = ctx.dims("self")
-        i = ctx.args["dim"] % len(dims)
+        i = ctx.args["dim"] % max(len(dims), 1)  # a scalar counts as one dim
         why = "its entries are looked up by number"
-        ctx.freeze(dims[i], why)
-        return [ctx.opaque(ctx.shape[i], why) if j == i else ctx.close(d) for j, d in enumerate(dims)]
+        for d in dims[i : i + 1]:
+            ctx.freeze(d, why)
+        size = ctx.shape[i : i + 1]  # nothing is left of the dim where the index is a scalar
+        return [*map(ctx.close, dims[:i]), *(ctx.opaque(s, why) for s in size), *map(ctx.close, dims[i + 1 :])]
 
 
 register_rule("aten.index_select.default", IndexSelect())

@@ -28,7 +28,7 @@ from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMa
 from fxgrow.propagate import Grow, Outcome, UnequalCopies, dim_plan, size_edits
 from fxgrow.rules.base import RULES, Content, Site
 
-#: largest relative error of a claim that holds, in float64
+#: largest relative error of a claim that holds, in float64; in a coarser dtype it is that dtype's rounding
 LIMIT = 1e-9
 
 
@@ -107,7 +107,7 @@ def _single(op: Any, sample: Sample) -> tuple[fx.Graph, dict[str, Tensor], list[
             return type(value)(map(node, value)) if isinstance(value, list | tuple) else value
         name = f"t{len(tensors)}"
         tensors[name] = value
-        fixed = not value.is_floating_point() and value.dtype is not torch.bool
+        fixed = not _continuous(value) and value.dtype is not torch.bool
         made = graph.placeholder(name) if fixed else graph.get_attr(name)
         made.meta = {"val": value, "module_path": "", "source": ""}
         return made
@@ -153,6 +153,10 @@ def _exported(f: Callable[..., Any], sample: Sample) -> tuple[fx.Graph, dict[str
     return graph, tensors, results
 
 
+def _continuous(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
+
+
 def _fresh(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
@@ -177,8 +181,8 @@ def _program(graph: fx.Graph, tensors: dict[str, Tensor]) -> Program:
     own = {n: t for n, t in tensors.items() if n in attributes}
     return Program(
         graph=graph,
-        parameters={n: t for n, t in own.items() if t.is_floating_point()},
-        buffers={n: t for n, t in own.items() if not t.is_floating_point()},
+        parameters={n: t for n, t in own.items() if _continuous(t)},
+        buffers={n: t for n, t in own.items() if not _continuous(t)},
         constants={},
         aliases={},
         persistent=set(),
@@ -299,10 +303,11 @@ class _Judge:
         except Exception as error:
             self._wrong(name, case, f"the grown op fails: {type(error).__name__}: {error}")
             return
+        finite = all(bool(t.isfinite().all()) for t in tensors.values())
         for result, before, after in zip(self.results, old, new, strict=True):
             node = next(n for n in self.graph.nodes if n.name == result)
             dims = run.env.get(node, axes.dims.get(node))
-            problem = _compare(dims, axis, case.growth, before, after)
+            problem = _compare(dims, axis, case.growth, before, after, finite)
             if problem:
                 self._wrong(name, case, f"{result}: {problem}")
 
@@ -332,7 +337,7 @@ class _Judge:
         for name, i, _ in self._sites(axes, axis):
             if name not in case.activations:
                 continue
-            if resolve(axes.tensor_dims()[name][i]) is not axis or not out[name].is_floating_point():
+            if resolve(axes.tensor_dims()[name][i]) is not axis or not _continuous(out[name]):
                 return None
             if case.content is Content.CONST:
                 out[name] = out[name].mean(i, keepdim=True).expand_as(out[name]).contiguous()
@@ -388,7 +393,7 @@ class _Judge:
         index = torch.from_numpy(np.maximum(plan.index, 0))
         shape = [-1 if i == dim else 1 for i in range(t.dim())]
         out = t.index_select(dim, index)
-        if plan.split is not None and t.is_floating_point():
+        if plan.split is not None and _continuous(t):
             out = out * torch.from_numpy(plan.split).view(shape)
         drawn: dict[int, Tensor] = {}
         for k in np.flatnonzero(plan.index < 0):
@@ -396,7 +401,7 @@ class _Judge:
             entry = out.select(dim, int(k))
             if code == FILL_ZERO:
                 entry.zero_()
-            elif code == FILL_MEAN and t.is_floating_point():
+            elif code == FILL_MEAN and _continuous(t):
                 entry.copy_(t.mean(dim))
             elif code == FILL_CONSTANT:
                 entry.fill_(constant)
@@ -405,7 +410,7 @@ class _Judge:
                 if ident not in drawn:
                     noise = torch.randn(entry.shape, generator=self.random, dtype=torch.float64)
                     drawn[ident] = noise.abs() + 0.5 if t.is_floating_point() and bool((t > 0).all()) else noise
-                entry.copy_(drawn[ident] if t.is_floating_point() else drawn[ident] > 0)
+                entry.copy_(drawn[ident] if _continuous(t) else drawn[ident] > 0)
         return out
 
     def _too_strict(
@@ -432,7 +437,7 @@ class _Judge:
 
 def _gathered(old: Tensor, new: Tensor, growth: AxisMap) -> bool:
     """Whether a result is unchanged, or has some of its dims repeated as the axis was."""
-    if old.dim() != new.dim() or not old.is_floating_point():
+    if old.dim() != new.dim() or not _continuous(old):
         return False
     for i, (a, b) in enumerate(zip(old.shape, new.shape, strict=True)):
         if a != b:
@@ -445,13 +450,17 @@ def _gathered(old: Tensor, new: Tensor, growth: AxisMap) -> bool:
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
+    if a.is_complex():
+        return b.is_complex() and _close(torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj()))
     if not a.is_floating_point():
         return bool(torch.equal(a, b.to(a.dtype)))
+    limit = max(LIMIT, 8 * torch.finfo(a.dtype).eps)
+    a, b = a.double(), b.double()
     same = (a == b) | (a.isnan() & b.isnan())
     difference = torch.where(same, torch.zeros_like(a), (a - b).abs())
     finite = a[a.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 1.0
-    return not difference.numel() or float(difference.max()) <= LIMIT * max(scale, 1.0)
+    return not difference.numel() or float(difference.max()) <= limit * max(scale, 1.0)
 
 
 _Entries = tuple[np.ndarray, np.ndarray]  # old index or -1; content of newborn entries as a number, -1 elsewhere
@@ -488,7 +497,8 @@ def _entries(dim: Expr, axis: Axis, growth: AxisMap) -> _Entries:
         indices.append(np.where(i >= 0, i + offset, -1))
         contents.append(c)
         offset += n
-    return np.concatenate(indices), np.concatenate(contents)
+    empty = [np.zeros(0, np.int64)]  # a part of no entries
+    return np.concatenate(empty + indices), np.concatenate(empty + contents)
 
 
 def _old_size(dim: Expr) -> int:
@@ -499,8 +509,11 @@ def _old_size(dim: Expr) -> int:
     return sum(_old_size(p) for p in dim.parts)
 
 
-def _compare(dims: Any, axis: Axis, growth: AxisMap, old: Tensor, new: Tensor) -> str:
-    """What of a result contradicts its claimed dims; empty where nothing does."""
+def _compare(dims: Any, axis: Axis, growth: AxisMap, old: Tensor, new: Tensor, finite: bool = True) -> str:
+    """What of a result contradicts its claimed dims; empty where nothing does.
+
+    ``finite``: no operand holds an infinity (a mask does), so that results may not either.
+    """
     if dims is None or len(dims) != old.dim():
         return f"claims {len(dims or [])} dims of a result that has {old.dim()}"
     claims = [_entries(d, axis, growth) for d in dims]
@@ -513,7 +526,7 @@ def _compare(dims: Any, axis: Axis, growth: AxisMap, old: Tensor, new: Tensor) -
         expected = expected.index_select(k, torch.from_numpy(index[index >= 0]))
     if not _close(expected, kept):
         return "copies do not hold what the old entries held"
-    if new.is_floating_point() and old.isfinite().all() and not new.isfinite().all():
+    if finite and new.is_floating_point() and old.isfinite().all() and not new.isfinite().all():
         return "new entries are not finite"
     for k, (index, content) in enumerate(claims):
         born = np.flatnonzero(index < 0)
@@ -528,7 +541,7 @@ def _newborn(
     content: Content, dim: Expr, axis: Axis, claims: list[_Entries], k: int, entry: int, old: Tensor, new: Tensor
 ) -> str:
     """Check one newborn slice against its claim, at the old entries of the other dims."""
-    if content is Content.FREE or not new.is_floating_point():
+    if content is Content.FREE or not _continuous(new):
         return ""
     part, whole = new.select(k, entry), old
     for j, (index, _) in enumerate(claims):

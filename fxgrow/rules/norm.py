@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from fxgrow.axes.expr import UNIT, Concat, Conflict, Expr, resolve
-from fxgrow.rules.base import Content, Dims, Info, Pattern, Rule, annotate, register_rule
+from fxgrow.rules.base import Content, Dims, Info, Pattern, Rule, annotate, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -42,6 +43,7 @@ class LastDimsNorm(Rule):
         weight, bias = ctx.dims("weight"), ctx.dims("bias")
         zero = self.needed is Content.ZERO and bias is None
         out: Dims = [annotate(d, lambda info: _normalised(info, zero)) for d in map(ctx.close, dims[:lead])]
+        _check_eps(ctx, dims[:lead], self._eps(ctx), dims[lead:])
         over = [d for d in dims[lead:] if ctx.grows(d)]
         eta = ctx.statistic(over, self.needed, len(dims) - lead) if over else 1.0
         for i, dim in enumerate(dims[lead:]):
@@ -72,6 +74,14 @@ class LastDimsNorm(Rule):
     def resize(self, ctx: Any) -> None:
         dims = ctx.dims(ctx.args["input"])
         ctx.set_shape("normalized_shape", dims[len(dims) - len(ctx.args["normalized_shape"]) :])
+
+
+def _check_eps(ctx: Grow, dims: Dims, eps: float, over: Sequence[Expr] = ()) -> None:
+    """Statistics of new units, or ones over a dim along which the tensor does not vary, must not be divided by zero."""
+    alone = any(i.content is not Content.CONST for d in dims for i in infos(d))
+    flat = any(i.content is Content.CONST for d in over for i in infos(d))
+    if ctx.newborn and eps <= 0 and (alone or flat):
+        raise ctx.refuse(f"entries without variance would be divided by 0, as eps is {eps}")
 
 
 def _normalised(info: Info, zero: bool) -> Info:
@@ -148,6 +158,7 @@ class GroupNorm(Rule):
         assert dims is not None
         g = ctx.args["num_groups"]
         groups, inner = self._groups(ctx, dims[1], g)
+        _check_eps(ctx, [dims[0], groups], float(ctx.args["eps"]))
         if ctx.grows(inner):
             if ctx.newborn:
                 raise ctx.refuse("group norm over a group with new channels; grow by whole copies instead")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fxgrow.axes.expr import UNIT, is_unit
-from fxgrow.rules.base import Content, Dims, Opaque, Pointwise, Structural, annotate, infos, register_rule
+from fxgrow.rules.base import Content, Dims, Info, Opaque, Pointwise, Structural, annotate, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.propagate import Grow
@@ -162,6 +164,25 @@ def _same(ctx: Any, dims: Dims) -> Dims:
     return dims
 
 
+class Cast(Structural):
+    """A change of dtype: rounding to integers keeps zeros and broadcasts, and not the mean."""
+
+    def __init__(self) -> None:
+        super().__init__(_same)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims = ctx.dims("self")
+        assert dims is not None
+        value = ctx.node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex():
+            return dims
+        return [annotate(d, _truncated) for d in dims]
+
+
+def _truncated(info: Info) -> Info:
+    return info.becomes(Content.FREE) if info.content is Content.MEAN else info
+
+
 register_rule(
     [
         "aten.to.dtype",
@@ -169,13 +190,18 @@ register_rule(
         "aten.to.dtype_layout",
         "aten.to.other",
         "aten._to_copy.default",
+        "aten.type_as.default",
+    ],
+    Cast(),
+)
+register_rule(
+    [
         "aten.contiguous.default",
         "aten.clone.default",
         "aten.detach.default",
         "aten.detach_.default",
         "aten.alias.default",
         "aten.lift_fresh_copy.default",
-        "aten.type_as.default",
     ],
     Structural(_same),
 )

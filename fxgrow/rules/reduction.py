@@ -163,7 +163,8 @@ class Softmax(Rule):
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
-        ctx.freeze(dims[ctx.args["dim"] % len(dims)], "softmax runs over it")
+        if dims:
+            ctx.freeze(dims[ctx.args["dim"] % len(dims)], "softmax runs over it")
         return dims
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:

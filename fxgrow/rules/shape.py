@@ -78,6 +78,8 @@ register_rule("aten.unflatten.int", Structural(_reshape, _resize_unflatten))
 
 
 def _transpose(ctx: Any, dims: Dims) -> Dims:
+    if not dims:
+        return dims
     a, b = (v % len(dims) for k, v in ctx.args.items() if k in ("dim0", "dim1", "axis0", "axis1"))
     out = list(dims)
     out[a], out[b] = out[b], out[a]
@@ -86,6 +88,8 @@ def _transpose(ctx: Any, dims: Dims) -> Dims:
 
 def _movedim(ctx: Any, dims: Dims) -> Dims:
     source, target = ctx.args["source"], ctx.args["destination"]
+    if not dims:
+        return dims
     source = [s % len(dims) for s in (source if isinstance(source, list | tuple) else [source])]
     target = [t % len(dims) for t in (target if isinstance(target, list | tuple) else [target])]
     rest = [d for i, d in enumerate(dims) if i not in source]
@@ -114,7 +118,7 @@ def _squeeze(ctx: Any, dims: Dims) -> Dims:
     which = ctx.args.get("dim")
     if which is None:
         return [d for d in dims if not is_unit(d)]
-    which = [w % len(dims) for w in (which if isinstance(which, list | tuple) else [which])]
+    which = [w % max(len(dims), 1) for w in (which if isinstance(which, list | tuple) else [which])]
     return [d for i, d in enumerate(dims) if i not in which or not is_unit(d)]
 
 
@@ -202,6 +206,8 @@ def _repeat(ctx: Any, dims: Dims) -> Dims:
     padded = [UNIT] * (len(repeats) - len(dims)) + dims
     out: Dims = []
     for i, (n, dim) in enumerate(zip(repeats, padded, strict=True)):
+        if isinstance(n, int) and n == 0:
+            raise Conflict("repeated no times")
         if isinstance(n, int) and n == 1:
             out.append(dim)
         elif is_unit(dim):
@@ -431,14 +437,17 @@ def _narrow(ctx: Any, dims: Dims) -> Dims:
     start, length = ctx.args["start"], ctx.args["length"]
     if not isinstance(start, int) or not isinstance(length, int) or not is_static(size_of(dims[i])):
         raise Conflict("narrows to a dynamic range")
-    return [*dims[:i], _cut(ctx, dims[i], start, start + length), *dims[i + 1 :]]
+    start += size_of(dims[i]) if start < 0 else 0
+    part = _cut(ctx, dims[i], start, start + length) if length else concat([])
+    return [*dims[:i], part, *dims[i + 1 :]]
 
 
 def _resize_narrow(ctx: Resize) -> None:
     dims = ctx.dims(ctx.args["self"])
     i = int(ctx.args["dim"]) % len(dims)
-    if ctx.args["start"] > 0:
-        ctx.set("start", ctx.new_size(Unifier().split_concat(dims[i], ctx.args["start"])[0]))
+    start = ctx.args["start"] + (size_of(dims[i]) if ctx.args["start"] < 0 else 0)
+    if 0 < start < size_of(dims[i]):
+        ctx.set("start", ctx.new_size(Unifier().split_concat(dims[i], start)[0]))
     ctx.set("length", ctx.new_size(ctx.dims(ctx.node)[i]))
 
 
@@ -469,7 +478,7 @@ class Blocked(Structural):
         self, which: Callable[[Any, int], list[int]], why: str, linear: bool | Callable[[Any], bool] = True
     ) -> None:
         def f(ctx: Any, dims: Dims) -> Dims:
-            blocked = {w % len(dims) for w in which(ctx.args, len(dims))}
+            blocked = {w % max(len(dims), 1) for w in which(ctx.args, len(dims))}
             out: Dims = []
             for i, dim in enumerate(dims):
                 if i in blocked:

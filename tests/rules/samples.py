@@ -11,12 +11,12 @@ _generator = torch.Generator().manual_seed(0)
 
 
 def r(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=_generator, dtype=torch.float64)
+    return torch.randn(shape, generator=_generator, dtype=torch.float64)
 
 
 def p(*shape: int) -> Tensor:
     """Positive."""
-    return torch.rand(*shape, generator=_generator, dtype=torch.float64) + 0.5
+    return torch.rand(shape, generator=_generator, dtype=torch.float64) + 0.5
 
 
 def i(high: int, *shape: int) -> Tensor:
@@ -98,10 +98,12 @@ for _n, _x in ((1, r(2, 3, 4)), (2, r(2, 3, 4, 4)), (3, r(2, 3, 4, 4, 4))):
                 [1] * _n,
                 4,
             ),
+            S(r(3, *[4] * _n), r(4, 3, *[2] * _n), r(4)),  # no batch
         ]
     SAMPLES[f"aten.conv_transpose{_n}d." + ("default" if _n == 1 else "input")] = [
         S(r(2, 3, *[4] * _n), r(3, 4, *[2] * _n), r(4)),
         S(r(2, 4, *[4] * _n), r(4, 3, *[2] * _n), r(6), [1] * _n, [0] * _n, [0] * _n, 2),
+        S(r(3, *[4] * _n), r(3, 4, *[2] * _n), r(4)),
     ]
 SAMPLES["aten._adaptive_avg_pool2d.default"] = [S(r(2, 3, 4, 4), [2, 2])]
 for _name, _n in (("nearest2d", 2), ("bilinear2d", 2), ("bicubic2d", 2), ("nearest1d", 1), ("linear1d", 1)):
@@ -120,7 +122,8 @@ SAMPLES |= {
     "aten.mv.default": [S(r(3, 4), r(4))],
     "aten.dot.default": [S(r(4), r(4))],
     "aten.outer.default": [S(r(3), r(4))],
-    "aten.addmm.default": [S(r(5), r(3, 4), r(4, 5)), S(r(3, 5), r(3, 4), r(4, 5), beta=2.0, alpha=0.5)],
+    "aten.addmm.default": [S(r(5), r(3, 4), r(4, 5)), S(r(3, 5), r(3, 4), r(4, 5), beta=2.0, alpha=0.5)]
+    + [S(x, r(3, 4), r(4, 5)) for x in (r(1, 5), r(3, 1), r(1))],
     "aten.baddbmm.default": [S(r(2, 3, 5), r(2, 3, 4), r(2, 4, 5))],
     "aten.matmul.default": [
         S(r(3, 4), r(4, 5)),
@@ -158,7 +161,7 @@ SAMPLES |= {
     # look-ups
     "aten.embedding.default": [S(r(5, 4), i(5, 2, 3))],
     "aten.index.Tensor": [S(r(3, 4, 5), [None, i(4, 2)]), S(r(3, 4, 5), [i(3, 2), i(4, 2)]), S(r(3, 4), [i(3, 2, 2)])],
-    "aten.index_select.default": [S(r(3, 4), 1, i(4, 5))],
+    "aten.index_select.default": [S(r(3, 4), 1, i(4, 5)), S(r(4), 0, torch.tensor(2))],
     "aten.gather.default": [S(r(3, 4), 1, i(4, 3, 2))],
     "aten.cross_entropy_loss.default": [S(r(3, 4), i(4, 3))],
     "aten.nll_loss.default": [S(r(3, 4), i(4, 3))],
@@ -182,14 +185,24 @@ SAMPLES |= {
     "aten.new_full.default": [S(r(3, 4), [2, 3], 2.0)],
     "aten.full_like.default": [S(r(3, 4), 2.0)],
     # norms
-    "aten.layer_norm.default": [S(r(3, 4), [4], r(4), r(4)), S(r(3, 4), [4]), S(r(2, 3, 4), [3, 4], r(3, 4))],
+    "aten.layer_norm.default": [
+        S(r(3, 4), [4], r(4), r(4)),
+        S(r(3, 4), [4]),
+        S(r(2, 3, 4), [3, 4], r(3, 4)),
+        S(r(3, 4), [4], r(4), r(4), 0.0),
+    ],
     "aten.rms_norm.default": [S(r(3, 4), [4], r(4)), S(r(3, 4), [4]), S(r(2, 3, 4), [3, 4], r(3, 4), 1e-3)],
     "aten.batch_norm.default": [
         S(r(3, 4), r(4), r(4), r(4), p(4), False, 0.1, 1e-5, True, activations=[0]),
         S(r(3, 4, 2), r(4), r(4), r(4), p(4), True, 0.1, 1e-5, True, activations=[0]),
         S(r(3, 4), None, None, None, None, True, 0.1, 1e-5, True, activations=[0]),
     ],
-    "aten.group_norm.default": [S(r(2, 6, 3), 3, r(6), r(6)), S(r(2, 6, 3), 2), S(r(2, 6, 3), 1, r(6))],
+    "aten.group_norm.default": [
+        S(r(2, 6, 3), 3, r(6), r(6)),
+        S(r(2, 6, 3), 2),
+        S(r(2, 6, 3), 1, r(6)),
+        S(r(2, 6, 3), 3, eps=0.0),
+    ],
     # point-wise with several operands
     "aten.rsub.Tensor": [S(r(3, 4), r(4))],
     "aten.rsub.Scalar": [S(r(3, 4), 1.0)],
@@ -235,7 +248,7 @@ SAMPLES |= {
     "aten.normal.float_float": [S(0.0, 1.0, [2, 3])],
     "aten.glu.default": [S(r(3, 8), -1), S(r(4, 3), 0)],
     # casts
-    "aten.to.dtype": [S(r(3, 4), torch.float64)],
+    "aten.to.dtype": [S(r(3, 4), torch.float64), S(4 * r(3, 4), torch.int64), S(r(3, 4), torch.bfloat16)],
     "aten.to.device": [S(r(3, 4), torch.device("cpu"), torch.float64)],
     "aten.to.dtype_layout": [S(r(3, 4), dtype=torch.float64)],
     "aten.to.other": [S(r(3, 4), r(1))],
@@ -246,7 +259,7 @@ SAMPLES |= {
     "aten.var.dim": [S(r(3, 4), [1], False), S(r(3, 4), [1], True)],
     "aten.var.default": [S(r(3, 4), False)],
     "aten.std.correction": [S(r(3, 4), [1], correction=0)],
-    "aten.var_mean.correction": [S(r(3, 4), [1], correction=0)],
+    "aten.var_mean.correction": [S(r(3, 4), [1], correction=0), S(r(3, 4), correction=0)],
     "aten.logsumexp.default": [S(r(3, 4), [1])],
     "aten.linalg_vector_norm.default": [S(r(3, 4), 2, [1]), S(r(3, 4), 2, [0, 1]), S(r(3, 4), 1, [1])],
     "aten.norm.ScalarOpt_dim": [S(r(3, 4), 2, [1])],
@@ -280,17 +293,17 @@ SAMPLES |= {
     "aten.split_with_sizes.default": [S(r(3, 8), [3, 5], 1)],
     "aten.split.sizes": [S(r(3, 8), [3, 5], 1)],
     "aten.chunk.default": [S(r(3, 8), 2, 1)],
-    "aten.unbind.int": [S(r(3, 4), 0)],
+    "aten.unbind.int": [S(r(3, 4), 0), S(r(4))],
     "aten.cat.default": [S([r(3, 4), r(3, 5)], 1), S([r(3, 4), r(2, 4)])],
     "aten.concat.default": [S([r(3, 4), r(3, 5)], 1)],
     "aten.stack.default": [S([r(3, 4), r(3, 4)], 1)],
     "aten.slice.Tensor": [S(r(3, 8), 1, 2, 6), S(r(3, 8), 1, -3), S(r(3, 8), 1, 0, 8, 2), S(r(3, 8), 1, 1, 8, 2)],
-    "aten.narrow.default": [S(r(3, 8), 1, 2, 3)],
+    "aten.narrow.default": [S(r(3, 8), 1, 2, 3), S(r(3, 8), 1, -5, 3), S(r(3, 8), 1, 2, 0)],
     "aten.select.int": [S(r(3, 4), 0, 1)],
     # order
     "aten.roll.default": [S(r(3, 4), [1], [1])],
     "aten.flip.default": [S(r(3, 4), [1])],
-    "aten.cumsum.default": [S(r(3, 4), 1)],
+    "aten.cumsum.default": [S(r(3, 4), 1), S(r(), 0)],
     "aten.cumprod.default": [S(r(3, 4), 1)],
     "aten.sort.default": [S(r(3, 4), 1)],
     "aten.argsort.default": [S(r(3, 4), 1)],

@@ -6,28 +6,13 @@ import warnings
 
 import pytest
 import torch
+from reasons import explained
 from samples import SAMPLES
 
 from fxgrow.passes.base import operator_named
 from fxgrow.rules import RULES
 from fxgrow.rules.base import Content, Pattern, Pointwise, Structural, parse_pattern, register_rule
 from fxgrow.rules.judge import Sample, check, unjudged
-
-#: refusals that brute force would have let pass, and why they stay
-STRICT = {
-    "softmax runs over it": "sums of copies would be exact only where everything that follows sums over them",
-    "attention over a growing sequence": "the same",
-    "the loss averages over it": "an average over copies is the same, but not over anything else",
-    "the loss runs over it": "targets number the classes: old numbers stay valid only where copies come last",
-    "looked up by number": "old numbers stay valid only where copies come last; see the extend pass",
-    "dim 0 of the input": "an index that the caller passes in has its size",
-    "batch norm takes statistics": "the running variance is unbiased, and so depends on the number of entries",
-    "group norm takes statistics": "spatial dims are the caller's",
-    "entries are rolled": "whole copies end to end roll alike, other growths do not",
-    "entries are reversed": "the same",
-    "reduced in a way": "no model has needed it yet",
-    "drawn at random": "uninitialised memory happened to be equal",
-}
 
 
 def exists(name: str) -> bool:
@@ -45,7 +30,7 @@ def test_what_a_rule_claims_holds(op: str) -> None:
         warnings.filterwarnings("ignore", message="Using padding='same'")
         report = check(op, SAMPLES[op])
     assert not report.wrong, "\n".join(map(str, report.wrong[:10]))
-    unexplained = [f for f in report.strict if not any(words in f.detail for words in STRICT)]
+    unexplained = [f for f in report.strict if not explained(f.detail)]
     assert not unexplained, "\n".join(map(str, unexplained))
 
 
@@ -96,6 +81,44 @@ def test_the_judge_takes_functions_of_several_ops() -> None:
     report = check(normalise, [Sample(r(3, 4), r(4))])
     assert not report.wrong, report.wrong
     assert report.accepted
+
+
+def test_integers_do_not_keep_the_mean() -> None:
+    """Rounded one by one, the mean of the others is not the mean of the others rounded."""
+
+    def centred(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm((4 * x).to(torch.int64).to(torch.float64), [x.shape[-1]])
+
+    report = check(centred, [Sample(r(3, 5))])
+    assert not report.wrong, report.wrong
+    assert report.accepted
+
+
+def test_several_scalars_are_results_too() -> None:
+    """Entries picked by number freeze the axis, though each of them is a scalar."""
+    from fxgrow import GrowthRefused, SpecError, grow
+
+    class Mix(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = torch.nn.Parameter(r(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a, b = self.mix.unbind(0)
+            return a * x + b * x.flip(0)
+
+    class Range(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.levels = torch.nn.Parameter(r(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            spread, centre = torch.var_mean(self.levels)
+            return x * spread + centre
+
+    for model, name in ((Mix(), "mix"), (Range(), "levels")):
+        with pytest.raises((GrowthRefused, SpecError), match=name):
+            grow(model, {"operations": [{"op": "widen", "axis": f"{name}:0", "by": 1}]}, (r(3),))
 
 
 def test_a_rule_is_registered_once_unless_overridden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,29 @@
+"""Refusals that brute force would have let pass, and why they stay."""
+
+from __future__ import annotations
+
+STRICT = {
+    "softmax runs over it": "sums of copies would be exact only where everything that follows sums over them",
+    "attention over a growing sequence": "the same",
+    "the loss averages over it": "an average over copies is the same, but not over anything else",
+    "the loss runs over it": "targets number the classes: old numbers stay valid only where copies come last",
+    "looked up by number": "old numbers stay valid only where copies come last; see the extend pass",
+    "of the input 't": "an index that the caller passes in has its size",
+    "batch norm takes statistics": "the running variance is unbiased, and so depends on the number of entries",
+    "group norm takes statistics": "spatial dims are the caller's",
+    "entries are rolled": "whole copies end to end roll alike, other growths do not",
+    "entries are reversed": "the same",
+    "reduced in a way": "no model has needed it yet",
+    "pooling runs over it": "windows of one entry, or of all of them; spatial dims are the caller's",
+    "the spatial extent of a convolution": "the same",
+    "neighbouring entries are subtracted": "no difference at all was taken, of order 0",
+    "sums 'j' of one operand alone": "no model has needed it yet",
+    "splits into parts of dynamic or empty size": "the same",
+    "repeated no times": "a tensor of no entries",
+    "drawn at random": "uninitialised memory happened to be equal",
+}
+
+
+def explained(detail: str) -> bool:
+    """Whether a refusal is one of those."""
+    return any(words in detail for words in STRICT)
