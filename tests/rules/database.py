@@ -8,7 +8,7 @@ It is private, and there is no public list of valid calls of every op; nothing e
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,12 +34,16 @@ class Entry:
         """What the entry is sampled in; None where the CPU has no kernel for any of :data:`DTYPES`."""
         return next((d for d in DTYPES if d in self.info.dtypes), None)
 
-    def samples(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def samples(self, limit: int | None = None) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """The first ``limit`` sample calls, all by default."""
         torch.manual_seed(0)
         if self.dtype is None:
-            return
-        for s in self.info.sample_inputs("cpu", self.dtype, requires_grad=False):
-            yield (s.input, *s.args), s.kwargs
+            return []
+        drawn = self.info.sample_inputs("cpu", self.dtype, requires_grad=False)
+        found = [((s.input, *s.args), s.kwargs) for s in itertools.islice(drawn, limit)]
+        if hasattr(drawn, "close"):
+            drawn.close()  # it may hold a grad mode, which a trace would record
+        return found
 
 
 @functools.cache

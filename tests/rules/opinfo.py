@@ -8,7 +8,6 @@ one line per entry, and the ops without a rule, those first that a rule would le
 from __future__ import annotations
 
 import argparse
-import itertools
 import multiprocessing
 import sys
 import time
@@ -85,8 +84,7 @@ def calls(entry: Entry, limit: int | None = None) -> Iterator[tuple[Any, Sample]
     Raises:
         Exception: whatever the entry itself raises when it is traced; the caller says so and goes on.
     """
-    samples = list(itertools.islice(entry.samples(), limit))  # its generators hold grad modes, which tracing would see
-    for args, kwargs in samples:
+    for args, kwargs in entry.samples(limit):
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if any(not 0 < x.numel() <= ELEMENTS or x.layout is not torch.strided for x in tensors):
             continue

@@ -22,7 +22,8 @@ NAMES = (
     "einsum addmm nn.functional.layer_norm nn.functional.rms_norm nn.functional.group_norm "
     "nn.functional.batch_norm nn.functional.scaled_dot_product_attention nn.functional.embedding softmax "
     "nn.functional.gelu nn.functional.glu nn.functional.normalize nn.functional.cross_entropy add sub mul "
-    "div.no_rounding_mode where masked_fill clamp view reshape permute transpose unbind split chunk narrow expand repeat cat stack "
+    "div.no_rounding_mode where masked_fill clamp view reshape permute transpose unbind split chunk narrow expand "
+    "repeat cat stack "
     "index_select gather cumsum sum mean var_mean amax linalg.vector_norm bfloat16 long "
     "nn.functional.interpolate.bilinear nn.functional.max_pool2d "
 )
@@ -42,7 +43,7 @@ def test_rules_hold_on_the_calls_of_the_database(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["nn.functional.normalize", "nn.functional.linear", "nn.functional.gelu", "narrow"])
 def test_a_trace_holds_the_ops_that_a_capture_does(name: str) -> None:
-    args, kwargs = next(iter(entries()[name].samples()))
+    args, kwargs = entries()[name].samples()[0]
 
     class Call(nn.Module):
         def __init__(self) -> None:
