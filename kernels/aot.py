@@ -42,9 +42,8 @@ VARIANTS = [
     *(Variant("copy", d, False) for d in ("float32", "bfloat16", "float64")),  # float16 is bfloat16's code
     *(Variant("pair", d, True) for d in POINTERS),
     Variant("pair", "bfloat16", False),
-    *(Variant("triple", d, True) for d in ("float32", "bfloat16")),
-    Variant("quad", "bfloat16", True),
-    Variant("woven", "bfloat16", True),
+    *(Variant(k, d, True) for k in ("triple", "quad", "woven") for d in ("float32", "bfloat16", "float64")),
+    Variant("woven", "bfloat16", False),
     Variant("gather", "bfloat16", False),
     *(Variant("gather", d, True) for d in ("float32", "bfloat16", "float64")),
 ]
@@ -119,10 +118,12 @@ def compile_variant(variant: Variant, target: str) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fxgrow.kernels.gpu import GATHER_TILE, TILE
+    from fxgrow.kernels.gpu import GATHER_TILE, TILE, TILES, tile_name
 
     backend, arch, lanes = TARGETS[target]
-    block, warps = GATHER_TILE if variant.kernel == "gather" else TILE
+    block, warps = TILES.get(tile_name(variant.dtype, variant.noise, variant.kernel == "woven"), TILE)
+    if variant.kernel == "gather":
+        block, warps = GATHER_TILE
     kernel, types, constants, aligned = _signature(variant, block, 1 if backend == "cuda" else 2)
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
@@ -190,8 +191,8 @@ def _read_amd(text: str) -> tuple[int, int, int, int, int]:
         return int(found[1]) if found else 0
 
     body = text.split(".section", 2)[0] if ".section" in text else text
-    found = re.search(r"s_endpgm", text)
-    body = text[: found.end()] if found else body
+    ends = [found.end() for found in re.finditer(r"s_endpgm", text)]
+    body = text[: ends[-1]] if ends else body
     lines = [x for x in body.splitlines() if re.match(r"\s+(?:v|s|global|buffer|flat|ds|scratch)_\w+", x)]
     code = "\n".join(lines)
     spills = number("vgpr_spill_count") + number("sgpr_spill_count") + len(re.findall(r"\bscratch_", code))

@@ -30,16 +30,27 @@ class Backend:
 
 
 def backends() -> list[Backend]:
-    """Every backend, whether it works on this machine, and why not. Builds the native library if it is not built."""
-    missing = native.available()
-    found = [
-        Backend("torch", True, "any device"),
-        Backend("cpu", missing is None, "CPU", missing or ""),
-    ]
+    """Every backend, whether it works on this machine, for what it is chosen, and why not.
+
+    Builds the native library if it is not built.
+    """
     from fxgrow.kernels import gpu
 
-    missing = gpu.available()
-    return [*found, Backend("triton", missing is None, gpu.devices(), missing or "")]
+    missing = {"torch": "", "cpu": native.available() or "", "triton": gpu.available() or ""}
+    serves = {"torch": "any device", "cpu": "CPU", "triton": gpu.devices()}
+    chosen = _chosen(missing)
+    return [Backend(name, not missing[name], serves[name] + chosen.get(name, ""), missing[name]) for name in NAMES]
+
+
+def _chosen(missing: dict[str, str]) -> dict[str, str]:
+    """Backend -> what to say of when it is used."""
+    forced = os.environ.get(VARIABLE)
+    if forced:
+        return {forced: f" (used: {VARIABLE} says so)"}
+    cpu, cuda = "torch" if missing["cpu"] else "cpu", "torch" if missing["triton"] else "triton"
+    if not torch.cuda.is_available():
+        return {cpu: " (used)"}
+    return {cpu: " (used for CPU tensors)", cuda: " (used for GPU tensors)"} if cpu != cuda else {cpu: " (used)"}
 
 
 _warned: set[str] = set()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +18,16 @@ from torch import Tensor
 
 from fxgrow.kernels.job import FLOATS, Job
 from fxgrow.kernels.maps import FILL_MEAN, FILL_RANDOM, OLD, Dim, cuts_of
-from fxgrow.kernels.native import Axis, axes, mean_layout
+from fxgrow.kernels.native import Axis, axes, cache_folder, mean_layout
 from fxgrow.kernels.philox import DISTRIBUTIONS, UNIT
 
 ROWS = 1 << 16  # rows per launch of the general form: bounds its tables to a few MiB
-TILE = (2048, 4)  # default tile of the scatter form: source columns per program, warps
-TILES: dict[tuple[str, bool], tuple[int, int]] = {}  # (dtype, noise) -> tile, filled by `tune`
-GATHER_TILE = (512, 4)
+Tile = tuple[int, int]  # source columns per program, warps
+TILE: Tile = (2048, 4)  # of the scatter form, unless TILES or a tuning says otherwise
+TILES: dict[str, Tile] = {"woven float64 noise": (4096, 4)}  # by the name that `tile_name` gives
+CANDIDATES: tuple[Tile, ...] = ((1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8))
+GATHER_TILE: Tile = (512, 4)
+TUNE = "FXGROW_TUNE"  # environment variable: time the tiles of a kind of call when it first happens
 
 
 class Unsupported(Exception):
@@ -162,8 +170,8 @@ def scatter_plan(job: Job, lined: list[Axis]) -> Scatter | None:
     if row.split or (job.tree_noise and row.linear[1] % 4):
         return None
     steps = (row.source_stride, row.target_stride)
-    units = np.arange(row.dim.size) if row.dim.index is None else row.dim.index
-    here = units[row.offset : row.offset + row.local]
+    span = slice(row.offset, row.offset + row.local)
+    here = np.arange(span.start, span.stop) if row.dim.index is None else row.dim.index[span]
     if row.dim.fill is None and (np.diff(here) == 1).all():  # a run of rows: an ungrown dim, or a shard inside one copy
         start = int(here[0]) * row.source_stride
         order, copies, count = (1, 0), 1, row.local
@@ -205,7 +213,7 @@ def _scatter(job: Job, out: Tensor, plan: Scatter) -> None:
 
     assert job.source is not None
     name = str(job.dtype).removeprefix("torch.")
-    block, warps = TILES.get((name, job.tree_noise), TILE)
+    block, warps = tile_of(tile_name(name, job.tree_noise, plan.interleaved), out.device)
     block = max(16, min(block, triton.next_power_of_2(plan.columns)))
     blocks = triton.cdiv(plan.columns, block)
     last = blocks > 65535
@@ -413,23 +421,98 @@ def _row_tables(
     return offsets, factor, flags
 
 
-def tune(dtype: torch.dtype = torch.bfloat16, noise: bool = True, size: int = 4096) -> dict[tuple[int, int], float]:
-    """Time the scatter form's tiles on this GPU and keep the best for this process; microseconds per tile."""
+# ---- tiles ----
+
+_tuned: dict[tuple[str, str], Tile] = {}  # (device, tile name) -> tile: what this process has timed or read
+
+
+def tile_name(dtype: str, noise: bool, interleaved: bool) -> str:
+    """The kind of call that shares a tile."""
+    return f"{'woven' if interleaved else 'plain'} {dtype} {'noise' if noise else 'copy'}"
+
+
+def tile_of(name: str, device: torch.device) -> Tile:
+    """The tile of a kind of call: timed on this device if ``FXGROW_TUNE`` is set, else the checked-in one.
+
+    Timings are kept in ``tiles.json`` in the cache folder, by device and version of Triton, and read back.
+    """
+    default = TILES.get(name, TILE)
+    if os.environ.get(TUNE, "0") in ("", "0"):
+        return _tuned.get((_device_name(device), name), default)
+    here = _device_name(device)
+    if (here, name) not in _tuned:
+        kept = _read_tiles()
+        _tuned[here, name] = default  # `tune` itself comes by here
+        if f"{here}: {name}" in kept:
+            block, warps = kept[f"{here}: {name}"]
+            _tuned[here, name] = (int(block), int(warps))
+        else:
+            form, dtype, kind = name.split()
+            tune(getattr(torch, dtype), kind == "noise", form == "woven", device=device)
+    return _tuned[here, name]
+
+
+def _device_name(device: torch.device) -> str:
     import triton
 
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return f"{name}, Triton {triton.__version__}"
+
+
+def _tiles_file() -> Path:
+    return cache_folder() / "tiles.json"
+
+
+def _read_tiles() -> dict[str, list[int]]:
+    """What earlier processes timed; nothing where the file is missing or not ours."""
+    try:
+        kept = json.loads(_tiles_file().read_text())
+        return {str(k): v for k, v in kept.items() if len(v) == 2 and tuple(v) in CANDIDATES}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _keep_tile(key: str, tile: Tile) -> None:
+    """Add a timing to the file; where it cannot be written, the process still has it."""
+    with contextlib.suppress(OSError):
+        path = _tiles_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(suffix=".json", dir=path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump({**_read_tiles(), key: list(tile)}, file, indent=1, sort_keys=True)
+        os.replace(temporary, path)
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    import triton
+
+    return float(triton.testing.do_bench(call))
+
+
+def tune(
+    dtype: torch.dtype = torch.bfloat16,
+    noise: bool = True,
+    interleaved: bool = False,
+    size: int = 4096,
+    device: torch.device | str = "cuda",
+) -> dict[Tile, float]:
+    """Time the tiles of a kind of call on a device (a size x size weight, doubled); keep the best. Microseconds."""
     from fxgrow.kernels.interface import materialise
     from fxgrow.kernels.maps import DimMap, Noise
 
-    name = str(dtype).removeprefix("torch.")
-    index = torch.arange(2 * size) % size
+    device = torch.device(device)
+    name, here = tile_name(str(dtype).removeprefix("torch."), noise, interleaved), _device_name(device)
+    index = torch.arange(2 * size) // 2 if interleaved else torch.arange(2 * size) % size
     dims = [DimMap(index), DimMap(index, split=torch.full((2 * size,), 0.5, dtype=torch.float64))]
-    x = torch.randn(size, size, device="cuda").to(dtype)
-    out = torch.empty(2 * size, 2 * size, dtype=dtype, device="cuda")
+    x = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty(2 * size, 2 * size, dtype=dtype, device=device)
     how = Noise("antisymmetric", 0.1) if noise else None
     times = {}
-    for tile in ((1024, 4), (1024, 2), (2048, 4), (2048, 8), (4096, 8), (4096, 4)):
-        TILES[name, noise] = tile
+    for tile in CANDIDATES:
+        _tuned[here, name] = tile
         call = functools.partial(materialise, x, dims, out=out, noise=how, backend="triton")
-        times[tile] = float(triton.testing.do_bench(call)) * 1000
-    TILES[name, noise] = min(times, key=lambda tile: times[tile])
+        times[tile] = _milliseconds(call) * 1000
+    best = min(times, key=lambda tile: times[tile])
+    _tuned[here, name] = best
+    _keep_tile(f"{here}: {name}", best)
     return times

@@ -16,7 +16,24 @@ import triton.language as tl
 
 
 @triton.jit
-def _philox(quad, node, purpose: tl.constexpr, key0, key1):
+def _wide(a, M: tl.constexpr, TARGET: tl.constexpr):
+    """Low and high word of a * M."""
+    if TARGET == 1:  # one instruction; the compiler would compute some of the words apart
+        return tl.inline_asm_elementwise(
+            "{.reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$0, $1}, p;}",
+            "=r,=r,r,r",
+            [a, tl.full((), M, tl.uint32)],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        p = a.to(tl.uint64) * M
+        return p.to(tl.uint32), (p >> 32).to(tl.uint32)
+
+
+@triton.jit
+def _philox(quad, node, purpose: tl.constexpr, key0, key1, TARGET: tl.constexpr):
     """Four tensors of 32-bit words for int64 quads; Philox 4x32-10."""
     c0 = quad.to(tl.uint32)
     c1 = (quad >> 32).to(tl.uint32)
@@ -25,12 +42,12 @@ def _philox(quad, node, purpose: tl.constexpr, key0, key1):
     k0 = key0.to(tl.uint32)
     k1 = key1.to(tl.uint32)
     for _ in tl.static_range(10):
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1 = p1.to(tl.uint32)
-        c3 = p0.to(tl.uint32)
+        low0, high0 = _wide(c0, 0xD2511F53, TARGET)
+        low1, high1 = _wide(c2, 0xCD9E8D57, TARGET)
+        c0 = high1 ^ c1 ^ k0
+        c2 = high0 ^ c3 ^ k1
+        c1 = low1
+        c3 = low0
         k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
         k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
     return c0, c1, c2, c3
@@ -61,9 +78,14 @@ def _log(y):
 
 
 @triton.jit
-def _draw(words, DIST: tl.constexpr, TARGET: tl.constexpr):
-    """float32 draws of a distribution: 0 bytes, 1 normal, 2 rademacher."""
-    if DIST == 0:
+def _draw(words, DIST: tl.constexpr, C: tl.constexpr, TARGET: tl.constexpr):
+    """Draws of a distribution (0 bytes, 1 normal, 2 rademacher): float32 values, in the compute type."""
+    if DIST == 0 and TARGET == 1 and tl.float64 == C:
+        total = tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, 0x01010101, -510;", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1
+        )
+        return total.to(tl.float64)
+    elif DIST == 0:
         # 2^23 + sum by its bits: conversions from integers run at a fraction of the rate of additions
         if TARGET == 1:
             raised = tl.inline_asm_elementwise(
@@ -72,9 +94,9 @@ def _draw(words, DIST: tl.constexpr, TARGET: tl.constexpr):
         else:
             pairs = (words & 0x00FF00FF) + ((words >> 8) & 0x00FF00FF)
             raised = ((pairs & 0xFFFF) + (pairs >> 16)) | 0x4B000000
-        return raised.to(tl.float32, bitcast=True) - 8389118.0
+        return (raised.to(tl.float32, bitcast=True) - 8389118.0).to(C)
     elif DIST == 2:
-        return 1.0 - (words >> 31).to(tl.int32).to(tl.float32) * 2.0
+        return (1.0 - (words >> 31).to(tl.int32).to(tl.float32) * 2.0).to(C)
     else:
         x = ((words >> 8).to(tl.int32) * 2 - 16777215).to(tl.float32) * 5.9604644775390625e-08
         w = 0.0 - _log((1.0 - x) * (1.0 + x))
@@ -96,7 +118,7 @@ def _draw(words, DIST: tl.constexpr, TARGET: tl.constexpr):
         q = q * t + 0.00943887047
         q = q * t + 1.00167406
         q = q * t + 2.83297682
-        return tl.where(w < 5.0, p, q) * x
+        return (tl.where(w < 5.0, p, q) * x).to(C)
 
 
 @triton.jit
@@ -124,6 +146,15 @@ def _widen(x, C: tl.constexpr, TARGET: tl.constexpr):
 def _round(x, D: tl.constexpr, C: tl.constexpr, TARGET: tl.constexpr):
     if D == C:
         return x
+    elif TARGET == 1 and tl.bfloat16 == D:  # NVIDIA rounds two at a time
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xFFFF0000;}",
+            "=f,=f,f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
     else:
         return _widen(_narrow(x, D, TARGET), C, TARGET)
 
@@ -145,18 +176,120 @@ def _sign(x, C: tl.constexpr):
 
 
 @triton.jit
-def _flip(e, sign, C: tl.constexpr):
-    """e with its sign bit turned where `sign` has it."""
-    return (_bits(e, C) ^ sign).to(C, bitcast=True)
+def _flip(e, x, C: tl.constexpr, TARGET: tl.constexpr):
+    """e with its sign bit turned where x has it."""
+    if TARGET == 1 and tl.float32 == C:  # one instruction; left to itself the compiler makes two
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, 0x80000000, 0x78;", "=f,f,f", [e, x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return (_bits(e, C) ^ _sign(x, C)).to(C, bitcast=True)
+
+
+@triton.jit
+def _signed(magnitude, x, raw, D: tl.constexpr, C: tl.constexpr, TARGET: tl.constexpr):
+    """The magnitude with the sign of x, in the destination type. `raw`: x as it was read."""
+    if TARGET == 1 and tl.float64 == C:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high, x_low, x_high;
+            mov.b64 {low, high}, $1;
+            mov.b64 {x_low, x_high}, $2;
+            lop3.b32 high, high, x_high, 0x80000000, 0xF8;
+            mov.b64 $0, {low, high};
+            }""",
+            "=d,d,d",
+            [magnitude, x],
+            dtype=tl.float64,
+            is_pure=True,
+            pack=1,
+        )
+    elif TARGET == 1:
+        if D.primitive_bitwidth == 16 and raw.dtype == D:  # two at a time, sign and all
+            if tl.bfloat16 == D:
+                return tl.inline_asm_elementwise(
+                    "{.reg .b32 t; cvt.rn.bf16x2.f32 t, $2, $1; lop3.b32 $0, t, $3, 0x80008000, 0xF8;}",
+                    "=r,f,f,r",
+                    [magnitude, raw],
+                    dtype=tl.bfloat16,
+                    is_pure=True,
+                    pack=2,
+                )
+            else:
+                return tl.inline_asm_elementwise(
+                    "{.reg .b32 t; cvt.rn.f16x2.f32 t, $2, $1; lop3.b32 $0, t, $3, 0x80008000, 0xF8;}",
+                    "=r,f,f,r",
+                    [magnitude, raw],
+                    dtype=tl.float16,
+                    is_pure=True,
+                    pack=2,
+                )
+        else:
+            return _narrow(
+                tl.inline_asm_elementwise(
+                    "lop3.b32 $0, $1, $2, 0x80000000, 0xF8;",
+                    "=f,f,f",
+                    [magnitude, x],
+                    dtype=tl.float32,
+                    is_pure=True,
+                    pack=1,
+                ),
+                D,
+                TARGET,
+            )
+    else:
+        return _narrow((_bits(magnitude, C) | _sign(x, C)).to(C, bitcast=True), D, TARGET)
 
 
 @triton.jit
 def _halve(w, m, D: tl.constexpr, C: tl.constexpr, TARGET: tl.constexpr):
-    """Two non-negative halves that sum to w exactly; the left one is the bigger where m >= 0."""
-    big = tl.minimum(_round(w * 0.5 + tl.abs(m), D, C, TARGET), w)
-    small = tl.where(w == float("inf"), w, w - big)
-    swap = m < 0
-    return tl.where(swap, small, big), tl.where(swap, big, small)
+    """Two halves that sum to w exactly; the left one is the bigger where m >= 0. Infinity gives twice itself.
+
+    They are non-negative, as w is; on NVIDIA in float64 signs do not matter, of w or of the halves.
+    """
+    if TARGET == 1 and tl.float64 == C:
+        # written out: every value is two registers and every operation two instructions, but for signs and predicates
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred less, finite, swap, keep;
+            .reg .f64 big, small, size;
+            .reg .b32 low, high, w_low, w_high, big_low, big_high, left, right, left_high, right_high;
+            mov.b64 {w_low, w_high}, $2;
+            abs.f64 size, $2;
+            abs.f64 small, $3;
+            mul.rn.f64 big, size, 0d3FE0000000000000;
+            add.rn.f64 big, big, small;
+            setp.lt.f64 less, big, size;
+            mov.b64 {big_low, big_high}, big;
+            selp.b32 big_low, big_low, w_low, less;
+            selp.b32 big_high, big_high, w_high, less;
+            mov.b64 big, {big_low, big_high};
+            abs.f64 big, big;
+            sub.rn.f64 small, size, big;
+            mov.b64 {low, high}, small;
+            setp.lt.f64 finite, size, 0d7FF0000000000000;
+            setp.lt.and.f64 swap|keep, $3, 0d0000000000000000, finite;
+            selp.b32 left, low, big_low, swap;
+            selp.b32 left_high, high, big_high, swap;
+            selp.b32 right, low, big_low, keep;
+            selp.b32 right_high, high, big_high, keep;
+            mov.b64 $0, {left, left_high};
+            mov.b64 $1, {right, right_high};
+            }""",
+            "=d,=d,d,d",
+            [w, m],
+            dtype=(tl.float64, tl.float64),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        big = tl.minimum(_round(w * 0.5 + tl.abs(m), D, C, TARGET), w)
+        swap = m < 0
+        # infinity has no other half than itself
+        small = (
+            tl.where(w == float("inf"), w, w - big) if tl.float64 == C else w - tl.minimum(big, 3.4028234663852886e38)
+        )
+        return tl.where(swap, small, big), tl.where(swap, big, small)
 
 
 @triton.jit
@@ -168,26 +301,48 @@ def _quads(
     DIST: tl.constexpr,
     PURPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
-    D: tl.constexpr,
+    RUN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    C: tl.constexpr,
     TARGET: tl.constexpr,
 ):
-    """Draws at [linear, linear + BLOCK), linear a multiple of 4: one Philox call per four values.
+    """Draws at [linear, linear + BLOCK), linear a multiple of 4, as a tile (see `_tile`): one Philox call per four.
 
-    The shapes follow the stores: a thread holds 16 bytes of neighbours, eight values of a 16-bit type, so that no value
-    has to change threads.
+    A thread draws for the run it holds, so that no value has to change threads.
     """
-    if D.primitive_bitwidth == 16:
+    if RUN == 8:
         quad = (linear >> 2) + 2 * tl.arange(0, BLOCK // 8)
-        a0, a1, a2, a3 = _philox(quad, node, PURPOSE, key0, key1)
-        b0, b1, b2, b3 = _philox(quad + 1, node, PURPOSE, key0, key1)
+        a0, a1, a2, a3 = _philox(quad, node, PURPOSE, key0, key1, TARGET)
+        b0, b1, b2, b3 = _philox(quad + 1, node, PURPOSE, key0, key1, TARGET)
         even = tl.join(tl.join(a0, b0), tl.join(a2, b2))
         odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))
     else:
         quad = (linear >> 2) + tl.arange(0, BLOCK // 4)
-        w0, w1, w2, w3 = _philox(quad, node, PURPOSE, key0, key1)
+        w0, w1, w2, w3 = _philox(quad, node, PURPOSE, key0, key1, TARGET)
         even = tl.join(w0, w2)
         odd = tl.join(w1, w3)
-    return _draw(tl.reshape(tl.join(even, odd), (BLOCK,)), DIST, TARGET)
+    runs = tl.reshape(tl.join(even, odd), (BLOCK // RUN, RUN // WIDTH, WIDTH))
+    return _draw(tl.permute(runs, (1, 0, 2)), DIST, C, TARGET)
+
+
+@triton.jit
+def _tile(BLOCK: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns of a tile, (RUN // WIDTH, BLOCK // RUN, WIDTH).
+
+    A thread holds runs of RUN columns, whole quads of the generator, in pieces of WIDTH, as many as one access moves.
+    """
+    piece = tl.arange(0, RUN // WIDTH)[:, None, None] * WIDTH
+    return piece + tl.arange(0, BLOCK // RUN)[None, :, None] * RUN + tl.arange(0, WIDTH)[None, None, :]
+
+
+@triton.jit
+def _reshaped(x, BLOCK: tl.constexpr, RUN: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr):
+    """A tile of pieces of FROM columns as one of pieces of TO, FROM a multiple of TO."""
+    if FROM == TO:
+        return x
+    else:
+        x = tl.reshape(x, (RUN // FROM, BLOCK // RUN, FROM // TO, TO))
+        return tl.reshape(tl.permute(x, (0, 2, 1, 3)), (RUN // TO, BLOCK // RUN, TO))
 
 
 @triton.jit(do_not_specialize=["key0", "key1", "row_step", "row_offset", "row_base"])
@@ -222,61 +377,78 @@ def scatter(
     lean and spread of the cuts of up to four leaves; bit k of LEAN says that the lean of cut k is not 0.
     """
     D: tl.constexpr = target.dtype.element_ty
+    LOAD: tl.constexpr = 128 // D.primitive_bitwidth  # columns of an access
+    RUN: tl.constexpr = 8 if LOAD == 8 else 4
+    WIDTH: tl.constexpr = LOAD // 2 if INTERLEAVED else LOAD  # interleaved, an access stores half as many columns
     row = tl.program_id(1 if ROWS_LAST else 0).to(tl.int64)
     start = tl.program_id(0 if ROWS_LAST else 1) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
+    wide = start + _tile(BLOCK, RUN, LOAD)
+    raw = _reshaped(tl.load(source + row * source_stride + wide, mask=wide < columns), BLOCK, RUN, LOAD, WIDTH)
+    offsets = start + _tile(BLOCK, RUN, WIDTH)
     inside = offsets < columns
-    raw = tl.load(source + row * source_stride + offsets, mask=inside)
     if not SPLIT:
         # every place gets the same bits
         value = _narrow(_widen(raw, C, TARGET), D, TARGET) if raw.dtype != D else raw
         for copy in tl.static_range(ROW_COPIES):
             place = target + (row * row_step + copy * row_offset) * target_stride
-            if INTERLEAVED and LEAVES == 2:
-                _store_interleaved(place, value, value, start, columns, BLOCK)
+            if INTERLEAVED:
+                _store_interleaved(place, value, value, start, columns, BLOCK, RUN, WIDTH)
             else:
                 for k in tl.static_range(LEAVES):
                     tl.store(place + k * columns + offsets, value, mask=inside)
     else:
         x = _widen(raw, C, TARGET)
         x = _round(x, D, C, TARGET) if raw.dtype != D else x
-        sign = _sign(x, C)
-        whole = tl.abs(x)
+        whole = x if TARGET == 1 and tl.float64 == C else tl.abs(x)
         for copy in tl.static_range(ROW_COPIES):
             to_row = row * row_step + copy * row_offset
             place = target + to_row * target_stride
             linear = (row_base + to_row) * row_linear + start
             left, right = _cut(
-                whole, sign, linear, 1, 0, parameters, key0, key1, NOISE, LEAN, DIST, BLOCK, D, C, TARGET
+                whole, x, linear, 1, 0, parameters, key0, key1, NOISE, LEAN, DIST, BLOCK, RUN, WIDTH, D, C, TARGET
             )
-            if LEAVES == 2:
-                if INTERLEAVED:
-                    a = _narrow((_bits(left, C) | sign).to(C, bitcast=True), D, TARGET)
-                    b = _narrow((_bits(right, C) | sign).to(C, bitcast=True), D, TARGET)
-                    _store_interleaved(place, a, b, start, columns, BLOCK)
-                else:
-                    _put(place, left, sign, offsets, inside, D, C, TARGET)
-                    _put(place + columns, right, sign, offsets, inside, D, C, TARGET)
+            if INTERLEAVED:
+                a, b = _signed(left, x, raw, D, C, TARGET), _signed(right, x, raw, D, C, TARGET)
+                _store_interleaved(place, a, b, start, columns, BLOCK, RUN, WIDTH)
+            elif LEAVES == 2:
+                tl.store(place + offsets, _signed(left, x, raw, D, C, TARGET), mask=inside)
+                tl.store(place + columns + offsets, _signed(right, x, raw, D, C, TARGET), mask=inside)
             else:
                 first, second = _cut(
-                    left, sign, linear, 2, 1, parameters, key0, key1, NOISE, LEAN, DIST, BLOCK, D, C, TARGET
+                    left, x, linear, 2, 1, parameters, key0, key1, NOISE, LEAN, DIST, BLOCK, RUN, WIDTH, D, C, TARGET
                 )
-                _put(place, first, sign, offsets, inside, D, C, TARGET)
-                _put(place + columns, second, sign, offsets, inside, D, C, TARGET)
+                tl.store(place + offsets, _signed(first, x, raw, D, C, TARGET), mask=inside)
+                tl.store(place + columns + offsets, _signed(second, x, raw, D, C, TARGET), mask=inside)
                 if LEAVES == 3:
-                    _put(place + 2 * columns, right, sign, offsets, inside, D, C, TARGET)
+                    tl.store(place + 2 * columns + offsets, _signed(right, x, raw, D, C, TARGET), mask=inside)
                 else:
                     third, fourth = _cut(
-                        right, sign, linear, 3, 2, parameters, key0, key1, NOISE, LEAN, DIST, BLOCK, D, C, TARGET
+                        right,
+                        x,
+                        linear,
+                        3,
+                        2,
+                        parameters,
+                        key0,
+                        key1,
+                        NOISE,
+                        LEAN,
+                        DIST,
+                        BLOCK,
+                        RUN,
+                        WIDTH,
+                        D,
+                        C,
+                        TARGET,
                     )
-                    _put(place + 2 * columns, third, sign, offsets, inside, D, C, TARGET)
-                    _put(place + 3 * columns, fourth, sign, offsets, inside, D, C, TARGET)
+                    tl.store(place + 2 * columns + offsets, _signed(third, x, raw, D, C, TARGET), mask=inside)
+                    tl.store(place + 3 * columns + offsets, _signed(fourth, x, raw, D, C, TARGET), mask=inside)
 
 
 @triton.jit
 def _cut(
     w,
-    sign,
+    x,
     linear,
     node: tl.constexpr,
     which: tl.constexpr,
@@ -287,18 +459,19 @@ def _cut(
     LEAN: tl.constexpr,
     DIST: tl.constexpr,
     BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
+    WIDTH: tl.constexpr,
     D: tl.constexpr,
     C: tl.constexpr,
     TARGET: tl.constexpr,
 ):
     m = tl.zeros_like(w)
     if LEAN >> which & 1:
-        m = tl.load(parameters + 2 * which).to(C) * w
+        m = tl.load(parameters + 2 * which).to(C) * tl.abs(w)
     if NOISE:
         spread = tl.load(parameters + 2 * which + 1).to(C)
-        e = _flip(
-            _quads(linear, tl.full((), node, tl.uint32), key0, key1, DIST, 0, BLOCK, D, TARGET).to(C) * spread, sign, C
-        )
+        raw = _quads(linear, tl.full((), node, tl.uint32), key0, key1, DIST, 0, BLOCK, RUN, WIDTH, C, TARGET)
+        e = _flip(raw * spread, x, C, TARGET)
         if LEAN >> which & 1:
             m = m + e
         else:
@@ -307,25 +480,36 @@ def _cut(
 
 
 @triton.jit
-def _put(place, magnitude, sign, offsets, inside, D: tl.constexpr, C: tl.constexpr, TARGET: tl.constexpr):
-    value = (_bits(magnitude, C) | sign).to(C, bitcast=True)
-    tl.store(place + offsets, _narrow(value, D, TARGET), mask=inside)
-
-
-@triton.jit
-def _store_interleaved(place, a, b, start, columns, BLOCK: tl.constexpr):
-    both = tl.interleave(a, b)
-    at = 2 * start + tl.arange(0, 2 * BLOCK)
+def _store_interleaved(place, a, b, start, columns, BLOCK: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr):
+    both = tl.reshape(tl.join(a, b), (RUN // WIDTH, BLOCK // RUN, 2 * WIDTH))
+    at = 2 * start + _tile(2 * BLOCK, 2 * RUN, 2 * WIDTH)
     tl.store(place + at, both, mask=at < 2 * columns)
 
 
 @triton.jit
-def _draw_at(linear, node, key0, key1, DIST: tl.constexpr, PURPOSE: tl.constexpr, TARGET: tl.constexpr):
+def _draw_at(
+    linear, node, key0, key1, DIST: tl.constexpr, PURPOSE: tl.constexpr, C: tl.constexpr, TARGET: tl.constexpr
+):
     """Draws at arbitrary linear indices: one Philox call each."""
-    w0, w1, w2, w3 = _philox(linear >> 2, node, PURPOSE, key0, key1)
+    w0, w1, w2, w3 = _philox(linear >> 2, node, PURPOSE, key0, key1, TARGET)
     lane = linear & 3
     words = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
-    return _draw(words, DIST, TARGET)
+    return _draw(words, DIST, C, TARGET)
+
+
+@triton.jit
+def _one_each(offsets, TARGET: tl.constexpr):
+    """The same offsets; that they are neighbours is hidden from the compiler.
+
+    Else it gives each load and store as many neighbours a thread as its type allows, and moves values between threads
+    through shared memory.
+    """
+    if TARGET == 1:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [offsets], dtype=tl.int32, is_pure=True, pack=1)
+    elif TARGET == 2:
+        return tl.inline_asm_elementwise("v_mov_b32 $0, $1", "=v,v", [offsets], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return offsets
 
 
 @triton.jit
@@ -384,7 +568,7 @@ def gather(
     blocks = tl.cdiv(columns, BLOCK)
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
-    offsets = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    offsets = _one_each((program % blocks) * BLOCK + tl.arange(0, BLOCK), TARGET)
     inside = offsets < columns
     table = row_offsets + row * 8
     if INDEXED:
@@ -420,8 +604,8 @@ def gather(
             else:
                 x = tl.where(literal, x, x * factor.to(C))
         if HAS_BIRTHS:
-            born = _draw_at(tl.load(table + 2) + unit, tl.full((), 0, tl.uint32), random0, random1, 0, 3, TARGET)
-            x = tl.where(code == 1, born.to(C) * tl.load(parameters).to(C), x)
+            born = _draw_at(tl.load(table + 2) + unit, tl.full((), 0, tl.uint32), random0, random1, 0, 3, C, TARGET)
+            x = tl.where(code == 1, born * tl.load(parameters).to(C), x)
             x = tl.where(code == 3, tl.load(parameters + 3).to(C), x)
             x = tl.where(code == 0, tl.zeros((BLOCK,), C), x)
         x = _round(x, D, C, TARGET)
@@ -432,7 +616,6 @@ def gather(
             linear = tl.load(table + 3) + offsets + column_offset
             entry = tl.load(table + 7) + tl.zeros((BLOCK,), tl.int64)
         if TREE:
-            sign = _sign(x, C)
             w = tl.abs(x)
             for level in range(levels):
                 at = level * entries + entry
@@ -440,23 +623,23 @@ def gather(
                 m = tl.load(tree_numbers + 2 * at, mask=inside, other=0.0).to(C) * w
                 if TREE_NOISE:
                     spread = tl.load(tree_numbers + 2 * at + 1, mask=inside, other=0.0).to(C)
-                    raw = _draw_at(linear, tl.abs(node), key0, key1, DIST, 0, TARGET)
-                    m = m + _flip(raw.to(C) * spread, sign, C)
+                    raw = _draw_at(linear, tl.abs(node), key0, key1, DIST, 0, C, TARGET)
+                    m = m + _flip(raw * spread, x, C, TARGET)
                 left, right = _halve(w, m, D, C, TARGET)
                 half = tl.where(node < 0, right, left)
                 w = tl.where((node != 0) & (w < float("inf")), half, w)
-            x = (_bits(w, C) | sign).to(C, bitcast=True)
+            x = (_bits(w, C) | _sign(x, C)).to(C, bitcast=True)
         if PAIRS:
             pair = tl.load(pairs + entry, mask=inside, other=0)
-            raw = _draw_at(linear, tl.abs(pair), key0, key1, DIST, 1, TARGET)
-            z = _round(raw.to(C) * tl.load(parameters + 1).to(C), D, C, TARGET)
+            raw = _draw_at(linear, tl.abs(pair), key0, key1, DIST, 1, C, TARGET)
+            z = _round(raw * tl.load(parameters + 1).to(C), D, C, TARGET)
             x = tl.where(pair == 0, x, tl.where(pair < 0, -z, z))
         if INDEPENDENT:
             raw = _draw_at(
-                tl.load(table + 4) + offsets + column_offset, tl.full((), 0, tl.uint32), key0, key1, DIST, 2, TARGET
+                tl.load(table + 4) + offsets + column_offset, tl.full((), 0, tl.uint32), key0, key1, DIST, 2, C, TARGET
             )
             later = tl.zeros((BLOCK,), tl.int1) | (tl.load(row_flags + row * 3 + 2) != 0)
             if COLUMN_COPIES:
                 later = later | (tl.load(copies + offsets, mask=inside, other=0) != 0)
-            x = tl.where(later, x + raw.to(C) * tl.load(parameters + 2).to(C), x)
+            x = tl.where(later, x + raw * tl.load(parameters + 2).to(C), x)
         tl.store(place, _narrow(x, D, TARGET), mask=inside)

@@ -155,6 +155,27 @@ def test_without_a_compiler_it_falls_back_with_one_warning(tmp_path: Path) -> No
     assert second.startswith("cpu: not available, no C++ compiler")
 
 
+@pytest.mark.parametrize(
+    ("environment", "used"),
+    [
+        ({}, "cpu" if missing is None else "torch"),
+        ({"FXGROW_KERNELS": "torch"}, "torch"),
+        ({"FXGROW_KERNELS": "cpu"}, "cpu"),
+        ({"CXX": "no-such-compiler"}, "torch"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU two backends are in use")
+def test_version_lists_the_backends_and_which_is_used(environment: dict[str, str], used: str, tmp_path: Path) -> None:
+    if "CXX" in environment:
+        environment = {**environment, "FXGROW_CACHE": str(tmp_path)}
+    done = _run("from fxgrow.cli import app; app(['--version'])", **environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("kernels: ")]
+    assert [line.split()[1] for line in lines] == ["torch", "cpu", "triton"]
+    marked = [line.split()[1] for line in lines if "(used" in line]
+    assert marked == ([used] if used == "torch" or missing is None else [])
+
+
 def test_a_compiler_that_fails_is_reported(tmp_path: Path) -> None:
     code = (
         "import torch\nfrom fxgrow.kernels import DimMap, materialise\n"

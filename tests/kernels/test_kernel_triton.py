@@ -64,11 +64,12 @@ print("ok", forms)
 """
 
 
-def interpret(code: str) -> None:
+def interpret(code: str) -> str:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("ok"), done.stdout
+    return done.stdout.strip()
 
 
 def test_scatter_form_equals_the_reference() -> None:
@@ -79,6 +80,37 @@ def test_scatter_form_equals_the_reference() -> None:
 def test_general_form_equals_the_reference() -> None:
     """Random maps, fills, scales, noise and shards."""
     interpret(INTERPRETED.format(here=str(HERE)) + GATHER.format(lo=0, hi=150))
+
+
+TUNED = """
+timed = []
+def clock(call):
+    call()
+    timed.append(gpu._tuned[here, "plain float32 noise"])
+    return abs(timed[-1][0] - 1024) + timed[-1][1]
+here = gpu._device_name(torch.device("cpu"))
+gpu._milliseconds, gpu.tune.__defaults__ = clock, (torch.bfloat16, True, False, 16, "cuda")
+x, dims = torch.randn(4, 16), [None, tiled(16, 32, True)]
+noise = Noise("antisymmetric", 0.1)
+check(x, dims, noise=noise)
+check(x, dims, noise=noise)
+print("ok", timed, gpu.tile_of("plain float32 noise", torch.device("cpu")))
+"""
+
+
+def test_tiles_are_timed_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With FXGROW_TUNE the first call of a kind times every tile, the next process reads the best; a broken file counts
+    as none; without the variable nothing is timed."""
+    code = INTERPRETED.format(here=str(HERE)) + TUNED
+    monkeypatch.setenv("FXGROW_CACHE", str(tmp_path))
+    assert interpret(code).split("]")[0] == "ok ["
+    monkeypatch.setenv("FXGROW_TUNE", "1")
+    first = interpret(code)
+    assert first.count("(") == 7
+    assert first.endswith("] (1024, 2)")
+    assert interpret(code) == "ok [] (1024, 2)"
+    (tmp_path / "tiles.json").write_text("[1, 2")
+    assert interpret(code) == first
 
 
 @pytest.fixture(scope="module", params=list(aot.TARGETS))
@@ -97,21 +129,21 @@ def pick(rows: list[dict[str, Any]], *kernels: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_machine_code(machine_code: list[dict[str, Any]]) -> None:
-    """No spills anywhere; the scatter form loads and stores 128 bits; instructions per output, and shared memory."""
+    """No spills and no shared memory anywhere; the scatter form loads and stores 128 bits; instructions per output."""
     nvidia = machine_code[0]["target"].startswith("sm_")
     for row in machine_code:
-        assert row["spills"] == 0, row
-        assert 0 < row["registers"] <= 128, row
+        assert row["spills"] == row["shared_bytes"] == 0, row
+        assert 0 < row["registers"] <= 168, row
     for row in pick(machine_code, "copy", "pair", "triple", "quad", "woven"):
         assert row["widest_load_bits"] == row["widest_store_bits"] == 128, row
-    for row in pick(machine_code, "copy", "pair", "triple", "quad"):
-        if row["dtype"] != "float64":  # float64 pairs change threads through shared memory
-            assert row["shared_bytes"] == 0, row
     if not nvidia:
         return
     for row in pick(machine_code, "copy"):
         assert row["instructions_per_output"] <= 4, row
-    for row in pick(machine_code, "pair"):
-        assert row["instructions_per_output"] <= (21 if row["dtype"] != "float64" else 28), row
-    for row in pick(machine_code, "triple", "quad", "woven"):
-        assert row["instructions_per_output"] <= 24, row
+    for row in pick(machine_code, "pair", "triple", "quad", "woven"):
+        if row["kernel"] in ("triple", "quad") and row["dtype"] == "float64":
+            # a cut is 10 instructions of Philox and 16 of two registers each; two cuts for three outputs make 18,
+            # three for four 20, before the first load, store or address
+            assert row["instructions_per_output"] <= 27, row
+        else:
+            assert row["instructions_per_output"] <= 21, row
