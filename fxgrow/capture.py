@@ -28,7 +28,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from fxgrow.errors import CaptureError
-from fxgrow.structure import describe
+from fxgrow.structure import describe, take_apart
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Axes
@@ -42,8 +42,9 @@ class Call:
     """One way of calling a model: its name, example inputs, and what tells it from the others.
 
     ``inputs`` are the forward parameters that take tensors, ``constants`` the values of those that do not.
-    ``training`` is the mode it serves, None for both; ``structure`` describes what it returns where that is no plain
-    tuple, list or dict (see :mod:`fxgrow.structure`), the graph then returns the leaves.
+    ``nested`` are the parameters that take a list, tuple or dict of them: each to its structure (see
+    :mod:`fxgrow.structure`) and the names of its leaves. ``training`` is the mode it serves, None for both.
+    ``structure`` describes what it returns where that is no plain tuple, list or dict; the graph then returns leaves.
     """
 
     name: str
@@ -53,6 +54,17 @@ class Call:
     constants: dict[str, Any] = field(default_factory=dict)
     training: bool | None = None
     structure: str | None = None
+    nested: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
+
+    def leaves(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The arguments with nested ones taken apart; None where they are not built like the example's."""
+        out = dict(given)
+        for name, (structure, names) in self.nested.items():
+            found = take_apart(out.pop(name, None), structure)
+            if found is None:
+                return None
+            out |= dict(zip(names, found, strict=True))
+        return out
 
     @property
     def label(self) -> str:
@@ -80,7 +92,7 @@ class Program:
         args, kwargs: the example inputs (clones), of the first call where there are several.
         calls: every way of calling the model that was captured. With several, the graph holds them side by side: the
             nodes of call k > 0 have ``meta["call"] == k``, parameters are shared, the output node is a tuple.
-        signature: the forward method's parameters in order.
+        signature, defaults: the forward method's parameters in order, and the plain values they default to.
     """
 
     graph: fx.Graph
@@ -99,6 +111,7 @@ class Program:
     containers: dict[str, str] = field(default_factory=dict)  # module path -> class name of the whole module tree
     calls: list[Call] = field(default_factory=list)
     signature: list[str] = field(default_factory=list)
+    defaults: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     _axes: Axes | None = None
 
@@ -306,14 +319,6 @@ def _calls(args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: Mapping
             out.append(Call(name, _distinct(tuple(inputs)), {}))
         else:
             raise CaptureError(f"calls[{name!r}] must be a tuple of arguments or a dict of keyword arguments")
-    for call in out:
-        for label, value in [*enumerate(call.args), *call.kwargs.items()]:
-            nested = isinstance(value, list | tuple | dict)
-            if nested and any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)):
-                raise CaptureError(
-                    f"input {label!r} is a {type(value).__name__} of tensors; a grown module takes tensors one by one: "
-                    "wrap the model so that each is an argument of its own"
-                )
     return out
 
 
@@ -331,7 +336,7 @@ def _remembered(model: nn.Module, calls: list[Call]) -> Program | None:
         return None  # somebody changed it: trace what is there now
     examples: dict[int, Call] = {}
     for call in calls:
-        fitting = matching_calls(before.signature, before.calls, call.args, call.kwargs)
+        fitting = matching_calls(before, call.args, call.kwargs)
         if not fitting:
             return None
         examples |= dict.fromkeys(fitting, call)
@@ -370,25 +375,37 @@ def program_of(module: fx.GraphModule, program: Program) -> Program:
 
 
 def matching_calls(
-    signature: Sequence[str],
-    calls: Sequence[Call],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    training: bool | None = None,
+    program: Program, args: Sequence[Any], kwargs: Mapping[str, Any], training: bool | None = None
 ) -> list[int]:
-    """The numbers of the calls whose inputs are those given (None counts as not given), of one mode or of any."""
+    """The numbers of the calls that take these arguments, of one mode or of any.
+
+    The tensors given must be those of the example; every other argument, given or left at its default, must have the
+    example's value, which is part of the graph.
+    """
+    calls, names = program.calls, program.signature
     asked = [n for n, c in enumerate(calls) if c.serves(training)]
     alone = len({c.name for c in calls}) == 1
-    if len(args) > len(signature):
+    if len(args) > len(names):  # forward(*args)
         return asked if alone else []
-    given = {**dict(zip(signature, args, strict=False)), **kwargs}
-    tensors = {n for n, v in given.items() if isinstance(v, torch.Tensor)}
-    found = [
-        n
-        for n in asked
-        if tensors == set(calls[n].inputs) and all(given.get(k, v) == v for k, v in calls[n].constants.items())
-    ]
-    return found or [n for n in asked if alone and not calls[n].inputs]
+    together = {**dict(zip(names, args, strict=False)), **kwargs}
+    found = []
+    for number in asked:
+        call, given = calls[number], calls[number].leaves(together)
+        if given is None or {n for n, v in given.items() if isinstance(v, torch.Tensor)} != set(call.inputs):
+            continue
+        others = {n for n in (*given, *call.constants) if n not in call.inputs}
+        here, there = {**program.defaults, **given}, {**program.defaults, **call.constants}
+        if all(_same_constant(here.get(n), there.get(n)) for n in others):
+            found.append(number)
+    return found or [n for n in asked if alone and not calls[n].inputs and not given_tensors(together)]
+
+
+def given_tensors(arguments: Mapping[str, Any]) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in arguments.values())
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and bool(a == b)) or (isinstance(a, int | float) and bool(a == b))
 
 
 def _distinct(value: Any) -> Any:
@@ -452,6 +469,13 @@ def _named_keywords(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[Non
 
 def _positional(model: nn.Module) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    plain = (type(None), bool, int, float, str)
+    return {
+        n: p.default for n, p in inspect.signature(model.forward).parameters.items() if isinstance(p.default, plain)
+    }
 
 
 def _capture_message(model: nn.Module, error: Exception) -> str:
@@ -597,6 +621,7 @@ def _program(
     for number, ((exported, flags), call) in enumerate(zip(traces, calls, strict=True)):
         before = set(graph.nodes)
         structures.append(_trace_into(graph, exported, flags, aliases, attributes, constants, call, number))
+        call.nested = _nested_inputs(model, exported, call)
         shared = set(attributes.values())
         for node in graph.nodes:
             if number and node not in before and node not in shared:
@@ -605,6 +630,7 @@ def _program(
             for path, cls in (node.meta.get("nn_module_stack") or {}).values():
                 types.setdefault(_clean(path), cls if isinstance(cls, str) else cls.__qualname__)
     graph.output(structures[0] if len(structures) == 1 else tuple(structures))
+    _fold_constants(graph, constants)
     graph.eliminate_dead_code(is_impure_node=_impure)
     needed = False
     for node in reversed([n for n in graph.nodes if n.op == "placeholder"]):
@@ -633,9 +659,27 @@ def _program(
         containers={n: type(m).__name__ for n, m in model.named_modules()},
         calls=calls,
         signature=_positional(model),
+        defaults=_defaults(model),
     )
     graph.lint()
     return program
+
+
+def _nested_inputs(
+    model: nn.Module, exported: torch.export.ExportedProgram, call: Call
+) -> dict[str, tuple[str, list[str]]]:
+    """The forward parameters whose example is a list, tuple or dict, with the placeholders of their leaves."""
+    specs = exported.graph_signature.input_specs
+    names = iter([_argument_name(s.arg) for s in specs if s.kind is InputKind.USER_INPUT])
+    signature = _positional(model)
+    out: dict[str, tuple[str, list[str]]] = {}
+    for number, value in [*enumerate(call.args), *call.kwargs.items()]:
+        leaves, spec = pytree.tree_flatten(value)
+        mine = [next(names) for _ in leaves]
+        parameter = signature[number] if isinstance(number, int) and number < len(signature) else str(number)
+        if isinstance(value, list | tuple | dict) and leaves:
+            out[parameter] = (describe(value, spec), mine)
+    return out
 
 
 def _trace_into(
@@ -680,8 +724,7 @@ def _trace_into(
                     call.inputs.append(node.name)
                 else:
                     new = graph.placeholder(label, default_value=value)
-                    if value is not None:
-                        call.constants[node.name] = value
+                    call.constants[node.name] = value
                 new.meta = {"val": node.meta.get("val"), "module_path": "", "source": "", "input": node.name}
                 env[node] = new
             else:
@@ -714,6 +757,20 @@ def _views_to_reshapes(graph: fx.Graph) -> None:
 
     Only where something is written in place can it matter that a view shares memory; then views stay.
     """
+    written = {n for n in _written(graph) if n.op != "get_attr"}
+    for node in graph.nodes:
+        if node.target == torch.ops.aten.view.default and node not in written:
+            node.target = torch.ops.aten.reshape.default
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether an op changes the values of its first operand (``detach_`` changes none)."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable and str(node.target) != "aten.detach_.default")
+
+
+def _written(graph: fx.Graph) -> set[fx.Node]:
+    """Every value whose memory some op writes into, its views included."""
     memory: dict[fx.Node, fx.Node] = {}  # value -> the value whose memory it may share
     written: set[fx.Node] = set()
     for node in graph.nodes:
@@ -723,11 +780,68 @@ def _views_to_reshapes(graph: fx.Graph) -> None:
         )
         operands = node.all_input_nodes
         memory[node] = memory[operands[0]] if shares and operands else node
-        if schema is not None and schema.is_mutable and operands and operands[0].op != "get_attr":
+        if _writes(node) and operands:
             written.add(memory[operands[0]])
+    return {n for n, base in memory.items() if base in written}
+
+
+#: a computed constant of more entries than this stays computed
+_FOLD_LIMIT = 1 << 16
+
+
+def _fold_constants(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:
+    """Compute what depends on no input and no weight, such as ALiBi's slopes, once: constants grow, ``arange`` cannot.
+
+    Tensors of one value stay as they are; their sizes follow by themselves.
+    """
+    written = _written(graph)
+    values: dict[fx.Node, torch.Tensor] = {}
+    told_apart: set[fx.Node] = set()  # computed from consecutive numbers
+    found: list[fx.Node] = []
     for node in graph.nodes:
-        if node.target == torch.ops.aten.view.default and memory[node] not in written:
-            node.target = torch.ops.aten.reshape.default
+        if node.op == "get_attr" and node.target in constants and node not in written:
+            values[node] = constants[node.target]
+        if node.op != "call_function" or node in written or not _computable(node, values):
+            continue
+        try:
+            values[node] = _compute(node, values)
+        except (RuntimeError, TypeError, ValueError):
+            continue
+        name = str(node.target)
+        if name.startswith(("aten.arange", "aten.linspace")) or any(i in told_apart for i in node.all_input_nodes):
+            told_apart.add(node)
+    for node in told_apart:
+        ranges = str(node.target).startswith(("aten.arange", "aten.linspace"))
+        if not ranges and values[node].dim() and any(u not in values for u in node.users):
+            found.append(node)
+    for node in found:
+        name = f"constant_{node.name}"
+        constants[name] = values[node].detach().clone()
+        with graph.inserting_before(next(iter(graph.nodes))):
+            attribute = graph.get_attr(name)
+        attribute.meta = {**node.meta, "module_path": ""}
+        attribute.meta.pop("call", None)
+        node.replace_all_uses_with(attribute)
+
+
+def _computable(node: fx.Node, values: Mapping[fx.Node, torch.Tensor]) -> bool:
+    """Whether an op needs nothing but known constants, and always gives the same small tensor."""
+    value = node.meta.get("val")
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+        return False
+    if _writes(node) or torch.Tag.nondeterministic_seeded in node.target.tags:
+        return False
+    if not isinstance(value, torch.Tensor) or not all(isinstance(s, int) for s in value.shape):
+        return False
+    return value.numel() <= _FOLD_LIMIT and all(i in values for i in node.all_input_nodes) and "empty" not in node.name
+
+
+def _compute(node: fx.Node, values: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+    if str(kwargs.get("device", "")).startswith("meta"):
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    with torch.no_grad():
+        return node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
 
 
 def _argument_name(arg: Any) -> str:

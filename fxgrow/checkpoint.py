@@ -68,6 +68,7 @@ class CallRecord(_Model):
     constants: dict[str, Any] = Field(default_factory=dict)
     training: bool | None = None
     structure: str | None = None
+    nested: dict[str, tuple[str, list[str]]] = Field(default_factory=dict)
     args: Any = None
     kwargs: Any = None
 
@@ -105,6 +106,7 @@ class Manifest(_Model):
     receipt: dict[str, Any] | None = None
     calls: list[CallRecord] = Field(default_factory=list)
     signature: list[str] = Field(default_factory=list)
+    defaults: dict[str, Any] = Field(default_factory=dict)
     graph: list[dict[str, Any]]
 
 
@@ -204,12 +206,14 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
         plan=None if plan is None else _plain(plan),
         receipt=None if receipt is None else _plain(receipt),
         signature=list(program.signature),
+        defaults={n: encode_value(v, f"default of {n}") for n, v in program.defaults.items()},
         graph=graph_to_json(program.graph),
     )
     stored: dict[str, torch.Tensor] = {}
     on_meta = any(t.is_meta for t in tensors.values())
     for number, call in enumerate(program.calls):
-        record = CallRecord(name=call.name, inputs=call.inputs, training=call.training, structure=call.structure)
+        record = CallRecord(name=call.name, inputs=call.inputs, training=call.training)
+        record.structure, record.nested = call.structure, call.nested
         record.constants = {n: encode_value(v, f"input {n}") for n, v in call.constants.items()}
         if examples and not on_meta:
             device = next(iter(tensors.values()), torch.empty(0)).device
@@ -480,6 +484,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
         containers=dict(manifest.containers),
         calls=calls,
         signature=list(manifest.signature),
+        defaults={n: decode_value(v, {}, f"{path / MANIFEST}: {n}") for n, v in manifest.defaults.items()},
     )
     try:
         module = regenerate(program, {n: tensors[n] for n in manifest.tensors})
@@ -504,9 +509,12 @@ def _read_calls(
         if not isinstance(args, tuple) or not isinstance(kwargs, dict):
             raise CheckpointError(f"{where}: the example of call {record.name} is damaged")
         constants = {n: decode_value(v, {}, f"{where}: input {n}") for n, v in record.constants.items()}
-        if record.structure is not None:
-            check_structure(record.structure)
-        calls.append(Call(record.name, args, kwargs, list(record.inputs), constants, record.training, record.structure))
+        for text in (record.structure, *(t for t, _ in record.nested.values())):
+            if text is not None:
+                check_structure(text)
+        call = Call(record.name, args, kwargs, list(record.inputs), constants)
+        call.training, call.structure, call.nested = record.training, record.structure, dict(record.nested)
+        calls.append(call)
         prefix = f"output.{number}."
         found = sorted((n for n in stored if n.startswith(prefix)), key=lambda n: int(n.rpartition(".")[2]))
         outputs.append([stored[n] for n in found])

@@ -236,6 +236,18 @@ class Grow:
         """The dim is the growing axis and nothing else."""
         return isinstance(expr, Leaf)
 
+    def is_factor(self, expr: Expr, centred: bool) -> bool:
+        """The dim is the growing axis, a product with it, or several alike: new zeros then only rescale its mean.
+
+        A statistic that is ``centred`` needs the whole dim: slices have means of their own.
+        """
+
+        def one(part: Expr) -> bool:
+            factors = part.factors if isinstance(part, Product) else (part,)
+            return sum(self.is_whole(f) for f in factors) == 1 == len(infos(part))
+
+        return self.is_whole(expr) or (not centred and all(one(p) for p in _parts(expr)))
+
     # the part that analysis and growth share ---------------------------------------------------------------------
 
     def unify(self, a: Expr, b: Expr) -> None:
@@ -437,11 +449,11 @@ class Grow:
             self.close(expr)
         if not self.newborn:
             return 1.0
-        if rank != 1 or len(over) != 1 or not self.is_whole(over[0]):
+        if rank != 1 or len(over) != 1 or not self.is_factor(over[0], needed is Content.MEAN):
             raise self.refuse("new units in only a part of the dim it normalises over; grow by whole copies instead")
-        (info,) = infos(over[0])
-        if info.content is not needed and not (info.content is Content.CONST and needed is Content.MEAN):
-            self.demand(info, needed, "a norm takes its statistics over the axis")
+        for info in infos(over[0]):
+            if info.content is not needed and not (info.content is Content.CONST and needed is Content.MEAN):
+                self.demand(info, needed, "a norm takes its statistics over the axis")
         return float(np.sqrt(self.growth.copies * self.growth.old / self.growth.new))
 
     def demand(self, info: Info, content: Content, why: str) -> None:

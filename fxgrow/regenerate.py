@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxgrow.axes.analysis import sizes_of
-from fxgrow.capture import Program, matching_calls
+from fxgrow.capture import Call, Program, matching_calls
 from fxgrow.structure import rebuild
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,7 +48,8 @@ def regenerate(
     for call, graph in zip(program.calls, targets, strict=False):
         if call.structure is not None:
             _restructure(graph, call.structure)
-    kind = fx.GraphModule if len(graphs) == 1 else CallsModule
+    plain = len(graphs) == 1 and not any(c.nested or c.constants for c in program.calls)
+    kind = fx.GraphModule if plain else CallsModule
     module = kind(nn.Module(), fx.Graph(), class_name=_identifier(program.class_name))
     for path, child in own.items():
         _attach(module, program, path, child)
@@ -81,7 +82,8 @@ def code_of(module: fx.GraphModule) -> str:
 class CallsModule(fx.GraphModule):
     """A GraphModule with a graph for each of several ways of calling it; ``graph`` is that of the first.
 
-    ``forward`` chooses by which tensor arguments are given, by the values of the others, and by the module's mode.
+    ``forward`` takes lists and dicts of tensors apart, and chooses by which tensor arguments are given, by the values
+    of the others, and by the module's mode.
     """
 
     def recompile(self) -> Any:
@@ -100,13 +102,14 @@ class CallsModule(fx.GraphModule):
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             served = [n for n, c in enumerate(calls) if c.serves(self.training)]
-            if len(served) == 1:  # as a GraphModule of that graph alone would
+            plain = not any(calls[n].nested or calls[n].constants for n in served)
+            if len(served) == 1 and (plain or len(args) > len(signature)):  # as a GraphModule of that graph would
                 return functions[served[0]](self, *args, **kwargs)
-            found = matching_calls(signature, calls, args, kwargs, self.training)
+            found = matching_calls(program, args, kwargs, self.training)
             if not found:
-                known = "; ".join(f"{c.label}({', '.join([*c.inputs, *c.constants])})" for c in calls)
+                known = "; ".join(_signature(c) for c in calls)
                 raise TypeError(f"no call with these arguments was captured; captured: {known}")
-            given = {**dict(zip(signature, args, strict=False)), **kwargs}
+            given = calls[found[0]].leaves({**dict(zip(signature, args, strict=False)), **kwargs}) or {}
             return functions[found[0]](self, **{n: given[n] for n in calls[found[0]].inputs})
 
         cls.forward = forward
@@ -116,6 +119,12 @@ class CallsModule(fx.GraphModule):
         out = super().__deepcopy__(memo)
         out.recompile()
         return out
+
+
+def _signature(call: Call) -> str:
+    inside = {n for _, names in call.nested.values() for n in names}
+    constants = [f"{n}={v!r}" for n, v in call.constants.items() if n not in inside]
+    return f"{call.label}({', '.join([*(n for n in call.inputs if n not in inside), *call.nested, *constants])})"
 
 
 def call_graphs(program: Program, graph: fx.Graph) -> list[fx.Graph]:

@@ -1,6 +1,7 @@
-"""What a model returns when it is no plain tuple, list or dict: dataclasses registered with pytree, named tuples.
+"""What a model takes and returns besides tensors: lists, dicts, dataclasses registered with pytree, named tuples.
 
-A graph returns a flat list; the structure around it is kept as text, so that it can be stored and is never unpickled.
+A graph takes and returns tensors one by one; the structure around them is kept as text, so that it can be stored and
+is never unpickled.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ def describe(value: Any, spec: Any) -> str:
         _KNOWN[text] = pytree.treespec_loads(text)
     except (NotImplementedError, ValueError, TypeError) as error:
         raise CaptureError(
-            f"the model returns a {type(value).__name__}, whose structure cannot be stored ({error}); return tensors "
-            "in tuples, lists or dicts, or register the class with torch.utils._pytree.register_pytree_node and a "
-            "serialized_type_name"
+            f"the model takes or returns a {type(value).__name__}, whose structure cannot be stored ({error}); use "
+            "tuples, lists or dicts of tensors, or register the class with torch.utils._pytree.register_pytree_node "
+            "and a serialized_type_name"
         ) from error
     return text
 
@@ -45,7 +46,7 @@ def check(text: str) -> None:
         _KNOWN[text] = pytree.treespec_loads(text)
     except (NotImplementedError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"the model returns a structure that this process cannot build ({error}); import the package that "
+            f"the model takes or returns a structure that this process cannot build ({error}); import the package that "
             "defines it before loading"
         ) from error
 
@@ -53,6 +54,12 @@ def check(text: str) -> None:
 def rebuild(leaves: Sequence[Any], text: str) -> Any:
     """The structure that :func:`describe` described, around ``leaves``."""
     return pytree.tree_unflatten(list(leaves), _KNOWN[text])
+
+
+def take_apart(value: Any, text: str) -> list[Any] | None:
+    """The leaves of a value that is built like the one :func:`describe` described; None where it is not."""
+    leaves, spec = pytree.tree_flatten(value)
+    return leaves if spec == _KNOWN[text] else None
 
 
 def _register_named_tuples(value: Any) -> None:
@@ -66,4 +73,4 @@ def _register_named_tuples(value: Any) -> None:
             _register_named_tuples(item)
 
 
-__all__ = ["check", "describe", "rebuild"]
+__all__ = ["check", "describe", "rebuild", "take_apart"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterator
 
@@ -123,14 +124,16 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
         run = Grow(axes, axis, info.name, growth, content)
         try:
             outcome = run.run()
-            sizes = size_edits(axes, axis, new, lambda node, why: _refuse_node(info, new, node, why))
+            sizes = size_edits(axes, axis, new, functools.partial(_refuse_node, info, new))
             break
         except UnequalCopies as refusal:
             refusals.append(f"{refusal}")
         except GrowthRefused as refusal:
             refusals.append(f"{refusal}")
     else:
-        raise GrowthRefused("\n".join(dict.fromkeys(refusals)))
+        text = "\n".join(dict.fromkeys(refusals))
+        ways = [f"`{w}`" for w in _exact_ways(state, op, info, new)]
+        raise GrowthRefused(text + (f"\n(exact for {info.name}: {' or '.join(ways)})" if ways else ""))
     changes = _changes(state, outcome, sizes)
     _plan_tensors(state, op, info, outcome)
     pinned = {c.value for c in run.pinned.values()}
@@ -162,6 +165,28 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
     axis.size = new
     info.size = new
     update_sizes(axes, axes.uses.get(axis.id, []))
+
+
+def _exact_ways(state: State, op: Widen, info: AxisInfo, new: int) -> list[str]:
+    """Growths near the one refused that are exact: whole copies around its size, or the other kind of fill."""
+    copies = dict.fromkeys(size for size in (new // info.size * info.size, -(-new // info.size) * info.size))
+    tried = [(f"to: {size}", {"fill": "copy", "to": size}) for size in copies if size > info.size]
+    tried += [(f"to: {new + (new - info.size) % 2}, fill: add", {"fill": "add", "to": new + (new - info.size) % 2})]
+    found = []
+    for words, fields in tried:
+        other = Widen(axis=op.axis, **fields)
+        size = int(fields["to"])
+        if (size, other.fill) == (new, op.fill):
+            continue
+        for _, growth, content in candidates(other, info.size, size):
+            try:
+                Grow(state.axes, info.axis, info.name, growth, content).run()
+                size_edits(state.axes, info.axis, size, functools.partial(_refuse_node, info, size))
+            except GrowthRefused:
+                continue
+            found.append(words)
+            break
+    return found
 
 
 def _refuse_node(info: AxisInfo, new: int, node: fx.Node, why: str) -> GrowthRefused:

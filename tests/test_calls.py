@@ -113,5 +113,30 @@ def test_layers_are_inserted_into_every_call() -> None:
 def test_bad_calls_are_named() -> None:
     with pytest.raises(fxgrow.CaptureError, match=r"calls\['train'\] must be a tuple"):
         fxgrow.capture(nn.Linear(2, 2), calls={"train": torch.randn(2, 2)})
-    with pytest.raises(fxgrow.CaptureError, match="one by one"):
-        fxgrow.capture(nn.Linear(2, 2), ([torch.randn(2, 2)],))
+
+
+def test_plain_values_are_part_of_the_call() -> None:
+    """A value that is baked into the graph must not be passed over in silence, nor a default that differs from it."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor, scale: float = 1.0, flag: bool = True) -> torch.Tensor:
+            return self.b(torch.tanh(self.a(x))) * (scale if flag else 0.0)
+
+    model, x = trained(Scaled().double()).eval(), torch.randn(5, 4, dtype=torch.float64)
+    spec = {"op": "widen", "axis": "./hidden", "factor": 2}
+    module = fxgrow.grow(model, spec, (x,), {"scale": 2.0}).module
+    for kwargs in ({"scale": 2.0}, {"scale": 2}, {"scale": 2.0, "flag": True}):
+        torch.testing.assert_close(module(x, **kwargs), model(x, **kwargs), rtol=0, atol=1e-12)
+    torch.testing.assert_close(module(x, 2.0), model(x, 2.0), rtol=0, atol=1e-12)
+    for kwargs in ({}, {"scale": 0.5}, {"scale": 2.0, "flag": False}):
+        with pytest.raises(TypeError, match=r"captured: forward\(x, scale=2.0\)"):
+            module(x, **kwargs)
+    both = fxgrow.grow(model, spec, calls={"plain": (x,), "twice": (x, 2.0)}).module
+    for args in ((x,), (x, 1.0), (x, 2.0)):
+        torch.testing.assert_close(both(*args), model(*args), rtol=0, atol=1e-12)
+    with pytest.raises(TypeError, match="no call with these arguments"):
+        both(x, 3.0)

@@ -43,6 +43,35 @@ def test_one_tensor_passed_twice_is_two_inputs() -> None:
     assert torch.equal(module(x, y), model(x, y))
 
 
+def test_what_depends_on_no_input_is_computed_once() -> None:
+    """ALiBi's slopes are made of consecutive numbers, which cannot grow; their values can."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            numbers = torch.arange(6, device=x.device)
+            order = torch.zeros(6, dtype=torch.long)
+            order[2:] = 1  # written to: stays computed
+            slopes = torch.pow(torch.tensor(0.5), numbers.to(x.dtype))
+            return self.down(self.up(x) * slopes.view(1, 6)) + order.sum()
+
+    model, x = Scaled().double(), torch.randn(5, 4, dtype=torch.float64)
+    program = fxgrow.capture(model, (x,))
+    folded = [t for t in program.constants.values() if t.numel() == 6]
+    assert len(folded) == 1
+    torch.testing.assert_close(folded[0].flatten(), 0.5 ** torch.arange(6, dtype=torch.float64))
+    assert not any("arange" in str(n.target) for n in program.graph.nodes)
+    assert torch.equal(rebuilt(program)(x), model(x))
+    assert "constant" not in ", ".join(rebuilt(program).state_dict())
+    for request in ({"factor": 2}, {"to": 9}, {"by": 4, "fill": "add"}):
+        growth = fxgrow.grow(program, {"op": "widen", "axis": "./hidden", **request})
+        assert growth.receipt.error_float64 is not None
+        assert growth.receipt.error_float64 <= 1e-12
+
+
 @pytest.mark.parametrize("flash", [True, False])
 def test_train_and_eval_share_one_graph(flash: bool) -> None:
     model = small_gpt(dropout=0.3, flash=flash)

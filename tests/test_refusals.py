@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fxgrow
 from tests.models import small_gpt, tokens
@@ -100,3 +101,22 @@ def test_a_wrong_rule_is_caught_by_the_receipt(model: Any, monkeypatch: pytest.M
     with pytest.raises(fxgrow.ExactnessError, match="bug in fxgrow"):
         fxgrow.grow(model, [{"op": "widen", "axis": "*/hidden", "factor": 2}], tokens())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_refused_size_comes_with_sizes_that_work() -> None:
+    class PostNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.mid, self.a, self.b = nn.Linear(8, 8), nn.LayerNorm(8), nn.LayerNorm(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.a(self.stem(x))
+            return self.head(self.b(h + self.mid(h)))
+
+    model, x = PostNorm().double(), torch.randn(4, 5, dtype=torch.float64)
+    spec = {"op": "widen", "axis": "./residual", "to": 20}
+    with pytest.raises(fxgrow.GrowthRefused, match=r"exact for ./residual: `to: 16` or `to: 24`\)"):
+        fxgrow.grow(model, spec, (x,))
+    for size in (16, 24):
+        assert fxgrow.grow(model, {**spec, "to": size}, (x,)).receipt.error_float64 <= 1e-12  # type: ignore[operator]

@@ -87,3 +87,47 @@ def test_an_unknown_class_is_named_when_loading() -> None:
     text = structure.describe(Output(torch.ones(1)), pytree.tree_flatten(Output(torch.ones(1)))[1])
     with pytest.raises(fxgrow.CheckpointError, match=r"other\.Output.*import the package"):
         structure.check(text.replace("tests.test_structure.Output", "other.Output"))
+
+
+class Takes(nn.Module):
+    """A batch as people write it: a dict, a list, a plain value, and an input that may be missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, batch: dict[str, Any], more: Any = (), *, scale: float = 1.0, y: Any = None) -> torch.Tensor:
+        h = self.a(batch["a"]) + sum(self.b(b) for b in [*batch["bs"], *more]) * scale
+        out = self.out(torch.tanh(h))
+        return out if y is None else (out - y).square().mean()
+
+
+def batch(n: int = 5) -> dict[str, Any]:
+    double = torch.float64
+    return {"a": torch.randn(n, 4, dtype=double), "bs": [torch.randn(n, 3, dtype=double) for _ in range(2)]}
+
+
+def test_lists_and_dicts_of_tensors_go_in(tmp_path: Path) -> None:
+    model = trained(Takes().double()).eval()
+    more = (torch.randn(5, 3, dtype=torch.float64),)
+    growth = fxgrow.grow(model, {"op": "widen", "axis": "./hidden", "factor": 2}, (batch(),), {"more": more})
+    again = fxgrow.grow(growth.module, {"op": "widen", "axis": "./hidden", "to": 15}, (batch(), more))
+    fxgrow.save(again, tmp_path / "grown")
+    loaded = fxgrow.load(tmp_path / "grown")
+    assert loaded.replay_error() == 0.0
+    given, extra = batch(7), (torch.randn(7, 3, dtype=torch.float64),)
+    for module in (growth.module, again.module, loaded.module):
+        torch.testing.assert_close(module(given, extra), model(given, extra), rtol=0, atol=1e-12)
+        torch.testing.assert_close(module(batch=given, more=extra), model(given, extra), rtol=0, atol=1e-12)
+        with pytest.raises(TypeError, match="no call with these arguments"):
+            module({**given, "bs": given["bs"][:1]}, extra)
+
+
+def test_nested_inputs_and_several_calls() -> None:
+    model = trained(Takes().double()).eval()
+    y = torch.randn(5, 2, dtype=torch.float64)
+    calls = {"loss": {"batch": batch(), "y": y}, "predict": (batch(),), "half": {"batch": batch(), "scale": 0.5}}
+    growth = fxgrow.grow(model, {"op": "widen", "axis": "./hidden", "factor": 2}, calls=calls)
+    given = batch()
+    for kwargs in ({}, {"y": y}, {"scale": 0.5}):
+        torch.testing.assert_close(growth.module(given, **kwargs), model(given, **kwargs), rtol=0, atol=1e-12)

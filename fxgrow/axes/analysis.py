@@ -473,8 +473,8 @@ def analyse(program: Program) -> Axes:
             if sizes is not None:
                 known = attributes.setdefault(str(node.target), node)
                 env[node] = env[known] if known in env else [unifier.fresh(s) for s in sizes]
-                if str(node.target) in program.constants:
-                    for dim in env[node]:
+                if str(node.target) in program.constants and not program.tensor(str(node.target)).is_floating_point():
+                    for dim in env[node]:  # numbers to look up with: rules read their values
                         unifier.freeze(dim, Frozen(f"dim of the constant tensor {node.target}", "constant"))
         elif node.op == "output":
             for number, out in enumerate(_output_nodes(node)):

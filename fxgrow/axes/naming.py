@@ -23,7 +23,7 @@ RANK = ("kv_heads", "groups", "heads", "head_dim", "value_dim", "experts", "posi
 
 
 def name_axes(axes: Axes) -> dict[str, AxisInfo]:
-    """Name every static axis that appears in a parameter or buffer, in the order of first appearance."""
+    """Name every static axis of a parameter, with the buffers and constants it is in, in the order of appearance."""
     from fxgrow.axes.analysis import AxisInfo, Member
 
     members: dict[int, list[Member]] = {}
@@ -31,7 +31,7 @@ def name_axes(axes: Axes) -> dict[str, AxisInfo]:
     trainable: set[int] = set()
     for node in axes.program.graph.nodes:
         dims = axes.dims.get(node)
-        if node.op != "get_attr" or dims is None or str(node.target) in axes.program.constants:
+        if node.op != "get_attr" or dims is None:
             continue
         for i, dim in enumerate(dims):
             for axis in axes_of(dim):
@@ -104,11 +104,12 @@ def _role(axis: Axis, residual: dict[int, str], axes: Axes) -> str:
             return role
     if residual.get(axis.id) == "last":
         return "residual"
-    if "channels" in roles:
+    returned = reason is not None and reason.op == "output"
+    if "channels" in roles and not returned:
         return "channels"
     if axis.id in residual:
         return "residual"
-    if "vocab" in roles or (reason is not None and reason.op == "output"):
+    if "vocab" in roles or returned:
         return "vocab" if _has_vocab(axes) else "outputs"
     for role in RANK[5:]:
         if role in roles:

@@ -29,6 +29,7 @@ from fxgrow.axes.expr import (
     Leaf,
     Size,
     factors_of,
+    is_static,
     is_unit,
     leaves,
     map_leaves,
@@ -232,6 +233,18 @@ class Resize:
         assert self.edit is not None
         self.edit.target = target
 
+    def _known_size(self, size: Size) -> Any:
+        """The size as a number, or as the op before this one that reads it off a tensor."""
+        if is_static(size):
+            return int(size)
+        for node in self.node.graph.nodes:
+            if node is self.node:
+                return None
+            same_call = node.meta.get("call", 0) == self.node.meta.get("call", 0)
+            if op_name(node.target) == "aten.sym_size.int" and same_call and same_size(node.meta.get("val"), size):
+                return node
+        return None
+
     def set_shape(self, name: str, dims: Dims) -> None:
         """Re-emit a list of sizes: ints of grown dims change, -1 and dynamic entries stay."""
         old = list(self.args[name])
@@ -244,10 +257,14 @@ class Resize:
             if self.changed(dim) and old[i] != -1:
                 if isinstance(old[i], int):
                     new[i] = self.new_size(dim)
-                elif -1 in new:
-                    raise self.refuse("a grown dim is computed from a dynamic size")
-                else:
-                    new[i] = -1
+                    continue
+                if -1 in new:  # only one entry can be left open: spell the other out
+                    j = new.index(-1)
+                    known = self._known_size(size_of(dims[j]))
+                    if known is None or self.changed(dims[j]):
+                        raise self.refuse("a grown dim is computed from a dynamic size")
+                    new[j] = known
+                new[i] = -1
         if new != old:
             self.set(name, new)
 

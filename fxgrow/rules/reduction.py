@@ -80,34 +80,37 @@ class Reduce(Rule):
         wanted = {"mean": Content.MEAN, "variance": Content.MEAN, "sum": Content.ZERO, "square": Content.ZERO}[
             self.kind
         ]
-        if len(grown) != 1 or len(infos(grown[0])) != 1 or not ctx.is_whole(grown[0]):
+        if len(grown) != 1 or not ctx.is_factor(grown[0], self.kind == "variance"):
             raise ctx.refuse("a statistic over a dim of which the growing axis is only a part")
         if self.kind == "variance" and len(over) != 1:
             raise ctx.refuse("a variance over several dims, where new units that hold the mean of one still vary")
-        (info,) = infos(grown[0])
-        if self.kind == "mean" and info.content is Content.ZERO:
+        if self.kind == "mean" and contents == {Content.ZERO}:
             ctx.uniform_factor(grown)
             ctx.rescale_output(growth.new / (growth.copies * growth.old))
             return
-        if info.content is Content.FREE:
-            # a mean of squares is a root mean square's: zeros are what it can take
-            wanted = Content.ZERO if self.kind == "mean" and ctx.of_square() else wanted
-            ctx.demand(info, wanted, "a statistic runs over the axis")
-        if info.content in (Content.MEAN, Content.CONST) and self.kind == "mean":
+        for info in infos(grown[0]):
+            if info.content is Content.FREE:
+                # a mean of squares is a root mean square's: zeros are what it can take
+                square = self.kind == "mean" and ctx.of_square()
+                ctx.demand(info, Content.ZERO if square else wanted, "a statistic runs over the axis")
+        if len(contents) != 1:
+            raise ctx.refuse("new units hold different things in the parts that a statistic runs over")
+        (content,) = contents
+        if content in (Content.MEAN, Content.CONST) and self.kind == "mean":
             ctx.uniform_factor(grown)
             return
-        if info.content is Content.MEAN and self.kind == "variance":
+        if content is Content.MEAN and self.kind == "variance":
             if ctx.args.get("correction", 1) not in (0, 0.0) and ctx.args.get("unbiased") is not False:
                 raise ctx.refuse("an unbiased variance depends on the number of units")
             ctx.uniform_factor(grown)
             ctx.rescale_output(growth.new / (growth.copies * growth.old))
             return
-        if info.content is Content.ZERO and self.kind in ("sum", "square"):
+        if content is Content.ZERO and self.kind in ("sum", "square"):
             n = ctx.uniform_factor(grown)
             if n != 1:
                 ctx.rescale_output(1.0 / n if self.kind == "sum" else n**-0.5)
             return
-        raise ctx.refuse(f"new units hold {info.content.value} where {wanted.value} would be exact")
+        raise ctx.refuse(f"new units hold {content.value} where {wanted.value} would be exact")
 
 
 def _nonlinear(info: Info) -> Info:

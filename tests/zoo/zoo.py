@@ -416,7 +416,10 @@ class BiasedAttention(nn.Module):
         q, k, v = (z.view(b, t, self.h, -1).transpose(1, 2) for z in (q, k, v))
         pos = torch.arange(t, device=idx.device)
         distance = pos[None, :] - pos[:, None]
-        if self.kind == "alibi":
+        if self.kind == "computed":  # the slopes are made on the fly
+            slopes = torch.pow(torch.tensor(0.5), torch.arange(self.h, device=idx.device)).to(x.dtype)
+            bias = slopes.view(-1, 1, 1) * distance
+        elif self.kind == "alibi":
             bias = self.slopes.view(-1, 1, 1) * distance
         elif self.kind == "table":
             bias = self.table(distance + T).permute(2, 0, 1)
@@ -437,6 +440,7 @@ class BiasedAttention(nn.Module):
     {"kind": "table"},
     {"kind": "table", "sdpa": False},
     {"kind": "alibi", "sdpa": False},
+    {"kind": "computed"},
     {"kind": "cosine"},
     {"kind": "cosine", "sdpa": False},
 )
