@@ -21,7 +21,7 @@ from fxgrow.growth import Growth, grow, plan_growth
 from fxgrow.plan import GrowthPlan
 from fxgrow.rules import register_rule
 from fxgrow.schedule import GrowthScheduler, Schedule
-from fxgrow.spec import Deepen, GrowthSpec, Insert, Noise, Widen, register_operation
+from fxgrow.spec import Deepen, Extend, GrowthSpec, Insert, Noise, Widen, register_operation
 from fxgrow.verify import Receipt
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "Deepen",
+    "Extend",
     "ExactnessError",
     "FxgrowError",
     "Growth",

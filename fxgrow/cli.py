@@ -561,6 +561,7 @@ def verify(
     Exit code 1 when the outputs differ by more than rounding.
     """
     from fxgrow.checkpoint import load
+    from fxgrow.verify import output_numbers
 
     with working(f"loading {checkpoint_dir}"):
         loaded = load(checkpoint_dir, device=device)
@@ -581,15 +582,16 @@ def verify(
         named = _load(
             against, config=config or (), inputs=input or (), weights=checkpoint, device=device, seed=seed, dry=False
         )
-        examples = [(named.args, named.kwargs)]
+        served = [(c, n) for c, n in output_numbers(loaded.program) if c is None or c.serves(False)]
+        examples = [(named.args, named.kwargs, served[0][1])]
         if loaded.outputs is not None and not input:
-            examples = [(c.args, c.kwargs) for c in loaded.program.calls]
+            examples = [(c.args, c.kwargs, n) for c, n in served if c is not None]
         with working("comparing"):
             pairs = [(compare, "error_native"), (compare_float64, "error_float64")]
             for function, key in pairs:
-                data[key] = max(function(named.module, loaded.module, a, k) for a, k in examples)
+                data[key] = max(function(named.module, loaded.module, a, k, loaded.plan, n) for a, k, n in examples)
     measured = {k: v for k, v in data.items() if k.startswith("error_")}
-    lossy = against is not None and data["exactness"] in ("approximate", "lossy")
+    lossy = against is not None and loaded.plan is not None and not loaded.plan.exact_elsewhere
     wrong = {k: v for k, v in measured.items() if not v <= limit and (k == "error_replay" or not lossy)}
     data["ok"] = not wrong
     if json_:
@@ -617,12 +619,23 @@ def verify(
         raise typer.Exit(1)
 
 
-def compare(old: Any, new: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Largest relative error of an output, both in eval mode."""
+def compare(
+    old: Any,
+    new: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    plan: GrowthPlan | None = None,
+    numbers: Sequence[int] | None = None,
+) -> float:
+    """Largest relative error of an output, both in eval mode.
+
+    Where the plan appends entries to an output, of the old ones; outputs that it changes are left out. ``numbers`` are
+    those of the call's outputs among all calls'.
+    """
     import torch
     import torch.utils._pytree as pytree
 
-    from fxgrow.errors import CheckpointError
+    from fxgrow.errors import CheckpointError, ExactnessError
     from fxgrow.verify import relative_errors
 
     results = []
@@ -631,13 +644,25 @@ def compare(old: Any, new: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         with torch.no_grad():
             results.append(module.eval()(*copies[0], **copies[1]))
     leaves = [[t for t in pytree.tree_leaves(r) if isinstance(t, torch.Tensor)] for r in results]
-    if [t.shape for t in leaves[0]] != [t.shape for t in leaves[1]]:
-        shapes = [[list(t.shape) for t in row] for row in leaves]
-        raise CheckpointError(f"the models do not return the same: {shapes[0]} against {shapes[1]}")
-    return max((e.relative_error for e in relative_errors(leaves[0], leaves[1])), default=0.0)
+    shapes = [[list(t.shape) for t in row] for row in leaves]
+    differ = f"the models do not return the same: {shapes[0]} against {shapes[1]}"
+    if len(leaves[0]) != len(leaves[1]):
+        raise CheckpointError(differ)
+    try:
+        errors = relative_errors(leaves[0], leaves[1], plan, numbers if plan is not None else None)
+    except ExactnessError:
+        raise CheckpointError(differ) from None
+    return max((e.relative_error for e in errors if not e.changed), default=0.0)
 
 
-def compare_float64(old: Any, new: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+def compare_float64(
+    old: Any,
+    new: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    plan: GrowthPlan | None = None,
+    numbers: Sequence[int] | None = None,
+) -> float:
     """The same with both graphs in float64, so that the arithmetic's rounding is out of the comparison."""
     import torch
     import torch.utils._pytree as pytree
@@ -655,7 +680,7 @@ def compare_float64(old: Any, new: Any, args: tuple[Any, ...], kwargs: dict[str,
         for module in (old, new):
             program = fxgrow.capture(module, *_undouble(module, args, kwargs))
             modules.append(regenerate(program, {n: widen_float(t) for n, t in program.tensors.items()}, double=True))
-    return compare(modules[0], modules[1], args, kwargs)
+    return compare(modules[0], modules[1], args, kwargs, plan, numbers)
 
 
 def _undouble(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -68,13 +68,15 @@ def materialise_tensor(
     dtype = dtype or source.dtype
     if plan.zero:
         return torch.zeros(plan.shape, dtype=dtype, device=source.device)
-    maps = [None if d is None else _map(d) for d in plan.dims]
+    dims = plan.dims
+    if plan.continuation is not None:
+        source = _continued(plan, source.detach())
+        dims = [None if i in plan.continuation.dims else d for i, d in enumerate(dims)]
+    maps = [None if d is None else _map(d) for d in dims]
     # the dim whose copies must add up exactly: the last one with shares
     closing = next((i for i in reversed(range(len(maps))) if (m := maps[i]) is not None and m.closes), None)
     spread = 0.0
-    needs_spread = plan.random_std is None and (
-        plan.paired or any(d is not None and d.fill is not None for d in plan.dims)
-    )
+    needs_spread = plan.random_std is None and (plan.paired or any(d is not None and d.fill is not None for d in dims))
     noise = plan.noise
     if (needs_spread or (noise is not None and noise.relative)) and source.numel() > 1 and source.is_floating_point():
         spread = float(source.detach().float().std())
@@ -103,6 +105,32 @@ def materialise_tensor(
         noise=kernel_noise,
         key=plan.key,
         dtype=dtype,
+    )
+
+
+def _continued(plan: TensorPlan, source: torch.Tensor) -> torch.Tensor:
+    """The source with its pattern continued along the dims that the plan names; other dims are as they were."""
+    pattern = plan.continuation
+    assert pattern is not None
+    sizes = {i: plan.shape[i] for i in pattern.dims}
+    if source.is_meta:
+        return source.new_empty([sizes.get(i, n) for i, n in enumerate(source.shape)])
+    if pattern.kind == "line":
+        return kernels.continue_line(source, sizes)
+    if pattern.kind == "band" and pattern.rows is not None and pattern.columns is not None:
+        return kernels.continue_band(source, sizes, pattern.rows, pattern.columns)
+    if pattern.kind == "waves" and pattern.columns is not None:
+        return kernels.continue_waves(
+            source,
+            sizes,
+            pattern.columns,
+            pattern.frequencies or [],
+            pattern.sines or [],
+            getattr(torch, pattern.dtype),
+        )
+    raise GrowthRefused(
+        f"the plan was made without the values of {plan.source}, so that how it goes on is not known; plan again with "
+        "the model's own tensors"
     )
 
 

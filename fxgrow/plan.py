@@ -99,6 +99,9 @@ class DimPlan(_Model):
         old = self.index >= 0
         take = np.where(old, self.index, 0)
         index = np.where(old, earlier.index[take], self.index - unique)
+        # numbered anew without gaps: kernels keep a table entry for every id up to the largest
+        born = index < 0
+        index[born] = -1 - np.unique(-1 - index[born], return_inverse=True)[1]
 
         def times(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
             if a is None and b is None:
@@ -130,6 +133,36 @@ class NoisePlan(_Model):
     seed: int = 0
 
 
+class Continuation(_Model):
+    """The pattern by which a buffer goes on, along dims whose new entries no training decides.
+
+    Attributes:
+        kind: ``line``: x[i] = x[0] + i (x[1] - x[0]). ``band``: a function of column - row, constant far from the
+            diagonal. ``waves``: cos(i w) or sin(i w), a frequency per column. ``unknown``: planned without values.
+        dims: those that have new entries.
+        rows, columns: dims of the matrix that a band or waves fill.
+        frequencies, sines, dtype: of waves; ``sines`` is 1 where a column holds the sine.
+    """
+
+    kind: Literal["line", "band", "waves", "unknown"]
+    dims: list[int]
+    rows: int | None = None
+    columns: int | None = None
+    frequencies: list[float] | None = None
+    sines: list[bool] | None = None
+    dtype: Literal["float32", "float64"] = "float32"
+
+    @property
+    def words(self) -> str:
+        """What the pattern is, for people."""
+        return {
+            "line": "a constant or evenly spaced numbers",
+            "band": "a band along the diagonal",
+            "waves": "cosines and sines of the position",
+            "unknown": "a pattern not looked at, as there are no values",
+        }[self.kind]
+
+
 class TensorPlan(_Model):
     """How one tensor of the grown model is made.
 
@@ -146,6 +179,8 @@ class TensorPlan(_Model):
         random_seed: of random newborn entries.
         constant: value of newborn entries with the constant fill.
         paired: newborn entries that share an id read with weights +z and -z.
+        appended: dims whose newborn entries all come after the old ones, and are not seen by old inputs.
+        continuation: makes the newborn entries of those dims, instead of the fills.
     """
 
     source: str | None = None
@@ -161,6 +196,8 @@ class TensorPlan(_Model):
     constant: float = 0.0
     paired: bool = False
     noise: NoisePlan | None = None
+    appended: list[int] = Field(default_factory=list)
+    continuation: Continuation | None = None
     key: int = 0
     requires_grad: bool = True
     dtype: str | None = None
@@ -185,7 +222,7 @@ class AxisGrowth(_Model):
     role: str
     old: int
     new: int
-    fill: Literal["copy", "add"]
+    fill: Literal["copy", "add", "append"]
     split: Literal["even", "uneven"]
     copies: int = Field(description="whole copies of every old unit; 0 where units have unequal numbers of copies")
     newborn: int = Field(description="entries that copy nothing")
@@ -253,8 +290,22 @@ class InsertLayer(_Model):
 Change = Annotated[Edit | Rescale | CloneBlock | Renumber | InsertLayer, Discriminator("kind")]
 
 
+class OutputGrowth(_Model):
+    """An output that gets further entries after its old ones; outputs are numbered over all calls."""
+
+    output: int
+    dim: int
+    old: int
+    new: int
+
+
 class Step(_Model):
-    """One operation of the spec, decided."""
+    """One operation of the spec, decided.
+
+    Attributes:
+        outputs: those with further entries along a dim.
+        changed_outputs: numbers of the outputs to which an approximate step's change is confined.
+    """
 
     op: str
     request: dict[str, Any]
@@ -263,6 +314,8 @@ class Step(_Model):
     exactness: Literal["exact", "approximate", "lossy"] = "exact"
     eval_only: bool = Field(False, description="exact in eval mode only (an inserted batch norm)")
     notes: list[str] = Field(default_factory=list)
+    outputs: list[OutputGrowth] = Field(default_factory=list)
+    changed_outputs: list[int] = Field(default_factory=list)
 
 
 class GrowthPlan(_Model):
@@ -280,6 +333,16 @@ class GrowthPlan(_Model):
     def exactness(self) -> Literal["exact", "approximate", "lossy"]:
         kinds = {s.exactness for s in self.steps}
         return "lossy" if "lossy" in kinds else "approximate" if "approximate" in kinds else "exact"
+
+    @property
+    def changed_outputs(self) -> set[int]:
+        """Outputs that an approximate growth changes, where it leaves all others exact."""
+        return {n for s in self.steps for n in s.changed_outputs}
+
+    @property
+    def exact_elsewhere(self) -> bool:
+        """Every output but ``changed_outputs`` is exact."""
+        return all(s.exactness == "exact" or s.changed_outputs for s in self.steps)
 
     @property
     def exact_gradients(self) -> bool:

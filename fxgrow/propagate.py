@@ -37,7 +37,7 @@ from fxgrow.axes.expr import (
 )
 from fxgrow.errors import GrowthRefused
 from fxgrow.plan import FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Edit
-from fxgrow.rules.base import COMBINE, RULES, Content, Dims, Info, Site, bound_arguments, infos, op_name
+from fxgrow.rules.base import COMBINE, RULES, Content, Dims, Info, Rule, Site, bound_arguments, infos, op_name
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Axes
@@ -122,12 +122,15 @@ class Grow:
                 if rule is None:
                     raise self.refuse(f"fxgrow has no rule for {op_name(node.target)}")
                 try:
-                    result = rule.grow(self)
+                    result = self._grow(rule)
                 except Conflict as conflict:
                     raise self.refuse(str(conflict)) from None
                 self._carry_rest(node, result if rule.moves else None)
                 self.env[node] = self._settle(self.axes.dims.get(node), result)
                 self._in_place(node)
+
+    def _grow(self, rule: Rule) -> Any:
+        return rule.grow(self)
 
     def _carry_rest(self, node: fx.Node, result: Any) -> None:
         """A parameter that the op neither reads nor passes on has become part of a value, whatever the rule did."""

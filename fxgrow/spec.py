@@ -6,6 +6,7 @@ A spec is a list of operations. It reads the same from YAML, JSON or Python::
     operations:
       - {op: widen, axis: "transformer.h.*.mlp/hidden", factor: 2, noise: {kind: antisymmetric, scale: 1.0e-3}}
       - {op: deepen, stack: transformer.h, factor: 2}
+      - {op: extend, axis: "*/vocab", by: 64}
 
 Operations are members of a discriminated union on ``op``. Packages extend the union through the entry-point group
 ``fxgrow.operations`` (a class deriving from :class:`Operation`) or with :func:`register_operation`.
@@ -59,6 +60,22 @@ class Operation(_Strict):
     )
 
 
+def _check_size(factor: float | None, to: int | None, by: int | None) -> None:
+    """The three ways of giving a new size.
+
+    Raises:
+        ValueError: not exactly one is given, or it is no growth.
+    """
+    if sum(x is not None for x in (factor, to, by)) != 1:
+        raise ValueError("give exactly one of factor, to, by")
+    if factor is not None and not factor >= 1:
+        raise ValueError(f"factor {factor:g} would shrink the axis; growth needs a factor of at least 1")
+    if by is not None and by < 0:
+        raise ValueError(f"by {by} would shrink the axis")
+    if to is not None and to < 1:
+        raise ValueError(f"to {to} is not a size")
+
+
 class Widen(Operation):
     """Grow every axis that matches ``axis`` by ``factor``, to the size ``to``, or ``by`` an amount."""
 
@@ -78,14 +95,7 @@ class Widen(Operation):
 
     @model_validator(mode="after")
     def _check(self) -> Widen:
-        if sum(x is not None for x in (self.factor, self.to, self.by)) != 1:
-            raise ValueError("give exactly one of factor, to, by")
-        if self.factor is not None and not self.factor >= 1:
-            raise ValueError(f"factor {self.factor:g} would shrink the axis; growth needs a factor of at least 1")
-        if self.by is not None and self.by < 0:
-            raise ValueError(f"by {self.by} would shrink the axis")
-        if self.to is not None and self.to < 1:
-            raise ValueError(f"to {self.to} is not a size")
+        _check_size(self.factor, self.to, self.by)
         if self.fill == "add":
             if self.fan_in == "zero" and self.fan_out == "zero":
                 raise ValueError(
@@ -111,6 +121,30 @@ class Widen(Operation):
                     f"noise on {self.noise.on} changes the function: only noise on the weights that read the grown "
                     "axis cancels. Use on: readers, or say preserve: approximate"
                 )
+        return self
+
+
+class Extend(Operation):
+    """Append entries to an axis that is looked up by number or returned: vocabularies, positions, classes.
+
+    Old inputs give the outputs they gave; outputs along the axis get further entries after the old ones. New rows of a
+    trained table hold the mean of the old ones by default (Hewitt 2021: new tokens then have a bounded effect on the
+    probabilities of the old ones). Buffers are continued by their own pattern (numbers, triangles, cosines).
+    """
+
+    op: Literal["extend"] = "extend"
+    axis: str = Field(description="a glob over axis names, or a tensor's dim as in 'transformer.wpe.weight:0'")
+    factor: float | None = Field(None, description="multiply the size; the result must be a whole number")
+    to: int | None = Field(None, description="the new size")
+    by: int | None = Field(None, description="how many entries to append")
+    init: Literal["mean", "zero", "random"] = Field(
+        "mean", description="new rows of trained tables: mean of the old rows, zeros, or random ones of their spread"
+    )
+    seed: int = Field(0, ge=0, description="init random: seed of the new rows")
+
+    @model_validator(mode="after")
+    def _check(self) -> Extend:
+        _check_size(self.factor, self.to, self.by)
         return self
 
 
@@ -322,7 +356,7 @@ def _explain(where: str, error: ValidationError, prefix: str) -> str:
     return "\n".join(lines)
 
 
-for _cls in (Widen, Deepen, Insert):
+for _cls in (Widen, Extend, Deepen, Insert):
     register_operation(_cls)
 
 

@@ -1,7 +1,7 @@
 """The growth passes, one file each. Importing this package registers them."""
 
-from fxgrow.passes import deepen, insert, widen
+from fxgrow.passes import deepen, extend, insert, widen
 from fxgrow.passes.base import PASSES, GrowthPass, State, register_pass, run_operation
 
 __all__ = ["PASSES", "GrowthPass", "State", "register_pass", "run_operation"]
-_ = (deepen, insert, widen)
+_ = (deepen, extend, insert, widen)

@@ -27,7 +27,7 @@ from fxgrow.plan import (
 )
 from fxgrow.propagate import Grow, Outcome, UnequalCopies, dim_plan, size_edits
 from fxgrow.rules.base import Content, Site
-from fxgrow.spec import Widen
+from fxgrow.spec import Extend, Widen
 
 
 class WidenPass(GrowthPass):
@@ -71,7 +71,7 @@ def _changes_function(op: Widen) -> bool:
     return noisy or (op.fan_in == "random" and op.fan_out == "random")
 
 
-def new_size(op: Widen, info: AxisInfo) -> int:
+def new_size(op: Widen | Extend, info: AxisInfo) -> int:
     """The size asked for.
 
     Raises:

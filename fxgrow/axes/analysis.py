@@ -108,8 +108,15 @@ class Axes:
     each axis carries its name, size and frozen reason.
     """
 
-    def __init__(self, program: Program, unifier: Unifier, dims: dict[fx.Node, Any], unknown: dict[str, list[str]]):
-        self.program, self.unifier, self.unknown_ops = program, unifier, unknown
+    def __init__(
+        self,
+        program: Program,
+        unifier: Unifier,
+        dims: dict[fx.Node, Any],
+        unknown: dict[str, list[str]],
+        freezes: Sequence[tuple[Expr, fx.Node, str]] = (),
+    ):
+        self.program, self.unifier, self.unknown_ops, self._freezes = program, unifier, unknown, freezes
         self.dims: dict[fx.Node, Any] = {n: _resolve_all(d) for n, d in dims.items()}
         self._infos: dict[str, AxisInfo] | None = None
 
@@ -145,6 +152,15 @@ class Axes:
                 touched |= carried.get(source, set())
             for axis in touched:
                 out.setdefault(axis, []).append(node)
+        return out
+
+    @cached_property
+    def blockers(self) -> dict[int, dict[fx.Node, str]]:
+        """Axis id to every op whose rule froze it, with the first reason of each; ``frozen`` has the first op alone."""
+        out: dict[int, dict[fx.Node, str]] = {}
+        for expr, node, why in self._freezes:
+            for axis in axes_of(expr):
+                out.setdefault(axis.id, {}).setdefault(node, why)
         return out
 
     def find(self, pattern: str) -> list[AxisInfo]:
@@ -191,6 +207,10 @@ class Axes:
                 raise SpecError(
                     f"{pattern!r} is ambiguous: dim {dim} of {name} is {self.describe(dims[dim])}; "
                     f"name one of its axes instead: {names}"
+                )
+            if not infos and not same_size(size_of(dims[dim]), 1):
+                raise SpecError(
+                    f"{pattern!r}: the entries of dim {dim} of {name} are used one by one, so that it is no axis"
                 )
             if not infos:
                 raise SpecError(f"{pattern!r}: dim {dim} of {name} has size 1 and no axis of its own")
@@ -241,7 +261,10 @@ class Axes:
         (info, *_) = self.find(name)
         lines = [f"{info.name}  size {info.size}, {'growable' if info.growable else 'frozen'}"]
         if info.reason is not None:
+            from fxgrow.extension import in_words
+
             lines.append(f"  frozen by {info.reason}")
+            lines.append(f"  {in_words(self, info)}")
         lines.append("  in " + ", ".join(map(str, info.members)) if info.members else "  in no parameter")
         seen: set[tuple[str, str]] = set()
         for node in self.uses.get(info.axis.id, []):
@@ -302,6 +325,7 @@ class Relate:
         self, unifier: Unifier, env: dict[fx.Node, Any], constants: Mapping[str, torch.Tensor] | None = None
     ) -> None:
         self.unifier, self.env, self.constants = unifier, env, constants or {}
+        self.freezes: list[tuple[Expr, fx.Node, str]] = []  # every dim that a rule froze, the op and why
         self.node: fx.Node
         self.args: dict[str, Any] = {}
 
@@ -362,6 +386,7 @@ class Relate:
             self.freeze(b, str(conflict))
 
     def freeze(self, expr: Expr, why: str) -> None:
+        self.freezes.append((expr, self.node, why))
         self.unifier.freeze(expr, Frozen(why, self.op, self.source))
 
     def role(self, expr: Expr, role: str, weight: int = 1) -> None:
@@ -507,7 +532,7 @@ def analyse(program: Program) -> Axes:
                 f"If it is element-wise: fxgrow.register_rule({name!r}, fxgrow.rules.Pointwise())",
                 stacklevel=3,
             )
-    return Axes(program, unifier, env, unknown)
+    return Axes(program, unifier, env, unknown, ctx.freezes)
 
 
 def _output_nodes(node: fx.Node) -> list[fx.Node]:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxgrow.axes.expr import Conflict, is_static, resolve, same_size, size_of
-from fxgrow.rules.base import Content, Dims, Resize, Rule, infos, register_rule
+from fxgrow.rules.base import Content, Dims, Resize, Rule, annotate, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -33,6 +33,32 @@ class Embedding(Rule):
 
 
 register_rule("aten.embedding.default", Embedding())
+
+
+class OneHot(Rule):
+    """A number as a unit vector: the classes' axis is numbered; no old number sets a new class's entry."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        index = ctx.dims("self")
+        assert index is not None
+        classes = ctx.sized(ctx.shape[-1])
+        ctx.role(classes, "vocab", 100)
+        ctx.freeze(classes, "its entries are picked by number")
+        return [*index, classes]
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        index = ctx.dims("self")
+        assert index is not None
+        classes = ctx.born(len(index))
+        return [*map(ctx.close, index), annotate(classes, lambda info: info.becomes(Content.ZERO))]
+
+    def resize(self, ctx: Resize) -> None:
+        classes = ctx.dims(ctx.node)[-1]
+        if ctx.changed(classes):
+            ctx.set("num_classes", ctx.new_size(classes))
+
+
+register_rule("aten.one_hot.default", OneHot())
 
 
 class Index(Rule):

@@ -160,6 +160,7 @@ SAMPLES |= {
     "aten.rnn_relu.input": [S(r(2, 3, 4), r(1, 2, 5), [r(5, 4), r(5, 5)], False, 1, 0.0, False, False, True)],
     # look-ups
     "aten.embedding.default": [S(r(5, 4), i(5, 2, 3))],
+    "aten.one_hot.default": [S(i(5, 2, 3), 5)],
     "aten.index.Tensor": [S(r(3, 4, 5), [None, i(4, 2)]), S(r(3, 4, 5), [i(3, 2), i(4, 2)]), S(r(3, 4), [i(3, 2, 2)])],
     "aten.index_select.default": [S(r(3, 4), 1, i(4, 5)), S(r(4), 0, torch.tensor(2))],
     "aten.gather.default": [S(r(3, 4), 1, i(4, 3, 2))],

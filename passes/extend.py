@@ -1,0 +1,253 @@
+"""``extend``: append entries to vocabularies, positions and classes; old inputs keep their outputs.
+
+``widen`` copies units and shares them out, which makes no sense where entries are picked by number: token 7 has to stay
+token 7. ``extend`` appends, and proves (:mod:`fxgrow.extension`) that no old entry of any output sees the new ones::
+
+    - {op: extend, axis: "*/vocab", by: 64}                        # tokens: embedding and head, tied or not
+    - {op: extend, axis: "*/positions", factor: 2}                 # longer inputs: tables, masks, position numbers
+    - {op: extend, axis: "*/vocab", to: 50304, preserve: approximate}    # the loss is in the model, and changes
+
+New rows of trained tables hold the mean of the old ones (Hewitt 2021), zeros, or random values. Buffers hold no trained
+weights: they are continued by their own pattern (consecutive numbers, a triangle or band, cosines and sines), or the
+growth is refused. Where an input's length is what a table limits, everything else that limits it follows.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from fxgrow.axes.analysis import AxisInfo, Member
+from fxgrow.axes.expr import Axis
+from fxgrow.continuation import recognise
+from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.extension import Extension, limits, longest, members
+from fxgrow.passes.base import GrowthPass, State, register_pass, update_sizes
+from fxgrow.passes.widen import _apply, _changes, new_size
+from fxgrow.plan import FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisGrowth, DimPlan, OutputGrowth, Step
+from fxgrow.propagate import Outcome, dim_plan, size_edits
+from fxgrow.ranges import Ranges
+from fxgrow.rules.base import Site
+from fxgrow.spec import Extend
+
+
+class ExtendPass(GrowthPass):
+    """Re-emits the literals that depend on a grown size."""
+
+    op = "extend"
+
+
+@dataclass
+class _Wanted:
+    """An axis to extend; ``because`` of which other one it has to follow."""
+
+    info: AxisInfo
+    new: int
+    because: str = ""
+
+
+def plan_extend(state: State, op: Extend) -> list[Step]:
+    """Decide how every axis that ``op.axis`` matches is extended, and apply it to the working graph.
+
+    Raises:
+        SpecError: no axis matches, or the size asked for is not one.
+        GrowthRefused: old outputs would change, or a buffer follows no known pattern.
+    """
+    ranges = Ranges(state.program)
+    step = Step(op="extend", request=op.model_dump(exclude_defaults=True, mode="json"))
+    queue = []
+    for info in _find(state, op.axis):
+        if info.growable and not _only_buffers(state, info):
+            raise GrowthRefused(
+                f"cannot extend {info.name}: its entries are neither looked up by number nor returned; widen grows it"
+            )
+        new = new_size(op, info)
+        if new == info.size:
+            step.notes.append(f"{info.name} has {new} entries already")
+        else:
+            queue.append(_Wanted(info, new))
+    done: dict[int, int] = {}
+    runs: list[tuple[_Wanted, Extension, Outcome]] = []
+    while queue:
+        wanted = queue.pop(0)
+        axis = wanted.info.axis
+        if done.get(axis.id, 0) >= wanted.new:
+            continue
+        if axis.id in done:
+            runs = [r for r in runs if r[0].info.axis is not axis]
+        run = Extension(state.axes, axis, wanted.info.name, wanted.new, ranges, tolerate=op.preserve != "exact")
+        runs.append((wanted, run, run.run()))
+        done[axis.id] = wanted.new
+        queue.extend(_followers(state, run, wanted, ranges))
+    for wanted, run, outcome in runs:
+        _grow(state, op, wanted, run, outcome, step)
+    _continue_buffers(state, [(w, r) for w, r, _ in runs], step)
+    if step.changed_outputs:
+        step.exactness = "approximate"
+        listed = ", ".join(map(str, step.changed_outputs))
+        step.notes.append(f"output {listed} is computed from old and new entries together, and changes")
+    return [step]
+
+
+def _find(state: State, pattern: str) -> list[AxisInfo]:
+    """The axes that a spec names; a buffer's dim is an axis too, though it has no name of its own."""
+    try:
+        return state.axes.find(pattern)
+    except SpecError:
+        tensor, _, dim = pattern.rpartition(":")
+        table = state.axes.tensor_dims()
+        if tensor in table and dim.lstrip("-").isdigit() and -len(table[tensor]) <= int(dim) < len(table[tensor]):
+            axis = table[tensor][int(dim)]
+            if isinstance(axis, Axis) and not any(state.is_parameter(name) for name, _ in members(state.axes, axis)):
+                return [_unnamed(state, axis)]
+        raise
+
+
+def _unnamed(state: State, axis: Axis) -> AxisInfo:
+    """An axis of buffers, named after the first of them."""
+    for info in state.axes:
+        if info.axis is axis:
+            return info
+    found = [Member(name, i) for name, i in members(state.axes, axis)]
+    if not found:
+        raise GrowthRefused("an axis of no parameter or buffer")
+    return AxisInfo(str(found[0]), int(axis.size), "positions", found, axis.frozen, axis)
+
+
+def _only_buffers(state: State, info: AxisInfo) -> bool:
+    return not any(state.is_parameter(m.tensor) for m in info.members)
+
+
+def _followers(state: State, run: Extension, wanted: _Wanted, ranges: Ranges) -> Iterator[_Wanted]:
+    """Other tables and masks that limit the length of the input that the extended one is for."""
+    reach: dict[Any, int] = {}  # the longest input that every look-up of the table allows
+    for one in run.lookups:
+        found = longest(one.need, wanted.new)
+        if found is not None:
+            reach[found[0]] = min(found[1], reach.get(found[0], found[1]))
+    for symbol, most in reach.items():
+        for limit in limits(state.axes, ranges, symbol, most):
+            if limit.dim is wanted.info.axis:
+                continue
+            where = limit.lookup.node.meta.get("source", "")
+            at = f"{limit.lookup.node.target}" + (f" at {where}" if where else "")
+            if not isinstance(limit.dim, Axis) or not members(state.axes, limit.dim):
+                raise GrowthRefused(
+                    f"cannot extend {wanted.info.name} from {wanted.info.size} to {wanted.new}: {at} takes "
+                    f"{limit.size} entries of {limit.lookup.operand.name} then, which is computed with a size of its "
+                    "own and cannot follow. Make it a buffer, or compute it from the input's length"
+                )
+            yield _Wanted(_unnamed(state, limit.dim), limit.size, wanted.info.name)
+
+
+def _grow(state: State, op: Extend, wanted: _Wanted, run: Extension, outcome: Outcome, step: Step) -> None:
+    axes, info, new = state.axes, wanted.info, wanted.new
+    old = info.size
+
+    def refuse(node: fx.Node, why: str) -> GrowthRefused:
+        run.node = node
+        return run.refuse(why)
+
+    changes = _changes(state, outcome, size_edits(axes, info.axis, new, refuse))
+    for name, i in members(axes, info.axis):
+        if state.is_parameter(name):
+            _plan_rows(state, op, name, i, info.axis, outcome)
+    how = f"appended, {op.init}" if not _only_buffers(state, info) else "continued"
+    step.axes.append(
+        AxisGrowth(
+            name=info.name,
+            role=info.role,
+            old=old,
+            new=new,
+            fill="append",
+            split="even",
+            copies=1,
+            newborn=new - old,
+            newborn_content=op.init,
+            how=how + (f", as {wanted.because} needs" if wanted.because else ""),
+        )
+    )
+    _note_outputs(step, run.outputs)
+    step.changed_outputs = sorted({*step.changed_outputs, *run.changed_outputs})
+    step.changes.extend(changes)
+    _apply(state, changes)
+    info.axis.size = new
+    info.size = new
+    update_sizes(axes, axes.uses.get(info.axis.id, []))
+
+
+def _note_outputs(step: Step, grown: list[OutputGrowth]) -> None:
+    """Several axes may lie along one dim of an output: each adds its entries to what the others made of it."""
+    for one in grown:
+        for before in step.outputs:
+            if (before.output, before.dim) == (one.output, one.dim):
+                before.new = one.new
+                break
+        else:
+            step.outputs.append(one)
+
+
+def _plan_rows(state: State, op: Extend, name: str, i: int, axis: Axis, outcome: Outcome) -> None:
+    """New entries of a trained tensor."""
+    plan = state.tensors[name]
+    code = {"mean": FILL_MEAN, "zero": FILL_ZERO, "random": FILL_RANDOM}[op.init]
+    if code == FILL_RANDOM and len(plan.shape) < 2:
+        code = FILL_MEAN  # a bias has no spread of its own that would make sense of a random one
+
+    def carrier_fill(site: Site) -> int:
+        return code
+
+    node = next(n for n in state.axes.uses[axis.id] if n.op == "get_attr" and str(n.target) == name)
+    made = dim_plan(state.axes.dims[node][i], name, i, axis, outcome, carrier_fill)
+    if made.fill is not None:
+        # a reader that only meets zeros is as free as a table
+        made.fill = np.where((made.index < 0) & (made.fill == FILL_RANDOM), float(code), made.fill)
+    state.compose(name, i, made)
+    plan.key = zlib.crc32(name.encode())
+    plan.random_seed = op.seed
+    if i not in plan.appended:
+        plan.appended.append(i)
+
+
+def _continue_buffers(state: State, runs: list[tuple[_Wanted, Extension]], step: Step) -> None:
+    """Buffers go on by their pattern, all their extended dims at once."""
+    grown: dict[str, dict[int, _Wanted]] = {}
+    for wanted, run in runs:
+        for name, i in members(state.axes, wanted.info.axis):
+            if not state.is_parameter(name):
+                grown.setdefault(name, {})[i] = wanted
+    words: dict[str, list[str]] = {}
+    for name, dims in grown.items():
+        plan = state.tensors[name]
+        assert plan.source is not None
+        node = next(n for n in state.graph.nodes if n.op == "get_attr" and str(n.target) == name)
+        along = sorted({*dims, *(plan.continuation.dims if plan.continuation is not None else ())})
+        whole = all(state.axes.dims[node][i] is w.info.axis for i, w in dims.items())
+        pattern = recognise(state.program.tensor(name), along) if whole and not plan.zero else None
+        others = {i for i, d in enumerate(plan.dims) if d is not None and i not in along}
+        if pattern is None or others & {pattern.rows, pattern.columns}:
+            wanted = next(iter(dims.values()))
+            raise GrowthRefused(
+                f"cannot extend {wanted.info.name}: the buffer {name} has to grow along dim "
+                f"{', '.join(map(str, dims))}, and its values follow no pattern that fxgrow could continue (a "
+                "constant, evenly spaced numbers, a triangle or band, cosines and sines of the position)"
+            )
+        plan.continuation = pattern
+        for i, wanted in dims.items():
+            old = plan.shape[i]
+            appended = -1 - np.arange(wanted.new - old)
+            state.compose(name, i, DimPlan(index=np.concatenate([np.arange(old), appended])))
+            if i not in plan.appended:
+                plan.appended.append(i)
+        words.setdefault(pattern.words, []).append(name)
+    for what, names in words.items():
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        step.notes.append(f"continued as {what}: {listed}")
+
+
+register_pass("extend", plan_extend, ExtendPass)
