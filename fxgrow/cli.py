@@ -354,6 +354,7 @@ def plan(
     \b
     fxgrow plan examples.gpt.train:task spec.yaml
     fxgrow plan examples.gpt.train:task '{op: widen, axis: "*/hidden", factor: 1.5}'
+    fxgrow plan examples.gpt.train:task '{op: extend, axis: "*/positions", factor: 2}'
     fxgrow plan examples.gpt.train:task '[{op: deepen, stack: transformer.h, factor: 2}]' --json > plan.json
     """
     from fxgrow.growth import plan_growth

@@ -272,7 +272,7 @@ class Extension(Grow):
                 f"cannot extend {self.name} from {self.growth.old} to {self.growth.new}: {one.node.target}"
                 + (f" at {source}" if source else "")
                 + f": it never looks beyond entry {int(most or 0) - 1}, whatever the input, so that new entries would "
-                "not be used"
+                "not be used. If the example's length fixed that, capture with a shorter one"
             )
 
 

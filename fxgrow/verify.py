@@ -261,7 +261,9 @@ class Verification:
         with torch.no_grad():
             shapes = [list(t.shape) for t in _tensors(_run(old, calls))]
         numbers = self._numbers(self.program.training)
-        return {i: s for i, (n, s) in enumerate(zip(numbers, shapes, strict=True)) if n not in self.plan.changed_outputs}
+        return {
+            i: s for i, (n, s) in enumerate(zip(numbers, shapes, strict=True)) if n not in self.plan.changed_outputs
+        }
 
     def _new_blocks(self) -> bool:
         sources = [p.source for p in self.plan.tensors.values()]

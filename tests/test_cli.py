@@ -180,6 +180,18 @@ def test_grow_and_verify(run: Any, tmp_path: Path) -> None:
     assert "against what it computed when it was written" in out
 
 
+def test_extend_and_verify(run: Any, tmp_path: Path) -> None:
+    path, big = weights(tmp_path / "small.safetensors", gpt()[0]), str(tmp_path / "big")
+    spec = '{op: extend, axis: "*/vocab", by: 6, preserve: approximate}'
+    text, _ = run("plan", GPT, spec)
+    assert "appended, mean" in text and "output 1 is computed from old and new entries together" in text
+    run("grow", GPT, spec, "--checkpoint", str(path), "--out", big)
+    data = json.loads(run("verify", big, "--against", GPT, "--checkpoint", str(path), "--json")[0])
+    assert data["ok"] and data["exactness"] == "approximate"
+    assert data["error_float64"] < 1e-12, "of the old logits; the loss is left out"
+    assert json.loads(run("schema", "spec")[0])["$defs"]["Extend"]["properties"]["op"]["const"] == "extend"
+
+
 def test_refusals_are_one_message_and_change_nothing(run: Any, tmp_path: Path) -> None:
     cases = [
         (("grow", GPT, '{op: widen, axis: "./vocab", factor: 2}', "--out"), "cannot grow ./vocab"),

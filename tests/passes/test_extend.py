@@ -344,6 +344,11 @@ def test_masks_go_on(name: str) -> None:
     longer(growth, ids(2, N + 9))
 
 
+def test_an_example_of_the_full_length_fixes_it_and_the_refusal_says_so() -> None:
+    model = build(Positions(USES["arange"][0]))
+    refused(model, {"axis": "*/positions", "by": 3}, (ids(3, N),), "capture with a shorter one")
+
+
 def test_a_buffer_without_a_pattern_is_refused_by_name() -> None:
     mask = torch.rand(1, N, N).round()
     refused(build(Positions(USES["arange"][0], N, mask)), {"axis": "*/positions", "by": 3}, (ids(),), "buffer mask")

@@ -16,7 +16,7 @@ from tests.models import small_gpt, tokens
 
 
 def test_every_pass_is_a_pass_base() -> None:
-    assert set(PASSES) >= {"widen", "deepen", "insert"}
+    assert set(PASSES) >= {"widen", "extend", "deepen", "insert"}
     for name, (_, growth_pass) in PASSES.items():
         assert issubclass(growth_pass, PassBase)
         assert growth_pass.op == name
@@ -35,6 +35,7 @@ def test_replaying_a_plans_steps_gives_the_planned_graph() -> None:
         [
             {"op": "widen", "axis": "*/residual", "to": 48},
             {"op": "widen", "axis": "*/head_dim", "factor": 2},
+            {"op": "extend", "axis": "*/vocab", "by": 6, "preserve": "approximate"},
             {"op": "deepen", "stack": "transformer.h", "factor": 2, "init": "gate"},
         ]
     )
