@@ -3,8 +3,20 @@
 Each file registers the rules of one kind of op in :data:`RULES`.
 """
 
-from fxgrow.rules import attention, contraction, indexing, norm, pointwise, recurrent, reduction, shape
+from fxgrow.rules import (
+    aliases,
+    attention,
+    contraction,
+    indexing,
+    norm,
+    pointwise,
+    recurrent,
+    reduction,
+    scatter,
+    shape,
+    spectral,
+)
 from fxgrow.rules.base import RULES, Content, Opaque, Pattern, Pointwise, Rule, Structural, register_rule
 
 __all__ = ["RULES", "Content", "Opaque", "Pattern", "Pointwise", "Rule", "Structural", "register_rule"]
-_ = (attention, contraction, indexing, norm, pointwise, recurrent, reduction, shape)
+_ = (aliases, attention, contraction, indexing, norm, pointwise, recurrent, reduction, scatter, shape, spectral)

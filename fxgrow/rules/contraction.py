@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
 
 from fxgrow.axes.expr import Conflict, factors_of, is_static, is_unit, size_of
-from fxgrow.rules.base import Dims, Pattern, Resize, Rule, op_name, register_rule
+from fxgrow.rules.base import Content, Dims, Info, Pattern, Resize, Rule, annotate, op_name, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -18,7 +18,8 @@ register_rule("aten.linear.default", Pattern("... i, o i, o? -> ... o", ["input"
 register_rule("aten.mm.default", Pattern("m k, k n -> m n", ["self", "mat2"], sum="k"))
 register_rule("aten.mv.default", Pattern("m k, k -> m", ["self", "vec"], sum="k"))
 register_rule("aten.dot.default", Pattern("k, k ->", ["self", "tensor"], sum="k"))
-register_rule("aten.outer.default", Pattern("m, n -> m n", ["self", "vec2"]))
+register_rule("aten.vdot.default", Pattern("k, k ->", ["self", "other"], sum="k"))
+register_rule(["aten.outer.default", "aten.ger.default"], Pattern("m, n -> m n", ["self", "vec2"]))
 
 
 def _bias_letters(bias: Dims, letters: Sequence[str]) -> str:
@@ -42,6 +43,127 @@ class AddMM(Rule):
 
 
 register_rule("aten.addmm.default", AddMM())
+
+
+class Matched(Rule):
+    """A contraction whose pattern follows from the ranks of its operands and its arguments."""
+
+    def __init__(self, pattern: Callable[[Any], Pattern]) -> None:
+        self.pattern = pattern
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        return self.pattern(ctx).relate(ctx)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        return self.pattern(ctx).grow(ctx)
+
+
+def _addmv(ctx: Any) -> Pattern:
+    bias = _bias_letters(ctx.dims("self"), "m")
+    return Pattern(f"{bias}, m k, k -> m", ["self", "mat", "vec"], sum="k", bias=("self",))
+
+
+def _addr(ctx: Any) -> Pattern:
+    return Pattern(f"{_bias_letters(ctx.dims('self'), 'mn')}, m, n -> m n", ["self", "vec1", "vec2"], bias=("self",))
+
+
+def _addbmm(ctx: Any) -> Pattern:
+    bias = _bias_letters(ctx.dims("self"), "mn")
+    return Pattern(f"{bias}, b m k, b k n -> m n", ["self", "batch1", "batch2"], sum="b k", bias=("self",))
+
+
+def _tensordot(ctx: Any) -> Pattern:
+    """Pairs of dims are contracted; what is left of the first operand comes before what is left of the second."""
+    a, b = (len(ctx.dims(x)) for x in ("self", "other"))
+    pairs = [(i % a, j % b) for i, j in zip(ctx.args["dims_self"], ctx.args["dims_other"], strict=True)]
+    left = [f"a{i}" for i in range(a)]
+    right = [f"b{j}" for j in range(b)]
+    for k, (i, j) in enumerate(pairs):
+        left[i] = right[j] = f"k{k}"
+    out = [x for x in (*left, *right) if not x.startswith("k")]
+    summed = " ".join(f"k{k}" for k in range(len(pairs)))
+    return Pattern(f"{' '.join(left)}, {' '.join(right)} -> {' '.join(out)}", ["self", "other"], sum=summed)
+
+
+def _inner(ctx: Any) -> Pattern:
+    """The last dims are contracted."""
+    ranks = [len(ctx.dims(x)) for x in ("self", "other")]
+    if 0 in ranks:
+        raise Conflict("an inner product with a scalar")
+    left, right = ([f"{x}{i}" for i in range(n - 1)] for x, n in zip("ab", ranks, strict=True))
+    return Pattern(
+        f"{' '.join([*left, 'k'])}, {' '.join([*right, 'k'])} -> {' '.join(left + right)}", ["self", "other"], sum="k"
+    )
+
+
+def _vecdot(ctx: Any) -> Pattern:
+    ranks = [len(ctx.dims(x)) for x in ("x", "y")]
+    rank = max(ranks)
+    at = int(ctx.args["dim"]) % rank
+    letters = ["k" if i == at else f"d{i}" for i in range(rank)]
+    terms = [_bias_letters(ctx.dims(x), letters) for x in ("x", "y")]
+    out = [
+        f"{x}1" if all(f"{x}1" in t.split() or x not in t.split() for t in terms) else x for x in letters if x != "k"
+    ]
+    if ctx.node.meta["val"].is_complex():
+        raise Conflict("an inner product of complex vectors")
+    return Pattern(f"{', '.join(terms)} -> {' '.join(out)}", ["x", "y"], sum="k")
+
+
+def _kron(ctx: Any) -> Pattern:
+    """Every dim is the product of the operands' dims."""
+    a, b = (len(ctx.dims(x)) for x in ("self", "other"))
+    rank = max(a, b)
+    left, right = ([f"{x}{i}" for i in range(rank - n, rank)] for x, n in (("a", a), ("b", b)))
+    pairs = [[x for x in (f"a{i}", f"b{i}") if x in (*left, *right)] for i in range(rank)]
+    return Pattern(
+        f"{' '.join(left)}, {' '.join(right)} -> {' '.join('(' + ' '.join(p) + ')' for p in pairs)}", ["self", "other"]
+    )
+
+
+def _multi_dot(ctx: Any) -> Pattern:
+    """A chain of matrices, whose ends may be vectors."""
+    nodes = list(ctx.args["tensors"])
+    names = [f"tensors{i}" for i in range(len(nodes))]
+    ctx.args = {**ctx.args, **dict(zip(names, nodes, strict=True))}
+    terms = [f"k{i} k{i + 1}" for i in range(len(nodes))]
+    if len(ctx.dims("tensors0")) == 1:
+        terms[0] = "k1"
+    if len(ctx.dims(names[-1])) == 1:
+        terms[-1] = f"k{len(nodes) - 1}"
+    ends = [x for x in ("k0", f"k{len(nodes)}") if any(x in t.split() for t in terms)]
+    inner = " ".join(f"k{i}" for i in range(1, len(nodes)))
+    return Pattern(f"{', '.join(terms)} -> {' '.join(ends)}", names, sum=inner, bias=())
+
+
+class Distances(Pattern):
+    """Distances between rows: the width they are taken over does not grow."""
+
+    def __init__(self) -> None:
+        super().__init__("... p m, ... r m -> ... p r", ["x1", "x2"], blocked="m", why="a distance is taken over it")
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        out = super().grow(ctx)
+        assert out is not None
+        return [annotate(d, _unknown) for d in cast(Dims, out)]
+
+
+def _unknown(info: Info) -> Info:
+    return info.becomes(info.content if info.content is Content.CONST else Content.FREE, zeroable=False)
+
+
+for _name, _of in (
+    ("addmv", _addmv),
+    ("addr", _addr),
+    ("addbmm", _addbmm),
+    ("tensordot", _tensordot),
+    ("inner", _inner),
+    ("linalg_vecdot", _vecdot),
+    ("kron", _kron),
+    ("linalg_multi_dot", _multi_dot),
+):
+    register_rule(f"aten.{_name}.default", Matched(_of))
+register_rule("aten.cdist.default", Distances())
 
 
 class BAddBMM(Rule):

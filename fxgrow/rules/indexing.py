@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxgrow.axes.expr import Conflict, is_static, resolve, same_size, size_of
-from fxgrow.rules.base import Content, Dims, Resize, Rule, annotate, infos, register_rule
+from fxgrow.rules.base import Content, Dims, Info, Opaque, Resize, Rule, annotate, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -191,6 +191,80 @@ class Gather(Rule):
 register_rule("aten.gather.default", Gather())
 
 
+class TakeAlongDim(Gather):
+    """``take_along_dim``: a gather of tensors that broadcast; only those of one shape are followed."""
+
+    @staticmethod
+    def _operands(ctx: Any) -> tuple[Dims, Dims, int]:
+        dims, index = ctx.dims("self"), ctx.dims("indices")
+        at = ctx.args["dim"]
+        if not dims or at is None:
+            raise Conflict("takes entries of a flattened tensor")
+        at = int(at) % len(dims)
+        pairs = [(a, b) for i, (a, b) in enumerate(zip(dims, index, strict=True)) if i != at]
+        if not all(same_size(size_of(a), size_of(b)) for a, b in pairs):
+            raise Conflict("takes entries by an index that broadcasts")
+        return dims, index, at
+
+
+register_rule("aten.take_along_dim.default", TakeAlongDim())
+
+
+class Bucketize(Rule):
+    """The number of the bucket that each entry falls into; the buckets' edges are numbered."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        for d in ctx.dims("boundaries") or []:
+            ctx.freeze(d, "its entries are edges of numbered buckets")
+        return list(ctx.dims("self") or [])
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        if any(ctx.grows(d) for d in ctx.dims("boundaries") or []):
+            raise ctx.refuse("its entries are edges of numbered buckets")
+
+        def one(info: Info) -> Info:
+            return info.becomes(info.content if info.content is Content.CONST else Content.FREE, zeroable=False)
+
+        return [annotate(ctx.close(d), one) for d in ctx.dims("self") or []]
+
+
+register_rule("aten.bucketize.Tensor", Bucketize())
+
+
+class EmbeddingBag(Rule):
+    """Sums or means of rows picked by number: the rows' axis is an index, the columns pass."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        weight = ctx.dims("weight")
+        assert weight is not None
+        if ctx.args.get("mode") == 2:
+            raise Conflict("which rows are largest is numbered too")
+        ctx.role(weight[0], "vocab" if ctx.from_input(ctx.args["indices"]) else "positions", 100)
+        why = "its entries are looked up by number"
+        indices = [d for n in ("indices", "offsets", "per_sample_weights") for d in ctx.dims(n) or []]
+        for d in (weight[0], *indices):
+            ctx.freeze(d, why)
+        first, *rest = ctx.opaque_results(why)
+        return [[first[0], weight[1]], *rest]
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        weight = ctx.dims("weight")
+        assert weight is not None
+        ctx.freeze(weight[0], "its entries are looked up by number")
+        (bags, _), *rest = ctx.axes.dims[ctx.node]
+        return [[bags, ctx.close(weight[1])], *rest]
+
+
+register_rule(["aten.embedding_bag.default", "aten.embedding_bag.padding_idx"], EmbeddingBag())
+register_rule(
+    [f"aten.{n}.default" for n in ("nonzero", "argwhere", "masked_select", "bincount", "histc", "_unique2")]
+    + [f"aten.{n}.default" for n in ("unique_consecutive", "unique_dim", "nonzero_static")]
+    + ["aten.isin.Tensor_Tensor", "aten.searchsorted.Tensor", "aten.repeat_interleave.Tensor"]
+    + ["aten.repeat_interleave.self_Tensor"],
+    Opaque("what it gives depends on the values of its entries"),
+)
+
+
 class ClassLoss(Rule):
     """Losses over classes: the class dim is what the targets number, the result is a scalar or per sample."""
 
@@ -231,6 +305,13 @@ register_rule(
     [f"aten.{n}.default" for n in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div")]
     + ["aten.binary_cross_entropy.default", "aten.binary_cross_entropy_with_logits.default"],
     ElementLoss(),
+)
+register_rule(
+    [f"aten.{n}.default" for n in ("poisson_nll_loss", "soft_margin_loss", "hinge_embedding_loss")]
+    + [f"aten.{n}.default" for n in ("cosine_embedding_loss", "margin_ranking_loss", "triplet_margin_loss")]
+    + ["aten.multi_margin_loss.default", "aten.multilabel_margin_loss.default"]
+    + ["aten.ctc_loss.IntList", "aten.ctc_loss.Tensor"],
+    Opaque("the loss averages over it"),
 )
 
 

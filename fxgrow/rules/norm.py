@@ -122,6 +122,39 @@ class BatchNorm(Pattern):
 register_rule("aten.batch_norm.default", BatchNorm())
 
 
+class InstanceNorm(Pattern):
+    """Instance norm: each sample's channel by itself, over the spatial dims."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "b c *, c?, c?, c?, c? -> b c *",
+            ["input", "weight", "bias", "running_mean", "running_var"],
+            roles={"c": "channels"},
+            newborn={"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0},
+            why="instance norm takes statistics over it",
+        )
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        dims = ctx.dims("input")
+        assert dims is not None
+        for dim in dims[2:]:
+            ctx.freeze(dim, self.why)
+        if ctx.dims("running_mean") is not None:
+            ctx.freeze(dims[0], "running statistics average over it")
+        return super().relate(ctx)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims = ctx.dims("input")
+        assert dims is not None
+        _check_eps(ctx, dims[:2], float(ctx.args["eps"]))
+        out = super().grow(ctx)
+        assert out is not None
+        return [annotate(d, lambda info: _normalised(info, False)) for d in cast(Dims, out)]
+
+
+register_rule("aten.instance_norm.default", InstanceNorm())
+
+
 class GroupNorm(Rule):
     """Group norm: groups are independent, a group's channels are normalised together with the spatial dims."""
 

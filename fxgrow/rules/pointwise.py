@@ -62,16 +62,17 @@ class Difference(Pointwise):
 
 ZERO = (
     "relu gelu silu tanh neg abs sin sinh asinh atan erf sign leaky_relu elu selu celu mish hardswish square expm1 "
-    "relu6"
+    "relu6 rad2deg deg2rad frac tan softshrink hardshrink nan_to_num angle special_i1 special_i1e special_bessel_j1"
 )
 FREE = (
     "sigmoid exp exp2 cos cosh softplus hardsigmoid log_sigmoid sgn round floor ceil trunc logical_not bitwise_not "
-    "isnan isinf isfinite"
+    "isnan isinf isfinite isposinf isneginf isreal signbit sinc i0 erfc special_i0e special_ndtr special_log_ndtr "
+    "special_erfcx special_bessel_j0 polar logaddexp logaddexp2 isclose heaviside atan2"
 )
-DOMAIN = "log log2 log10 log1p rsqrt sqrt reciprocal acos asin"
+DOMAIN = "log log2 log10 log1p rsqrt sqrt reciprocal acos asin acosh atanh erfinv logit lgamma digamma special_ndtri"
 
 for _name in ZERO.split():
-    _affine = _name == "neg"
+    _affine = _name in ("neg", "rad2deg", "deg2rad")
     register_rule(_with_in_place(_name), Pointwise(zero=True, mean=_affine))
 for _name in FREE.split():
     register_rule(_with_in_place(_name), Pointwise())
@@ -81,7 +82,10 @@ register_rule(
     _with_in_place("hardtanh clamp") + ["aten.clamp.Tensor"],
     Pointwise(zero=lambda a: (a.get("min_val", a.get("min")) or 0) <= 0 <= (a.get("max_val", a.get("max")) or 0)),
 )
-register_rule(_with_in_place("clamp_min clamp_max"), Pointwise())
+register_rule(_with_in_place("clamp_min clamp_max threshold round.decimals"), Pointwise())
+register_rule(["aten.positive.default"], Pointwise(zero=True, mean=True))
+register_rule(_with_in_place("rrelu"), Pointwise(zero=True))
+register_rule(["aten.special_entr.default"], Finite())
 register_rule(
     _with_in_place("dropout alpha_dropout feature_dropout"),
     Pointwise(zero=True, mean=True),
@@ -110,6 +114,8 @@ class Quotient(Pointwise):
 
 register_rule(_with_in_place("div.Tensor div.Scalar"), Quotient("mul", zero=True, mean=True))
 register_rule(["aten.div.Tensor_mode", "aten.floor_divide.default", "aten.remainder.Scalar"], Finite())
+register_rule(["aten.remainder.Tensor", "aten.fmod.Tensor", "aten.fmod.Scalar"], Finite())
+register_rule(["aten.float_power.Tensor_Tensor", "aten.xlogy.Tensor", "aten.special_xlog1py.default"], Finite(True))
 
 
 def _positive_power(args: dict[str, Any]) -> bool:
@@ -129,7 +135,12 @@ class Power(Pointwise):
 register_rule(["aten.pow.Tensor_Scalar", "aten.pow_.Scalar"], Power(zero=_positive_power))
 register_rule("aten.pow.Tensor_Tensor", Finite(everywhere=True))
 register_rule("aten.pow.Scalar", Pointwise())
-register_rule(["aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other"], Pointwise("zero"))
+register_rule(
+    [f"aten.{n}.default" for n in ("maximum", "minimum", "fmax", "fmin", "hypot", "complex")]
+    + [f"aten.{n}" for n in ("max.other", "min.other", "clamp_min.Tensor", "clamp_max.Tensor", "copysign.Tensor")],
+    Pointwise("zero"),
+)
+register_rule(["aten.copysign.Scalar"], Pointwise(zero=True))
 register_rule(["aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar"], Pointwise())
 register_rule(_with_in_place("masked_fill.Scalar masked_fill.Tensor"), Pointwise())
 register_rule(
@@ -139,7 +150,8 @@ register_rule(
     + [f"aten.__{n}__.{o}" for n in ("and", "or", "xor") for o in ("Tensor", "Scalar")],
     Pointwise(),
 )
-register_rule(["aten.lerp.Tensor", "aten.lerp.Scalar", "aten.addcmul.default"], Pointwise())
+register_rule(_with_in_place("lerp.Tensor lerp.Scalar addcmul.default"), Pointwise())
+register_rule(_with_in_place("addcdiv"), Finite())
 
 
 class Like(Pointwise):
@@ -202,6 +214,12 @@ register_rule(
         "aten.detach_.default",
         "aten.alias.default",
         "aten.lift_fresh_copy.default",
+        "aten.conj.default",
+        "aten.conj_physical.default",
+        "aten.resolve_conj.default",
+        "aten.resolve_neg.default",
+        "aten.real.default",
+        "aten.imag.default",
     ],
     Structural(_same),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fxgrow.axes.expr import UNIT, is_unit
-from fxgrow.rules.base import Content, Dims, Info, Rule, Structural, annotate, infos, register_rule
+from fxgrow.rules.base import Content, Dims, Info, Opaque, Rule, Structural, annotate, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -29,7 +29,7 @@ class Reduce(Rule):
     """
 
     def __init__(self, kind: str, operand: str = "self") -> None:
-        self.kind, self.operand = kind, operand
+        self.kind, self.operand, self.root = kind, operand, False
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         dims = ctx.dims(self.operand)
@@ -103,7 +103,8 @@ class Reduce(Rule):
             if ctx.args.get("correction", 1) not in (0, 0.0) and ctx.args.get("unbiased") is not False:
                 raise ctx.refuse("an unbiased variance depends on the number of units")
             ctx.uniform_factor(grown)
-            ctx.rescale_output(growth.new / (growth.copies * growth.old))
+            factor = growth.new / (growth.copies * growth.old)
+            ctx.rescale_output(factor**0.5 if self.root else factor)
             return
         if content is Content.ZERO and self.kind in ("sum", "square"):
             n = ctx.uniform_factor(grown)
@@ -148,15 +149,31 @@ class VectorNorm(Reduce):
         return Reduce("square" if order in (2, 2.0, None) else "blocked")
 
 
+class Deviation(Variance):
+    """The root of a variance: what scales the variance scales it by the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = True
+
+
 register_rule(["aten.mean.dim", "aten.mean.default"], Reduce("mean"))
 register_rule(["aten.sum.dim_IntList", "aten.sum.default"], Reduce("sum"))
 register_rule(["aten.var.correction", "aten.var.dim", "aten.var.default"], Variance())
+register_rule(["aten.std.correction", "aten.std.dim", "aten.std.default"], Deviation())
 register_rule(["aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim"], Reduce("extremum"))
+register_rule(["aten.max.default", "aten.min.default"], Reduce("extremum"))
 register_rule(
     ["aten.argmax.default", "aten.argmin.default", "aten.prod.dim_int", "aten.any.dim", "aten.all.dim"]
-    + ["aten.std.correction", "aten.logsumexp.default", "aten.var_mean.correction"],
+    + [f"aten.{n}.{o}" for n in ("var_mean", "std_mean") for o in ("correction", "dim", "default")]
+    + [f"aten.{n}.{o}" for n in ("any", "all") for o in ("default", "dims")]
+    + [f"aten.{n}.default" for n in ("logsumexp", "prod", "aminmax", "nansum", "nanmean", "median", "nanmedian")]
+    + ["aten.median.dim", "aten.nanmedian.dim", "aten.mode.default", "aten.kthvalue.default"]
+    + ["aten.count_nonzero.default", "aten.count_nonzero.dim_IntList", "aten.quantile.scalar"],
     Reduce("blocked"),
 )
+register_rule(["aten.trapezoid.dx", "aten.trapz.dx"], Reduce("blocked", "y"))
+register_rule(["aten.trapezoid.x", "aten.trapz.x"], Opaque("it is integrated over places of its own"))
 register_rule(["aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim"], VectorNorm())
 
 
@@ -177,8 +194,37 @@ class Softmax(Rule):
 
 
 register_rule(
-    ["aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default"], Softmax()
+    [
+        "aten._safe_softmax.default",
+        "aten.softmax.int",
+        "aten._softmax.default",
+        "aten.log_softmax.int",
+        "aten._log_softmax.default",
+    ],
+    Softmax(),
 )
+
+
+class Sampled(Rule):
+    """``grid_sample``: channels pass, pixels are interpolated at places that another tensor names."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        dims, grid = ctx.dims("input"), ctx.dims("grid")
+        assert dims is not None and grid is not None
+        why = "its entries are interpolated"
+        for d in (*dims[2:], *grid[1:]):
+            ctx.freeze(d, why)
+        ctx.unify(dims[0], grid[0])
+        return [dims[0], dims[1], *(ctx.opaque(s, why) for s in ctx.shape[2:])]
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims, grid = ctx.dims("input"), ctx.dims("grid")
+        assert dims is not None and grid is not None
+        batch = ctx.close(ctx.combine(dims[0], grid[0], "mul_first"))
+        return [batch, ctx.close(dims[1]), *(ctx.opaque(s, "its entries are interpolated") for s in ctx.shape[2:])]
+
+
+register_rule([f"aten.grid_sampler{n}.default" for n in ("", "_2d", "_3d")], Sampled())
 
 
 class Pool(Structural):
@@ -206,6 +252,20 @@ for _n in (1, 2, 3):
         Pool(_n, linear=False, results=2),
     )
 register_rule("aten._adaptive_avg_pool2d.default", Pool(2, linear=True))
+register_rule(
+    [f"aten.upsample_{m}.{o}" for m in ("nearest3d", "trilinear3d") for o in ("default", "vec")]
+    + [f"aten._upsample_nearest_exact3d.{o}" for o in ("default", "vec")],
+    Pool(3, linear=True),
+)
+register_rule(
+    [
+        f"aten.{m}.{o}"
+        for m in ("_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
+        for o in ("default", "vec")
+    ],
+    Pool(2, linear=True),
+)
+register_rule([f"aten._upsample_nearest_exact1d.{o}" for o in ("default", "vec")], Pool(1, linear=True))
 register_rule(
     [f"aten.upsample_{m}.{o}" for m in ("nearest2d", "bilinear2d", "bicubic2d") for o in ("default", "vec")],
     Pool(2, linear=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def _resize_shape(name: str) -> Callable[[Resize], None]:
 
 register_rule(["aten.view.default", "aten._unsafe_view.default"], Structural(_reshape, _resize_shape("size")))
 register_rule("aten.reshape.default", Structural(_reshape, _resize_shape("shape")))
-register_rule("aten.flatten.using_ints", Structural(_reshape))
+register_rule(["aten.flatten.using_ints", "aten.ravel.default"], Structural(_reshape))
 
 
 def _resize_unflatten(ctx: Resize) -> None:
@@ -100,7 +101,7 @@ def _movedim(ctx: Any, dims: Dims) -> Dims:
 register_rule(["aten.transpose.int", "aten.swapaxes.default"], Structural(_transpose))
 register_rule("aten.permute.default", Structural(lambda ctx, dims: [dims[i] for i in ctx.args["dims"]]))
 register_rule(
-    ["aten.t.default", "aten.numpy_T.default", "aten.mT.default"],
+    [f"aten.{n}.default" for n in ("t", "numpy_T", "mT", "mH", "matrix_H", "adjoint")],
     Structural(lambda ctx, dims: dims[::-1] if len(dims) <= 2 else [*dims[:-2], dims[-1], dims[-2]]),
 )
 register_rule(["aten.movedim.int", "aten.movedim.intlist"], Structural(_movedim))
@@ -126,6 +127,22 @@ register_rule("aten.unsqueeze.default", Structural(_unsqueeze))
 register_rule(["aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims"], Structural(_squeeze))
 
 
+def _at_least(rank: int) -> Callable[[Any, Dims], Dims]:
+    """``atleast_1d`` and its like: dims of size 1 in front, and behind the second one where there are three."""
+
+    def f(ctx: Any, dims: Dims) -> Dims:
+        if rank == 3 and len(dims) == 2:
+            return [*dims, UNIT]
+        lead = [UNIT] if rank > 1 and len(dims) == 1 else []
+        return dims if len(dims) >= rank else (lead + dims + [UNIT] * (rank - 1 - len(dims)) if dims else [UNIT] * rank)
+
+    return f
+
+
+for _n in (1, 2, 3):
+    register_rule(f"aten.atleast_{_n}d.default", Structural(_at_least(_n)))
+
+
 # broadcasts --------------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +158,7 @@ def _expand(ctx: Any, dims: Dims) -> Dims:
     return out
 
 
-register_rule("aten.expand.default", Structural(_expand, _resize_shape("size")))
+register_rule(["aten.expand.default", "aten.broadcast_to.default"], Structural(_expand, _resize_shape("size")))
 
 
 def _expand_as(ctx: Any, dims: Dims) -> Dims:
@@ -203,6 +220,7 @@ def _repeat(ctx: Any, dims: Dims) -> Dims:
     from fxgrow.axes.expr import product
 
     repeats = list(ctx.args["repeats"])
+    repeats = [1] * (len(dims) - len(repeats)) + repeats  # tile may name fewer dims
     padded = [UNIT] * (len(repeats) - len(dims)) + dims
     out: Dims = []
     for i, (n, dim) in enumerate(zip(repeats, padded, strict=True)):
@@ -235,6 +253,21 @@ def _resize_repeat(ctx: Resize) -> None:
 register_rule("aten.repeat.default", Structural(_repeat, _resize_repeat))
 
 
+def _tile(ctx: Any, dims: Dims) -> Dims:
+    ctx.args = {**ctx.args, "repeats": ctx.args["dims"]}
+    return _repeat(ctx, dims)
+
+
+def _resize_tile(ctx: Resize) -> None:
+    ctx.args["repeats"] = [1] * (len(ctx.dims(ctx.args["self"])) - len(ctx.args["dims"])) + list(ctx.args["dims"])
+    _resize_repeat(ctx)
+    if ctx.edit is not None:
+        ctx.edit.arguments["dims"] = ctx.edit.arguments.pop("repeats")
+
+
+register_rule("aten.tile.default", Structural(_tile, _resize_tile))
+
+
 def _repeat_interleave(ctx: Any, dims: Dims) -> Dims:
     """Each entry repeated in place: a new inner factor."""
     from fxgrow.axes.expr import product
@@ -257,6 +290,122 @@ def _resize_repeat_interleave(ctx: Resize) -> None:
 
 
 register_rule("aten.repeat_interleave.self_int", Structural(_repeat_interleave, _resize_repeat_interleave))
+
+
+# windows, diagonals and triangles of dims ----------------------------------------------------------------------------
+
+
+def _channel_shuffle(ctx: Any, dims: Dims) -> Dims:
+    """Channels as (groups, each) become (each, groups)."""
+    from fxgrow.axes.expr import product
+
+    groups = int(ctx.args["groups"])
+    outer, inner = ctx.regroup([dims[1]], [groups, quotient(size_of(dims[1]), groups)])
+    return [dims[0], product([inner, outer]), *dims[2:]]
+
+
+def _resize_channel_shuffle(ctx: Resize) -> None:
+    channels = ctx.dims(ctx.args["input" if "input" in ctx.args else "self"])[1]
+    groups = int(ctx.args["groups"])
+    outer, _ = Unifier().regroup([channels], [groups, size_of(channels) // groups])
+    if ctx.changed(outer):
+        ctx.set("groups", ctx.new_size(outer))
+
+
+register_rule("aten.channel_shuffle.default", Structural(_channel_shuffle, _resize_channel_shuffle))
+register_rule("aten.native_channel_shuffle.default", Structural(_channel_shuffle, _resize_channel_shuffle))
+
+
+def _pixel_shuffle(ctx: Any, dims: Dims) -> Dims:
+    """``(c r r) h w -> c (h r) (w r)``: channels pass, what is spread over space does not."""
+    why = "pixel_shuffle spreads it over space"
+    block = int(ctx.args["upscale_factor"]) ** 2
+    channels, spread = ctx.regroup([dims[-3]], [quotient(size_of(dims[-3]), block), block])
+    for d in (spread, *dims[-2:]):
+        ctx.freeze(d, why)
+    return [*dims[:-3], channels, *(ctx.opaque(s, why) for s in ctx.shape[-2:])]
+
+
+def _pixel_unshuffle(ctx: Any, dims: Dims) -> Dims:
+    """``c (h r) (w r) -> (c r r) h w``."""
+    from fxgrow.axes.expr import product
+
+    why = "pixel_unshuffle gathers it from space"
+    for d in dims[-2:]:
+        ctx.freeze(d, why)
+    gathered = ctx.opaque(int(ctx.args["downscale_factor"]) ** 2, why)
+    return [*dims[:-3], product([dims[-3], gathered]), *(ctx.opaque(s, why) for s in ctx.shape[-2:])]
+
+
+register_rule("aten.pixel_shuffle.default", Structural(_pixel_shuffle))
+register_rule("aten.pixel_unshuffle.default", Structural(_pixel_unshuffle))
+
+
+def _unfold(ctx: Any, dims: Dims) -> Dims:
+    """Windows along one dim; their entries stand in a new last dim."""
+    i = int(ctx.args["dimension"]) % max(len(dims), 1)
+    why = "windows slide over it"
+    for d in dims[i : i + 1]:
+        ctx.freeze(d, why)
+    shape = ctx.shape
+    return [ctx.opaque(s, why) if j in (i, len(dims)) or not dims else dims[j] for j, s in enumerate(shape)]
+
+
+def _diagonal(ctx: Any, dims: Dims) -> Dims:
+    a, b = (int(ctx.args[n]) % len(dims) for n in ("dim1", "dim2"))
+    why = "a diagonal is taken of it"
+    for i in (a, b):
+        ctx.freeze(dims[i], why)
+    return [*(d for i, d in enumerate(dims) if i not in (a, b)), ctx.opaque(ctx.shape[-1], why)]
+
+
+def _diag_embed(ctx: Any, dims: Dims) -> Dims:
+    shape, why = ctx.shape, "it becomes a diagonal"
+    at = {int(ctx.args[n]) % len(shape) for n in ("dim1", "dim2")}
+    ctx.freeze(dims[-1], why)
+    rest = iter(dims[:-1])
+    return [ctx.opaque(s, why) if i in at else next(rest) for i, s in enumerate(shape)]
+
+
+register_rule("aten.unfold.default", Structural(_unfold))
+register_rule("aten.diagonal.default", Structural(_diagonal))
+register_rule("aten.diag_embed.default", Structural(_diag_embed))
+
+
+def _view_as_real(ctx: Any, dims: Dims) -> Dims:
+    return [*dims, ctx.opaque(2, "real and imaginary parts")]
+
+
+def _view_as_complex(ctx: Any, dims: Dims) -> Dims:
+    ctx.freeze(dims[-1], "real and imaginary parts")
+    return dims[:-1]
+
+
+register_rule("aten.view_as_real.default", Structural(_view_as_real))
+register_rule("aten.view_as_complex.default", Structural(_view_as_complex))
+
+
+class MeshGrid(Rule):
+    """Every vector laid along a dim of its own, constant along the others."""
+
+    moves = True
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        return self._lay(ctx)
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        return self._lay(ctx)
+
+    @staticmethod
+    def _lay(ctx: Any) -> list[Dims]:
+        vectors = [d[0] if d else UNIT for _, d in ctx.tensor_operands()]
+        order = list(range(len(vectors)))
+        if ctx.args.get("indexing") == "xy" and len(order) > 1:
+            order[:2] = [1, 0]
+        return [[v if j == k else ctx.constant_like(vectors[j]) for j in order] for k, v in enumerate(vectors)]
+
+
+register_rule(["aten.meshgrid.default", "aten.meshgrid.indexing"], MeshGrid())
 
 
 # split and join ----------------------------------------------------------------------------------------------------
@@ -302,9 +451,47 @@ def _resize_split(ctx: Resize) -> None:
     ctx.retarget("aten.split_with_sizes.default", {"self": ctx.args["self"], "split_sizes": sizes, "dim": i})
 
 
-register_rule("aten.split.Tensor", Structural(_split, _resize_split))
-register_rule(["aten.split_with_sizes.default", "aten.split.sizes"], Structural(_split_with_sizes, _resize_split))
-register_rule("aten.chunk.default", Structural(_chunk, _resize_split))
+register_rule(["aten.split.Tensor", "aten.unsafe_split.Tensor"], Structural(_split, _resize_split))
+register_rule(
+    ["aten.split_with_sizes.default", "aten.split.sizes", "aten.unsafe_split_with_sizes.default"],
+    Structural(_split_with_sizes, _resize_split),
+)
+register_rule(["aten.chunk.default", "aten.unsafe_chunk.default"], Structural(_chunk, _resize_split))
+
+
+def _tensor_split(along: int | None) -> Structural:
+    """``tensor_split`` and its like: into a number of nearly equal parts, or at given places."""
+
+    def dim(args: dict[str, Any], rank: int) -> int:
+        i = args["dim"] if along is None else (0 if along == 1 and rank == 1 else along)
+        return int(i) % rank
+
+    def f(ctx: Any, dims: Dims) -> list[Dims]:
+        ctx.args = {**ctx.args, "dim": dim(ctx.args, len(dims))}
+        total = size_of(dims[ctx.args["dim"]])
+        places = ctx.args.get("indices")
+        if not is_static(total) or (places is not None and not all(isinstance(p, int) for p in places)):
+            raise Conflict("splits a dim of dynamic size")
+        if places is None:
+            n = int(ctx.args["sections"])
+            sizes = [total // n + (k < total % n) for k in range(n)]
+        else:
+            edges = [0, *(min(max(p + (total if p < 0 else 0), 0), total) for p in places), total]
+            sizes = [b - a for a, b in itertools.pairwise(edges)]
+        if not all(s > 0 for s in sizes):
+            raise Conflict("splits into parts of dynamic or empty size")
+        return _split_into(ctx, dims, sizes)
+
+    def resize(ctx: Resize) -> None:
+        ctx.args["dim"] = dim(ctx.args, len(ctx.dims(ctx.args["self"])))
+        _resize_split(ctx)
+
+    return Structural(f, resize)
+
+
+register_rule(["aten.tensor_split.sections", "aten.tensor_split.indices"], _tensor_split(None))
+for _name, _along in (("hsplit", 1), ("vsplit", 0), ("dsplit", 2)):
+    register_rule([f"aten.{_name}.int", f"aten.{_name}.array"], _tensor_split(_along))
 
 
 def _unbind(ctx: Any, dims: Dims) -> list[Dims]:
@@ -340,7 +527,29 @@ class Cat(Rule):
         return out
 
 
-register_rule(["aten.cat.default", "aten.concat.default"], Cat())
+register_rule(["aten.cat.default", "aten.concat.default", "aten.concatenate.default"], Cat())
+
+
+class StackedCat(Cat):
+    """``hstack`` and its like: operands of too few dims are given some, then concatenated."""
+
+    def __init__(self, widen: Callable[[Any, Dims], Dims], dim: Callable[[int], int]) -> None:
+        self.widen, self.dim = widen, dim
+
+    def _join(self, ctx: Any) -> Dims:
+        operands = [self.widen(ctx, d) for _, d in ctx.tensor_operands()]
+        i = self.dim(len(operands[0]))
+        columns = zip(*operands, strict=True)
+        return [concat([resolve(c) for c in k]) if j == i else ctx.merge(list(k)) for j, k in enumerate(columns)]
+
+
+register_rule("aten.hstack.default", StackedCat(_at_least(1), lambda rank: 0 if rank == 1 else 1))
+register_rule(["aten.vstack.default", "aten.row_stack.default"], StackedCat(_at_least(2), lambda rank: 0))
+register_rule("aten.dstack.default", StackedCat(_at_least(3), lambda rank: 2))
+register_rule(
+    "aten.column_stack.default",
+    StackedCat(lambda ctx, d: d if len(d) > 1 else [*d, *[UNIT] * (2 - len(d))], lambda rank: 1),
+)
 
 
 class Stack(Rule):
@@ -506,10 +715,18 @@ def _listed(name: str) -> Callable[[Any, int], list[int]]:
 register_rule(["aten.roll.default"], Blocked(_listed("dims"), "its entries are rolled"))
 register_rule(["aten.flip.default"], Blocked(_listed("dims"), "its entries are reversed"))
 register_rule(
-    [f"aten.{n}.default" for n in ("cumprod", "sort", "argsort")],
+    [f"aten.{n}.default" for n in ("cumprod", "sort", "argsort", "logcumsumexp", "cummax", "cummin")]
+    + ["aten.sort.stable", "aten.argsort.stable"],
     Blocked(_listed("dim"), "its entries depend on their order", linear=False),
 )
 register_rule("aten.cumsum.default", Blocked(_listed("dim"), "its entries depend on their order"))
+register_rule("aten.msort.default", Blocked(lambda a, rank: [0], "its entries depend on their order", linear=False))
+register_rule("aten.fliplr.default", Blocked(lambda a, rank: [1], "its entries are reversed"))
+register_rule("aten.flipud.default", Blocked(lambda a, rank: [0], "its entries are reversed"))
+register_rule(
+    "aten.renorm.default",
+    Blocked(lambda a, rank: [i for i in range(rank) if i != a["dim"] % rank], "a norm runs over it", linear=False),
+)
 register_rule("aten.diff.default", Blocked(_listed("dim"), "neighbouring entries are subtracted"))
 
 

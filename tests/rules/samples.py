@@ -32,15 +32,33 @@ SAMPLES: dict[str, list[Sample]] = {}
 
 UNARY = (
     "relu gelu silu tanh neg abs sin sinh asinh atan erf sign leaky_relu elu selu celu mish hardswish square expm1 "
+    "rad2deg deg2rad frac tan softshrink hardshrink nan_to_num angle special_i1 special_i1e special_bessel_j1 positive "
+    "isposinf isneginf isreal signbit sinc i0 erfc special_i0e special_ndtr special_log_ndtr special_erfcx "
+    "special_bessel_j0 conj_physical resolve_conj resolve_neg real "
     "relu6 sigmoid exp exp2 cos cosh softplus hardsigmoid log_sigmoid sgn round floor ceil trunc hardtanh"
 )
-POSITIVE = "log log2 log10 log1p rsqrt sqrt reciprocal"
+POSITIVE = "log log2 log10 log1p rsqrt sqrt reciprocal lgamma digamma special_entr"
 for _name in UNARY.split():
     SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4))]
 for _name in POSITIVE.split():
     SAMPLES[f"aten.{_name}.default"] = [S(p(3, 4))]
-for _name in ("acos", "asin"):
+for _name in ("acos", "asin", "atanh", "erfinv"):
     SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4).tanh())]
+for _name in ("logit", "special_ndtri"):
+    SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4).sigmoid())]
+SAMPLES["aten.acosh.default"] = [S(1 + p(3, 4))]
+for _name in ("atan2", "logaddexp", "logaddexp2", "isclose", "heaviside", "fmax", "fmin", "hypot", "complex", "polar"):
+    SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4), r(4)), S(r(3, 1), r(3, 4))]
+for _name in ("copysign.Tensor", "clamp_min.Tensor", "clamp_max.Tensor"):
+    SAMPLES[f"aten.{_name}"] = [S(r(3, 4), r(4))]
+for _name in (
+    "remainder.Tensor",
+    "fmod.Tensor",
+    "float_power.Tensor_Tensor",
+    "xlogy.Tensor",
+    "special_xlog1py.default",
+):
+    SAMPLES[f"aten.{_name}"] = [S(p(3, 4), p(4))]
 for _name in ("isnan", "isinf", "isfinite"):
     SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4))]
 for _name in ("logical_not", "bitwise_not"):
@@ -68,6 +86,31 @@ for _name in ("mean.dim", "sum.dim_IntList", "amax.default", "amin.default"):
     SAMPLES[f"aten.{_name}"] = [S(r(3, 4), [1]), S(r(3, 4), [1], True), S(r(2, 3, 4), [1, 2], True)]
 for _name in ("max.dim", "min.dim", "any.dim", "all.dim", "prod.dim_int", "argmax.default", "argmin.default"):
     SAMPLES[f"aten.{_name}"] = [S(r(3, 4), 1), S(r(3, 4), 0, True)]
+for _name in (
+    "median.dim",
+    "nanmedian.dim",
+    "mode.default",
+    "quantile.scalar",
+    "std.dim",
+    "var_mean.dim",
+    "std_mean.dim",
+):
+    _second = 0.3 if "quantile" in _name else 1
+    SAMPLES[f"aten.{_name}"] = [S(r(3, 4), 0.3, 1) if "quantile" in _name else S(r(3, 4), [1] if "_" in _name else 1)]
+for _name in (
+    "max",
+    "min",
+    "any",
+    "all",
+    "prod",
+    "aminmax",
+    "nansum",
+    "nanmean",
+    "median",
+    "nanmedian",
+    "count_nonzero",
+):
+    SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4))]
 for _name in ("softmax.int", "log_softmax.int"):
     SAMPLES[f"aten.{_name}"] = [S(r(2, 3, 4), -1)]
     SAMPLES[f"aten._{_name.partition('.')[0]}.default"] = [S(r(2, 3, 4), 1, False)]
@@ -105,15 +148,100 @@ for _n, _x in ((1, r(2, 3, 4)), (2, r(2, 3, 4, 4)), (3, r(2, 3, 4, 4, 4))):
         S(r(2, 4, *[4] * _n), r(4, 3, *[2] * _n), r(6), [1] * _n, [0] * _n, [0] * _n, 2),
         S(r(3, *[4] * _n), r(3, 4, *[2] * _n), r(4)),
     ]
+for _name, _n in (("nearest3d", 3), ("trilinear3d", 3)):
+    _align = [] if "nearest" in _name else [False]
+    SAMPLES[f"aten.upsample_{_name}.default"] = [S(r(2, 3, *[4] * _n), [6] * _n, *_align)]
+    SAMPLES[f"aten.upsample_{_name}.vec"] = [S(r(2, 3, *[4] * _n), [6] * _n, *_align, None)]
+for _n in (1, 2, 3):
+    SAMPLES[f"aten._upsample_nearest_exact{_n}d.default"] = [S(r(2, 3, *[4] * _n), [6] * _n)]
+    SAMPLES[f"aten._upsample_nearest_exact{_n}d.vec"] = [S(r(2, 3, *[4] * _n), [6] * _n, None)]
+for _name in ("bilinear2d", "bicubic2d"):
+    SAMPLES[f"aten._upsample_{_name}_aa.default"] = [S(r(2, 3, 4, 4), [6, 6], False)]
+    SAMPLES[f"aten._upsample_{_name}_aa.vec"] = [S(r(2, 3, 4, 4), [6, 6], False, None)]
+for _name in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft"):
+    SAMPLES[f"aten.fft_{_name}.default"] = [S(r(3, 8), dim=1), S(r(3, 8), 4, 1)]
+    for _n in ("2", "n"):
+        SAMPLES[f"aten.fft_{_name}{_n}.default"] = [S(r(3, 4, 4), dim=[1, 2]), S(r(3, 4, 4), [4, 4])]
+for _name in ("fftshift", "ifftshift"):
+    SAMPLES[f"aten.fft_{_name}.default"] = [S(r(3, 4), [1])]
+for _name in ("hsplit", "vsplit", "dsplit"):
+    SAMPLES[f"aten.{_name}.int"] = [S(r(4, 4, 4), 2)]
+    SAMPLES[f"aten.{_name}.array"] = [S(r(4, 4, 4), [1, -1])]
+for _name in ("hstack", "vstack", "row_stack", "dstack", "column_stack"):
+    SAMPLES[f"aten.{_name}.default"] = [S([r(3, 4), r(3, 4)]), S([r(4), r(4)])]
+for _n in (1, 2, 3):
+    SAMPLES[f"aten.atleast_{_n}d.default"] = [S(r(4)), S(r(3, 4)), S(r())]
+for _name in ("scatter", "scatter_"):
+    SAMPLES[f"aten.{_name}.src"] = [S(r(3, 4), 1, i(4, 3, 2), r(3, 2)), S(r(3, 4), 0, i(3, 2, 4), r(2, 4))]
+    SAMPLES[f"aten.{_name}.value"] = [S(r(3, 4), 1, i(4, 3, 2), 0.5)]
+    SAMPLES[f"aten.{_name}.reduce"] = [S(r(3, 4), 1, i(4, 3, 2), r(3, 2), reduce="add")]
+    SAMPLES[f"aten.{_name}.value_reduce"] = [S(r(3, 4), 1, i(4, 3, 2), 0.5, reduce="multiply")]
+    SAMPLES[f"aten.scatter_add{_name[7:]}.default"] = [S(r(3, 4), 1, i(4, 3, 2), r(3, 2))]
+    SAMPLES[f"aten.scatter_reduce{_name[7:]}.two"] = [
+        S(r(3, 4), 1, i(4, 3, 2), r(3, 2), reduce=how, include_self=own)
+        for how, own in (("sum", True), ("mean", False), ("amax", True), ("prod", True))
+    ]
+_rows = torch.tensor([2, 0])
+_cells = r(3, 4) > 0
+for _end in ("", "_"):
+    SAMPLES[f"aten.index_add{_end}.default"] = [S(r(3, 4), 0, _rows, r(2, 4)), S(r(3, 4), 0, _rows, r(2, 4), alpha=2.0)]
+    SAMPLES[f"aten.index_copy{_end}.default"] = [S(r(3, 4), 0, _rows, r(2, 4))]
+    SAMPLES[f"aten.index_fill{_end}.int_Scalar"] = [S(r(3, 4), 0, _rows, 0.0), S(r(3, 4), 0, _rows, 1.0)]
+    SAMPLES[f"aten.index_fill{_end}.int_Tensor"] = [S(r(3, 4), 0, _rows, r())]
+    SAMPLES[f"aten.index_put{_end}.default"] = [
+        S(r(3, 4), [_rows], r(2, 4)),
+        S(r(3, 4), [_rows], r(4), True),
+        S(r(5, 3, 4), [None, _rows], r(5, 2, 4)),
+        S(r(5, 3, 4), [_rows, None, _rows], r(2, 3)),
+        S(r(3, 4, 5), [_cells], r(int(_cells.sum()), 5)),
+        S(r(3, 4), [_rows], r()),
+    ]
+    SAMPLES[f"aten.masked_scatter{_end}.default"] = [S(r(3, 4), _cells, r(12))]
+    SAMPLES[f"aten.put{_end}.default"] = [S(r(3, 4), i(12, 2), r(2))]
 SAMPLES["aten._adaptive_avg_pool2d.default"] = [S(r(2, 3, 4, 4), [2, 2])]
 for _name, _n in (("nearest2d", 2), ("bilinear2d", 2), ("bicubic2d", 2), ("nearest1d", 1), ("linear1d", 1)):
     _align = [] if "nearest" in _name else [False]
     SAMPLES[f"aten.upsample_{_name}.default"] = [S(r(2, 3, *[4] * _n), [6] * _n, *_align)]
     SAMPLES[f"aten.upsample_{_name}.vec"] = [S(r(2, 3, *[4] * _n), [6] * _n, *_align, None)]
+for _name in ("poisson_nll_loss", "soft_margin_loss", "hinge_embedding_loss"):
+    SAMPLES[f"aten.{_name}.default"] = [S(*([r(3, 4), p(3, 4)] + [True, False, 1e-8, 1] * (_name[0] == "p")))]
 for _name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"):
     SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4), r(3, 4))]
 SAMPLES["aten.binary_cross_entropy.default"] = [S(r(3, 4).sigmoid(), r(3, 4).sigmoid())]
 SAMPLES["aten.binary_cross_entropy_with_logits.default"] = [S(r(3, 4), r(3, 4).sigmoid())]
+
+
+def gates(gates: int, x: int, h: int, *, layers: int = 1, directions: int = 1, biases: bool = True) -> list[Tensor]:
+    """The weights of a recurrence, as its op takes them."""
+    out = []
+    for layer in range(layers):
+        for _ in range(directions):
+            out += [r(gates * h, x if layer == 0 else directions * h), r(gates * h, h)]
+            out += [r(gates * h), r(gates * h)] if biases else []
+    return out
+
+
+for _op, _n in (("lstm", 4), ("gru", 3), ("rnn_tanh", 1), ("rnn_relu", 1)):
+    SAMPLES[f"aten.{_op}_cell.default"] = [
+        S(r(3, 4), [r(3, 5), r(3, 5)] if _op == "lstm" else r(3, 5), *gates(_n, 4, 5)),
+        S(r(3, 4), [r(3, 5), r(3, 5)] if _op == "lstm" else r(3, 5), *gates(_n, 4, 5, biases=False)),
+    ]
+    SAMPLES[f"aten.{_op}.input"] = [
+        S(
+            r(*((2, 3) if _first else (3, 2)), 4),  # as batch_first says
+            [r(_layers * _ways, 2, 5), r(_layers * _ways, 2, 5)] if _op == "lstm" else r(_layers * _ways, 2, 5),
+            gates(_n, 4, 5, layers=_layers, directions=_ways, biases=_biases),
+            *(_biases, _layers, 0.0, False, _ways == 2, _first),
+            unchecked=True,
+        )
+        for _layers, _ways, _biases, _first in (
+            (1, 1, True, True),
+            (1, 1, False, False),
+            (2, 1, True, True),
+            (1, 2, True, True),
+            (2, 2, False, False),
+        )
+    ]
 
 SAMPLES |= {
     # contractions
@@ -147,17 +275,51 @@ SAMPLES |= {
         S(r(2, 6, 4, 2), r(2, 3, 4, 2), r(2, 3, 4, 2), enable_gqa=True),
         S(r(2, 3, 4, 6), r(2, 3, 5, 6), r(2, 3, 5, 7), r(3, 4, 5)),
     ],
-    # recurrences
-    "aten.lstm_cell.default": [S(r(3, 4), [r(3, 5), r(3, 5)], r(20, 4), r(20, 5), r(20), r(20))],
-    "aten.gru_cell.default": [S(r(3, 4), r(3, 5), r(15, 4), r(15, 5), r(15), r(15))],
-    "aten.rnn_tanh_cell.default": [S(r(3, 4), r(3, 5), r(5, 4), r(5, 5), r(5), r(5))],
-    "aten.rnn_relu_cell.default": [S(r(3, 4), r(3, 5), r(5, 4), r(5, 5), r(5), r(5))],
-    "aten.lstm.input": [
-        S(r(2, 3, 4), [r(1, 2, 5), r(1, 2, 5)], [r(20, 4), r(20, 5), r(20), r(20)], True, 1, 0.0, False, False, True)
+    "aten.vdot.default": [S(r(4), r(4))],
+    "aten.ger.default": [S(r(3), r(4))],
+    "aten.inner.default": [S(r(3, 4), r(5, 4)), S(r(2, 3, 4), r(4))],
+    "aten.linalg_vecdot.default": [S(r(3, 4), r(3, 4)), S(r(3, 4), r(3, 1), dim=0), S(r(3, 4), r(4))],
+    "aten.addmv.default": [S(r(3), r(3, 4), r(4)), S(r(1), r(3, 4), r(4))],
+    "aten.addr.default": [S(r(3, 4), r(3), r(4)), S(r(4), r(3), r(4), beta=0.5)],
+    "aten.addbmm.default": [S(r(3, 5), r(2, 3, 4), r(2, 4, 5)), S(r(5), r(2, 3, 4), r(2, 4, 5), alpha=0.5)],
+    "aten.tensordot.default": [S(r(2, 3, 4), r(4, 3, 5), [1, 2], [1, 0]), S(r(2, 3), r(4, 5), [], [])],
+    "aten.kron.default": [S(r(2, 3), r(4, 5)), S(r(3), r(2, 4))],
+    "aten.linalg_multi_dot.default": [S([r(2, 3), r(3, 4), r(4, 5)]), S([r(3), r(3, 4), r(4)])],
+    "aten.cdist.default": [S(r(3, 4), r(5, 4)), S(r(2, 3, 4), r(2, 5, 4))],
+    "aten.bucketize.Tensor": [S(r(3, 4), torch.linspace(-1, 1, 5, dtype=torch.float64))],
+    "aten.embedding_bag.default": [
+        S(r(5, 4), i(5, 6), torch.tensor([0, 2])),
+        S(r(5, 4), i(5, 6), torch.tensor([0, 2]), False, 1),
+        S(r(5, 4), i(5, 6), torch.tensor([0, 2]), False, 2),
+        S(r(5, 4), i(5, 6), torch.tensor([0, 2]), False, 0, False, r(6)),
     ],
-    "aten.gru.input": [S(r(2, 3, 4), r(1, 2, 5), [r(15, 4), r(15, 5), r(15), r(15)], True, 1, 0.0, False, False, True)],
-    "aten.rnn_tanh.input": [S(r(2, 3, 4), r(1, 2, 5), [r(5, 4), r(5, 5)], False, 1, 0.0, False, False, True)],
-    "aten.rnn_relu.input": [S(r(2, 3, 4), r(1, 2, 5), [r(5, 4), r(5, 5)], False, 1, 0.0, False, False, True)],
+    "aten.embedding_bag.padding_idx": [S(r(5, 4), i(5, 6), torch.tensor([0, 2]), False, 0, False, None, False, 1)],
+    "aten.take_along_dim.default": [S(r(3, 4), i(4, 3, 2), 1), S(r(3, 4), i(4, 1, 2), 1), S(r(3, 4), i(12, 2))],
+    "aten.select_scatter.default": [S(r(3, 4), r(4), 0, 1)],
+    "aten.take.default": [S(r(3, 4), i(12, 5))],
+    "aten.isin.Tensor_Tensor": [S(r(3, 4), r(2))],
+    "aten.searchsorted.Tensor": [S(torch.linspace(-1, 1, 5, dtype=torch.float64), r(3, 4))],
+    "aten.nonzero.default": [S(r(3, 4))],
+    "aten.argwhere.default": [S(r(3, 4))],
+    "aten.masked_select.default": [S(r(3, 4), b(3, 4))],
+    "aten.bincount.default": [S(i(4, 6))],
+    "aten.histc.default": [S(r(3, 4), 5)],
+    "aten._unique2.default": [S(r(3, 4))],
+    "aten.unique_consecutive.default": [S(r(3, 4))],
+    "aten.unique_dim.default": [S(r(3, 4), 0)],
+    "aten.nonzero_static.default": [S(r(3, 4), size=5)],
+    "aten.repeat_interleave.Tensor": [S(torch.tensor([1, 2]))],
+    "aten.repeat_interleave.self_Tensor": [S(r(2, 3), torch.tensor([1, 2]), 0)],
+    "aten.cosine_embedding_loss.default": [S(r(3, 4), r(3, 4), r(3).sign())],
+    "aten.margin_ranking_loss.default": [S(r(3, 4), r(3, 4), r(3, 4).sign())],
+    "aten.triplet_margin_loss.default": [S(r(3, 4), r(3, 4), r(3, 4))],
+    "aten.multi_margin_loss.default": [S(r(3, 4), i(4, 3))],
+    "aten.multilabel_margin_loss.default": [S(r(3, 4), i(4, 3, 4))],
+    "aten.ctc_loss.IntList": [S(r(6, 2, 4).log_softmax(-1), 1 + i(3, 2, 2), [6, 6], [2, 2])],
+    "aten.ctc_loss.Tensor": [S(r(6, 2, 4).log_softmax(-1), 1 + i(3, 2, 2), torch.tensor([6, 6]), torch.tensor([2, 2]))],
+    "aten.grid_sampler.default": [S(r(2, 3, 4, 4), r(2, 5, 5, 2).tanh(), 0, 0, False)],
+    "aten.grid_sampler_2d.default": [S(r(2, 3, 4, 4), r(2, 5, 5, 2).tanh(), 0, 0, False)],
+    "aten.grid_sampler_3d.default": [S(r(2, 3, 4, 4, 4), r(2, 5, 5, 5, 3).tanh(), 0, 0, False)],
     # look-ups
     "aten.embedding.default": [S(r(5, 4), i(5, 2, 3))],
     "aten.one_hot.default": [S(i(5, 2, 3), 5)],
@@ -198,6 +360,12 @@ SAMPLES |= {
         S(r(3, 4, 2), r(4), r(4), r(4), p(4), True, 0.1, 1e-5, True, activations=[0]),
         S(r(3, 4), None, None, None, None, True, 0.1, 1e-5, True, activations=[0]),
     ],
+    "aten.instance_norm.default": [
+        S(r(2, 3, 4), r(3), r(3), None, None, True, 0.1, 1e-5, True, activations=[0]),
+        S(r(2, 3, 4, 4), None, None, None, None, True, 0.1, 1e-5, True),
+        S(r(2, 3, 4), r(3), r(3), r(3), p(3), False, 0.1, 1e-5, True, activations=[0]),
+        S(r(2, 3, 4), None, None, None, None, True, 0.1, 0.0, True),
+    ],
     "aten.group_norm.default": [
         S(r(2, 6, 3), 3, r(6), r(6)),
         S(r(2, 6, 3), 2),
@@ -226,6 +394,14 @@ SAMPLES |= {
     "aten.lerp.Tensor": [S(r(3, 4), r(4), r(4))],
     "aten.lerp.Scalar": [S(r(3, 4), r(4), 0.3)],
     "aten.addcmul.default": [S(r(3, 4), r(4), r(4))],
+    "aten.addcdiv.default": [S(r(3, 4), r(4), p(4))],
+    "aten.threshold.default": [S(r(3, 4), 0.1, 2.0)],
+    "aten.round.decimals": [S(r(3, 4), decimals=1)],
+    "aten.rrelu.default": [S(r(3, 4), 0.1, 0.3, False)],
+    "aten.fmod.Scalar": [S(r(3, 4), 0.5)],
+    "aten.copysign.Scalar": [S(r(3, 4), -1.0)],
+    "aten.conj.default": [S(torch.complex(r(3, 4), r(3, 4)))],
+    "aten.imag.default": [S(torch.complex(r(3, 4), r(3, 4)))],
     "aten.clamp.default": [S(r(3, 4), -0.5, 0.5), S(r(3, 4), 0.2)],
     "aten.clamp.Tensor": [S(r(3, 4), r(4))],
     "aten.clamp_min.default": [S(r(3, 4), 0.1)],
@@ -259,7 +435,20 @@ SAMPLES |= {
     "aten.var.correction": [S(r(3, 4), [1], correction=0), S(r(2, 3, 4), [1, 2], correction=0), S(r(3, 4), [1])],
     "aten.var.dim": [S(r(3, 4), [1], False), S(r(3, 4), [1], True)],
     "aten.var.default": [S(r(3, 4), False)],
-    "aten.std.correction": [S(r(3, 4), [1], correction=0)],
+    "aten.std.correction": [S(r(3, 4), [1], correction=0), S(r(3, 4), [1])],
+    "aten.std.default": [S(r(3, 4), False)],
+    "aten.var_mean.default": [S(r(3, 4), False)],
+    "aten.std_mean.default": [S(r(3, 4), False)],
+    "aten.std_mean.correction": [S(r(3, 4), [1], correction=0)],
+    "aten.any.dims": [S(b(3, 4), [1])],
+    "aten.all.dims": [S(b(3, 4), [1])],
+    "aten.kthvalue.default": [S(r(3, 4), 2, 1)],
+    "aten.count_nonzero.dim_IntList": [S(r(3, 4), [1])],
+    "aten.trapezoid.x": [S(r(3, 4), r(4))],
+    "aten.trapz.x": [S(r(3, 4), r(4))],
+    "aten.trapezoid.dx": [S(r(3, 4))],
+    "aten.trapz.dx": [S(r(3, 4))],
+    "aten._safe_softmax.default": [S(r(3, 4), 1)],
     "aten.var_mean.correction": [S(r(3, 4), [1], correction=0), S(r(3, 4), correction=0)],
     "aten.logsumexp.default": [S(r(3, 4), [1])],
     "aten.linalg_vector_norm.default": [S(r(3, 4), 2, [1]), S(r(3, 4), 2, [0, 1]), S(r(3, 4), 1, [1])],
@@ -268,6 +457,38 @@ SAMPLES |= {
     "aten.view.default": [S(r(3, 8), [3, 2, 4]), S(r(3, 2, 4), [3, 8]), S(r(3, 8), [-1, 4]), S(r(6, 4), [2, 12])],
     "aten._unsafe_view.default": [S(r(3, 8), [3, 2, 4])],
     "aten.reshape.default": [S(r(3, 8), [3, 2, 4]), S(r(6, 4), [2, 3, 4])],
+    "aten.ravel.default": [S(r(3, 4))],
+    "aten.mH.default": [S(r(2, 3, 4))],
+    "aten.matrix_H.default": [S(r(3, 4))],
+    "aten.adjoint.default": [S(r(2, 3, 4))],
+    "aten.broadcast_to.default": [S(r(3, 1, 4), [3, 2, 4])],
+    "aten.tile.default": [S(r(3, 4), [2]), S(r(3, 4), [2, 1, 3])],
+    "aten.meshgrid.default": [S([r(3), r(4)])],
+    "aten.meshgrid.indexing": [S([r(3), r(4)], indexing="xy"), S([r(3), r(4), r(2)], indexing="ij")],
+    "aten.channel_shuffle.default": [S(r(2, 6, 3), 2)],
+    "aten.native_channel_shuffle.default": [S(r(2, 6, 3), 2)],
+    "aten.pixel_shuffle.default": [S(r(2, 12, 3, 4), 2)],
+    "aten.pixel_unshuffle.default": [S(r(2, 3, 4, 6), 2)],
+    "aten.unfold.default": [S(r(3, 8), 1, 4, 2), S(r(8, 3), 0, 4, 2)],
+    "aten.diagonal.default": [S(r(2, 3, 4), 0, 1, 2), S(r(2, 3, 4), 1, 2, 0)],
+    "aten.diag_embed.default": [S(r(2, 3)), S(r(2, 3), 1, 0, 2)],
+    "aten.view_as_real.default": [S(torch.complex(r(3, 4), r(3, 4)))],
+    "aten.view_as_complex.default": [S(r(3, 4, 2))],
+    "aten.unsafe_split.Tensor": [S(r(3, 8), 4, 1)],
+    "aten.unsafe_split_with_sizes.default": [S(r(3, 8), [3, 5], 1)],
+    "aten.unsafe_chunk.default": [S(r(3, 8), 2, 1)],
+    "aten.tensor_split.sections": [S(r(3, 8), 3, 1)],
+    "aten.tensor_split.indices": [S(r(3, 8), [2, -2], 1), S(r(3, 8), [0, 4], 1)],
+    "aten.concatenate.default": [S([r(3, 4), r(3, 5)], 1)],
+    "aten.logcumsumexp.default": [S(r(3, 4), 1)],
+    "aten.cummax.default": [S(r(3, 4), 1)],
+    "aten.cummin.default": [S(r(3, 4), 1)],
+    "aten.sort.stable": [S(r(3, 4), stable=True, dim=1)],
+    "aten.argsort.stable": [S(r(3, 4), stable=True, dim=1)],
+    "aten.msort.default": [S(r(3, 4))],
+    "aten.fliplr.default": [S(r(3, 4))],
+    "aten.flipud.default": [S(r(3, 4))],
+    "aten.renorm.default": [S(r(3, 4), 2, 0, 0.5)],
     "aten.flatten.using_ints": [S(r(2, 3, 4), 1)],
     "aten.unflatten.int": [S(r(3, 8), 1, [2, 4])],
     "aten.view_as.default": [S(r(3, 8), r(3, 2, 4))],
@@ -331,3 +552,18 @@ def _in_place() -> None:
 
 
 _in_place()
+
+
+def _aliases() -> None:
+    """An op of two names is judged by the samples of the first."""
+    from fxgrow.rules.aliases import ALIASES
+
+    for alias, name in ALIASES.items():
+        for end in ("", "_"):
+            first = f"aten.{name}{end}."
+            known = {k.removeprefix(first): v for k, v in SAMPLES.items() if k.startswith(first)}
+            for overload, samples in known.items():
+                SAMPLES[f"aten.{alias}{end}.{overload}"] = samples
+
+
+_aliases()
