@@ -259,8 +259,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.rules.opinfo", description=__doc__)
     parser.add_argument("entries", nargs="*", help="names of entries, e.g. nn.functional.linear")
     parser.add_argument("--all", action="store_true", help="every entry (4 minutes on two cores)")
-    parser.add_argument("--limit", type=int, default=None, help="samples of each entry to trace; all by default")
-    parser.add_argument("--per-overload", type=int, default=6, help="distinct calls of one overload to judge per entry")
+    parser.add_argument("--limit", type=int, default=12, help="samples of each entry to trace")
+    parser.add_argument("--per-overload", type=int, default=3, help="distinct calls of one overload to judge per entry")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     names = list(entries()) if options.all else options.entries
