@@ -13,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import linecache
+import logging
 import operator
 import re
 import time
@@ -432,13 +433,25 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         )
 
     try:
-        with warnings.catch_warnings(), _named_keywords(model, kwargs):
+        with warnings.catch_warnings(), _quiet(), _named_keywords(model, kwargs):
             warnings.simplefilter("ignore")
             bound = inspect.signature(model.forward).bind(*args, **kwargs)
             shapes = {name: dims(value) for name, value in bound.arguments.items()}
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes or None, strict=False)
     except Exception as error:
         raise CaptureError(_capture_message(model, error)) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what export logs of every dim that the model fixes: they are shown as frozen axes."""
+    logger = logging.getLogger("torch._export.non_strict_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
