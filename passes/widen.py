@@ -169,13 +169,15 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
 
 def _exact_ways(state: State, op: Widen, info: AxisInfo, new: int) -> list[str]:
     """Growths near the one refused that are exact: whole copies around its size, or the other kind of fill."""
-    copies = dict.fromkeys(size for size in (new // info.size * info.size, -(-new // info.size) * info.size))
-    tried = [(f"to: {size}", {"fill": "copy", "to": size}) for size in copies if size > info.size]
-    tried += [(f"to: {new + (new - info.size) % 2}, fill: add", {"fill": "add", "to": new + (new - info.size) % 2})]
+    even = new + (new - info.size) % 2
+    whole = dict.fromkeys((new // info.size * info.size, -(-new // info.size) * info.size))
+    tried = [(f"to: {n}", "copy", n) for n in whole]
+    tried.append((f"to: {even}, fill: add", "add", even))
     found = []
-    for words, fields in tried:
-        other = Widen(axis=op.axis, **fields)
-        size = int(fields["to"])
+    for words, fill, size in tried:
+        if size == info.size:
+            continue
+        other = Widen.model_validate({"axis": op.axis, "fill": fill, "to": size})
         if (size, other.fill) == (new, op.fill):
             continue
         for _, growth, content in candidates(other, info.size, size):

@@ -28,7 +28,7 @@ def test_vision() -> None:
     assert ": exact" in output
     before, after = re.findall(r"accuracy ([\d.]+)%", output)[:2]
     assert before == after
-    moved = re.findall(r"(\S+) in (?:eval|train)", output)
+    moved = re.findall(r"(\S+) in (?:eval|train)\b", output)
     assert len(moved) == 2
     assert all(float(x) < 1e-12 for x in moved)
 
