@@ -129,9 +129,8 @@ def main(
     optimizer = growth.carry(optimizer)
     receipt = growth.receipt
     typer.echo(f"grown {receipt.params_before:,} -> {receipt.params_after:,} parameters: {growth.plan.exactness}")
-    typer.echo(
-        f"  outputs moved {receipt.error_float64:.1e} (float64, eval), {receipt.error_float64_train:.1e} (train)"
-    )
+    moved = f"{receipt.error_float64:.1e} in eval, {receipt.error_float64_train:.1e} in train"
+    typer.echo(f"  float64 outputs moved {moved}")
     typer.echo(f"  accuracy {accuracy(growth.module, *test):.1%}")
 
     loss = train(growth.module, optimizer, steps, generator)
