@@ -93,8 +93,7 @@ def run(job: Job, out: Tensor, backend: str | None, fresh: bool) -> None:
             _warn_once(f"growing on the GPU with plain torch, which is slower: {missing}")
     elif forced == "cpu" or (forced is None and out.device.type == "cpu"):
         try:
-            huge = fresh and native.huge_pages(out)
-            native.run(job, out, stream=huge or not fresh)
+            native.run(job, out, fresh)
             return
         except native.Unsupported:
             pass

@@ -935,36 +935,51 @@ int fxgrow_run_many(const Task* tasks, i64 count, i64 threads) {
   return status;
 }
 
-// Put huge pages under a fresh, untouched allocation, by touching them one by one. Where two in a row take more than
-// `dear` CPU seconds each, the rest keeps small pages. Returns the bytes that have huge pages.
-i64 fxgrow_huge_pages(void* start, i64 bytes, double dear, i64 threads) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t size = uintptr_t(2) << 20;
-  const uintptr_t lo = (reinterpret_cast<uintptr_t>(start) + size - 1) / size * size;
-  const uintptr_t hi = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / size * size;
-  if (hi <= lo || madvise(reinterpret_cast<void*>(lo), hi - lo, MADV_HUGEPAGE)) return 0;
-  const i64 pages = i64((hi - lo) / size);
-  std::atomic<i64> next{0}, slow{0};
+// Take the pages of a fresh allocation, which nothing has touched, from the system: one call for many pages costs less
+// than a fault for each. Contents that are there already are kept. Returns the bytes that got huge pages.
+//
+// Huge pages are several times cheaper, if the system has them at hand. Where it has to compact memory first, or a
+// hypervisor has taken free memory back, they are several times dearer: each is timed, and after one of more than `dear` CPU
+// seconds the others are small, unless two in a row of 2 MiB of these take more than `dear_small`.
+i64 fxgrow_take_pages(void* start, i64 bytes, i64 want_huge, double dear, double dear_small, i64 threads) {
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), size = uintptr_t(2) << 20;
+  const uintptr_t lo = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
+  const uintptr_t hi = (reinterpret_cast<uintptr_t>(start) + uintptr_t(bytes)) / page * page;
+  if (hi <= lo) return 0;
+  auto advise = [=](int what) { return madvise(reinterpret_cast<void*>(lo), hi - lo, what) == 0; };
   auto now = [] {
     timespec t;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
     return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
   };
-#pragma omp parallel num_threads(int(threads)) if (threads > 1 && pages > 8)
-  while (slow < 2) {
-    const i64 page = next++;
-    if (page >= pages) break;
+  enum Mode { SMALL, HUGE, SMALL_AFTER_DEAR, HUGE_AFTER_ALL };
+  std::atomic<int> mode{want_huge && advise(MADV_HUGEPAGE) ? HUGE : SMALL}, slow{0};
+  std::atomic<i64> next{0}, huge_bytes{0};
+  std::atomic<bool> works{true};
+  const uintptr_t first = lo / size;
+  const i64 regions = i64((hi - 1) / size - first) + 1;
+#pragma omp parallel num_threads(int(threads)) if (threads > 1 && regions > 8)
+  while (works) {
+    const i64 region = next++;
+    if (region >= regions) break;
+    const uintptr_t from = std::max(lo, (first + uintptr_t(region)) * size);
+    const uintptr_t to = std::min(hi, (first + uintptr_t(region) + 1) * size);
+    int was = mode;
     const double before = now();
-    *reinterpret_cast<volatile char*>(lo + uintptr_t(page) * size) = 0;
-    if (now() - before > dear)
-      ++slow;
-    else if (slow < 2)
+    if (madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_WRITE)) works = false;  // before Linux 5.14
+    const bool whole = to - from == size, huge = was == HUGE || was == HUGE_AFTER_ALL;
+    if (whole && huge) huge_bytes += i64(size);
+    if (!whole || (was != HUGE && was != SMALL_AFTER_DEAR)) continue;
+    if (now() - before <= (huge ? dear : dear_small)) {
       slow = 0;
+    } else if (huge || ++slow == 2) {
+      slow = 0;
+      if (mode.compare_exchange_strong(was, huge ? SMALL_AFTER_DEAR : HUGE_AFTER_ALL))
+        advise(huge ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+    }
   }
-  const i64 done = next < pages ? i64(next) : pages;
-  if (slow < 2) return bytes;
-  if (done < pages) madvise(reinterpret_cast<void*>(lo + uintptr_t(done) * size), hi - lo - uintptr_t(done) * size, MADV_NOHUGEPAGE);
-  return done * i64(size);
+  return works ? i64(huge_bytes) : 0;
 #else
   return 0;
 #endif

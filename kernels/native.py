@@ -40,8 +40,9 @@ FLAGS = [
     "-w",
 ]
 HUGE = 4 << 20  # bytes; fresh destinations from here on ask for huge pages
-DEAR = 8e-4  # CPU seconds; the first touch of 512 small pages
-PATIENCE = 512 << 20  # bytes of destinations with small pages before huge ones are tried again
+DEAR = (8e-4, 2e-3)  # CPU seconds that 2 MiB may take: as a huge page, as small ones after huge ones were dear
+PATIENCE = (64 << 20, 1 << 30)  # bytes of destinations with small pages before huge ones are tried again; at most
+FRESH = 1 << 20  # bytes; the pages of smaller fresh destinations come by faults, if they are new at all
 STREAM = 1 << 20  # bytes; smaller destinations are left in the cache for whoever reads them next
 ALONE = 1 << 15  # elements; smaller tensors are not worth a second thread
 EXPAND = 64  # trailing elements of an ungrown dim (a convolution's kernel) that are folded into the columns
@@ -133,13 +134,27 @@ def _processor() -> str:
         return platform.processor()
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
     """The built library.
 
     Raises:
-        NoCompiler: there is no compiler, it fails, or the cache cannot be written.
+        NoCompiler: there is no compiler, it fails, or the cache cannot be written; tried once a process.
     """
+    found = _library()
+    if isinstance(found, NoCompiler):
+        raise found.with_traceback(None)
+    return found
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | NoCompiler:
+    try:
+        return _load()
+    except NoCompiler as error:
+        return error
+
+
+def _load() -> ctypes.CDLL:
     source = Path(__file__).with_name("native.cpp")
     compiler = _compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
@@ -155,8 +170,8 @@ def library() -> ctypes.CDLL:
         raise NoCompiler(f"the built library cannot be kept or loaded: {error}") from error
     loaded.fxgrow_run.argtypes = [ctypes.POINTER(_Task)]
     loaded.fxgrow_run_many.argtypes = [ctypes.POINTER(_Task), ctypes.c_int64, ctypes.c_int64]
-    loaded.fxgrow_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int64]
-    loaded.fxgrow_huge_pages.restype = ctypes.c_int64
+    loaded.fxgrow_take_pages.argtypes = [_ptr, _int, _int, _float, _float, _int]
+    loaded.fxgrow_take_pages.restype = _int
     if loaded.fxgrow_abi() != _ABI:
         raise NoCompiler(f"structures of another layout than expected ({loaded.fxgrow_abi()} against {_ABI})")
     return loaded
@@ -183,27 +198,37 @@ def _build(compiler: list[str], source: Path, target: Path) -> None:
             os.unlink(temporary)
 
 
-_small_left = 0  # bytes of destinations that are still to be made with small pages
+class HugePages:
+    """Whether fresh destinations ask for huge pages, from how that went before.
 
+    Each page is timed as it is taken. Where they were dear, the next destinations have small pages, twice as many bytes
+    as the last time: free memory that a hypervisor has taken back comes back by use.
 
-def huge_pages(tensor: Tensor) -> bool:
-    """Ask for huge pages under a fresh, untouched destination, and say whether it has them.
-
-    First touch is several times faster then, if huge pages are at hand. Where the system has to compact memory first,
-    or a hypervisor has taken free memory back, it is several times slower: each page is timed, and once they cost more
-    than the small pages they stand for, the rest and the next destinations are left with small ones.
+    Attributes:
+        left: bytes of destinations that are still to have small pages.
     """
-    global _small_left
-    size = tensor.numel() * tensor.element_size()
-    if size < HUGE:
-        return False
-    if _small_left > 0:
-        _small_left -= size
-        return False
-    huge = library().fxgrow_huge_pages(tensor.data_ptr(), size, DEAR, torch.get_num_threads())
-    if huge < size:
-        _small_left = PATIENCE
-    return bool(2 * huge > size)
+
+    def __init__(self) -> None:
+        self.left = 0
+        self.patience = PATIENCE[0]
+
+    def take(self, tensor: Tensor) -> bool:
+        """Take the pages under a fresh, untouched tensor from the system; whether most of them are huge."""
+        size = tensor.numel() * tensor.element_size()
+        if size < FRESH:
+            return False
+        ask = size >= HUGE and self.left == 0
+        self.left = max(0, self.left - size)
+        huge = library().fxgrow_take_pages(tensor.data_ptr(), size, ask, *DEAR, torch.get_num_threads())
+        if ask and 2 * huge > size:
+            self.patience = PATIENCE[0]
+        elif ask:
+            self.left = self.patience
+            self.patience = min(2 * self.patience, PATIENCE[1])
+        return bool(2 * huge > size)
+
+
+huge_pages = HugePages()
 
 
 # ---- tables ----
@@ -680,11 +705,10 @@ def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
     return task, [*keep, segments, table_of_cuts, later, job]
 
 
-def run(job: Job, out: Tensor, stream: bool = True) -> None:
+def run(job: Job, out: Tensor, fresh: bool = False) -> None:
     """Fill `out` (CPU, shape ``job.local``) as `job` says.
 
-    `stream`: large destinations may bypass the cache. Not into fresh small pages: the system has just zeroed each, so
-    that it lies in the cache, and evicting it costs more than the copy.
+    `fresh`: nothing has touched `out` yet, so that its pages are still to be taken from the system.
 
     Raises:
         Unsupported: see `task_of`.
@@ -693,7 +717,8 @@ def run(job: Job, out: Tensor, stream: bool = True) -> None:
     if out.numel() == 0:
         return
     task, keep = task_of(job, out)
-    task.stream = task.stream and stream
+    if fresh:
+        huge_pages.take(out)
     if library().fxgrow_run(ctypes.byref(task)):
         raise MemoryError("the native kernel ran out of memory")
     del keep

@@ -29,13 +29,7 @@ def test_huge_and_small_pages_give_the_same_values(monkeypatch: pytest.MonkeyPat
     plan = TensorPlan(source="w", shape=[1400, 2000], dims=[_twice(700), _twice(1000, 0.5)])
     expected = torch.cat([torch.cat([source, source], 1) * 0.5] * 2)
     assert expected.numel() * 4 > native.HUGE
-    for dear in (0.0, 1e9):  # every page is too dear, or none
+    for dear in ((0.0, 1e9), (0.0, 0.0), (1e9, 0.0)):  # small after two huge pages, huge after all, huge
         monkeypatch.setattr(native, "DEAR", dear)
-        monkeypatch.setattr(native, "_small_left", 0)
+        monkeypatch.setattr(native, "huge_pages", native.HugePages())
         assert torch.equal(materialise_tensor(plan, source), expected)
-    monkeypatch.setattr(native, "_small_left", 0)
-    monkeypatch.setattr(native, "DEAR", 0.0)
-    assert native.huge_pages(torch.empty(8 << 20)) is False
-    assert native._small_left > 0, "the next destinations do not ask"
-    assert native.huge_pages(torch.empty(8 << 20)) is False
-    assert native._small_left < native.PATIENCE

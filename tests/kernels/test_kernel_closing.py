@@ -42,10 +42,10 @@ def values(dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore::fxgrow.kernels.NoiseTooSmall")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("copies", [2, 3])
-def test_sums_are_exact(copies: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("copies", "uneven"), [(2, False), (3, False), (3, True)], ids=["pairs", "triples", "1:2:3"])
+def test_sums_are_exact(copies: int, uneven: bool, dtype: torch.dtype) -> None:
     checked = mismatches = parted = 0
-    dims = [None, tiled(SIDE, copies * SIDE, split=True)]
+    dims = [None, tiled(SIDE, copies * SIDE, split=True, uneven=uneven)]
     for k, scale in enumerate(SCALES):
         x = values(dtype, k).view(SIDE, SIDE)
         got = materialise(x, dims, noise=Noise("antisymmetric", scale, seed=k)).view(SIDE, copies, SIDE).unbind(1)

@@ -79,6 +79,24 @@ def test_convolutions_and_large_tensors_on_two_threads() -> None:
 
 
 @needs_compiler
+def test_dear_huge_pages_are_left_alone_for_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages, fresh = native.HugePages(), 8 << 20  # 32 MiB of float32
+    monkeypatch.setattr(native, "DEAR", (0.0, 1e9))
+    assert not pages.take(torch.empty(fresh))
+    assert pages.left == native.PATIENCE[0], "the next destinations do not ask"
+    assert not pages.take(torch.empty(fresh))
+    assert pages.left == native.PATIENCE[0] - 4 * fresh
+    for k in (1, 2, 3, 4, 5):
+        pages.left = 0
+        assert not pages.take(torch.empty(fresh))
+        assert pages.left == min(native.PATIENCE[0] << k, native.PATIENCE[1])
+    out = torch.full((fresh,), 7.0)
+    pages.take(out)
+    assert (out == 7).all(), "what is there is kept"
+    assert not pages.take(torch.empty(1000)), "not worth a call"
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.complex128])
 def test_other_types_are_gathered(dtype: torch.dtype) -> None:
     x = torch.arange(30).reshape(5, 6).to(dtype)
@@ -138,14 +156,17 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_without_a_compiler_it_falls_back_with_one_warning(tmp_path: Path) -> None:
     code = (
         "import torch, warnings\n"
-        "from fxgrow.kernels import DimMap, materialise, backends\n"
+        "from fxgrow.kernels import DimMap, materialise, backends, native\n"
+        "attempts = []\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
+        "    native._load = lambda load=native._load: attempts.append(1) or load()\n"
         "    for _ in range(3):\n"
         "        y = materialise(torch.arange(3.0), [DimMap(torch.tensor([0, 1, 2, 0]))])\n"
         "assert y.tolist() == [0, 1, 2, 0]\n"
         "print(len(seen), seen[0].message)\n"
         "print([str(b) for b in backends()][1])\n"
+        "assert attempts == [1], 'a compiler that fails is asked once'\n"
     )
     done = _run(code, CXX="no-such-compiler", FXGROW_CACHE=str(tmp_path))
     assert done.returncode == 0, done.stderr
