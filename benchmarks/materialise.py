@@ -128,6 +128,7 @@ def run(argv: list[str]) -> int:
                         continue  # the reference is slow: one case tells
                     turns = rounds if backend == "cpu" else 2
                     results.append(measure(name, dims, x, noise, backend, turns))
+                    print({c: v if isinstance(v, str) else round(v, 2) for c, v in results[-1].items()}, flush=True)
     columns_shown = ["case", "dtype", "noise", "backend", "ratio_memcpy", "ratio_memcpy_cpu", "speedup_naive"]
     columns_shown += ["speedup_naive_cpu", "peak_over_destination"]
     common.table("materialise", columns_shown, [[r[c] for c in columns_shown] for r in results])
