@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test lint bench vision-table clean
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,5 +25,8 @@ lint: install  ## ruff, and mypy on an installed, non-editable copy
 	$(BIN)/python -m ruff format --check .
 	bash .ci/typecheck $(BIN)/python
 
+vision-table:  ## torchvision's and timm's rows of docs/growability.md, in an environment of their own (.venv-vision)
+	PYTHON=$(PYTHON) bash benchmarks/vision-env.sh
+
 clean:  ## remove the environment and outputs
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) .venv-vision out build *.egg-info

@@ -1,12 +1,15 @@
 """What can grow in which model: capture, analyse and grow every named axis of a list of model families.
 
 Every axis is grown twofold and once to an uneven size (half as much again), by copies, else by new units, in float64
-and in a fresh process with a time limit. Writes ``docs/growability.md``.
+and in a fresh process with a time limit. Writes ``docs/growability.md``. The rows that it is made of are kept in
+``docs/growability.json``, so that a few models, or an environment with other libraries, replace their own rows only:
+``python -m benchmarks growability gpt2 --rows docs/growability.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -48,12 +51,13 @@ def examine(name: str, source: str, only: str = "*") -> dict[str, Any]:
     example = sources()[source][0][name]()
     perturbed(example.model)
     try:
-        program = fxgrow.capture(example.model, example.args, example.kwargs)
+        program = fxgrow.capture(example.model, example.args, example.kwargs, dynamic=example.dynamic)
     except Exception as error:
         return {**out, "failed": f"capture: {_first(error)}", "seconds": time.perf_counter() - start}
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     axes = program.axes
     out |= {
+        "versions": _versions(source),
         "ops": len(calls),
         "kinds": len({str(n.target) for n in calls}),
         "modes": program.mode_reason,
@@ -105,6 +109,16 @@ def _try(example: Example, program: Any, operation: dict[str, Any]) -> str:
     return "exact" if not dead else f"exact, but without gradient in {', '.join(dead)}"
 
 
+def _versions(source: str) -> dict[str, str]:
+    """What a row was measured with: torch, and the library that the model is from."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"torch": torch.__version__.partition("+")[0]}
+    with contextlib.suppress(PackageNotFoundError):  # models of this repository
+        found[source] = version(source)
+    return found
+
+
 def _first(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
@@ -140,7 +154,7 @@ def grown(row: dict[str, Any]) -> bool:
 
 def errors_of(results: list[dict[str, Any]]) -> list[str]:
     return [
-        f"{r['model']} {a['name']}: {a[k]}"
+        f"{_label(r)} {a['name']}: {a[k]}"
         for r in results
         for a in r["axes"]
         for k in ("double", "uneven")
@@ -167,19 +181,20 @@ def report(results: list[dict[str, Any]], missing: list[str]) -> str:
         "statistics off their initial values; every named axis is grown ×2 and once by half (by copies,",
         "else by new units), each in its own growth, verified in float64 in eval and train mode and on inputs of other",
         "sizes.",
-        f"torch {torch.__version__}.",
+        "",
+        *_environments(results),
         "",
         "| model | ops | axes | grow ×2 exactly | grow by half exactly | refused | s |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
         if r.get("failed"):
-            lines.append(f"| {r['model']} | | | | | {_cell(r['failed'])} | {r.get('seconds', 0):.0f} |")
+            lines.append(f"| {_label(r)} | | | | | {_cell(r['failed'])} | {r.get('seconds', 0):.0f} |")
             continue
         axes = r["axes"]
         doubled = sum(map(grown, axes))
         uneven = sum(str(a.get("uneven", "")).startswith("exact") for a in axes)
-        cells = [r["model"], r["ops"], len(axes), doubled, uneven, len(axes) - doubled, f"{r['seconds']:.0f}"]
+        cells = [_label(r), r["ops"], len(axes), doubled, uneven, len(axes) - doubled, f"{r['seconds']:.0f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if missing:
         lines += ["", "Left out: " + "; ".join(missing) + "."]
@@ -201,26 +216,85 @@ def report(results: list[dict[str, Any]], missing: list[str]) -> str:
     lines += [f"- `{op}`: {n} calls" for op, n in unknown.most_common()] or ["None."]
     errors = errors_of(results)
     lines += ["", "## Errors", "", *([f"- {_cell(e)}" for e in errors] or ["None."]), ""]
-    lines += ["## Refusals", ""]
+    lines += [
+        "## Refusals",
+        "",
+        "Per model: first what one might expect to grow, then, in a line each, what is fixed from outside (inputs,",
+        "outputs, tables that are looked up, spatial extents) with the number of such axes. Axes with one reason share",
+        "a line, which names the first op that gives it.",
+        "",
+    ]
     for r in results:
-        rows = [a for a in r["axes"] if not grown(a) or not str(a.get("uneven", "")).startswith("exact")]
-        if not rows:
-            continue
-        lines += [f"### {r['model']}", ""]
-        for a in rows:
-            why = a.get("frozen")
-            if why is None:
-                why = f"×2: {a['double']}; by half: {a['uneven']}"
-            lines.append(f"- `{a['name']}` ({a['size']}): {_cell(_anonymous(why))}")
-        lines.append("")
+        refused = refusals(r["axes"])
+        if refused:
+            lines += [f"### {_label(r)}", "", *refused, ""]
     return "\n".join(lines)
+
+
+#: axes that the caller, a table or an image fixes
+OUTSIDE = ("inputs", "outputs", "vocab", "positions", "kernel", "spatial")
+
+
+def _environments(results: list[dict[str, Any]]) -> list[str]:
+    """One line per library and set of versions, with the number of its rows."""
+    groups: Counter[tuple[str, str]] = Counter()
+    for r in results:
+        versions = r.get("versions") or {"torch": "unknown"}
+        groups[r["source"], ", ".join(f"{k} {v}" for k, v in versions.items())] += 1
+    return [f"- {n} models of {source}: {versions}" for (source, versions), n in groups.items()]
+
+
+def _label(result: dict[str, Any]) -> str:
+    """Models of one name from two libraries are told apart."""
+    return str(result["model"]) if result["source"] == "plain" else f"{result['source']}/{result['model']}"
+
+
+def refusals(axes: list[dict[str, Any]]) -> list[str]:
+    """A line per reason: the axes that share it, telling ones by name and those fixed from outside by number."""
+    named: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    counted: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for a in axes:
+        if grown(a) and str(a.get("uneven", "")).startswith("exact"):
+            continue
+        if "frozen" in a:
+            table = counted if a["role"] in OUTSIDE else named
+            table.setdefault(("", _reason(a["frozen"])), []).append(a)
+        elif grown(a):
+            named.setdefault(("×2: exact; by half: ", _reason(a["uneven"])), []).append(a)
+        else:
+            named.setdefault(("×2: ", _reason(a["double"]), "; by half: ", _reason(a["uneven"])), []).append(a)
+    out = []
+    for (label, *_), group in named.items():
+        first = group[0]
+        why = first.get("frozen") or (label + _where(first["uneven" if "exact" in label else "double"]))
+        names = ", ".join(f"`{a['name']}` ({a['size']})" for a in group)
+        out.append(f"- {names}: {_cell(_anonymous(why))}")
+    for group in counted.values():
+        roles = Counter(a["role"] for a in group)
+        what = ", ".join(f"{n} {role}" for role, n in roles.items())
+        out.append(f"- {what}: {_cell(_anonymous(group[0]['frozen']))}")
+    return out
+
+
+def _where(refusal: str) -> str:
+    """A refusal without the name and the sizes of the axis it is about."""
+    import re
+
+    return re.sub(r"^cannot grow \S+ from \d+ to \d+: ", "", refusal)
+
+
+def _reason(text: str) -> str:
+    """What refusals of one kind have in common: the reason at their end, without the numbers in it."""
+    import re
+
+    return re.sub(r"\d+", "#", text.rpartition(": ")[2])
 
 
 def _anonymous(text: str) -> str:
     """Without folders of the machine the table was made on."""
     import re
 
-    return re.sub(r"(/[^\s:/]+)+/(?=[^\s:/]+\.py)", "", text)
+    return re.sub(r"(/[^\s:/\"]+)+/(?=[^\s:/]+\.py)", "", text)
 
 
 def _cell(text: str) -> str:
@@ -244,12 +318,18 @@ def run(argv: list[str]) -> int:
         metavar="FILE",
         help="earlier --json files, of other environments for instance; what is run now replaces what they say",
     )
+    parser.add_argument(
+        "--rows", type=Path, metavar="FILE", help="short for --merge FILE --json FILE --out docs/growability.md"
+    )
     parser.add_argument("--report-only", action="store_true", help="run nothing: the table of --merge")
     parser.add_argument("--child", nargs=2, metavar=("SOURCE", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.child:
         print(_MARK + json.dumps(examine(options.child[1], options.child[0], options.only)))
         return 0
+    if options.rows:
+        options.merge = [*options.merge, *([options.rows] if options.rows.exists() else [])]
+        options.json, options.out = options.rows, options.out or ROOT / "docs" / "growability.md"
     known = sources()
     chosen = [
         (source, name)
@@ -257,6 +337,8 @@ def run(argv: list[str]) -> int:
         for name in table
         if not options.report_only and (not options.models or name in options.models or source in options.models)
     ]
+
+    rows = {(r["source"], r["model"]): r for file in options.merge for r in json.loads(file.read_text())}
 
     def one(item: tuple[str, str]) -> dict[str, Any]:
         result = in_process(item[1], item[0], options.limit, options.only)
@@ -269,12 +351,17 @@ def run(argv: list[str]) -> int:
         )
         return result
 
+    def save() -> None:
+        if options.json:
+            lines = ",\n".join(_anonymous(json.dumps(r, ensure_ascii=False)) for r in rows.values())
+            options.json.write_text(f"[\n{lines}\n]\n")
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        merged = {(r["source"], r["model"]): r for file in options.merge for r in json.loads(file.read_text())}
-        merged |= {(r["source"], r["model"]): r for r in pool.map(one, chosen)}
-    results = list(merged.values())
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        for result in pool.map(one, chosen):
+            rows[result["source"], result["model"]] = result
+            save()  # a long run that is cut short keeps what it has
+    save()
+    results = list(rows.values())
     there = {r["source"] for r in results}
     text = report(results, [note for source, (_, note) in known.items() if note and source not in there])
     if options.out:

@@ -15,12 +15,15 @@ import inspect
 import linecache
 import logging
 import operator
+import os
 import re
+import sysconfig
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
@@ -162,6 +165,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     calls: Mapping[str, Any] | None = None,
+    dynamic: Literal["all", "batch"] = "all",
 ) -> Program:
     """Trace ``model`` as it is called with ``args`` and ``kwargs``.
 
@@ -174,6 +178,9 @@ def capture(
         calls: instead, or in addition, several named ones: name to a tuple of arguments or a dict of keyword arguments,
             e.g. ``{"train": (x, y), "generate": (x,)}``. All of them constrain the axes, and a grown module chooses
             among them by the arguments it is given.
+        dynamic: ``batch`` keeps every input dim but the first at the size of the example. Models that compute paddings
+            and windows from the size of an image (Swin, MaxViT) trace ten times faster so. Where PyTorch's symbolic
+            arithmetic gives up on a model, this is done without being asked, with a warning.
 
     Raises:
         CaptureError: the model cannot be exported; the message carries PyTorch's reason and the source line.
@@ -189,27 +196,18 @@ def capture(
     if known is not None:
         known.seconds = time.perf_counter() - start
         return known
-    modes = {name: m.training for name, m in model.named_modules()}
     was_training = model.training
-    exported = []
     try:
-        for call in wanted:
-            for name, m in model.named_modules():
-                m.training = modes[name]
-            if not was_training:
-                model.train()
-            with _custom_backwards() as used:
-                train = _export(model, call.args, call.kwargs)
-            if used:
-                _check_backward(model, train, call, used)
-            model.eval()
-            with _custom_backwards() as used:
-                exported.append((train, _export(model, call.args, call.kwargs)))
-            if used:
-                _check_backward(model, exported[-1][1], call, used)
-    finally:
-        for name, m in model.named_modules():
-            m.training = modes[name]
+        exported = _exports(model, wanted, dynamic)
+    except CaptureError as error:
+        if dynamic == "batch":
+            raise
+        try:
+            exported = _exports(model, wanted, "batch")
+        except CaptureError:
+            raise error from None
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"{reason}; captured with every input dim but the first as it is", stacklevel=2)
     traces: list[_Trace] = []
     served: list[Call] = []
     reasons: list[str] = []
@@ -228,6 +226,33 @@ def capture(
     return program
 
 
+def _exports(
+    model: nn.Module, calls: list[Call], dynamic: str
+) -> list[tuple[torch.export.ExportedProgram, torch.export.ExportedProgram]]:
+    """Every call in train and in eval mode; the modules' own modes are put back."""
+    modes = {name: m.training for name, m in model.named_modules()}
+    was_training = model.training
+    exported = []
+    try:
+        for call in calls:
+            for name, m in model.named_modules():
+                m.training = modes[name]
+            if not was_training:
+                model.train()
+            pair = []
+            for _ in range(2):
+                with _custom_backwards() as used:
+                    pair.append(_export(model, call.args, call.kwargs, dynamic))
+                if used:
+                    _check_backward(model, pair[-1], call, used)
+                model.eval()
+            exported.append((pair[0], pair[1]))
+    finally:
+        for name, m in model.named_modules():
+            m.training = modes[name]
+    return exported
+
+
 @contextlib.contextmanager
 def _custom_backwards() -> Iterator[set[str]]:
     """Names of the ``autograd.Function`` subclasses that are called: export keeps their forward, not their backward."""
@@ -237,7 +262,7 @@ def _custom_backwards() -> Iterator[set[str]]:
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if not cls.__module__.startswith("torch._library"):  # of torch.library.custom_op, which a graph keeps
             used.add(f"{cls.__module__}.{cls.__qualname__}")
-        return original.__func__(cls, *args, **kwargs)
+        return original.__get__(None, cls)(*args, **kwargs)  # a classmethod, written in C from torch 2.14 on
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
     try:
@@ -426,11 +451,16 @@ def _check_plain(model: nn.Module) -> None:
             warnings.warn(f"module {name or '(root)'} has forward hooks; what they compute is traced in", stacklevel=4)
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: str
+) -> torch.export.ExportedProgram:
+    def one(x: Any) -> dict[int, Any] | None:
+        if not isinstance(x, torch.Tensor):
+            return None
+        return dict.fromkeys(range(x.dim() if dynamic == "all" else min(x.dim(), 1)), Dim.AUTO)
+
     def dims(value: Any) -> Any:
-        return pytree.tree_map(
-            lambda x: dict.fromkeys(range(x.dim()), Dim.AUTO) if isinstance(x, torch.Tensor) else None, value
-        )
+        return pytree.tree_map(one, value)
 
     try:
         with warnings.catch_warnings(), _quiet(), _named_keywords(model, kwargs):
@@ -513,8 +543,21 @@ def _capture_message(model: nn.Module, error: Exception) -> str:
     )
 
 
+@functools.cache
+def _library_roots() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Folders whose code is never the user's model (torch, fxgrow, Python itself), and where others are installed."""
+    here, paths = Path(__file__).parent, sysconfig.get_paths()
+    own = [here, here.parent / "passes", here.parent / "kernels", Path(torch.__file__).parent]
+    installed = {paths[k] for k in ("purelib", "platlib")} | {paths["stdlib"] + "/site-packages"}
+    return tuple(f"{p}{os.sep}" for p in (*own, paths["stdlib"])), tuple(f"{p}{os.sep}" for p in installed)
+
+
 def _library_file(path: str) -> bool:
-    return "/torch/" in path or "site-packages" in path or path.startswith("<") or "/fxgrow/" in path
+    """Whether a frame is in torch, fxgrow or Python; a model of another package (torchvision, ...) is the user's."""
+    roots, installed = _library_roots()
+    if path.startswith(("<", *roots[:-1])):
+        return True
+    return path.startswith(roots[-1]) and not path.startswith(installed)
 
 
 def _align(

@@ -333,8 +333,8 @@ class Grow:
 
     def combine(self, a: Expr, b: Expr, how: str) -> Expr:
         """Meet of two operands along one dim, either of which may be broadcast (size 1)."""
-        if is_unit(a) and is_unit(b):
-            return a
+        if (is_unit(a) and is_unit(b)) or not (self.grows(a) or self.grows(b)):
+            return a if not is_unit(a) else b
         f = _mul_first if how == "mul_first" else COMBINE[how]
         const = Info(Content.CONST)
         if is_unit(b):
@@ -468,7 +468,7 @@ class Grow:
             changed |= self._pin(site, content, why)
         if not changed:
             raise self.refuse(
-                f"{why}; new units would have to hold {content.value} there, which no weights can bring about"
+                f"{why}; new units would have to hold {content.value} there, which no fill of its writers brings about"
             )
         raise _Restart
 

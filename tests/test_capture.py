@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,9 @@ import torch
 from torch import nn
 
 import fxgrow
+from fxgrow.axes.analysis import shape_of
+from fxgrow.axes.expr import is_static
+from fxgrow.capture import source_line
 from fxgrow.regenerate import regenerate
 from tests.models import small_cnn, small_gpt, tokens, trained
 
@@ -206,6 +212,65 @@ def test_a_model_that_cannot_be_traced_gives_one_error_with_its_line() -> None:
 
     with pytest.raises(fxgrow.CaptureError, match=r"(?s)Branch.*test_capture\.py:\d+ in forward: if x\.sum\(\) > 0"):
         fxgrow.capture(Branch(), (torch.randn(2, 4),))
+
+
+def test_source_lines_are_of_the_model_wherever_it_is_installed() -> None:
+    installed = Path(sysconfig.get_paths()["purelib"])
+    frames = [
+        ("/home/me/train.py", "return self.backbone(x)"),
+        (installed / "torchvision/models/resnet.py", "x = self.layer1(x)"),
+        (Path(torch.__file__).parent / "nn/modules/conv.py", "return F.conv2d(input, weight)"),
+        (Path(contextlib.__file__), "return func(*args, **kwds)"),
+        (Path(fxgrow.__file__).parent / "modelref.py", "return self.module(x)"),
+    ]
+    trace = "\n".join(f'  File "{file}", line {i}, in forward\n    {code}' for i, (file, code) in enumerate(frames))
+    assert source_line(trace) == f"{frames[1][0]}:1: x = self.layer1(x)"
+    beside = trace.replace(str(installed / "torchvision"), "/home/me/torch/fxgrow")  # a folder of the user's, named so
+    assert source_line(beside) == "/home/me/torch/fxgrow/models/resnet.py:1: x = self.layer1(x)"
+
+
+def test_a_refusal_inside_an_installed_package_names_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a package of models is installed: code that torch's own modules call."""
+    package = tmp_path / "site-packages"
+    package.mkdir()
+    (package / "modelzoo.py").write_text(
+        "from torch import nn\n\n\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv = nn.Sequential(nn.Conv2d(3, 4, 3))\n\n"
+        "    def forward(self, x):\n"
+        "        return self.conv(x).mean((1, 2, 3))\n"
+    )
+    monkeypatch.syspath_prepend(str(package))
+    modelzoo = __import__("modelzoo")
+    program = fxgrow.capture(modelzoo.Net(), (torch.randn(2, 3, 6, 6),))
+    reason = str(program.axes["conv.0/kernel"].reason)
+    assert "modelzoo.py:10: return self.conv(x)" in reason
+
+
+def test_only_the_batch_is_dynamic_where_asked_or_where_tracing_all_dims_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small_cnn().float(), torch.randn(2, 3, 16, 16)
+
+    def open_dims(program: fxgrow.Program) -> list[bool]:
+        (node,) = [n for n in program.graph.nodes if n.op == "placeholder"]
+        return [not is_static(s) for s in shape_of(node.meta["val"])]
+
+    assert open_dims(fxgrow.capture(model, (x,))) == [True, False, True, True]
+    assert open_dims(fxgrow.capture(model, (x,), dynamic="batch")) == [True, False, False, False]
+    export = torch.export.export
+
+    def picky(*args: Any, dynamic_shapes: Any, **options: Any) -> Any:
+        if any(len(dims) > 1 for dims in dynamic_shapes.values()):
+            raise NotImplementedError("an inequality that sympy cannot solve")
+        return export(*args, dynamic_shapes=dynamic_shapes, **options)
+
+    monkeypatch.setattr(torch.export, "export", picky)
+    with pytest.warns(UserWarning, match="an inequality that sympy cannot solve; captured with every input dim but"):
+        program = fxgrow.capture(model, (x,))
+    assert open_dims(program) == [True, False, False, False]
+    batch = torch.randn(5, 3, 16, 16)
+    assert torch.allclose(rebuilt(program).eval()(batch), model.eval()(batch))
 
 
 def test_variable_arguments() -> None:

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,7 +20,10 @@ SOURCES = ("plain", "huggingface", "vision")
 
 @dataclass
 class Example:
-    """A model, the inputs it is captured with, and inputs of other sizes to check with (None: of the same sizes)."""
+    """A model, the inputs it is captured with, and inputs of other sizes to check with (None: of the same sizes).
+
+    ``dynamic``: which dims of the inputs :func:`fxgrow.capture` leaves open.
+    """
 
     model: nn.Module
     kwargs: dict[str, Any]
@@ -28,6 +31,7 @@ class Example:
     args: tuple[Any, ...] = ()
     other_args: tuple[Any, ...] = ()
     notes: list[str] = field(default_factory=list)
+    dynamic: Literal["all", "batch"] = "all"
 
 
 Maker = Callable[[], Example]

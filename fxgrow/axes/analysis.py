@@ -21,6 +21,7 @@ from fxgrow.axes.expr import (
     Size,
     Unifier,
     axes_of,
+    is_static,
     resolve,
     same_size,
     size_of,
@@ -520,6 +521,7 @@ def analyse(program: Program) -> Axes:
                 env[node] = rule.relate(ctx)
             except Conflict as conflict:
                 env[node] = Opaque(f"fxgrow cannot relate its dims ({conflict})").relate(ctx)
+            env[node] = _specialised(ctx, node, env[node])
             wrong = _wrong_result(node, env[node])
             if wrong:
                 warnings.warn(f"{wrong}: a bug in the rule; the axes it touches are frozen", stacklevel=3)
@@ -539,6 +541,33 @@ def _output_nodes(node: fx.Node) -> list[fx.Node]:
     import torch.utils._pytree as pytree
 
     return [x for x in pytree.tree_leaves(node.args[0]) if isinstance(x, fx.Node)]
+
+
+def _specialised(ctx: Relate, node: fx.Node, dims: Any) -> Any:
+    """Dims with the sizes that the trace gave the result: an op may pin a dynamic size to the one number it can be.
+
+    Batch norm pins ``(s - 1) // 2`` to 1 so. Such a dim is frozen, and the result's is a new one, frozen too.
+    """
+
+    def one(dim: Expr, size: Size) -> Expr:
+        if is_static(size) == is_static(size_of(dim)):
+            return dim
+        why = f"its size {size_of(dim)} is pinned to {size}"
+        ctx.freeze(dim, why)
+        return ctx.opaque(size, why)
+
+    def each(dims: Any, sizes: list[Size] | None) -> Any:
+        fits = isinstance(dims, list) and sizes is not None and len(dims) == len(sizes)
+        if not fits or any(d is None or isinstance(d, list) for d in dims):
+            return dims
+        return [one(d, s) for d, s in zip(dims, sizes or [], strict=True)]
+
+    several = result_sizes(node)
+    if several is None:
+        return each(dims, sizes_of(node))
+    if not isinstance(dims, list) or len(dims) != len(several):
+        return dims
+    return [each(d, s) for d, s in zip(dims, several, strict=True)]
 
 
 def _wrong_result(node: fx.Node, dims: Any) -> str:

@@ -242,10 +242,32 @@ register_rule("aten.bmm.default", BatchMatMul())
 
 
 class Einsum(Rule):
-    """``torch.einsum``: its equation is the rule."""
+    """``torch.einsum``: its equation is the rule; between two activations it is attention, and names its axes so."""
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        self._name(ctx)
         return self._run(ctx, "relate")
+
+    @staticmethod
+    def _name(ctx: Relate) -> None:
+        left, _, right = str(ctx.args["equation"]).replace(" ", "").partition("->")
+        terms, nodes = left.split(","), list(ctx.args["tensors"])
+        if len(terms) != 2 or "." in left or not right or any(map(ctx.from_parameter, nodes)):
+            return
+        dims = [dict(zip(t, ctx.dims(n) or [], strict=False)) for t, n in zip(terms, nodes, strict=True)]
+        batch = [x for x in terms[0] if x in terms[1] and x in right]
+        summed = [x for x in terms[0] if x in terms[1] and x not in right]
+        if len(batch) < 2 or len(summed) != 1:
+            return
+        for letter in batch[1:]:
+            for d in dims:
+                ctx.role(d[letter], "heads")
+        if after_softmax(nodes[0]):
+            for letter in terms[1]:
+                if letter not in terms[0]:
+                    ctx.role(dims[1][letter], "value_dim")
+        elif is_static(size_of(dims[0][summed[0]])):
+            ctx.role(dims[0][summed[0]], "head_dim")
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         return self._run(ctx, "grow")
@@ -310,7 +332,10 @@ class Convolution(Rule):
             for dim in dims[len(dims) - len(weight) + 2 :]:
                 ctx.freeze(dim, pattern.why)
                 ctx.role(dim, role, 100)
-        return pattern.relate(ctx)
+        out = cast(Dims, pattern.relate(ctx))
+        for dim in out[len(out) - len(weight) + 2 :]:
+            ctx.role(dim, "spatial", 100)
+        return out
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         return self._pattern(len(ctx.dims("input") or []), len(ctx.dims("weight") or [])).grow(ctx)

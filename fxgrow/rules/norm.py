@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fxgrow.axes.expr import UNIT, Concat, Conflict, Expr, resolve
+from fxgrow.axes.expr import UNIT, Concat, Conflict, Expr, is_unit, resolve
 from fxgrow.rules.base import Content, Dims, Info, Pattern, Rule, annotate, infos, register_rule
 
 if TYPE_CHECKING:
@@ -95,7 +95,11 @@ register_rule("aten.rms_norm.default", LastDimsNorm(Content.ZERO))
 
 
 class BatchNorm(Pattern):
-    """Batch norm: each channel by itself; newborn channels get mean 0, variance 1, weight 1, bias 0."""
+    """Batch norm: each channel by itself; newborn channels get mean 0, variance 1, weight 1, bias 0.
+
+    Without running statistics (weight standardisation, Qiao 2019, is one such call on a weight) the dims that it takes
+    statistics over may grow by whole copies, which leave mean and variance as they are.
+    """
 
     def __init__(self) -> None:
         super().__init__(
@@ -108,11 +112,19 @@ class BatchNorm(Pattern):
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         dims = ctx.dims("input")
         assert dims is not None
-        for dim in (dims[0], *dims[2:]):
-            ctx.freeze(dim, "batch norm takes statistics over it")
+        if ctx.dims("running_var") is not None:
+            for dim in (dims[0], *dims[2:]):
+                ctx.freeze(dim, "batch norm takes statistics over it")
         return super().relate(ctx)
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims = ctx.dims("input")
+        assert dims is not None
+        over = [d for d in (dims[0], *dims[2:]) if ctx.grows(d)]
+        if over:
+            ctx.uniform_factor(over)
+            if ctx.newborn:
+                raise ctx.refuse("new units in a dim it takes statistics over; grow by whole copies instead")
         out = super().grow(ctx)
         assert out is not None
         first, channels, *rest = cast(Dims, out)
@@ -235,3 +247,41 @@ class GroupNorm(Rule):
 
 
 register_rule("aten.group_norm.default", GroupNorm())
+
+
+class WeightNorm(Rule):
+    """Weight norm, ``g * v / |v|`` with one norm for each entry of ``dim`` (Salimans and Kingma 2016).
+
+    n whole copies along another dim make every norm larger by the root of n; newborn entries must be zero.
+    """
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        dims, g = ctx.dims("v"), ctx.dims("g")
+        assert dims is not None and g is not None
+        for mine, theirs in zip(dims, g, strict=False):
+            if not is_unit(theirs) and not is_unit(mine):
+                ctx.unify(mine, theirs)
+        return [resolve(d) for d in dims]
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims, g = ctx.dims("v"), ctx.dims("g")
+        assert dims is not None and g is not None
+        keep = ctx.args["dim"] % len(dims) if ctx.args["dim"] != -1 else None
+        over = [d for i, d in enumerate(dims) if i != keep and ctx.grows(d)]
+        out: Dims = [ctx.close(d) for d in dims]
+        if over:
+            n = ctx.uniform_factor(over)
+            for info in (i for d in over for i in infos(d)) if ctx.newborn else ():
+                if info.content is not Content.ZERO:
+                    ctx.demand(info, Content.ZERO, "a norm runs over the axis")
+            if n != 1:
+                ctx.rescale_output(n**0.5)
+        if keep is not None and ctx.grows(dims[keep]):
+            if ctx.newborn and any(i.content is Content.ZERO for i in infos(dims[keep])):
+                raise ctx.refuse("new units of zeros have no direction to normalise")
+            joined = ctx.combine(out[keep], g[keep], "any")
+            out[keep] = annotate(ctx.close(joined), lambda info: info.becomes(Content.FREE, zeroable=False))
+        return out
+
+
+register_rule("aten._weight_norm.default", WeightNorm())

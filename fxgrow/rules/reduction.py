@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
-from fxgrow.axes.expr import UNIT, is_unit
+from fxgrow.axes.expr import UNIT, is_unit, product, quotient, size_of
 from fxgrow.rules.base import Content, Dims, Info, Opaque, Rule, Structural, annotate, infos, register_rule
 
 if TYPE_CHECKING:
@@ -178,31 +179,37 @@ register_rule(["aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim"], Ve
 
 
 class Softmax(Rule):
-    """Normalised exponentials: no entry of the dim can be copied or added without changing the others."""
+    """Normalised exponentials: n copies of every entry share its weight, so that the result times n is as it was.
+
+    What sums over the dim afterwards (attention, split attention) takes the n out again. A logarithm cannot be scaled.
+    """
+
+    def __init__(self, logarithm: bool = False) -> None:
+        self.logarithm = logarithm
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
-        if dims:
+        if dims and self.logarithm:
             ctx.freeze(dims[ctx.args["dim"] % len(dims)], "softmax runs over it")
         return dims
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
-        return [annotate(ctx.close(d), _nonlinear) for d in dims]
+        over = dims[ctx.args["dim"] % len(dims)]
+        out: Dims = [annotate(ctx.close(d), _nonlinear) for d in dims]
+        if ctx.grows(over):
+            n = ctx.uniform_factor([over])
+            if ctx.newborn:
+                raise ctx.refuse("new units under a softmax; grow by whole copies instead")
+            if n != 1:
+                ctx.rescale_output(float(n))
+        return out
 
 
-register_rule(
-    [
-        "aten._safe_softmax.default",
-        "aten.softmax.int",
-        "aten._softmax.default",
-        "aten.log_softmax.int",
-        "aten._log_softmax.default",
-    ],
-    Softmax(),
-)
+register_rule(["aten._safe_softmax.default", "aten.softmax.int", "aten._softmax.default"], Softmax())
+register_rule(["aten.log_softmax.int", "aten._log_softmax.default"], Softmax(logarithm=True))
 
 
 class Sampled(Rule):
@@ -238,7 +245,10 @@ class Pool(Structural):
             for d in dims[-n:]:
                 ctx.freeze(d, why)
             lead = [d if linear else annotate(d, _nonlinear) for d in map(ctx.close, dims[:-n])]
-            out = [*lead, *(ctx.opaque(s, why) for s in ctx.shape[-n:])]
+            space = [ctx.opaque(s, why) for s in ctx.shape[-n:]]
+            for d in (*dims[-n:], *space):
+                ctx.role(d, "spatial", 100)
+            out = [*lead, *space]
             return out if ctx.result_count is None else [list(out) for _ in range(results)]
 
         super().__init__(f)
@@ -252,6 +262,44 @@ for _n in (1, 2, 3):
         Pool(_n, linear=False, results=2),
     )
 register_rule("aten._adaptive_avg_pool2d.default", Pool(2, linear=True))
+
+
+def _patches(ctx: Any, dims: Dims) -> Dims:
+    """``unfold``: every window of an image laid out beside its channel."""
+    *lead, channels, height, width = dims
+    size = math.prod(ctx.args["kernel_size"])
+    for d in (height, width):
+        ctx.freeze(d, "windows are cut out of it")
+        ctx.role(d, "spatial", 100)
+    window = ctx.inner(len(lead), size)
+    ctx.freeze(window, "the window of an unfold")
+    ctx.role(window, "kernel", 100)
+    windows = ctx.opaque(ctx.shape[-1], "windows are cut out of it")
+    return [*map(ctx.close, lead), product([ctx.close(channels), window]), windows]
+
+
+def _folded(ctx: Any, dims: Dims) -> Dims:
+    """``fold``: windows summed into an image, channel by channel."""
+    *lead, columns, windows = dims
+    size = math.prod(ctx.args["kernel_size"])
+    ctx.freeze(windows, "windows are laid over each other")
+    channels, window = ctx.regroup([ctx.close(columns)], [quotient(size_of(columns), size), size])
+    ctx.freeze(window, "the window of a fold")
+    ctx.role(window, "kernel", 100)
+    space = [ctx.opaque(s, "windows are laid over each other") for s in ctx.shape[-2:]]
+    for d in space:
+        ctx.role(d, "spatial", 100)
+    return [*map(ctx.close, lead), channels, *space]
+
+
+class Windows(Structural):
+    """Sliding windows: linear in every channel, so that whatever is known of a channel stays so."""
+
+    moves = False
+
+
+register_rule("aten.im2col.default", Windows(_patches))
+register_rule("aten.col2im.default", Windows(_folded))
 register_rule(
     [f"aten.upsample_{m}.{o}" for m in ("nearest3d", "trilinear3d") for o in ("default", "vec")]
     + [f"aten._upsample_nearest_exact3d.{o}" for o in ("default", "vec")],

@@ -359,6 +359,7 @@ SAMPLES |= {
         S(r(3, 4), r(4), r(4), r(4), p(4), False, 0.1, 1e-5, True, activations=[0]),
         S(r(3, 4, 2), r(4), r(4), r(4), p(4), True, 0.1, 1e-5, True, activations=[0]),
         S(r(3, 4), None, None, None, None, True, 0.1, 1e-5, True, activations=[0]),
+        S(r(1, 4, 6), r(4), None, None, None, True, 0.0, 1e-5, True),  # weight standardisation
     ],
     "aten.instance_norm.default": [
         S(r(2, 3, 4), r(3), r(3), None, None, True, 0.1, 1e-5, True, activations=[0]),
@@ -366,6 +367,9 @@ SAMPLES |= {
         S(r(2, 3, 4), r(3), r(3), r(3), p(3), False, 0.1, 1e-5, True, activations=[0]),
         S(r(2, 3, 4), None, None, None, None, True, 0.1, 0.0, True),
     ],
+    "aten._weight_norm.default": [S(r(4, 3, 2), p(4, 1, 1), 0), S(r(3, 4), p(1, 4), 1)],
+    "aten.im2col.default": [S(r(2, 3, 5, 5), [3, 3], [1, 1], [1, 1], [2, 2])],
+    "aten.col2im.default": [S(r(2, 12, 9), [6, 6], [2, 2], [1, 1], [0, 0], [2, 2])],
     "aten.group_norm.default": [
         S(r(2, 6, 3), 3, r(6), r(6)),
         S(r(2, 6, 3), 2),

@@ -19,7 +19,8 @@ from fxgrow.growth import Growth, grow
 from fxgrow.verify import relative_errors
 
 from .adversarial import ADVERSARIAL
-from .zoo import ZOO, Example
+from .vision import ZOO
+from .zoo import Example
 
 MODELS = {**ZOO, **{f"adversarial-{k}": v for k, v in ADVERSARIAL.items()}}
 
