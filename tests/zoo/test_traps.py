@@ -167,7 +167,7 @@ def two(f: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
 
 
 FROZEN: dict[str, tuple[Any, str]] = {
-    "softmax": (two(lambda h: torch.softmax(h, -1)), "softmax runs over it"),
+    "log-softmax": (two(lambda h: torch.log_softmax(h, -1)), "softmax runs over it"),
     "cumsum": (two(lambda h: h.cumsum(-1)), "depend on their order"),
     "arange": (two(lambda h: h * torch.arange(8)), "consecutive numbers"),
     "index": (two(lambda h: h[:, torch.tensor([0, 2, 1, 3, 4, 5, 7, 6])]), "looked up by number"),
@@ -197,6 +197,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         COPY,
         "only part of the entries",
     ),
+    "a softmax over new units": (two(lambda h: torch.softmax(h, -1)), ADD, "new units under a softmax"),
     "an unbiased variance": (two(lambda h: h * h.var(-1, keepdim=True)), COPY, "unbiased variance"),
     "a logarithm": (two(lambda h: torch.log(h.exp())), ADD, "outside the domain"),
     "a reciprocal": (two(lambda h: 1 / h), ADD, "outside the domain"),
