@@ -4,7 +4,7 @@ from __future__ import annotations
 
 STRICT = {
     "softmax runs over it": "of a logarithm: copies lower it by log n, which no scale makes up for",
-    "attention over a growing sequence": "sums of copies would be exact only where everything that follows sums over them",
+    "attention over a growing sequence": "sums of copies are exact only where all that follows sums over them",
     "the loss averages over it": "an average over copies is the same, but not over anything else",
     "the loss runs over it": "targets number the classes: old numbers stay valid only where copies come last",
     "looked up by number": "old numbers stay valid only where copies come last; see the extend pass",
