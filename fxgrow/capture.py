@@ -694,6 +694,7 @@ def _program(
             node.args = ()  # Python allows no default before an argument without one
         needed |= not node.args
     _views_to_reshapes(graph)
+    _memory_that_holds_nothing(graph)
     used = {n.target for n in graph.nodes if n.op == "get_attr"}
     for name in own:
         if aliases.get(name, name) == name and name not in used and name in parameter_names | persistent:
@@ -762,7 +763,11 @@ def _trace_into(
             attributes[name].meta = {"val": node.meta.get("val"), "module_path": name.rpartition(".")[0], "source": ""}
         return attributes[name]
 
-    for node in exported.graph.nodes:
+    def is_input(node: fx.Node) -> bool:
+        return node.op == "placeholder" and specs[node.name].kind is InputKind.USER_INPUT
+
+    # inputs first: ``w = self.W`` before the input ``w`` is read would overwrite it
+    for node in sorted(exported.graph.nodes, key=lambda n: not is_input(n)):
         if node.op == "placeholder":
             spec = specs[node.name]
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
@@ -898,6 +903,36 @@ def _compute(node: fx.Node, values: Mapping[fx.Node, torch.Tensor]) -> torch.Ten
         kwargs = {**kwargs, "device": torch.device("cpu")}
     with torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+#: in place of memory that is not set
+_ZEROS = {
+    "aten.empty.memory_format": torch.ops.aten.zeros.default,
+    "aten.empty_like.default": torch.ops.aten.zeros_like.default,
+    "aten.new_empty.default": torch.ops.aten.new_zeros.default,
+}
+_DRAWS = {f"aten.{n}_" for n in ("bernoulli", "normal", "uniform", "random", "exponential", "log_normal", "cauchy")}
+
+
+def _memory_that_holds_nothing(graph: fx.Graph) -> None:
+    """Memory that is not set becomes zeros, which is one of the values it may have: every copy of an entry then agrees.
+
+    Where the next thing is that random numbers are drawn into it, it stays. Complex numbers seen through a view need
+    strides that are even, whatever the sizes: their source is laid out anew.
+    """
+    for node in list(graph.nodes):
+        name = str(node.target)
+        if name in _ZEROS and not any(str(u.target).rpartition(".")[0] in _DRAWS for u in node.users):
+            node.target = _ZEROS[name]
+            node.kwargs = {
+                k: v for k, v in node.kwargs.items() if k != "memory_format" or name.endswith("like.default")
+            }
+        if name == "aten.view_as_complex.default":
+            source = node.args[0]
+            with graph.inserting_before(node):
+                laid_out = graph.call_function(torch.ops.aten.contiguous.default, (source,))
+            laid_out.meta = {**node.meta, "val": source.meta["val"]}
+            node.args = (laid_out,)
 
 
 def _argument_name(arg: Any) -> str:

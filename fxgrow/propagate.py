@@ -125,6 +125,10 @@ class Grow:
                     result = self._grow(rule)
                 except Conflict as conflict:
                     raise self.refuse(str(conflict)) from None
+                except (GrowthRefused, _Restart):
+                    raise
+                except Exception as error:  # a proof that fails is no proof
+                    raise self.refuse(f"fxgrow's rule fails here ({type(error).__name__}: {error})") from error
                 self._carry_rest(node, result if rule.moves else None)
                 self.env[node] = self._settle(self.axes.dims.get(node), result)
                 self._in_place(node)
@@ -151,7 +155,9 @@ class Grow:
             raise self.refuse("writes in place into a view of a parameter or buffer")
         position = {n: i for i, n in enumerate(self.axes.program.graph.nodes)}
         for alias in _aliases(target) - {target, node} if self.newborn else ():
-            if any(position[u] > position[node] and u is not node for u in alias.users):
+            if position[alias] < position[node] and any(
+                position[u] > position[node] and u is not node for u in alias.users
+            ):
                 raise self.refuse("writes in place into memory that is also used through another view")
         self.env[target] = self.env[node]
 
@@ -343,7 +349,10 @@ class Grow:
             return map_leaves(b, lambda x: _meet(x, const, f, swap=True))
         self.close(a)
         self.close(b)
-        theirs = iter(list(leaves(b)))
+        mine, other = list(leaves(a)), list(leaves(b))
+        if [isinstance(x, Leaf) for x in mine] != [isinstance(y, Leaf) for y in other]:
+            raise self.refuse("its operands carry the axis in different places")
+        theirs = iter(other)
 
         def one(x: Axis | Leaf) -> Expr:
             y = next(theirs)

@@ -369,7 +369,7 @@ def _gradients(
         if not parameters or not isinstance(total, torch.Tensor) or not total.requires_grad:
             return {}
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    return dict(zip(parameters, gradients, strict=True))
+    return {n: g if g is not None and g.numel() else None for n, g in zip(parameters, gradients, strict=True)}
 
 
 def _newborn_part(plan: Any, gradient: torch.Tensor) -> float:

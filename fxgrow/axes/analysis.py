@@ -92,6 +92,16 @@ def shape_of(value: torch.Tensor) -> list[Size]:
     return out
 
 
+def literal_size(value: Any) -> Size | None:
+    """A size among an op's arguments: an int, or the expression of a dynamic one that another node computes."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        expr = value.node.expr
+        return int(expr) if expr.is_number else expr
+    return value if isinstance(value, int) else None
+
+
 def result_sizes(node: fx.Node) -> list[list[Size] | None] | None:
     """Sizes of each result of an op with several, None where it has one."""
     if "result_sizes" in node.meta:
@@ -499,6 +509,9 @@ def analyse(program: Program) -> Axes:
             if sizes is not None:
                 known = attributes.setdefault(str(node.target), node)
                 env[node] = env[known] if known in env else [unifier.fresh(s) for s in sizes]
+                for dim, size in zip(env[node], sizes, strict=True):
+                    if size == 0:
+                        unifier.freeze(dim, Frozen(f"{node.target} has no entries"))
                 if str(node.target) in program.constants and not program.tensor(str(node.target)).is_floating_point():
                     for dim in env[node]:  # numbers to look up with: rules read their values
                         unifier.freeze(dim, Frozen(f"dim of the constant tensor {node.target}", "constant"))
@@ -521,6 +534,13 @@ def analyse(program: Program) -> Axes:
                 env[node] = rule.relate(ctx)
             except Conflict as conflict:
                 env[node] = Opaque(f"fxgrow cannot relate its dims ({conflict})").relate(ctx)
+            except Exception as error:  # a call that the rule was not written for is no reason to give up on the model
+                warnings.warn(
+                    f"the rule for {name} fails ({type(error).__name__}: {error}) at {ctx.source or 'unknown line'}: "
+                    "a bug in the rule; the axes it touches are frozen",
+                    stacklevel=3,
+                )
+                env[node] = Opaque(f"fxgrow's rule for {name} does not fit this call").relate(ctx)
             env[node] = _specialised(ctx, node, env[node])
             wrong = _wrong_result(node, env[node])
             if wrong:

@@ -7,6 +7,7 @@ from fxgrow.rules import (
     aliases,
     attention,
     contraction,
+    distance,
     indexing,
     norm,
     pointwise,
@@ -19,4 +20,17 @@ from fxgrow.rules import (
 from fxgrow.rules.base import RULES, Content, Opaque, Pattern, Pointwise, Rule, Structural, register_rule
 
 __all__ = ["RULES", "Content", "Opaque", "Pattern", "Pointwise", "Rule", "Structural", "register_rule"]
-_ = (aliases, attention, contraction, indexing, norm, pointwise, recurrent, reduction, scatter, shape, spectral)
+_ = (
+    aliases,
+    attention,
+    contraction,
+    distance,
+    indexing,
+    norm,
+    pointwise,
+    recurrent,
+    reduction,
+    scatter,
+    shape,
+    spectral,
+)

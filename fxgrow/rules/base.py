@@ -245,8 +245,11 @@ class Resize:
                 return node
         return None
 
-    def set_shape(self, name: str, dims: Dims) -> None:
-        """Re-emit a list of sizes: ints of grown dims change, -1 and dynamic entries stay."""
+    def set_shape(self, name: str, dims: Dims, infer: bool = True) -> None:
+        """Re-emit a list of sizes: ints of grown dims change, -1 and dynamic entries stay.
+
+        ``infer``: a -1 among the sizes stands for what is left over.
+        """
         old = list(self.args[name])
         if len(old) != len(dims):
             if any(self.changed(d) for d in dims):
@@ -258,6 +261,8 @@ class Resize:
                 if isinstance(old[i], int):
                     new[i] = self.new_size(dim)
                     continue
+                if not infer:
+                    raise self.refuse("a grown dim is computed from a dynamic size")
                 if -1 in new:  # only one entry can be left open: spell the other out
                     j = new.index(-1)
                     known = self._known_size(size_of(dims[j]))
@@ -417,7 +422,7 @@ class Pattern(Rule):
 
     def _match(self, ctx: Any) -> Letters:
         out = Letters()
-        known = dict(self.letter_sizes(ctx.args)) if self.letter_sizes else {}
+        known = self._known(ctx.args)
         for operand, name in zip(self.inputs, self.operands, strict=True):
             dims = ctx.dims(name)
             if dims is None:
@@ -439,6 +444,12 @@ class Pattern(Rule):
                 for letter, piece in zip(token, self._pieces(ctx, token, expr, known, out), strict=True):
                     self._give(out, letter, name, piece)
         return out
+
+    def _known(self, args: dict[str, Any]) -> dict[str, Size]:
+        from fxgrow.axes.analysis import literal_size
+
+        found = {k: literal_size(v) for k, v in self.letter_sizes(args).items()} if self.letter_sizes else {}
+        return {k: v for k, v in found.items() if v is not None}
 
     @staticmethod
     def _give(out: Letters, letter: str, name: str, expr: Expr) -> None:

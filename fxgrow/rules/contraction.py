@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from fxgrow.axes.expr import Conflict, factors_of, is_static, is_unit, size_of
-from fxgrow.rules.base import Content, Dims, Info, Pattern, Resize, Rule, annotate, op_name, register_rule
+from fxgrow.rules.base import RULES, Dims, Pattern, Resize, Rule, op_name, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -136,22 +136,6 @@ def _multi_dot(ctx: Any) -> Pattern:
     return Pattern(f"{', '.join(terms)} -> {' '.join(ends)}", names, sum=inner, bias=())
 
 
-class Distances(Pattern):
-    """Distances between rows: the width they are taken over does not grow."""
-
-    def __init__(self) -> None:
-        super().__init__("... p m, ... r m -> ... p r", ["x1", "x2"], blocked="m", why="a distance is taken over it")
-
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
-        out = super().grow(ctx)
-        assert out is not None
-        return [annotate(d, _unknown) for d in cast(Dims, out)]
-
-
-def _unknown(info: Info) -> Info:
-    return info.becomes(info.content if info.content is Content.CONST else Content.FREE, zeroable=False)
-
-
 for _name, _of in (
     ("addmv", _addmv),
     ("addr", _addr),
@@ -163,7 +147,6 @@ for _name, _of in (
     ("linalg_multi_dot", _multi_dot),
 ):
     register_rule(f"aten.{_name}.default", Matched(_of))
-register_rule("aten.cdist.default", Distances())
 
 
 class BAddBMM(Rule):
@@ -204,6 +187,19 @@ def after_softmax(node: Any) -> bool:
     return False
 
 
+def is_weight(value: Any) -> bool:
+    """Whether a value is a parameter, or entries picked from one (the experts of a router)."""
+    while isinstance(value, fx.Node) and value.op == "call_function" and value.all_input_nodes:
+        name = op_name(value.target)
+        if not getattr(RULES.get(name), "moves", False) and name not in _PICKS:
+            return False
+        value = value.all_input_nodes[0]
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+_PICKS = ("aten.index.Tensor", "aten.index_select.default", "aten.gather.default")
+
+
 class MatMul(Rule):
     """``torch.matmul`` at every rank; between two activations it is attention, and names its axes so."""
 
@@ -220,13 +216,16 @@ class MatMul(Rule):
         a, b = (ctx.dims(x) for x in self.operands)
         assert a is not None and b is not None
         left, right = (ctx.args[x] for x in self.operands)
-        if len(a) > 2 and len(b) > 2 and not (ctx.from_parameter(left) or ctx.from_parameter(right)):
+        if len(a) > 2 and len(b) > 2 and not (is_weight(left) or is_weight(right)):
             for dim in (*a[1:-2], *b[1:-2]):
                 ctx.role(dim, "heads")
             if after_softmax(left):
                 ctx.role(b[-1], "value_dim")
             elif is_static(size_of(a[-1])):
                 ctx.role(a[-1], "head_dim")
+            if len(a) == len(b) == 3:  # batch and heads in one dim
+                for dim in factors_of(a[0])[1:]:
+                    ctx.role(dim, "heads")
         return self._pattern(ctx).relate(ctx)
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:

@@ -328,7 +328,7 @@ class Create(Rule):
         return [ctx.born(i) for i in range(len(ctx.shape))]
 
     def resize(self, ctx: Resize) -> None:
-        ctx.set_shape(self.name, ctx.dims(ctx.node))
+        ctx.set_shape(self.name, ctx.dims(ctx.node), infer=False)
 
 
 register_rule(
@@ -353,7 +353,8 @@ class Own(Rule):
 
 register_rule(
     ["aten.arange.default", "aten.arange.start", "aten.arange.start_step", "aten.linspace.default"]
-    + ["aten.eye.default", "aten.eye.m", "aten.scalar_tensor.default"],
+    + ["aten.eye.default", "aten.eye.m", "aten.scalar_tensor.default"]
+    + ["aten.tril_indices.default", "aten.triu_indices.default"],
     Own("its entries are consecutive numbers"),
 )
 register_rule(

@@ -83,6 +83,7 @@ register_rule(
     Pointwise(zero=lambda a: (a.get("min_val", a.get("min")) or 0) <= 0 <= (a.get("max_val", a.get("max")) or 0)),
 )
 register_rule(_with_in_place("clamp_min clamp_max threshold round.decimals"), Pointwise())
+register_rule("aten.fake_quantize_per_tensor_affine.default", Pointwise(zero=True))
 register_rule(["aten.positive.default"], Pointwise(zero=True, mean=True))
 register_rule(_with_in_place("rrelu"), Pointwise(zero=True))
 register_rule(["aten.special_entr.default"], Finite())

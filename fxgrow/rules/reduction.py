@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from fxgrow.axes.expr import UNIT, is_unit, product, quotient, size_of
-from fxgrow.rules.base import Content, Dims, Info, Opaque, Rule, Structural, annotate, infos, register_rule
+from torch import fx
+
+from fxgrow.axes.expr import UNIT, Size, is_static, is_unit, product, quotient, size_of
+from fxgrow.rules.base import Content, Dims, Info, Opaque, Rule, Structural, annotate, infos, op_name, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -25,12 +27,12 @@ class Reduce(Rule):
     """A reduction that growth along the reduced dims may keep exact.
 
     Args:
-        kind: ``mean`` and ``sum`` are linear; ``variance`` and ``square`` are even statistics (``square``: a norm);
-            ``extremum`` is unchanged by copies; ``blocked`` does not allow growth along the reduced dims.
+        kind: ``mean`` and ``sum`` are linear; ``square`` is a norm; ``extremum`` is unchanged by copies;
+            ``blocked`` does not allow growth along the reduced dims.
     """
 
     def __init__(self, kind: str, operand: str = "self") -> None:
-        self.kind, self.operand, self.root = kind, operand, False
+        self.kind, self.operand = kind, operand
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         dims = ctx.dims(self.operand)
@@ -39,6 +41,9 @@ class Reduce(Rule):
         if self.kind == "blocked":
             for i in over:
                 ctx.freeze(dims[i], "its entries are reduced in a way that growth would change")
+        if self.kind == "extremum" and _used(ctx.node, 1):
+            for i in over:
+                ctx.freeze(dims[i], "the number of its largest or smallest entry is used")
         keep = bool(ctx.args.get("keepdim"))
         out = [UNIT if i in over else d for i, d in enumerate(dims) if keep or i not in over]
         return out if ctx.result_count is None else [list(out) for _ in range(ctx.result_count)]
@@ -78,13 +83,9 @@ class Reduce(Rule):
             if self.kind in ("sum", "square"):
                 ctx.rescale_output(1.0 / n if self.kind == "sum" else n**-0.5)
             return
-        wanted = {"mean": Content.MEAN, "variance": Content.MEAN, "sum": Content.ZERO, "square": Content.ZERO}[
-            self.kind
-        ]
-        if len(grown) != 1 or not ctx.is_factor(grown[0], self.kind == "variance"):
+        wanted = {"mean": Content.MEAN, "sum": Content.ZERO, "square": Content.ZERO}[self.kind]
+        if len(grown) != 1 or not ctx.is_factor(grown[0], False):
             raise ctx.refuse("a statistic over a dim of which the growing axis is only a part")
-        if self.kind == "variance" and len(over) != 1:
-            raise ctx.refuse("a variance over several dims, where new units that hold the mean of one still vary")
         if self.kind == "mean" and contents == {Content.ZERO}:
             ctx.uniform_factor(grown)
             ctx.rescale_output(growth.new / (growth.copies * growth.old))
@@ -100,13 +101,6 @@ class Reduce(Rule):
         if content in (Content.MEAN, Content.CONST) and self.kind == "mean":
             ctx.uniform_factor(grown)
             return
-        if content is Content.MEAN and self.kind == "variance":
-            if ctx.args.get("correction", 1) not in (0, 0.0) and ctx.args.get("unbiased") is not False:
-                raise ctx.refuse("an unbiased variance depends on the number of units")
-            ctx.uniform_factor(grown)
-            factor = growth.new / (growth.copies * growth.old)
-            ctx.rescale_output(factor**0.5 if self.root else factor)
-            return
         if content is Content.ZERO and self.kind in ("sum", "square"):
             n = ctx.uniform_factor(grown)
             if n != 1:
@@ -119,17 +113,59 @@ def _nonlinear(info: Info) -> Info:
     return info.becomes(info.content if info.content is Content.CONST else Content.FREE, zeroable=False)
 
 
-class Variance(Reduce):
-    """Variance: unbiased estimates depend on the number of units, so copies change them."""
+def _used(node: fx.Node, result: int) -> bool:
+    """Whether anything uses one result of an op with several."""
+    return any(op_name(u.target) == "getitem" and u.args[1] == result and u.users for u in node.users)
 
-    def __init__(self) -> None:
+
+class Variance(Reduce):
+    """Variance and standard deviation, with their correction c: S / (N - c) for N entries.
+
+    n copies make S n times as large, new entries at the mean leave it; the rest is a constant.
+    """
+
+    def __init__(self, root: bool = False) -> None:
         super().__init__("variance")
+        self.root = root
 
     def _statistic(self, ctx: Grow, grown: Dims, over: Dims) -> None:
-        unbiased = ctx.args.get("unbiased", ctx.args.get("correction", 1) not in (0, 0.0))
-        if unbiased:
-            raise ctx.refuse("an unbiased variance depends on the number of units")
-        super()._statistic(ctx, grown, over)
+        for d in grown:
+            ctx.close(d)
+        if ctx.newborn:
+            self._check_new(ctx, grown, over)
+        n = ctx.uniform_factor(grown)
+        before: Size = 1
+        for d in over:
+            before = before * size_of(d)
+        after = ctx.growth.new if ctx.newborn else n * before
+        c = self._correction(ctx.args)
+        if c == 0 and not ctx.newborn:
+            return
+        if not is_static(before) or before <= c:
+            raise ctx.refuse("an unbiased variance over a dynamic number of entries, or over one alone")
+        factor = (after - c) / (n * (before - c))
+        if factor != 1.0:
+            if ctx.result_count is not None:
+                raise ctx.refuse("variance and mean come from one op; take var() and mean() by themselves")
+            ctx.rescale_output(factor**0.5 if self.root else factor)
+
+    @staticmethod
+    def _check_new(ctx: Grow, grown: Dims, over: Dims) -> None:
+        if len(grown) != 1 or len(infos(grown[0])) != 1 or not ctx.is_whole(grown[0]):
+            raise ctx.refuse("a statistic over a dim of which the growing axis is only a part")
+        if len(over) != 1:
+            raise ctx.refuse("a variance over several dims, where new units that hold the mean of one still vary")
+        (info,) = infos(grown[0])
+        if info.content is Content.FREE:
+            ctx.demand(info, Content.MEAN, "a statistic runs over the axis")
+        if info.content is not Content.MEAN:
+            raise ctx.refuse(f"new units hold {info.content.value} where mean would be exact")
+
+    @staticmethod
+    def _correction(args: dict[str, Any]) -> float:
+        if "correction" in args:
+            return 1.0 if args["correction"] is None else float(args["correction"])
+        return 1.0 if args.get("unbiased", True) else 0.0
 
 
 class VectorNorm(Reduce):
@@ -150,23 +186,16 @@ class VectorNorm(Reduce):
         return Reduce("square" if order in (2, 2.0, None) else "blocked")
 
 
-class Deviation(Variance):
-    """The root of a variance: what scales the variance scales it by the root."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.root = True
-
-
 register_rule(["aten.mean.dim", "aten.mean.default"], Reduce("mean"))
 register_rule(["aten.sum.dim_IntList", "aten.sum.default"], Reduce("sum"))
 register_rule(["aten.var.correction", "aten.var.dim", "aten.var.default"], Variance())
-register_rule(["aten.std.correction", "aten.std.dim", "aten.std.default"], Deviation())
+register_rule(["aten.var_mean.correction", "aten.var_mean.dim"], Variance())
+register_rule(["aten.std.correction", "aten.std.dim", "aten.std.default"], Variance(root=True))
 register_rule(["aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim"], Reduce("extremum"))
 register_rule(["aten.max.default", "aten.min.default"], Reduce("extremum"))
 register_rule(
     ["aten.argmax.default", "aten.argmin.default", "aten.prod.dim_int", "aten.any.dim", "aten.all.dim"]
-    + [f"aten.{n}.{o}" for n in ("var_mean", "std_mean") for o in ("correction", "dim", "default")]
+    + ["aten.var_mean.default", *(f"aten.std_mean.{o}" for o in ("correction", "dim", "default"))]
     + [f"aten.{n}.{o}" for n in ("any", "all") for o in ("default", "dims")]
     + [f"aten.{n}.default" for n in ("logsumexp", "prod", "aminmax", "nansum", "nanmean", "median", "nanmedian")]
     + ["aten.median.dim", "aten.nanmedian.dim", "aten.mode.default", "aten.kthvalue.default"]
@@ -175,6 +204,7 @@ register_rule(
 )
 register_rule(["aten.trapezoid.dx", "aten.trapz.dx"], Reduce("blocked", "y"))
 register_rule(["aten.trapezoid.x", "aten.trapz.x"], Opaque("it is integrated over places of its own"))
+register_rule("aten.quantile.default", Opaque("its entries are reduced in a way that growth would change"))
 register_rule(["aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim"], VectorNorm())
 
 

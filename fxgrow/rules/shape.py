@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxgrow.axes.expr import (
     UNIT,
+    Concat,
     Conflict,
     Expr,
     Size,
@@ -15,12 +16,13 @@ from fxgrow.axes.expr import (
     concat,
     is_static,
     is_unit,
+    product,
     quotient,
     resolve,
     same_size,
     size_of,
 )
-from fxgrow.rules.base import Content, Dims, Info, Resize, Rule, Structural, annotate, register_rule
+from fxgrow.rules.base import Content, Dims, Info, Opaque, Resize, Rule, Structural, annotate, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -158,7 +160,25 @@ def _expand(ctx: Any, dims: Dims) -> Dims:
     return out
 
 
-register_rule(["aten.expand.default", "aten.broadcast_to.default"], Structural(_expand, _resize_shape("size")))
+def _resize_expand(ctx: Resize) -> None:
+    """A -1 among these sizes says that a dim stays as it is: it stands for no size of a broadcast."""
+    before, after = ctx.dims(ctx.args["self"]), ctx.dims(ctx.node)
+    sizes = list(ctx.args["size"])
+    lead = len(after) - len(before)
+    for i, dim in enumerate(after):
+        if not ctx.changed(dim):
+            continue
+        if i >= lead and not is_unit(before[i - lead]):
+            sizes[i] = -1
+        elif isinstance(sizes[i], int):
+            sizes[i] = ctx.new_size(dim)
+        else:
+            raise ctx.refuse("it is broadcast to a size that is computed while the model runs")
+    if sizes != list(ctx.args["size"]):
+        ctx.set("size", sizes)
+
+
+register_rule(["aten.expand.default", "aten.broadcast_to.default"], Structural(_expand, _resize_expand))
 
 
 def _expand_as(ctx: Any, dims: Dims) -> Dims:
@@ -217,8 +237,6 @@ register_rule(["aten.view_as.default", "aten.reshape_as.default"], Structural(_v
 
 def _repeat(ctx: Any, dims: Dims) -> Dims:
     """The tensor laid end to end: a new outer factor along every dim that is repeated."""
-    from fxgrow.axes.expr import product
-
     repeats = list(ctx.args["repeats"])
     repeats = [1] * (len(dims) - len(repeats)) + repeats  # tile may name fewer dims
     padded = [UNIT] * (len(repeats) - len(dims)) + dims
@@ -270,8 +288,6 @@ register_rule("aten.tile.default", Structural(_tile, _resize_tile))
 
 def _repeat_interleave(ctx: Any, dims: Dims) -> Dims:
     """Each entry repeated in place: a new inner factor."""
-    from fxgrow.axes.expr import product
-
     repeats, dim = ctx.args["repeats"], ctx.args["dim"]
     if not isinstance(repeats, int) or dim is None:
         raise Conflict("repeats that are not one number")
@@ -425,7 +441,16 @@ def _split_into(ctx: Any, dims: Dims, sizes: list[int]) -> list[Dims]:
 
 
 def _split(ctx: Any, dims: Dims) -> list[Dims]:
-    return _split_into(ctx, dims, _part_sizes(size_of(dims[_dim(ctx, dims)]), int(ctx.args["split_size"])))
+    from fxgrow.axes.analysis import literal_size
+
+    i = _dim(ctx, dims)
+    dim, size = dims[i], literal_size(ctx.args["split_size"])
+    if is_static(size_of(dim)) and isinstance(size, int):
+        return _split_into(ctx, dims, _part_sizes(size_of(dim), size))
+    # dynamic parts that were joined before
+    if isinstance(dim, Concat) and all(same_size(size_of(p), size) for p in dim.parts):
+        return [[*dims[:i], p, *dims[i + 1 :]] for p in dim.parts]
+    raise Conflict("splits a dim of dynamic size")
 
 
 def _split_with_sizes(ctx: Any, dims: Dims) -> list[Dims]:
@@ -714,6 +739,7 @@ def _listed(name: str) -> Callable[[Any, int], list[int]]:
 
 register_rule(["aten.roll.default"], Blocked(_listed("dims"), "its entries are rolled"))
 register_rule(["aten.flip.default"], Blocked(_listed("dims"), "its entries are reversed"))
+register_rule("aten.rot90.default", Blocked(_listed("dims"), "it is rotated"))
 register_rule(
     [f"aten.{n}.default" for n in ("cumprod", "sort", "argsort", "logcumsumexp", "cummax", "cummin")]
     + ["aten.sort.stable", "aten.argsort.stable"],
@@ -755,3 +781,7 @@ register_rule(
 register_rule(
     ["aten.tril.default", "aten.triu.default"], Blocked(lambda a, rank: [rank - 2, rank - 1], "a triangle is cut out")
 )
+
+
+register_rule("aten.affine_grid_generator.default", Opaque("it makes the places that an image is sampled at"))
+register_rule(["aten.diag.default", "aten.trace.default"], Opaque("it runs along a diagonal, which copies would leave"))

@@ -9,6 +9,8 @@ STRICT = {
     "the loss runs over it": "targets number the classes: old numbers stay valid only where copies come last",
     "looked up by number": "old numbers stay valid only where copies come last; see the extend pass",
     "of the input 't": "an index that the caller passes in has its size",
+    "runs along a diagonal": "a trace of copies end to end is a multiple, of others it is not",
+    "it is rotated": "a square stays one only if both of its dims grow",
     "batch norm takes statistics": "the running variance is unbiased, and so depends on the number of entries",
     "group norm takes statistics": "spatial dims are the caller's",
     "entries are rolled": "whole copies end to end roll alike, other growths do not",

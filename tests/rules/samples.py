@@ -285,7 +285,7 @@ SAMPLES |= {
     "aten.tensordot.default": [S(r(2, 3, 4), r(4, 3, 5), [1, 2], [1, 0]), S(r(2, 3), r(4, 5), [], [])],
     "aten.kron.default": [S(r(2, 3), r(4, 5)), S(r(3), r(2, 4))],
     "aten.linalg_multi_dot.default": [S([r(2, 3), r(3, 4), r(4, 5)]), S([r(3), r(3, 4), r(4)])],
-    "aten.cdist.default": [S(r(3, 4), r(5, 4)), S(r(2, 3, 4), r(2, 5, 4))],
+    "aten.cdist.default": [S(r(3, 4), r(5, 4)), S(r(2, 3, 4), r(2, 5, 4)), S(r(3, 4), r(5, 4), 1.0)],
     "aten.bucketize.Tensor": [S(r(3, 4), torch.linspace(-1, 1, 5, dtype=torch.float64))],
     "aten.embedding_bag.default": [
         S(r(5, 4), i(5, 6), torch.tensor([0, 2])),
@@ -439,7 +439,7 @@ SAMPLES |= {
     "aten.var.correction": [S(r(3, 4), [1], correction=0), S(r(2, 3, 4), [1, 2], correction=0), S(r(3, 4), [1])],
     "aten.var.dim": [S(r(3, 4), [1], False), S(r(3, 4), [1], True)],
     "aten.var.default": [S(r(3, 4), False)],
-    "aten.std.correction": [S(r(3, 4), [1], correction=0), S(r(3, 4), [1])],
+    "aten.std.correction": [S(r(3, 4), [1], correction=0), S(r(2, 3, 4), [1, 2]), S(r(3, 4), [1], correction=2)],
     "aten.std.default": [S(r(3, 4), False)],
     "aten.var_mean.default": [S(r(3, 4), False)],
     "aten.std_mean.default": [S(r(3, 4), False)],
@@ -539,6 +539,18 @@ SAMPLES |= {
     "aten.constant_pad_nd.default": [S(r(3, 4), [1, 2])],
     "aten.tril.default": [S(r(3, 4))],
     "aten.triu.default": [S(r(3, 4))],
+    "aten.rot90.default": [S(r(2, 3, 3), 1, [1, 2])],
+    # diagonals
+    "aten.affine_grid_generator.default": [S(r(2, 2, 3), [2, 3, 4, 4], False)],
+    "aten.diag.default": [S(r(3)), S(r(3, 3))],
+    "aten.trace.default": [S(r(3, 3))],
+    "aten.tril_indices.default": [S(4, 4)],
+    "aten.triu_indices.default": [S(4, 4)],
+    # distances
+    "aten.cosine_similarity.default": [S(r(3, 4), r(3, 4), 1), S(r(3, 1, 4), r(1, 5, 4), -1), S(r(3, 4), r(3, 4), 0)],
+    "aten._cdist_forward.default": [S(r(3, 4), r(5, 4), 2.0, None)],
+    "aten.fake_quantize_per_tensor_affine.default": [S(r(3, 4).float(), 0.1, 0, -128, 127)],
+    "aten.quantile.default": [S(r(3, 4), torch.tensor([0.5]).double(), 1)],
 }
 
 

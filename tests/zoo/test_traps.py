@@ -198,7 +198,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         "only part of the entries",
     ),
     "a softmax over new units": (two(lambda h: torch.softmax(h, -1)), ADD, "new units under a softmax"),
-    "an unbiased variance": (two(lambda h: h * h.var(-1, keepdim=True)), COPY, "unbiased variance"),
+    "an unbiased variance of a dynamic number of entries": (
+        lambda s, x: s.b(s.a(x)) * s.a(x).var(),
+        COPY,
+        "unbiased variance over a dynamic number",
+    ),
     "a logarithm": (two(lambda h: torch.log(h.exp())), ADD, "outside the domain"),
     "a reciprocal": (two(lambda h: 1 / h), ADD, "outside the domain"),
     "a quotient": (two(lambda h: h.new_ones(8) / h), ADD, "values may be 0"),
@@ -268,3 +272,67 @@ def test_names_do_not_depend_on_hashing() -> None:
     here = [(a.name, a.size, a.role, list(map(str, a.members))) for a in capture(example.model, example.args).axes]
     assert elsewhere.strip() == str(here)
     assert "./kv_heads" in elsewhere
+
+
+class Named(nn.Module):
+    """An input named like a parameter but for its case."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = nn.Parameter(floats(8, 6))
+        self.b = L(8, 2)
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        return self.b(torch.relu(w @ self.W.t()) + x.sum(-1, keepdim=True))  # type: ignore[no-any-return]
+
+
+def test_an_input_named_like_a_parameter_is_not_overwritten() -> None:
+    torch.manual_seed(0)
+    model, inputs = trained(Named()), (floats(4, 5), floats(4, 6))
+    growth = grow(model, widen("W:0"), inputs)
+    assert relative_errors(model(*inputs), growth.module.eval()(*inputs))[0].relative_error <= 1e-12
+
+
+def test_the_number_of_the_largest_entry_pins_what_it_counts() -> None:
+    def f(s: Any, x: Tensor) -> Tensor:
+        h = torch.cat([s.a(x), s.c(x)], -1)
+        values, numbers = h.max(-1, keepdim=True)
+        return s.d(h) * values + numbers  # type: ignore[no-any-return]
+
+    with pytest.raises(GrowthRefused, match="the number of its largest or smallest entry is used"):
+        grow(program(f, a=L(5, 8), c=L(5, 8), d=L(16, 3)), widen("a.weight:0"))
+
+
+def test_a_rule_that_fails_freezes_and_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxgrow.rules import RULES, Pointwise
+
+    class Failing(Pointwise):
+        def relate(self, ctx: Any) -> Any:
+            raise KeyError("dim")
+
+    monkeypatch.setitem(RULES, "aten.tanh.default", Failing())
+    found = program(two(torch.tanh), a=L(5, 8), b=L(8, 3))
+    with pytest.warns(UserWarning, match=r"the rule for aten\.tanh\.default fails .*a bug in the rule"):
+        reasons = frozen(found)
+    assert any("does not fit this call" in r for r in reasons.values())
+
+    class FailingLater(Pointwise):
+        def grow(self, ctx: Any) -> Any:
+            raise KeyError("dim")
+
+    monkeypatch.setitem(RULES, "aten.tanh.default", FailingLater())
+    with pytest.raises(GrowthRefused, match=r"aten\.tanh\.default at .*rule fails here \(KeyError"):
+        grow(program(two(torch.tanh), a=L(5, 8), b=L(8, 3)), widen("a.weight:0"))
+
+
+def test_a_parameter_without_entries_is_left_alone() -> None:
+    """A model may have a layer of no outputs: its axis cannot grow, and the others do."""
+    found = program(
+        lambda s, x: s.b(torch.cat([torch.tanh(s.a(x)), s.none(x)], -1)), a=L(5, 8), none=L(5, 0), b=L(8, 3)
+    )
+    names = {a.name: a for a in found.axes}
+    (empty,) = [a for a in names.values() if a.size == 0]
+    assert "has no entries" in str(empty.reason)
+    growth = grow(found, widen("a.weight:0"))
+    assert growth.receipt.error_float64 is not None
+    assert growth.receipt.error_float64 <= 1e-12
