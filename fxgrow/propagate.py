@@ -151,7 +151,10 @@ class Grow:
             return
         target = node.args[0]
         assert isinstance(target, fx.Node)
-        if from_parameter(target) and target.op != "get_attr":
+        base = target
+        while _shares_memory(base):
+            base = base.all_input_nodes[0]
+        if base.op == "get_attr" and target is not base:
             raise self.refuse("writes in place into a view of a parameter or buffer")
         position = {n: i for i, n in enumerate(self.axes.program.graph.nodes)}
         for alias in _aliases(target) - {target, node} if self.newborn else ():

@@ -193,6 +193,27 @@ def ip6(s, x):
 
 
 add("inplace-clone", ip6, l1=L(5, 8), l2=L(8, 3))
+
+
+def ip7(s: Any, x: Tensor) -> Tensor:
+    """Keys without a bias, as Swin v2 writes it: their third of a copy of the fused bias is zeroed."""
+    bias = s.bias.clone()
+    third = bias.numel() // 3
+    bias[third : 2 * third].zero_()
+    q, k, v = F.linear(s.l1(x), s.weight, bias).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    return s.l2(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+add(
+    "inplace-zeroed-bias",
+    ip7,
+    (floats(2, 6, 5),),
+    (floats(3, 4, 5),),
+    l1=L(5, 6),
+    l2=L(8, 3),
+    weight=torch.randn(24, 6),
+    bias=torch.randn(24),
+)
 add("buf-scale", lambda s, x: s.l2(s.l1(x) * s.buf), l1=L(5, 8), l2=L(8, 3), buf=R(8))
 add("buf-matrix", lambda s, x: s.l2(s.l1(x) @ s.buf), l1=L(5, 8), l2=L(8, 3), buf=R(8, 8))
 add("buf-mask-bool", lambda s, x: s.l2(s.l1(x).masked_fill(s.buf, 0.0)), l1=L(5, 8), l2=L(8, 3), buf=R(8) > 0)
