@@ -28,7 +28,7 @@ from fxgrow.continuation import recognise
 from fxgrow.errors import GrowthRefused, SpecError
 from fxgrow.extension import Extension, limits, longest, members
 from fxgrow.passes.base import GrowthPass, State, register_pass, update_sizes
-from fxgrow.passes.widen import _apply, _changes, new_size
+from fxgrow.passes.widen import apply_changes, changes_of, new_size
 from fxgrow.plan import FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisGrowth, DimPlan, OutputGrowth, Step
 from fxgrow.propagate import Outcome, dim_plan, size_edits
 from fxgrow.ranges import Ranges
@@ -153,7 +153,7 @@ def _grow(state: State, op: Extend, wanted: _Wanted, run: Extension, outcome: Ou
         run.node = node
         return run.refuse(why)
 
-    changes = _changes(state, outcome, size_edits(axes, info.axis, new, refuse))
+    changes = changes_of(state, outcome, size_edits(axes, info.axis, new, refuse))
     for name, i in members(axes, info.axis):
         if state.is_parameter(name):
             _plan_rows(state, op, name, i, info.axis, outcome)
@@ -175,7 +175,7 @@ def _grow(state: State, op: Extend, wanted: _Wanted, run: Extension, outcome: Ou
     _note_outputs(step, run.outputs)
     step.changed_outputs = sorted({*step.changed_outputs, *run.changed_outputs})
     step.changes.extend(changes)
-    _apply(state, changes)
+    apply_changes(state, changes)
     info.axis.size = new
     info.size = new
     update_sizes(axes, axes.uses.get(info.axis.id, []))

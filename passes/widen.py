@@ -134,7 +134,7 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
         text = "\n".join(dict.fromkeys(refusals))
         ways = [f"`{w}`" for w in _exact_ways(state, op, info, new)]
         raise GrowthRefused(text + (f"\n(exact for {info.name}: {' or '.join(ways)})" if ways else ""))
-    changes = _changes(state, outcome, sizes)
+    changes = changes_of(state, outcome, sizes)
     _plan_tensors(state, op, info, outcome)
     pinned = {c.value for c in run.pinned.values()}
     exact_gradients = not (outcome.statistics and (growth.newborn > 0 or op.split == "uneven"))
@@ -161,7 +161,7 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
     if op.noise is not None and not any(p.noise is not None for p in state.tensors.values()):
         step.notes.append(f"no weight reads {info.name} by itself, so that there is nowhere to put exact noise")
     step.changes.extend(changes)
-    _apply(state, changes)
+    apply_changes(state, changes)
     axis.size = new
     info.size = new
     update_sizes(axes, axes.uses.get(axis.id, []))
@@ -197,7 +197,7 @@ def _refuse_node(info: AxisInfo, new: int, node: fx.Node, why: str) -> GrowthRef
     return GrowthRefused(f"cannot grow {info.name} from {info.size} to {new}: {node.target}{where}: {why}")
 
 
-def _changes(state: State, outcome: Outcome, sizes: list[Edit]) -> list[Change]:
+def changes_of(state: State, outcome: Outcome, sizes: list[Edit]) -> list[Change]:
     by_node = {e.node: e for e in sizes}
     for (node, argument), value in outcome.edits.items():
         edit = by_node.setdefault(node, Edit(node=node, why="constant"))
@@ -219,7 +219,7 @@ def _changes(state: State, outcome: Outcome, sizes: list[Edit]) -> list[Change]:
     return changes
 
 
-def _apply(state: State, changes: list[Change]) -> None:
+def apply_changes(state: State, changes: list[Change]) -> None:
     nodes = {n.name: n for n in state.graph.nodes}
     inserted = False
     for change in changes:
