@@ -99,6 +99,7 @@ class CallsModule(fx.GraphModule):
             helper.graph = graph
             functions.append(type(helper).forward)
         signature, calls = program.signature, program.calls
+        taken = [[str(n.target) for n in graph.nodes if n.op == "placeholder"] for graph in graphs]
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             served = [n for n, c in enumerate(calls) if c.serves(self.training)]
@@ -110,7 +111,10 @@ class CallsModule(fx.GraphModule):
                 known = "; ".join(_signature(c) for c in calls)
                 raise TypeError(f"no call with these arguments was captured; captured: {known}")
             given = calls[found[0]].leaves({**dict(zip(signature, args, strict=False)), **kwargs}) or {}
-            return functions[found[0]](self, **{n: given[n] for n in calls[found[0]].inputs})
+            call = calls[found[0]]
+            # a plain value has no default where a tensor comes after it
+            values = {n: given[n] if n in call.inputs else call.constants.get(n) for n in taken[found[0]]}
+            return functions[found[0]](self, **values)
 
         cls.forward = forward
         return code

@@ -140,3 +140,24 @@ def test_plain_values_are_part_of_the_call() -> None:
         torch.testing.assert_close(both(*args), model(*args), rtol=0, atol=1e-12)
     with pytest.raises(TypeError, match="no call with these arguments"):
         both(x, 3.0)
+
+
+def test_a_plain_value_between_tensors() -> None:
+    """``mask`` has a default and is given: the flag before it keeps its captured value, and need not be said."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor, twice: bool = False, mask: torch.Tensor | None = None) -> torch.Tensor:
+            h = torch.tanh(self.a(x)) * (2 if twice else 1)
+            return self.b(h if mask is None else h * mask)  # type: ignore[no-any-return]
+
+    model = Masked().double().eval()
+    x, mask = torch.randn(4, 5).double(), torch.rand(4, 1).double()
+    growth = fxgrow.grow(model, {"op": "widen", "axis": "./hidden", "factor": 2}, (x,), {"twice": True, "mask": mask})
+    for module in (growth.module, copy.deepcopy(growth.module)):
+        module.eval()
+        assert torch.allclose(module(x, twice=True, mask=mask), model(x, True, mask))
+        assert torch.allclose(module(x, True, mask), model(x, True, mask))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-SOURCES = ("plain", "huggingface", "vision")
+SOURCES = ("plain", "huggingface", "strangers", "vision")
 
 
 @dataclass
@@ -44,7 +44,10 @@ def sources() -> dict[str, tuple[dict[str, Maker], str]]:
         module = importlib.import_module(f"benchmarks.families.{name}")
         for library, table in module.FAMILIES.items():
             missing = bool(library) and importlib.util.find_spec(library) is None
-            out[library or name] = ({} if missing else table, f"{library} is not installed" if missing else "")
+            out[getattr(module, "LABEL", library or name)] = (
+                {} if missing else table,
+                f"{library} is not installed" if missing else "",
+            )
     return out
 
 
