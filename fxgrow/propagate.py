@@ -72,6 +72,7 @@ class Outcome:
     statistics: bool = False
     uneven_gradients: bool = False  # an op gives one of several equal copies all the gradient
     multiplied: bool = False  # two activations are multiplied and summed over the axis
+    silenced: bool = False  # both of them are zero in new units, so that neither gets a gradient through the other
 
 
 class Grow:
@@ -419,6 +420,7 @@ class Grow:
                     self._carry(x)
             read.append(False)
             self.outcome.multiplied = True
+            self.outcome.silenced |= self.newborn and all(x.content is Content.ZERO for x in column)
             if self.newborn and not any(x.content is Content.ZERO for x in column):
                 order = sorted(range(len(column)), key=lambda i: (owners[i] != zero, i != len(column) - 1))
                 self.demand(column[order[0]], Content.ZERO, "two activations are multiplied and summed over the axis")
@@ -645,6 +647,11 @@ class Grow:
         if not self.newborn:
             return
         weights = {s: c for s, c in self.outcome.carriers.items() if s[0] in self.axes.program.parameters}
+        if self.outcome.silenced and not self.outcome.readers:
+            raise GrowthRefused(
+                f"cannot grow {self.name}: two activations are multiplied and summed over it, and both would be zero "
+                "in new units, whose gradients then stay 0 for ever"
+            )
         paired = self.growth.ids < self.growth.newborn and bool(self.outcome.readers)
         if not weights or paired or not (self.outcome.readers or self.outcome.multiplied):
             return
