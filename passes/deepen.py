@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import zlib
 from collections.abc import Callable
@@ -104,7 +105,10 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
             numbering[number] = numbers[0] + position
             continue
         source, after = new_blocks[i]
-        init, zeroed = _identity_everywhere(state.graph, regions, f"{stack}.{source}", op.init, stack)
+        try:
+            init, zeroed = _identity_everywhere(state.graph, regions, f"{stack}.{source}", op.init, stack)
+        except GrowthRefused as refusal:
+            raise GrowthRefused(f"{refusal}{_other_blocks(state.graph, regions, numbers, op.init, stack)}") from None
         new_number = numbers[0] + position
         zeros[len(clones)] = zeroed
         clones.append(
@@ -129,6 +133,16 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     state.order_blocks(stack)
     step.changes.extend(changes)
     state.structure_changed()
+
+
+def _other_blocks(graph: fx.Graph, regions: list[Region], numbers: list[int], init: str, stack: str) -> str:
+    """The blocks of the stack that a copy could be made of, in words."""
+    able = []
+    for number in numbers:
+        with contextlib.suppress(GrowthRefused):
+            _identity_everywhere(graph, regions, f"{stack}.{number}", init, stack)
+            able.append(number)
+    return f"\n(blocks of {stack} that can be copied: use `after: {able}`, or some of them)" if able else ""
 
 
 def _identity_everywhere(

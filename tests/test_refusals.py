@@ -120,3 +120,22 @@ def test_a_refused_size_comes_with_sizes_that_work() -> None:
         fxgrow.grow(model, spec, (x,))
     for size in (16, 24):
         assert fxgrow.grow(model, {**spec, "to": size}, (x,)).receipt.error_float64 <= 1e-12  # type: ignore[operator]
+
+
+def test_a_stack_says_which_of_its_blocks_can_be_copied() -> None:
+    class Block(nn.Module):
+        def __init__(self, a: int, b: int) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(a), nn.Linear(a, b)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(self.norm(x))
+            return x + y if x.shape == y.shape else y
+
+    model = nn.Sequential(Block(4, 6), Block(6, 6), Block(6, 6), Block(6, 3)).double()
+    model = nn.Sequential(model, nn.Linear(3, 2).double())
+    x = torch.randn(5, 4, dtype=torch.float64)
+    with pytest.raises(fxgrow.GrowthRefused, match=r"blocks of 0 that can be copied: use `after: \[1, 2\]`"):
+        fxgrow.grow(model, {"op": "deepen", "stack": "0", "by": 1}, (x,))
+    growth = fxgrow.grow(model, {"op": "deepen", "stack": "0", "after": [1, 2]}, (x,))
+    assert growth.receipt.error_float64 == 0.0
