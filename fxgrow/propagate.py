@@ -650,7 +650,7 @@ class Grow:
         if self.outcome.silenced and not self.outcome.readers:
             raise GrowthRefused(
                 f"cannot grow {self.name}: two activations are multiplied and summed over it, and both would be zero "
-                "in new units, whose gradients then stay 0 for ever"
+                "in new units, a dead saddle whose gradients stay 0 for ever"
             )
         paired = self.growth.ids < self.growth.newborn and bool(self.outcome.readers)
         if not weights or paired or not (self.outcome.readers or self.outcome.multiplied):
