@@ -766,7 +766,10 @@ class Top(Blocked):
         return super().relate(ctx)
 
 
-register_rule("aten.topk.default", Top(_listed("dim"), "the largest of its entries are picked, and copies would crowd others out", linear=False))
+register_rule(
+    "aten.topk.default",
+    Top(_listed("dim"), "the largest of its entries are picked, and copies would crowd others out", linear=False),
+)
 
 
 def _padded(args: Any, rank: int) -> list[int]:
