@@ -48,6 +48,7 @@ class Call:
     ``inputs`` are the forward parameters that take tensors, ``constants`` the values of those that do not.
     ``nested`` are the parameters that take a list, tuple or dict of them: each to its structure (see
     :mod:`fxgrow.structure`) and the names of its leaves. ``training`` is the mode it serves, None for both.
+    ``sizes`` are those of the tensors, None in dims that may differ from call to call.
     ``structure`` describes what it returns where that is no plain tuple, list or dict; the graph then returns leaves.
     """
 
@@ -59,6 +60,7 @@ class Call:
     training: bool | None = None
     structure: str | None = None
     nested: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
+    sizes: dict[str, list[int | None]] = field(default_factory=dict)
 
     def leaves(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
         """The arguments with nested ones taken apart; None where they are not built like the example's."""
@@ -219,7 +221,7 @@ def capture(
             continue
         reasons.append(reason)
         traces += [(train, {}), (evaluation, {})]
-        served += [replace(call, training=mode, inputs=[], constants={}) for mode in (True, False)]
+        served += [replace(call, training=mode, inputs=[], constants={}, sizes={}) for mode in (True, False)]
     program = _program(model, traces, served)
     program.training, program.mode_reason = was_training, next(iter(reasons), "")
     program.seconds = time.perf_counter() - start
@@ -783,6 +785,7 @@ def _trace_into(
                 if isinstance(node.meta.get("val"), torch.Tensor):
                     new = graph.placeholder(label)
                     call.inputs.append(node.name)
+                    call.sizes[node.name] = [_fixed(s) for s in node.meta["val"].shape]
                 else:
                     new = graph.placeholder(label, default_value=value)
                     call.constants[node.name] = value
@@ -811,6 +814,11 @@ def _trace_into(
             _rewire(graph, new, path, literal)
         env[node] = new
     raise CaptureError("the exported graph has no output")
+
+
+def _fixed(size: int | torch.SymInt) -> int | None:
+    """The size where the trace fixed it, None where it is dynamic."""
+    return int(size) if isinstance(size, int) or size.node.expr.is_number else None
 
 
 def _views_to_reshapes(graph: fx.Graph) -> None:

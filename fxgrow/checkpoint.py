@@ -69,6 +69,7 @@ class CallRecord(_Model):
     training: bool | None = None
     structure: str | None = None
     nested: dict[str, tuple[str, list[str]]] = Field(default_factory=dict)
+    sizes: dict[str, list[int | None]] = Field(default_factory=dict)
     args: Any = None
     kwargs: Any = None
 
@@ -213,7 +214,7 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
     on_meta = any(t.is_meta for t in tensors.values())
     for number, call in enumerate(program.calls):
         record = CallRecord(name=call.name, inputs=call.inputs, training=call.training)
-        record.structure, record.nested = call.structure, call.nested
+        record.structure, record.nested, record.sizes = call.structure, call.nested, call.sizes
         record.constants = {n: encode_value(v, f"input {n}") for n, v in call.constants.items()}
         if examples and not on_meta:
             device = next(iter(tensors.values()), torch.empty(0)).device
@@ -514,6 +515,7 @@ def _read_calls(
                 check_structure(text)
         call = Call(record.name, args, kwargs, list(record.inputs), constants)
         call.training, call.structure, call.nested = record.training, record.structure, dict(record.nested)
+        call.sizes = dict(record.sizes)
         calls.append(call)
         prefix = f"output.{number}."
         found = sorted((n for n in stored if n.startswith(prefix)), key=lambda n: int(n.rpartition(".")[2]))

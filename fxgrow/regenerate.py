@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,8 @@ def regenerate(
     for call, graph in zip(program.calls, targets, strict=False):
         if call.structure is not None:
             _restructure(graph, call.structure)
+    for call, graph in zip(program.calls, targets, strict=False):
+        _check_inputs(graph, call)
     plain = len(graphs) == 1 and not any(c.nested or c.constants for c in program.calls)
     kind = fx.GraphModule if plain else CallsModule
     module = kind(nn.Module(), fx.Graph(), class_name=_identifier(program.class_name))
@@ -160,6 +162,32 @@ def call_graphs(program: Program, graph: fx.Graph) -> list[fx.Graph]:
                 env[node] = own.node_copy(node, value)
         out.append(own)
     return out
+
+
+def check_size(value: torch.Tensor, sizes: Sequence[int | None], name: str) -> None:
+    """Sizes that the trace made part of the graph are checked when it runs.
+
+    Raises:
+        ValueError: an input has another rank, or another size in a dim that is fixed.
+    """
+    if len(value.shape) == len(sizes) and all(s is None or s == n for s, n in zip(sizes, value.shape, strict=True)):
+        return
+    wanted = ", ".join("any" if s is None else str(s) for s in sizes)
+    raise ValueError(
+        f"input {name} has shape {tuple(value.shape)}; this graph takes ({wanted}): the model fixed these sizes when "
+        "it was captured. Capture it with an example of the other sizes (dims of size 1 are always taken as fixed)"
+    )
+
+
+def _check_inputs(graph: fx.Graph, call: Call) -> None:
+    """Check, first of all, the input dims that are numbers in the graph."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    for node in reversed(inputs):
+        name = node.meta.get("input", str(node.target))
+        sizes = call.sizes.get(name, [])
+        if any(s is not None for s in sizes):
+            with graph.inserting_after(inputs[-1]):
+                graph.call_function(check_size, (node, list(sizes), name))
 
 
 def _restructure(graph: fx.Graph, structure: str) -> None:

@@ -81,3 +81,22 @@ def test_compiles_whole_and_by_region() -> None:
     assert torch.allclose(out.detach(), expected, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "three equal blocks are one compilation"
     assert set(growth.module.state_dict()) == set(model.state_dict())
+
+
+def test_sizes_that_the_trace_fixed_are_checked() -> None:
+    """Export may make a size part of the graph; another one would then give wrong numbers in silence."""
+
+    class Mean(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.tanh(self.up(x))
+            return self.down(sum(h[:, i] for i in range(x.shape[1])))  # a loop in Python: the trace fixes its length
+
+    model, x = Mean(), torch.randn(3, 5, 4)
+    module = fxgrow.grow(model, {"op": "widen", "axis": "./hidden", "factor": 2}, (x,)).module
+    torch.testing.assert_close(module(x[:2]), model(x[:2]))
+    with pytest.raises(ValueError, match=r"input x has shape \(3, 10, 4\); this graph takes \(any, 5, 4\)"):
+        module(torch.cat([x, x], 1))
