@@ -8,6 +8,7 @@ one line per entry, and the ops without a rule, those first that a rule would le
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import sys
 import time
@@ -75,7 +76,14 @@ def trace(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> fx.Grap
         a, k = pytree.tree_unflatten(filled, spec)
         return function(*a, **k)
 
-    return make_fx(call, pre_dispatch=True)(*(leaves[i].detach().clone() for i in at))
+    inputs = [leaves[i].detach().clone() for i in at]
+    collecting = gc.isenabled()
+    gc.disable()  # collecting an unfinished generator of samples would switch gradients inside the trace
+    try:
+        return make_fx(call, pre_dispatch=True)(*inputs)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def calls(entry: Entry, limit: int | None = None) -> Iterator[tuple[Any, Sample]]:
