@@ -425,11 +425,9 @@ def matching_calls(
         here, there = {**program.defaults, **given}, {**program.defaults, **call.constants}
         if all(_same_constant(here.get(n), there.get(n)) for n in others):
             found.append(number)
-    return found or [n for n in asked if alone and not calls[n].inputs and not given_tensors(together)]
-
-
-def given_tensors(arguments: Mapping[str, Any]) -> bool:
-    return any(isinstance(v, torch.Tensor) for v in arguments.values())
+    if alone and not found and not any(isinstance(v, torch.Tensor) for v in together.values()):
+        return [n for n in asked if not calls[n].inputs]
+    return found
 
 
 def _same_constant(a: Any, b: Any) -> bool:
@@ -865,8 +863,8 @@ def _fold_constants(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None
     """
     written = _written(graph)
     values: dict[fx.Node, torch.Tensor] = {}
-    told_apart: set[fx.Node] = set()  # computed from consecutive numbers
-    found: list[fx.Node] = []
+    numbers: set[fx.Node] = set()  # consecutive ones
+    computed: dict[fx.Node, None] = {}  # from them, in the graph's order
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in constants and node not in written:
             values[node] = constants[node.target]
@@ -876,14 +874,11 @@ def _fold_constants(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None
             values[node] = _compute(node, values)
         except (RuntimeError, TypeError, ValueError):
             continue
-        name = str(node.target)
-        if name.startswith(("aten.arange", "aten.linspace")) or any(i in told_apart for i in node.all_input_nodes):
-            told_apart.add(node)
-    for node in told_apart:
-        ranges = str(node.target).startswith(("aten.arange", "aten.linspace"))
-        if not ranges and values[node].dim() and any(u not in values for u in node.users):
-            found.append(node)
-    for node in found:
+        if str(node.target).startswith(("aten.arange", "aten.linspace")):
+            numbers.add(node)
+        elif any(i in numbers or i in computed for i in node.all_input_nodes):
+            computed[node] = None
+    for node in [n for n in computed if values[n].dim() and any(u not in values for u in n.users)]:
         name = f"constant_{node.name}"
         constants[name] = values[node].detach().clone()
         with graph.inserting_before(next(iter(graph.nodes))):

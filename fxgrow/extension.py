@@ -67,6 +67,8 @@ class Extension(Grow):
         changed_outputs: numbers of the outputs that change.
     """
 
+    verb = "extend"
+
     def __init__(self, axes: Axes, axis: Axis, name: str, new: int, ranges: Ranges, tolerate: bool = False) -> None:
         super().__init__(axes, axis, name, AxisMap.add(int(axis.size), new, paired=False), Content.FREE)
         self.ranges, self.tolerate = ranges, tolerate
@@ -141,14 +143,6 @@ class Extension(Grow):
             ]
 
         return mark(self.axes.dims.get(self.node))
-
-    def refuse(self, why: str, kind: type[GrowthRefused] = GrowthRefused) -> GrowthRefused:
-        source = self.node.meta.get("source", "")
-        return kind(
-            f"cannot extend {self.name} from {self.growth.old} to {self.growth.new}: {self.op}"
-            + (f" at {source}" if source else "")
-            + f": {why}"
-        )
 
     def demand(self, info: Info, content: Content, why: str) -> None:
         """New entries hold what they are given; an op that needs them to be something else changes its result."""

@@ -78,6 +78,8 @@ class Outcome:
 class Grow:
     """What a rule sees while an axis grows. See :mod:`fxgrow.rules.base` for the vocabulary."""
 
+    verb = "grow"  # in refusals
+
     def __init__(self, axes: Axes, axis: Axis, name: str, growth: AxisMap, default: Content = Content.FREE) -> None:
         self.axes, self.axis, self.name, self.growth, self.default = axes, axis, name, growth, default
         self.pinned: dict[Site, Content] = {}
@@ -336,7 +338,7 @@ class Grow:
     def refuse(self, why: str, kind: type[GrowthRefused] = GrowthRefused) -> GrowthRefused:
         source = self.node.meta.get("source", "")
         return kind(
-            f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: {self.op}"
+            f"cannot {self.verb} {self.name} from {self.growth.old} to {self.growth.new}: {self.op}"
             + (f" at {source}" if source else "")
             + f": {why}"
         )

@@ -3,7 +3,7 @@
 Each file registers the rules of one kind of op in :data:`RULES`.
 """
 
-from fxgrow.rules import (
+from fxgrow.rules import (  # noqa: F401 - importing them registers their rules
     aliases,
     attention,
     contraction,
@@ -20,17 +20,3 @@ from fxgrow.rules import (
 from fxgrow.rules.base import RULES, Content, Opaque, Pattern, Pointwise, Rule, Structural, register_rule
 
 __all__ = ["RULES", "Content", "Opaque", "Pattern", "Pointwise", "Rule", "Structural", "register_rule"]
-_ = (
-    aliases,
-    attention,
-    contraction,
-    distance,
-    indexing,
-    norm,
-    pointwise,
-    recurrent,
-    reduction,
-    scatter,
-    shape,
-    spectral,
-)
