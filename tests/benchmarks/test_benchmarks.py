@@ -11,7 +11,7 @@ import torch
 
 import fxgrow
 from benchmarks import __main__ as entry
-from benchmarks import common, grow
+from benchmarks import against, common, grow
 from examples.gpt.model import GPT
 
 
@@ -108,3 +108,12 @@ def test_ratio_is_taken_round_by_round() -> None:
 def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert entry.main(["nothing"]) == 2
     assert "grow" in capsys.readouterr().out
+
+
+def test_against_measures_every_stage_and_lays_packages_out_as_installed(tmp_path: Path) -> None:
+    stages = against.measure("convolutions", quick=True)
+    assert {"capture", "plan", "materialise", "grow", "verify"} <= set(stages)
+    against._installed(common.ROOT, tmp_path)
+    assert (tmp_path / "fxgrow" / "passes" / "widen.py").exists() and (tmp_path / "fxgrow" / "kernels").is_dir()
+    with pytest.raises(SystemExit, match="cannot read revision"):
+        against._checkout("no-such-revision", tmp_path)

@@ -1,0 +1,175 @@
+"""This working tree against another revision of fxgrow, side by side in one run: capture, plan, materialise, verify.
+
+Both are laid out as installed packages in a temporary folder and take turns, each round in a fresh process on one
+thread. The figure of a stage is the smallest CPU time over the rounds; the ratio is this tree's over the other's.
+``python -m benchmarks against --base v0.1.0``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import statistics
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import common
+
+#: stages whose ratio is bounded, and the bound
+BOUNDED = ("plan", "materialise", "verify")
+BOUND = 1.1
+
+
+def _gpt(width: int, layers: int) -> tuple[nn.Module, tuple[Any, ...]]:
+    from examples.gpt.model import GPT, GPTConfig
+
+    config = GPTConfig(vocab_size=256, block_size=64, n_layer=layers, n_head=4, n_embd=width)
+    idx = torch.randint(256, (2, 32))
+    return GPT(config), (idx, idx)
+
+
+def _convolutions(width: int) -> tuple[nn.Module, tuple[Any, ...]]:
+    layers: list[nn.Module] = []
+    channels = 3
+    for i in range(4):
+        out = width * 2**i
+        layers += [nn.Conv2d(channels, out, 3, padding=1, stride=2), nn.BatchNorm2d(out), nn.ReLU()]
+        channels = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)), (
+        torch.randn(4, 3, 64, 64),
+    )
+
+
+MODELS: dict[str, tuple[Any, dict[str, Any], str, bool]] = {
+    "gpt": (_gpt, {"width": 256, "layers": 6}, "*/residual", False),
+    "convolutions": (_convolutions, {"width": 32}, "*/channels", False),
+    "gpt on meta": (_gpt, {"width": 1024, "layers": 24}, "transformer.h.*.mlp/hidden", True),
+}
+QUICK: dict[str, dict[str, Any]] = {
+    "gpt": {"width": 32, "layers": 2},
+    "convolutions": {"width": 4},
+    "gpt on meta": {"width": 64, "layers": 2},
+}
+
+
+def measure(model: str, quick: bool) -> dict[str, Any]:
+    """CPU seconds of each stage of doubling a model's axis, in this process; ``package``: of the fxgrow it imports."""
+    import fxgrow
+    from fxgrow.growth import build
+    from fxgrow.spec import GrowthSpec
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    make, sizes, axis, meta = MODELS[model]
+    with torch.device("meta") if meta else torch.device("cpu"):
+        module, args = make(**(QUICK[model] if quick else sizes))
+    spec = {"op": "widen", "axis": axis, "factor": 2}
+    out: dict[str, Any] = {}
+
+    def timed(stage: str, f: Callable[[], Any], times: int = 3) -> Any:
+        """Smallest of several: the first also compiles or loads the kernels."""
+        for _ in range(times):
+            start = time.process_time()
+            result = f()
+            out[stage] = min(out.get(stage, float("inf")), time.process_time() - start)
+        return result
+
+    program = timed("capture", lambda: fxgrow.capture(module, args), times=1)
+
+    def plan() -> Any:
+        program._axes = None  # analysed anew
+        return fxgrow.plan_growth(program, GrowthSpec.parse(spec))
+
+    decided, grown = timed("plan", plan)
+    if not meta:
+        timed("materialise", lambda: build(program, grown, decided, {}))
+        timed("grow", lambda: fxgrow.grow(program, spec, verify=False))
+        timed("grow and verify", lambda: fxgrow.grow(program, spec, verify="float64"))
+        out["verify"] = out["grow and verify"] - out["grow"]
+    return {**out, "package": str(Path(fxgrow.__file__).parent)}
+
+
+def _installed(source: Path, target: Path) -> None:
+    """The layout of an installed package: passes and kernels are folders of it."""
+    shutil.copytree(source / "fxgrow", target / "fxgrow")
+    for name in ("passes", "kernels"):
+        shutil.copytree(source / name, target / "fxgrow" / name)
+
+
+def _checkout(revision: str, folder: Path) -> Path:
+    """The files of a revision.
+
+    Raises:
+        SystemExit: git knows no such revision.
+    """
+    done = subprocess.run(
+        ["git", "archive", revision, "fxgrow", "passes", "kernels"], cwd=common.ROOT, capture_output=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"cannot read revision {revision!r}: {done.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def _environment(tree: Path) -> dict[str, str]:
+    """Of a process that finds that tree's fxgrow, and not the one in the working directory."""
+    return {"PYTHONPATH": f"{tree}{os.pathsep}{common.ROOT}", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run(argv: list[str]) -> int:
+    """Compare; exit status 1 where a bounded stage is slower than its bound."""
+    arguments = common.parser("against", __doc__)
+    arguments.add_argument("--base", default="HEAD", metavar="REV", help="the other revision (HEAD)")
+    arguments.add_argument("--repeats", type=int, default=5, help="rounds (5)")
+    arguments.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="of these")
+    options = arguments.parse_args(argv)
+    repeats = 1 if options.quick else options.repeats
+    samples: dict[str, dict[str, dict[str, list[float]]]] = {}
+    with tempfile.TemporaryDirectory(prefix="fxgrow-against-") as name:
+        folder = Path(name)
+        _installed(_checkout(options.base, folder / "archive"), folder / "base")
+        _installed(common.ROOT, folder / "here")
+        for number in range(repeats):
+            for model in options.models:
+                for tree in ("base", "here") if number % 2 == 0 else ("here", "base"):
+                    found = common.isolated(
+                        "benchmarks.against:measure",
+                        {"model": model, "quick": options.quick},
+                        env=_environment(folder / tree),
+                    )
+                    if found.pop("package") != str(folder / tree / "fxgrow"):
+                        raise RuntimeError("the process imported another fxgrow than the one it was to measure")
+                    for stage, seconds in found.items():
+                        sides = samples.setdefault(model, {}).setdefault(stage, {"base": [], "here": []})
+                        sides[tree].append(seconds)
+    rows, worst, result = [], 0.0, []
+    for model, stages in samples.items():
+        for stage, sides in stages.items():
+            base, here = min(sides["base"]), min(sides["here"])
+            ratio = here / base
+            if stage in BOUNDED:
+                worst = max(worst, ratio)
+            spread = statistics.median(sides["here"]) / statistics.median(sides["base"])
+            rows.append([f"{model}: {stage}", base, here, ratio, spread])
+            result.append({"model": model, "stage": stage, "base": sides["base"], "here": sides["here"]})
+    common.table(f"CPU seconds, {options.base} and this tree", ["", "base", "here", "ratio", "ratio of medians"], rows)
+    met = common.verdict("slowest of " + ", ".join(BOUNDED), worst, BOUND)
+    with common.figure(options.out, "against") as (ax,):
+        ax.barh([str(r[0]) for r in rows], [float(r[3]) for r in rows])
+        ax.axvline(1.0, color="black", linewidth=0.8)
+        ax.set_xlabel(f"CPU time over that of {options.base}")
+    common.save(
+        options.json,
+        {"environment": common.environment(1), "base": options.base, "samples": result, "bounds": [met]},
+    )
+    return 0 if met["met"] or options.quick else 1
