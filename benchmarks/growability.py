@@ -231,6 +231,24 @@ def report(results: list[dict[str, Any]], missing: list[str]) -> str:
     return "\n".join(lines)
 
 
+def changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """Growths that are exact in one table alone: (lost, gained). Models in one table alone are left out."""
+
+    def exact(results: list[dict[str, Any]]) -> dict[tuple[str, str, str], str]:
+        return {
+            (_label(r), a["name"], kind): str(a.get(kind) or a.get("frozen", ""))
+            for r in results
+            for a in r["axes"]
+            for kind in ("double", "uneven")
+        }
+
+    old, new = exact(before), exact(after)
+    models = {_label(r) for r in before} & {_label(r) for r in after}
+    lost = [k for k, v in old.items() if k[0] in models and v == "exact" and new.get(k) != "exact"]
+    gained = [k for k, v in new.items() if k[0] in models and v == "exact" and old.get(k) != "exact"]
+    return [f"{' '.join(k)}: {new.get(k, 'no such axis')}" for k in lost], [" ".join(k) for k in gained]
+
+
 #: axes that the caller, a table or an image fixes
 OUTSIDE = ("inputs", "outputs", "vocab", "positions", "kernel", "spatial")
 
@@ -302,7 +320,7 @@ def _cell(text: str) -> str:
 
 
 def run(argv: list[str]) -> int:
-    """The command line; returns the exit status: 1 where a growth went wrong."""
+    """The command line; returns the exit status: 1 where a growth went wrong, or one of before is lost."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks growability", description=__doc__)
     parser.add_argument("models", nargs="*", help="names of models, or of the libraries they are from; all if none")
     parser.add_argument("--only", default="*", metavar="GLOB", help="axes to grow")
@@ -320,6 +338,9 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument(
         "--rows", type=Path, metavar="FILE", help="short for --merge FILE --json FILE --out docs/growability.md"
+    )
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="rows of before: print the growths lost and gained since"
     )
     parser.add_argument("--report-only", action="store_true", help="run nothing: the table of --merge")
     parser.add_argument("--child", nargs=2, metavar=("SOURCE", "MODEL"), help=argparse.SUPPRESS)
@@ -370,4 +391,9 @@ def run(argv: list[str]) -> int:
         (ROOT / "docs" / "growability.md").write_text(text)
     else:
         print(text)
-    return 1 if errors_of(results) else 0
+    lost: list[str] = []
+    if options.against:
+        lost, gained = changes(json.loads(options.against.read_text()), results)
+        print(f"lost {len(lost)}, gained {len(gained)} exact growths against {options.against}")
+        print("\n".join([*(f"- lost {x}" for x in lost), *(f"- gained {x}" for x in gained)]))
+    return 1 if errors_of(results) or lost else 0

@@ -11,7 +11,7 @@ import torch
 
 import fxgrow
 from benchmarks import __main__ as entry
-from benchmarks import against, common, grow
+from benchmarks import against, common, grow, growability
 from examples.gpt.model import GPT
 
 
@@ -117,3 +117,12 @@ def test_against_measures_every_stage_and_lays_packages_out_as_installed(tmp_pat
     assert (tmp_path / "fxgrow" / "passes" / "widen.py").exists() and (tmp_path / "fxgrow" / "kernels").is_dir()
     with pytest.raises(SystemExit, match="cannot read revision"):
         against._checkout("no-such-revision", tmp_path)
+
+
+def test_growability_names_what_was_lost_and_gained() -> None:
+    def row(**axes: str) -> list[dict[str, Any]]:
+        return [{"model": "m", "source": "plain", "axes": [{"name": n, "double": v} for n, v in axes.items()]}]
+
+    lost, gained = growability.changes(row(a="exact", b="refused", c="exact"), row(a="refused", b="exact", c="exact"))
+    assert lost == ["m a double: refused"] and gained == ["m b double"]
+    assert growability.changes(row(a="exact"), []) == ([], []), "a model that was not run is not lost"
