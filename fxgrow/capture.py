@@ -32,6 +32,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 
 from fxgrow.errors import CaptureError
+from fxgrow.materialise import check_readable
 from fxgrow.structure import describe, take_apart
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ def capture(
         raise CaptureError("args must be a tuple of inputs, got a tensor: write (x,)")
     wanted = _calls(args, kwargs, calls)
     _check_plain(model)
+    check_readable({**dict(model.named_parameters()), **dict(model.named_buffers())}, CaptureError)
     known = _remembered(model, wanted)
     if known is not None:
         known.seconds = time.perf_counter() - start

@@ -34,6 +34,7 @@ import fxgrow
 from fxgrow.capture import Call, Program
 from fxgrow.errors import CheckpointError
 from fxgrow.growth import Growth
+from fxgrow.materialise import check_readable
 from fxgrow.plan import GrowthPlan
 from fxgrow.regenerate import code_of, regenerate
 from fxgrow.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name
@@ -333,6 +334,7 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """One safetensors file; tensors that share memory are stored apart, ties having been taken care of."""
     seen: set[int] = set()
     plain: dict[str, torch.Tensor] = {}
+    check_readable(tensors, CheckpointError)
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"{name} is on the meta device and has no values to store")

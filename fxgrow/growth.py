@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from fxgrow import kernels
 from fxgrow.capture import Program, capture, program_of
 from fxgrow.errors import FxgrowError, SpecError
-from fxgrow.materialise import check_finite, materialise_all
+from fxgrow.materialise import check_finite, check_readable, materialise_all
 from fxgrow.passes.base import State, run_operation
 from fxgrow.plan import GrowthPlan
 from fxgrow.regenerate import regenerate
@@ -150,6 +151,7 @@ def grow(
         raise SpecError("consume=True frees the original, so that there is nothing to verify against; use verify=False")
     with _timed(seconds, "capture"):
         program = model if isinstance(model, Program) else capture(model, args, kwargs, calls=calls)
+    check_readable(program.tensors)
     check_finite(program.tensors)
     with _timed(seconds, "analyse and plan"):
         plan, grown_program = plan_growth(program, parsed)
@@ -195,7 +197,7 @@ def build(
     """Materialise a plan's tensors and regenerate the module."""
 
     def free(name: str) -> None:
-        program.tensor(name).untyped_storage().resize_(0)
+        kernels.release(program.tensor(name))
 
     with _timed(seconds, "materialise"):
         tensors = dict(materialise_all(plan, lambda n: program.tensor(n), done=free if consume else None))

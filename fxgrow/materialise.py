@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fxgrow import kernels
-from fxgrow.errors import GrowthRefused
+from fxgrow.errors import FxgrowError, GrowthRefused
 from fxgrow.plan import DimPlan, GrowthPlan, TensorPlan
 
 Moment = Literal["gradient", "square"]
@@ -61,16 +61,21 @@ def materialise_tensor(
         plan: what it is made of.
         source: the old tensor, or None where the plan has none.
         dtype: of the result; the source's where None.
+
+    Raises:
+        GrowthRefused: the source has no values in memory, see :func:`check_readable`.
     """
     if plan.init is not None:
         return _initial(plan, dtype or torch.get_default_dtype())
     assert source is not None
+    check_readable({plan.source or "the source": source})
+    source = source.detach().resolve_conj().resolve_neg()
     dtype = dtype or source.dtype
     if plan.zero:
         return torch.zeros(plan.shape, dtype=dtype, device=source.device)
     dims = plan.dims
     if plan.continuation is not None:
-        source = _continued(plan, source.detach())
+        source = _continued(plan, source)
         dims = [None if i in plan.continuation.dims else d for i, d in enumerate(dims)]
     maps = [None if d is None else _map(d) for d in dims]
     # the dim whose copies must add up exactly: the last one with shares
@@ -79,7 +84,7 @@ def materialise_tensor(
     needs_spread = plan.random_std is None and (plan.paired or any(d is not None and d.fill is not None for d in dims))
     noise = plan.noise
     if (needs_spread or (noise is not None and noise.relative)) and source.numel() > 1 and source.is_floating_point():
-        spread = float(source.detach().float().std())
+        spread = float(source.float().std())
     random_std = plan.random_std if plan.random_std is not None else spread
     kernel_noise = None
     if noise is not None or plan.paired:
@@ -96,7 +101,7 @@ def materialise_tensor(
     if not source.is_floating_point():
         kernel_noise = None
     return kernels.materialise(
-        source.detach(),
+        source,
         [None if m is None else m.split if i == closing else m.scaled for i, m in enumerate(maps)],
         scale=plan.scale,
         random_std=random_std,
@@ -189,7 +194,11 @@ def materialise_moment(
         kind: ``gradient`` for averages of gradients, ``square`` for averages of their squares.
         scale_gradients: multiply by the factors that copying puts on gradients (RECIPES §8).
         keep_copies: copies inherit their unit's moment; otherwise only the first copy keeps it.
+
+    Raises:
+        GrowthRefused: the moment has no values in memory, see :func:`check_readable`.
     """
+    check_readable({f"optimizer state of {plan.source}": moment})
     power = 2 if kind == "square" else 1
     dims: list[kernels.DimMap | None] = []
     for d in plan.dims:
@@ -213,6 +222,20 @@ def materialise_moment(
 def copy_gradient(plan: TensorPlan, gradient: torch.Tensor) -> torch.Tensor:
     """What the gradient of a grown parameter is, from the gradient of the old one, where the growth is a pure copy."""
     return materialise_moment(plan, gradient, "gradient", scale_gradients=True)
+
+
+def check_readable(tensors: Mapping[str, torch.Tensor], error: type[FxgrowError] = GrowthRefused) -> None:
+    """The gate by which tensors enter: each has its values in memory of its own, or is on the meta device.
+
+    Freed memory, sharded tensors and other subclasses, and layouts that are not strided stop here, before anything
+    reads a pointer.
+
+    Raises:
+        GrowthRefused: or ``error``; it names the tensor, and says why and what to do.
+    """
+    for name, tensor in tensors.items():
+        if why := kernels.unreadable(tensor):
+            raise error(f"cannot read {name}: {why}")
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:

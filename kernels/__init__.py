@@ -4,6 +4,7 @@ from fxgrow.kernels.dispatch import Backend, backends
 from fxgrow.kernels.interface import materialise, materialise_many
 from fxgrow.kernels.job import NoiseTooSmall
 from fxgrow.kernels.maps import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, DimMap, Noise
+from fxgrow.kernels.memory import release, unreadable
 from fxgrow.kernels.tables import continue_band, continue_line, continue_waves
 
 __all__ = [
@@ -21,4 +22,6 @@ __all__ = [
     "continue_waves",
     "materialise",
     "materialise_many",
+    "release",
+    "unreadable",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxgrow.kernels import dispatch
 from fxgrow.kernels.job import Job, prepare
 from fxgrow.kernels.maps import FILL_ZERO, DimMap, Noise
+from fxgrow.kernels.memory import unreadable
 
 
 @torch.no_grad()
@@ -62,7 +63,8 @@ def materialise(
         The new tensor (or shard), without gradient history.
 
     Raises:
-        ValueError: maps, shares, shard or dtype that do not fit together.
+        ValueError: maps, shares, shard or dtype that do not fit together; a source or destination that is not plain
+            memory, see `unreadable`.
     """
     job = prepare(
         source,
@@ -88,6 +90,8 @@ def materialise(
 def _destination(job: Job, out: Tensor | None) -> Tensor:
     if out is None:
         return torch.empty(job.local, dtype=job.dtype, device=job.device)
+    if why := unreadable(out):
+        raise ValueError(f"out cannot be written: {why}")
     if list(out.shape) != job.local or out.dtype != job.dtype or out.device != job.device:
         raise ValueError(
             f"out is {out.dtype} of shape {tuple(out.shape)} on {out.device}, "

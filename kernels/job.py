@@ -26,6 +26,7 @@ from fxgrow.kernels.maps import (
     prepare_dim,
     row_major,
 )
+from fxgrow.kernels.memory import unreadable
 from fxgrow.kernels.philox import UNIT, key_words
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -220,7 +221,10 @@ def prepare(
 ) -> Job:
     """Check a call and normalise it; the destination is not made yet."""
     if source is not None:
-        source = source.detach()
+        if why := unreadable(source):
+            raise ValueError(f"the source cannot be read: {why}")
+        # a conjugated or negated view holds the values of another: backends read memory
+        source = source.detach().resolve_conj().resolve_neg()
         if len(dims) != source.dim():
             raise ValueError(f"{len(dims)} dim maps for a source of shape {tuple(source.shape)}")
     elif shape is not None and len(shape) != len(dims):
