@@ -37,7 +37,7 @@ from fxgrow.axes.expr import (
 )
 from fxgrow.errors import GrowthRefused
 from fxgrow.plan import FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Edit
-from fxgrow.rules.base import COMBINE, RULES, Content, Dims, Info, Rule, Site, bound_arguments, infos, op_name
+from fxgrow.rules.base import COMBINE, RULES, Content, Dims, Info, Rule, Site, annotate, bound_arguments, infos, op_name
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Axes
@@ -132,8 +132,9 @@ class Grow:
                     raise
                 except Exception as error:  # a proof that fails is no proof
                     raise self.refuse(f"fxgrow's rule fails here ({type(error).__name__}: {error})") from error
-                self._carry_rest(node, result if rule.moves else None)
-                self.env[node] = self._settle(self.axes.dims.get(node), result)
+                passes = rule.moves and rule.linear(node)
+                self._carry_rest(node, result if passes else None)
+                self.env[node] = self._settle(self.axes.dims.get(node), result if passes else _values(result))
                 self._in_place(node)
 
     def _grow(self, rule: Rule) -> Any:
@@ -672,10 +673,23 @@ class Grow:
 
 
 def _keeps_scale(node: fx.Node) -> bool:
-    """Whether scaling the op's first operand scales its result, and nothing else goes in."""
-    name = op_name(node.target) if node.op == "call_function" else ""
-    moves = getattr(RULES.get(name), "moves", False)
-    return (moves or name in ("aten.index.Tensor", "aten.index_select.default")) and isinstance(node.args[0], fx.Node)
+    """Whether scaling the op's first operand scales its result, and no other numbers go in."""
+    rule = RULES.get(op_name(node.target)) if node.op == "call_function" else None
+    if rule is None or not rule.linear(node):
+        return False
+    return [n for n in node.all_input_nodes if _continuous(n)] == [node.args[0]]
+
+
+def _continuous(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
+
+
+def _values(dims: Any) -> Any:
+    """Dims of a result in which no parameter is seen any more."""
+    if not isinstance(dims, list):
+        return dims
+    return [_values(d) if isinstance(d, list) or d is None else annotate(d, lambda info: info.closed()) for d in dims]
 
 
 def _mul_first(a: Content, b: Content) -> Content:

@@ -266,7 +266,7 @@ def last_projection(branch: fx.Node, region: Region) -> list[str] | None:
         args = bound_arguments(node)
         operands = [a for a in args.values() if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor)]
         product = name in ("aten.mul.Tensor", "aten.div.Tensor")
-        zero = getattr(rule, "moves", False) or (isinstance(rule, Pointwise) and rule.zero is True)
+        zero = (rule is not None and rule.linear(node)) or (isinstance(rule, Pointwise) and rule.zero is True)
         if not operands or not (product or (zero and len(operands) == 1)):
             return None
         inside = [o for o in (operands[:1] if name == "aten.div.Tensor" else operands) if o in region.nodes]
@@ -286,12 +286,18 @@ def _own_parameters(node: fx.Node, operands: tuple[str, ...], region: Region) ->
         if not isinstance(value, fx.Node):
             return None
         user = node
-        while value.op == "call_function" and getattr(RULES.get(op_name(value.target)), "moves", False):
+        while value.op == "call_function" and _only_moves(value):
             user, value = value, value.all_input_nodes[0]
         if value.op != "get_attr" or not str(value.target).startswith(region.path + ".") or _shared(value, user):
             return None
         out.append(str(value.target))
     return out
+
+
+def _only_moves(node: fx.Node) -> bool:
+    """Whether a value is zero when the one it is made of is, entry by entry."""
+    rule = RULES.get(op_name(node.target))
+    return rule is not None and rule.moves and rule.linear(node) and len(node.all_input_nodes) == 1
 
 
 def _shared(parameter: fx.Node, user: fx.Node) -> bool:

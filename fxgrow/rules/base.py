@@ -119,8 +119,17 @@ COMBINE: dict[str, Callable[[Content, Content], Content]] = {
 class Rule:
     """Base of all rules. Subclasses override what they need."""
 
-    #: True where the op only moves elements: growth of a parameter seen through it stays a growth of the parameter.
+    #: True where the op only moves or copies elements, or mixes them along dims that do not grow.
     moves = False
+
+    def linear(self, node: fx.Node) -> bool:
+        """Whether this call is linear in its operands of real or complex numbers, all of them taken together.
+
+        Indices, masks and other operands that count are held fast. A parameter seen through ops that move elements and
+        are linear is still the parameter, which may take shares; through any other op it is a value. A scale may be
+        moved from one side of a linear op with one such operand to the other.
+        """
+        return self.moves
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         """Dims of the result(s), after unifying the dims of the operands. None: the result is not a tensor."""
@@ -139,6 +148,11 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+
+
+def is_fine(dtype: torch.dtype) -> bool:
+    """Whether a dtype holds real or complex numbers finely enough to be computed with: none of 8 bits or less."""
+    return (dtype.is_floating_point and dtype.itemsize > 1) or dtype.is_complex
 
 
 def op_name(target: Any) -> str:
@@ -706,6 +720,7 @@ __all__ = [
     "bound_arguments",
     "factors_of",
     "infos",
+    "is_fine",
     "op_name",
     "parse_pattern",
     "register_rule",

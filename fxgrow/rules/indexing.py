@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 class Embedding(Rule):
     """Rows picked by number: the rows' axis is an index, the columns pass."""
 
+    def linear(self, node: fx.Node) -> bool:
+        return True
+
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         weight, index = ctx.dims("weight"), ctx.dims("indices")
         assert weight is not None and index is not None
@@ -63,6 +66,9 @@ register_rule("aten.one_hot.default", OneHot())
 
 class Index(Rule):
     """``x[..., idx, ...]``: the indexed dims are looked up by number, the others pass."""
+
+    def linear(self, node: fx.Node) -> bool:
+        return True
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         return self._run(ctx)
@@ -134,6 +140,11 @@ def _looked_up(ctx: Any, indices: list[Any], dims: Dims) -> str:
 
 
 class IndexSelect(Rule):
+    """Entries of one dim looked up by number; the other dims pass."""
+
+    def linear(self, node: fx.Node) -> bool:
+        return True
+
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         return self._run(ctx)
 
@@ -155,6 +166,9 @@ register_rule("aten.index_select.default", IndexSelect())
 
 class Gather(Rule):
     """``gather(x, dim, index)``: entry by entry along every other dim, a look-up along ``dim``."""
+
+    def linear(self, node: fx.Node) -> bool:
+        return True
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         dims, index, at = self._operands(ctx)

@@ -6,7 +6,7 @@ the judge imposes (anything, zero, the mean of the others, or what a broadcast h
 and each way of growing it, the rule's claim is executed: the copies in the results must equal the old entries, and
 newborn entries what the rule says of them (:class:`~fxgrow.rules.base.Content`). A claim that does not hold is
 *wrong*. A refusal, or a frozen axis, where growth by whole copies would have left the result as it was is *stricter*
-than needed.
+than needed. The facts that a rule states of its op (that a call is linear, say) are held against the op as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fxgrow.capture import Program
 from fxgrow.errors import GrowthRefused
 from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Rescale
 from fxgrow.propagate import Grow, Outcome, UnequalCopies, dim_plan, size_edits
-from fxgrow.rules.base import RULES, Content, Site
+from fxgrow.rules.base import RULES, Content, Site, is_fine, op_name
 
 #: largest relative error of a claim that holds, in float64; in a coarser dtype it is that dtype's rounding
 LIMIT = 1e-9
@@ -157,6 +157,20 @@ def _exported(f: Callable[..., Any], sample: Sample) -> tuple[fx.Graph, dict[str
     return graph, tensors, results
 
 
+def _call(node: fx.Node, operands: Mapping[fx.Node, Any]) -> Any:
+    """One op on other values of its operands."""
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _fresh(operands[n]))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, Tensor)]
+
+
+def _real_or_complex(value: Any) -> bool:
+    return isinstance(value, Tensor) and is_fine(value.dtype)
+
+
 def _continuous(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
 
@@ -225,6 +239,7 @@ class _Judge:
         self.report = Report()
 
     def run(self) -> Report:
+        self._check_facts()
         axes = self.program.axes
         for axis in self._axes(axes):
             for case in self._cases(axis):
@@ -275,6 +290,41 @@ class _Judge:
     def _carries(self, node: fx.Node, axis: Axis) -> bool:
         dims = self.program.axes.tensor_dims().get(str(node.target), [])
         return any(leaf is axis for dim in dims for leaf in leaves(dim))
+
+    # facts --------------------------------------------------------------------------------------------------------
+
+    def _check_facts(self) -> None:
+        """What the rules say of their ops, whatever grows."""
+        for node in self.graph.nodes:
+            rule = RULES.get(op_name(node.target)) if node.op == "call_function" else None
+            if rule is None:
+                continue
+            if rule.linear(node):
+                self._check_linear(node)
+
+    def _check_linear(self, node: fx.Node) -> None:
+        first, second = self._operands(node), self._operands(node)
+        second = {n: self._drawn_like(v) for n, v in second.items()}
+        sum_of_two = {n: 2 * v - 3 * second[n] if _real_or_complex(v) else v for n, v in first.items()}
+        a, b, both = (_tensors(_call(node, x)) for x in (first, second, sum_of_two))
+        for x, y, z in zip(a, b, both, strict=True):
+            if _real_or_complex(z) and not _close(2 * x - 3 * y, z):
+                self._fact_wrong(node, "said to be linear, and is not")
+            if not _real_or_complex(z) and not torch.equal(x, z):
+                self._fact_wrong(node, "said to be linear, with a result that counts and depends on values")
+
+    def _operands(self, node: fx.Node) -> dict[fx.Node, Any]:
+        """The values of a node's operands, for the sample."""
+        names = [n.name for n in node.all_input_nodes]
+        return dict(zip(node.all_input_nodes, _execute(self.graph, self.tensors, names), strict=True))
+
+    def _drawn_like(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not _real_or_complex(value):
+            return value
+        return torch.randn(value.shape, generator=self.random, dtype=torch.float64).to(value.dtype)
+
+    def _fact_wrong(self, node: fx.Node, detail: str) -> None:
+        self.report.wrong.append(Finding(str(node.target), "all", "as it is", detail))
 
     # one case -------------------------------------------------------------------------------------------------------
 

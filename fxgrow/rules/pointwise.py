@@ -5,9 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from fxgrow.axes.expr import UNIT, is_unit
-from fxgrow.rules.base import Content, Dims, Info, Opaque, Pointwise, Structural, annotate, infos, register_rule
+from fxgrow.rules.base import (
+    RULES,
+    Content,
+    Dims,
+    Info,
+    Opaque,
+    Pointwise,
+    Structural,
+    annotate,
+    infos,
+    is_fine,
+    op_name,
+    register_rule,
+)
 
 if TYPE_CHECKING:
     from fxgrow.propagate import Grow
@@ -178,18 +192,46 @@ def _same(ctx: Any, dims: Dims) -> Dims:
 
 
 class Cast(Structural):
-    """A change of dtype: rounding to integers keeps zeros and broadcasts, and not the mean."""
+    """A change of dtype: linear among real and complex numbers, up to the rounding that the model has anyway.
+
+    Rounding to integers, or to the few numbers that 8 bits can hold, is not linear; it keeps zeros and broadcasts, and
+    not the mean. Nor is a cast down and up again: what follows computes more finely than its numbers are.
+    """
 
     def __init__(self) -> None:
         super().__init__(_same)
 
+    def linear(self, node: fx.Node) -> bool:
+        source = node.all_input_nodes[0]
+        if not _fine(node.meta.get("val")) or not _fine(source.meta.get("val")):
+            return False
+        return _step(node) >= _step(source) or not self._rounded(source)
+
+    def _rounded(self, node: fx.Node) -> bool:
+        """Whether a value comes from a cast to a coarser dtype, seen through ops that move elements."""
+        while node.op == "call_function" and node.all_input_nodes:
+            rule, source = RULES.get(op_name(node.target)), node.all_input_nodes[0]
+            if rule is None or not rule.moves:
+                return False
+            if isinstance(rule, Cast) and _fine(source.meta.get("val")) and _step(source) < _step(node):
+                return True
+            node = source
+        return False
+
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
-        value = ctx.node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex():
-            return dims
-        return [annotate(d, _truncated) for d in dims]
+        return dims if _fine(ctx.node.meta.get("val")) else [annotate(d, _truncated) for d in dims]
+
+
+def _step(node: fx.Node) -> float:
+    """The distance from 1 to the next number of the value's dtype."""
+    return torch.finfo(node.meta["val"].dtype).eps
+
+
+def _fine(value: Any) -> bool:
+    """Whether a tensor's numbers are real or complex ones, to the precision that models compute in."""
+    return isinstance(value, torch.Tensor) and is_fine(value.dtype)
 
 
 def _truncated(info: Info) -> Info:

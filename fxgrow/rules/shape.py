@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch import fx
+
 from fxgrow.axes.expr import (
     UNIT,
     Concat,
@@ -22,7 +24,18 @@ from fxgrow.axes.expr import (
     same_size,
     size_of,
 )
-from fxgrow.rules.base import Content, Dims, Info, Opaque, Resize, Rule, Structural, annotate, register_rule
+from fxgrow.rules.base import (
+    Content,
+    Dims,
+    Info,
+    Opaque,
+    Resize,
+    Rule,
+    Structural,
+    annotate,
+    bound_arguments,
+    register_rule,
+)
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -711,6 +724,8 @@ class Blocked(Structural):
     def __init__(
         self, which: Callable[[Any, int], list[int]], why: str, linear: bool | Callable[[Any], bool] = True
     ) -> None:
+        self._linear = linear
+
         def f(ctx: Any, dims: Dims) -> Dims:
             blocked = {w % max(len(dims), 1) for w in which(ctx.args, len(dims))}
             out: Dims = []
@@ -725,6 +740,9 @@ class Blocked(Structural):
             return out if n is None else [list(out) for _ in range(n)]  # type: ignore[misc]
 
         super().__init__(f)
+
+    def linear(self, node: fx.Node) -> bool:
+        return self._linear(bound_arguments(node)) if callable(self._linear) else self._linear
 
 
 def _listed(name: str) -> Callable[[Any, int], list[int]]:

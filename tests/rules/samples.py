@@ -429,7 +429,12 @@ SAMPLES |= {
     "aten.normal.float_float": [S(0.0, 1.0, [2, 3])],
     "aten.glu.default": [S(r(3, 8), -1), S(r(4, 3), 0)],
     # casts
-    "aten.to.dtype": [S(r(3, 4), torch.float64), S(4 * r(3, 4), torch.int64), S(r(3, 4), torch.bfloat16)],
+    "aten.to.dtype": [
+        S(r(3, 4), torch.float64),
+        S(4 * r(3, 4), torch.int64),
+        S(r(3, 4), torch.bfloat16),
+        S(r(3, 4), torch.bool),
+    ],
     "aten.to.device": [S(r(3, 4), torch.device("cpu"), torch.float64)],
     "aten.to.dtype_layout": [S(r(3, 4), dtype=torch.float64)],
     "aten.to.other": [S(r(3, 4), r(1))],
@@ -536,7 +541,7 @@ SAMPLES |= {
     "aten.topk.default": [S(r(3, 4), 2)],
     "aten.diff.default": [S(r(3, 4))],
     "aten.pad.default": [S(r(3, 4), [1, 2]), S(r(3, 4), [1, 2], "constant", 1.0)],
-    "aten.constant_pad_nd.default": [S(r(3, 4), [1, 2])],
+    "aten.constant_pad_nd.default": [S(r(3, 4), [1, 2]), S(r(3, 4), [0, 0, 1, 0], 1.0)],
     "aten.tril.default": [S(r(3, 4))],
     "aten.triu.default": [S(r(3, 4))],
     "aten.rot90.default": [S(r(2, 3, 3), 1, [1, 2])],

@@ -64,6 +64,25 @@ def test_the_judge_finds_a_rule_that_is_wrong(
     assert any(complaint in f.detail for f in report.wrong), report
 
 
+@pytest.mark.parametrize(
+    ("op", "sample"),
+    [
+        ("aten.pad.default", Sample(r(3, 4), [1, 2], "constant", 1.0)),
+        ("aten.cumprod.default", Sample(r(3, 4), 1)),
+        ("aten.to.dtype", Sample(r(3, 4), torch.int64)),
+        ("aten.relu.default", Sample(r(3, 4))),
+        ("aten.mul.Tensor", Sample(r(3, 4), r(4))),
+        ("aten.sort.default", Sample(r(3, 4), 1)),
+    ],
+)
+def test_the_judge_finds_a_rule_that_says_linear_of_an_op_that_is_not(
+    op: str, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(RULES[op]), "linear", lambda rule, node: True)
+    report = check(op, [sample])
+    assert any("said to be linear" in f.detail for f in report.wrong), report
+
+
 def test_the_judge_finds_a_rule_that_is_stricter_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxgrow.rules.base import Opaque
 

@@ -1,0 +1,175 @@
+"""Growths of small models with odd ops, compared outside of fxgrow: on other values and batches than the example's.
+
+Every case is exact to rounding, in the dtype that it had, or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxgrow import GrowthRefused, grow
+from tests.models import trained
+
+DOUBLE, FACTOR_3 = {"factor": 2}, {"factor": 3}
+MORE, ADDED = {"by": 3}, {"fill": "add", "by": 2}
+
+
+def r(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Odd(nn.Module):
+    """``up`` writes an axis of 8, ``out`` and ``w`` read it. Keywords are members, tensors buffers."""
+
+    def __init__(self, f: Callable[[Any, Tensor], Any], **members: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.f = f
+        self.up, self.out, self.w = nn.Linear(5, 8), nn.Linear(8, 3), nn.Parameter(4 * torch.randn(3, 8))
+        for name, value in members.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        trained(self.double())
+        for name, value in members.items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.clone())  # in the dtype it came in
+
+    def forward(self, x: Tensor) -> Any:
+        return self.f(self, x)
+
+
+class Tied(nn.Module):
+    """An embedding of 8 whose table is the head too, behind a norm and whatever ``f`` does to what the norm gives."""
+
+    def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.f, self.emb, self.norm = f, nn.Embedding(7, 8), nn.LayerNorm(8)
+        trained(self.double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = (3 * x).long().clamp(0, 6)
+        return F.linear(self.f(self.norm(self.emb(numbers))), self.emb.weight)
+
+
+def inputs(*shape: int) -> list[Tensor]:
+    """The example, then other values, scales and batch sizes."""
+    more = r(shape[0] + 3, *shape[1:], seed=2)
+    return [r(*shape), 3 * r(*shape, seed=1), 0.3 * more, 0 * r(*shape)]
+
+
+def outputs(value: Any) -> list[Tensor]:
+    return list(value) if isinstance(value, tuple) else [value]
+
+
+def check_exact(model: nn.Module, operation: dict[str, Any], axis: str = "up.weight:0", *shape: int) -> nn.Module:
+    """Grow with the receipt off, and compare values, shapes and dtypes by hand."""
+    xs = inputs(*(shape or (6, 5)))
+    grown = grow(model, {"operations": [{"op": "widen", "axis": axis, **operation}]}, (xs[0],), verify=False).module
+    model.eval()
+    grown.eval()
+    for x in xs:
+        with torch.no_grad():
+            old, new = outputs(model(x)), outputs(grown(x))
+        for a, b in zip(old, new, strict=True):
+            assert a.dtype == b.dtype
+            assert a.shape == b.shape
+            if not (a.is_floating_point() or a.is_complex()):
+                assert torch.equal(a, b)
+                continue
+            assert torch.equal(a.isnan(), b.isnan())
+            limit = 1e-12 if a.dtype in (torch.float64, torch.complex128) else 8 * torch.finfo(a.dtype).eps
+            difference = (a - b).abs().nan_to_num().max()
+            assert float(difference) <= limit * float(a.abs().nan_to_num().max()), operation
+    return grown
+
+
+def check_refused(model: nn.Module, operation: dict[str, Any], reason: str, axis: str = "up.weight:0") -> None:
+    with pytest.raises(GrowthRefused, match=reason):
+        grow(model, {"operations": [{"op": "widen", "axis": axis, **operation}]}, (r(6, 5),), verify=False)
+
+
+# a tensor seen through a map that is not linear is a value ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", [DOUBLE, FACTOR_3])
+@pytest.mark.parametrize(
+    "seen",
+    [
+        lambda w: w.bool().to(w.dtype),
+        lambda w: w.round().bool().to(w.dtype),
+        lambda w: w.to(torch.int8).to(w.dtype),
+        lambda w: w.t().long().to(w.dtype).t(),
+        lambda w: w.to(torch.float8_e4m3fn).to(w.dtype),
+        lambda w: F.pad(w, (0, 0, 0, 1), value=1.0),
+        lambda w: w.cumprod(0),
+        lambda w: w.sort(0).values,
+        lambda w: w.float().half().double(),
+        lambda w: w.to(torch.complex128).real,
+    ],
+)
+def test_a_weight_behind_a_map_that_is_not_linear_takes_no_shares(
+    seen: Callable[[Tensor], Tensor], operation: dict[str, Any]
+) -> None:
+    grown = check_exact(Odd(lambda s, x: F.linear(torch.tanh(s.up(x)), seen(s.w))), operation)
+    assert grown.w.shape[1] == 8 * operation["factor"]
+
+
+def test_a_linear_view_of_a_weight_takes_the_shares() -> None:
+    """Copies are uneven where a parameter takes their shares, and only there."""
+    for seen in (lambda w: w.t().contiguous().t(), lambda w: F.pad(w, (0, 0, 0, 1)), lambda w: w.cumsum(0)):
+        grown = check_exact(Odd(lambda s, x, seen=seen: F.linear(torch.tanh(s.up(x)), seen(s.w))), MORE)
+        assert torch.allclose(grown.w[:, 0] + grown.w[:, 8], Odd(lambda s, x: x).w[:, 0])
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda h: F.pad(h, (0, 0, 1, 0), value=1.0),
+        lambda h: torch.cumprod(h, 1),
+        lambda h: torch.sort(h, 1).values,
+        lambda h: h.to(torch.int32).to(h.dtype),
+        lambda h: torch.cat([h, h[:, :1]], 1),
+        lambda h: h[:, [0, 2, 0]],
+        lambda h: h.flip(1).cumsum(1),
+    ],
+)
+def test_a_scale_is_folded_through_linear_ops_only(f: Callable[[Tensor], Tensor]) -> None:
+    for operation in (DOUBLE, FACTOR_3):
+        check_exact(Tied(f), operation, "emb.weight:1")
+
+
+def test_an_identity_block_is_zero_behind_linear_ops_only() -> None:
+    """Zeroing the last projection of a branch does not silence a branch that pads with ones."""
+
+    class Block(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.a, self.b, self.value = nn.Linear(5, 8), nn.Linear(8, 4), value
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.pad(self.b(torch.tanh(self.a(x))), (1, 0), value=self.value)
+
+    class Stack(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(value), Block(value)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    for value in (0.0, 1.0):
+        model = trained(Stack(value).double())
+        grown = grow(model, {"operations": [{"op": "deepen", "stack": "blocks", "by": 1}]}, (r(6, 5),), verify=False)
+        for x in inputs(6, 5):
+            assert torch.allclose(model(x), grown.module(x), rtol=1e-12, atol=1e-12)
