@@ -33,6 +33,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from fxgrow.errors import CaptureError
 from fxgrow.materialise import check_readable
+from fxgrow.memory import Memory, writes
 from fxgrow.structure import describe, take_apart
 
 if TYPE_CHECKING:
@@ -826,32 +827,10 @@ def _views_to_reshapes(graph: fx.Graph) -> None:
 
     Only where something is written in place can it matter that a view shares memory; then views stay.
     """
-    written = {n for n in _written(graph) if n.op != "get_attr"}
+    memory = Memory(graph)
     for node in graph.nodes:
-        if node.target == torch.ops.aten.view.default and node not in written:
+        if node.target == torch.ops.aten.view.default and not memory.written(node):
             node.target = torch.ops.aten.reshape.default
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether an op changes the values of its first operand (``detach_`` changes none)."""
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable and str(node.target) != "aten.detach_.default")
-
-
-def _written(graph: fx.Graph) -> set[fx.Node]:
-    """Every value whose memory some op writes into, its views included."""
-    memory: dict[fx.Node, fx.Node] = {}  # value -> the value whose memory it may share
-    written: set[fx.Node] = set()
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        shares = node.target is operator.getitem or (
-            schema is not None and any(r.alias_info is not None for r in schema.returns)
-        )
-        operands = node.all_input_nodes
-        memory[node] = memory[operands[0]] if shares and operands else node
-        if _writes(node) and operands:
-            written.add(memory[operands[0]])
-    return {n for n, base in memory.items() if base in written}
 
 
 #: a computed constant of more entries than this stays computed
@@ -863,14 +842,14 @@ def _fold_constants(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None
 
     Tensors of one value stay as they are; their sizes follow by themselves.
     """
-    written = _written(graph)
+    memory = Memory(graph)
     values: dict[fx.Node, torch.Tensor] = {}
     numbers: set[fx.Node] = set()  # consecutive ones
     computed: dict[fx.Node, None] = {}  # from them, in the graph's order
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target in constants and node not in written:
+        if node.op == "get_attr" and node.target in constants and not memory.written(node):
             values[node] = constants[node.target]
-        if node.op != "call_function" or node in written or not _computable(node, values):
+        if node.op != "call_function" or memory.written(node) or not _computable(node, values):
             continue
         try:
             values[node] = _compute(node, values)
@@ -895,7 +874,7 @@ def _computable(node: fx.Node, values: Mapping[fx.Node, torch.Tensor]) -> bool:
     value = node.meta.get("val")
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return False
-    if _writes(node) or torch.Tag.nondeterministic_seeded in node.target.tags:
+    if writes(node) or torch.Tag.nondeterministic_seeded in node.target.tags:
         return False
     if not isinstance(value, torch.Tensor) or not all(isinstance(s, int) for s in value.shape):
         return False

@@ -1,0 +1,146 @@
+"""Which values of a graph share memory, and which ops write into it: from op schemas, and what schemas leave out."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import fx
+
+#: ops whose result may be an operand, or a view of one, though their schema does not say so
+_UNDECLARED_VIEWS = {
+    f"aten.{name}"
+    for name in (
+        *("dropout.default", "alpha_dropout.default", "feature_dropout.default", "feature_alpha_dropout.default"),
+        *("type_as.default", "conj_physical.default", "einsum.default", "cartesian_prod.default"),
+        *("atleast_1d.default", "atleast_2d.default", "atleast_3d.default"),
+        *("atleast_1d.Sequence", "atleast_2d.Sequence", "atleast_3d.Sequence"),
+        *("broadcast_tensors.default", "meshgrid.default", "meshgrid.indexing", "flatten_dense_tensors.default"),
+        *("_unsafe_view.default", "unsafe_chunk.default", "unsafe_split.Tensor", "unsafe_split_with_sizes.default"),
+    )
+}
+
+#: ops that write into these operands, though their schema does not say so
+_UNDECLARED_WRITES = {
+    f"aten.{name}.default": ("running_mean", "running_var")
+    for name in ("batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+}
+
+#: views of the whole operand, entry by entry, whatever its values
+_SAME = ("aten.detach.default", "aten.detach_.default", "aten.alias.default")
+
+#: declared as writes, but no value changes
+_NO_WRITES = ("aten.detach_.default",)
+
+
+@functools.cache
+def _facts(target: Any) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Of an op: operands that results may view, those it writes into, and whether its schema declares the writes."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return (), (), True
+    name = str(target)
+    out: set[str] = set()
+    for result in schema.returns:
+        out |= result.alias_info.after_set | result.alias_info.before_set if result.alias_info is not None else set()
+    tensors = [a for a in schema.arguments if "Tensor" in str(a.type)]
+    aliased = [a for a in tensors if a.alias_info is not None]
+    # an operand that is annotated and not written is viewed, if only by the tensors of a list that is returned
+    views = tuple(a.name for a in aliased if not a.alias_info.is_write or a.alias_info.before_set & out)
+    writes = tuple(a.name for a in aliased if a.alias_info.is_write)
+    if name in _UNDECLARED_VIEWS:
+        views = tuple(a.name for a in tensors)
+    if name in _NO_WRITES:
+        writes = ()
+    if name in _UNDECLARED_WRITES:
+        return views, _UNDECLARED_WRITES[name], False
+    return views, writes, True
+
+
+def _operands(node: fx.Node, names: Iterable[str]) -> list[fx.Node]:
+    if not names:
+        return []
+    schema = node.target._schema  # type: ignore[union-attr]
+    positions = {a.name: i for i, a in enumerate(schema.arguments)}
+    out: list[fx.Node] = []
+    for name in names:
+        i = positions[name]
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(name)
+        out += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node)]
+    return out
+
+
+def viewed(node: fx.Node) -> list[fx.Node]:
+    """The operands that the result may be, or may be a view of."""
+    if node.op != "call_function":
+        return []
+    if node.target is operator.getitem:
+        return [n for n in node.args[:1] if isinstance(n, fx.Node)]
+    return _operands(node, _facts(node.target)[0])
+
+
+def writes(node: fx.Node) -> list[fx.Node]:
+    """The operands whose values the op changes."""
+    return _operands(node, _facts(node.target)[1]) if node.op == "call_function" else []
+
+
+def returns_what_it_writes(node: fx.Node) -> bool:
+    """Whether the op's result is the operand it writes into, as that of ``add_`` and ``copy_`` is."""
+    views, written, declared = _facts(node.target)
+    return declared and len(written) == 1 and views == written and len(node.target._schema.returns) == 1  # type: ignore[union-attr]
+
+
+class Memory:
+    """The values of a graph, in groups that may share memory.
+
+    A group is an equivalence class of "may be a view of"; what is in two groups never shares memory.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._parent: dict[fx.Node, fx.Node] = {}
+        self._whole: dict[fx.Node, fx.Node] = {}
+        self._groups: dict[fx.Node, list[fx.Node]] = {}
+        self._writers: dict[fx.Node, list[fx.Node]] = {}
+        writers = []
+        for node in graph.nodes:
+            self._parent[node] = node
+            operands = viewed(node)
+            for operand in operands:
+                self._parent[self._root(operand)] = self._root(node)
+            same = bool(operands) and (returns_what_it_writes(node) or str(node.target) in _SAME)
+            self._whole[node] = self._whole[operands[0]] if same else node
+            if writes(node):
+                writers.append(node)
+        for node in graph.nodes:
+            self._groups.setdefault(self._root(node), []).append(node)
+        for node in writers:
+            for root in dict.fromkeys(map(self._root, writes(node))):
+                self._writers.setdefault(root, []).append(node)
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        while self._parent[node] is not node:
+            self._parent[node] = node = self._parent[self._parent[node]]
+        return node
+
+    def sharing(self, node: fx.Node) -> list[fx.Node]:
+        """Every value that may share memory with ``node``, itself included, in graph order."""
+        return self._groups[self._root(node)]
+
+    def same(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether the two are surely one tensor: what is written into one is the other's value."""
+        return self._whole[a] is self._whole[b]
+
+    def writers(self, node: fx.Node) -> list[fx.Node]:
+        """The ops that may write into the memory of ``node``, in graph order."""
+        return self._writers.get(self._root(node), [])
+
+    def written(self, node: fx.Node) -> bool:
+        return bool(self.writers(node))
+
+    def __iter__(self) -> Iterator[list[fx.Node]]:
+        return iter(self._groups.values())
+
+
+__all__ = ["Memory", "returns_what_it_writes", "viewed", "writes"]
