@@ -23,6 +23,7 @@ from torch import fx
 from fxgrow.axes.analysis import AxisInfo, from_parameter, sizes_of
 from fxgrow.axes.expr import Axis, Expr, Leaf, Product, Size, is_static, leaves, resolve, same_size, size_of
 from fxgrow.errors import FxgrowError, GrowthRefused
+from fxgrow.memory import writes
 from fxgrow.plan import AxisMap, OutputGrowth
 from fxgrow.propagate import Grow, Outcome
 from fxgrow.ranges import Bound, Ranges
@@ -219,8 +220,7 @@ class Extension(Grow):
     def _look_at_outputs(self) -> None:
         changed = _after(self.tainted)
         for node in changed:
-            schema = getattr(node.target, "_schema", None)
-            if schema is not None and schema.is_mutable:
+            if writes(node):
                 raise GrowthRefused(f"cannot extend {self.name}: what changes is written in place by {node.target}")
         exact = 0
         self.outputs, self.changed_outputs = [], []

@@ -36,6 +36,7 @@ from fxgrow.axes.expr import (
     size_of,
 )
 from fxgrow.errors import GrowthRefused
+from fxgrow.memory import returns_what_it_writes, writes
 from fxgrow.plan import FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Edit
 from fxgrow.rules.base import COMBINE, RULES, Content, Dims, Info, Rule, Site, annotate, bound_arguments, infos, op_name
 
@@ -85,6 +86,8 @@ class Grow:
         self.pinned: dict[Site, Content] = {}
         self.reasons: dict[Site, str] = {}
         self.forced: set[Site] = set()
+        self.loose: set[Site] = set()  # written by the forward, so that new entries may hold anything
+        self.held: set[Site] = set()  # written by the forward, which has to write what was asked for
         self.no_fold = False
         self.node: fx.Node
         self.args: dict[str, Any] = {}
@@ -113,12 +116,17 @@ class Grow:
 
     def _interpret(self) -> None:
         self.env, self.outcome = {}, Outcome(self.growth)
+        call = 0
         for node in self.axes.uses.get(self.axis.id, []):
             if node.op == "get_attr":
                 self.env[node] = self._load(node)
             elif node.op == "call_function":
                 if sizes_of(node) is None and all(r is None for r in result_sizes(node) or []):
                     continue
+                if node.meta.get("call", 0) != call:  # calls are made in any order: each begins with what all assume
+                    self._check_state()
+                    call = node.meta.get("call", 0)
+                    self.env |= {n: self._load(n) for n in self.env if n.op == "get_attr"}
                 self.node, self.args = node, bound_arguments(node)
                 self.read_here = set()
                 rule = RULES.get(op_name(node.target))
@@ -135,38 +143,92 @@ class Grow:
                 passes = rule.moves and rule.linear(node)
                 self._carry_rest(node, result if passes else None)
                 self.env[node] = self._settle(self.axes.dims.get(node), result if passes else _values(result))
-                self._in_place(node)
+                for target in writes(node):
+                    self._write(node, target)
+        self._check_state()
 
     def _grow(self, rule: Rule) -> Any:
         return rule.grow(self)
 
     def _carry_rest(self, node: fx.Node, result: Any) -> None:
         """A parameter that the op neither reads nor passes on has become part of a value, whatever the rule did."""
-        passed = {i.site for d in flat_dims(result) for i in infos(d)}
+        passed = {i.site for i in infos_of(result)}
         for source in node.all_input_nodes:
             for dim in flat_dims(self.env.get(source)):
                 for info in infos(dim):
                     if info.site is not None and info.site not in self.read_here and info.site not in passed:
                         self._carry(info)
 
-    def _in_place(self, node: fx.Node) -> None:
-        """Later uses of what ``node`` writes into see its result; other views of that memory must not be in use."""
-        if not _mutates(node):
+    def _write(self, node: fx.Node, target: fx.Node) -> None:
+        """Later uses of the memory that ``node`` writes into see what it wrote."""
+        memory = self.axes.memory
+        declared = returns_what_it_writes(node)
+        found = infos_of(self.env[node] if declared else self.env.get(target))
+        if not found:
             return
-        target = node.args[0]
-        assert isinstance(target, fx.Node)
-        base = target
-        while _shares_memory(base):
-            base = base.all_input_nodes[0]
-        if base.op == "get_attr" and target is not base:
-            raise self.refuse("writes in place into a view of a parameter or buffer")
-        position = {n: i for i, n in enumerate(self.axes.program.graph.nodes)}
-        for alias in _aliases(target) - {target, node} if self.newborn else ():
-            if position[alias] < position[node] and any(
-                position[u] > position[node] and u is not node for u in alias.users
-            ):
-                raise self.refuse("writes in place into memory that is also used through another view")
-        self.env[target] = self.env[node]
+        new = functools.reduce(Info.join, (i.closed() for i in found))
+        if not declared:
+            new = new.becomes(Content.FREE)
+        fresh = self.first_write(node, target)
+        for alias in memory.sharing(target):
+            if alias is node or alias not in self.env:
+                continue
+            if declared and memory.same(alias, target):
+                self.env[alias] = self.env[node]
+                continue
+            # a view of other entries, or one that may be a copy: what it held, or what was written
+
+            def either(x: Axis | Leaf) -> Expr:
+                return Leaf(x.axis, new if fresh else x.info.join(new)) if isinstance(x, Leaf) else x
+
+            self.env[alias] = _each_dim(self.env[alias], lambda d: map_leaves(self.close(d), either))
+
+    def first_write(self, node: fx.Node, target: fx.Node) -> bool:
+        """Whether the memory was all zeros before ``node`` wrote into it: zeros go with any content."""
+        memory = self.axes.memory
+        (base, *_) = memory.sharing(target)
+        return memory.writers(target)[0] is node and self._made_of_zeros(base)
+
+    def is_zero(self, value: Any) -> bool:
+        """Whether a value is known to be zero in every entry, whatever the sizes."""
+        if isinstance(value, fx.Node):
+            return not self.axes.memory.written(value) and self._made_of_zeros(value)
+        return isinstance(value, int | float) and value == 0
+
+    def _made_of_zeros(self, node: fx.Node) -> bool:
+        while node.op == "call_function" and getattr(RULES.get(op_name(node.target)), "moves", False):
+            if len(node.all_input_nodes) != 1:
+                return False
+            node = node.all_input_nodes[0]
+        if node.op == "get_attr":
+            constant = self.axes.program.constants.get(str(node.target))
+            return constant is not None and not constant.is_meta and not bool(constant.count_nonzero())
+        name = op_name(node.target)
+        if name in ("aten.full.default", "aten.full_like.default", "aten.new_full.default"):
+            return self.is_zero(bound_arguments(node)["fill_value"])
+        return name in ("aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default")
+
+    def _check_state(self) -> None:
+        """What a call assumes of the new entries of a buffer that it writes into, it must leave behind for the next.
+
+        Where it does not, the buffer's new entries may hold anything; and where an op cannot do with that, what is
+        written has to be what it asks for.
+        """
+        for node, dims in self.env.items() if self.newborn else ():
+            if node.op != "get_attr" or not self.axes.memory.written(node):
+                continue
+            for assumed, left in zip(infos_of(self._load(node)), infos_of(dims), strict=True):
+                mean = assumed.content is Content.MEAN and left.content is Content.CONST
+                if assumed.content is Content.FREE or left.content is assumed.content or mean:
+                    continue
+                (site,) = assumed.sources
+                if site not in self.held:
+                    self.loose.add(site)
+                    self.pinned.pop(site, None)
+                    raise _Restart
+                self.node = self.axes.memory.writers(node)[-1]
+                why = f"the forward writes into {site[0]}, and the next call reads it"
+                self.demand(Info(left.content, left.sources - {site}), assumed.content, why)
 
     def _settle(self, known: Any, result: Any) -> Any:
         """Dims that do not grow are those of the analysis; dims that do keep their annotations."""
@@ -185,13 +247,16 @@ class Grow:
     def _load(self, node: fx.Node) -> Dims:
         name = str(node.target)
         trainable = name in self.axes.program.parameters  # a table of zeros would leave its partner without gradient
+        written = self.axes.memory.written(node)  # a value that changes is no weight: it takes no shares
         out = []
         for i, dim in enumerate(self.axes.dims[node]):
 
             def info(number: int, i: int = i) -> Info:
                 site = (name, i, number)
-                content = self.pinned.get(site, self.default)
-                return Info(content, frozenset([site]), site, zeroable=trainable)
+                content = self.pinned.get(site, Content.FREE if site in self.loose else self.default)
+                if written:
+                    self.outcome.carriers[site] = content
+                return Info(content, frozenset([site]), None if written else site, zeroable=trainable)
 
             out.append(self._annotate(dim, info))
         return out
@@ -425,7 +490,8 @@ class Grow:
             self.outcome.multiplied = True
             self.outcome.silenced |= self.newborn and all(x.content is Content.ZERO for x in column)
             if self.newborn and not any(x.content is Content.ZERO for x in column):
-                order = sorted(range(len(column)), key=lambda i: (owners[i] != zero, i != len(column) - 1))
+                changing = [bool(x.sources & self.loose) for x in column]
+                order = sorted(range(len(column)), key=lambda i: (changing[i], owners[i] != zero, i != len(column) - 1))
                 self.demand(column[order[0]], Content.ZERO, "two activations are multiplied and summed over the axis")
         if all(read):
             return 1.0
@@ -502,6 +568,9 @@ class Grow:
         known = self.pinned.get(site)
         if known is content:
             return False
+        if site in self.loose:
+            self.loose.discard(site)
+            self.held.add(site)
         if content is Content.MEAN and not self._fills_dim(site):
             raise self.refuse(f"{why}; the mean over a part of a dim of {site[0]} is not a fill that fxgrow has")
         if known is not None:
@@ -534,7 +603,7 @@ class Grow:
     def scale_shared(self, operand: str, factor: float) -> bool:
         """Multiply a parameter, provided that every op that uses it asks for the same. False where that is hopeless."""
         value = self.args.get(operand)
-        if not isinstance(value, fx.Node) or value.op != "get_attr":
+        if not isinstance(value, fx.Node) or value.op != "get_attr" or self.axes.memory.written(value):
             return False
         if any(u.target != self.node.target for u in value.users):
             return False
@@ -611,7 +680,7 @@ class Grow:
             value = args.get(operand)
             if value is None and operand == "bias":
                 continue
-            if not isinstance(value, fx.Node) or value.op != "get_attr":
+            if not isinstance(value, fx.Node) or value.op != "get_attr" or self.axes.memory.written(value):
                 return False
             names.append(str(value.target))
         for name in names:
@@ -629,7 +698,7 @@ class Grow:
         args = bound_arguments(value)
         source = args["self"]
         dims = self.axes.dims.get(source)
-        if not args["keepdim"] or dims is None or any(_mutates(u) for a in _aliases(source) for u in a.users):
+        if not args["keepdim"] or dims is None or self.axes.memory.written(source):
             return None
         return source, reduced_dims(args, len(dims))
 
@@ -659,7 +728,8 @@ class Grow:
         if not weights or paired or not (self.outcome.readers or self.outcome.multiplied):
             return
         silent_in = all(c is Content.ZERO for c in weights.values())
-        silent_out = all(reader_fill(c) == FILL_ZERO for c in self.outcome.readers.values())
+        fed = self.outcome.multiplied and not self.outcome.silenced  # by what they are multiplied with
+        silent_out = not fed and all(reader_fill(c) == FILL_ZERO for c in self.outcome.readers.values())
         trained = [s for s in self.outcome.readers if s[0] in self.axes.program.parameters]
         if silent_out and self.outcome.readers and not trained and not self.outcome.multiplied:
             raise GrowthRefused(
@@ -730,44 +800,15 @@ def _zeroable(a: Info, b: Info, f: Callable[[Content, Content], Content]) -> boo
     return (a.zeroable or b.zeroable) if f is COMBINE["mul"] else (a.zeroable and b.zeroable)
 
 
-#: ops that move elements into memory of their own
-_COPIES = {
-    "aten.clone.default",
-    "aten._to_copy.default",
-    "aten.cat.default",
-    "aten.concat.default",
-    "aten.stack.default",
-}
+def infos_of(dims: Any) -> list[Info]:
+    """Annotations of the growing axis in all dims of a value, or of several."""
+    return [i for d in flat_dims(dims) for i in infos(d)]
 
 
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable and node.args and isinstance(node.args[0], fx.Node))
-
-
-def _shares_memory(node: fx.Node) -> bool:
-    """Whether the result may be a view of the first operand, or is that operand itself."""
-    if node.op != "call_function" or not node.all_input_nodes:
-        return False
-    name = op_name(node.target)
-    if name == "getitem":
-        return True
-    return _mutates(node) or (bool(getattr(RULES.get(name), "moves", False)) and name not in _COPIES)
-
-
-def _aliases(node: fx.Node) -> set[fx.Node]:
-    """Every value that may share memory with ``node``, itself included."""
-    base = node
-    while _shares_memory(base):
-        base = base.all_input_nodes[0]
-    found, stack = {base}, [base]
-    while stack:
-        here = stack.pop()
-        for user in here.users:
-            if user not in found and _shares_memory(user) and user.all_input_nodes[0] is here:
-                found.add(user)
-                stack.append(user)
-    return found
+def _each_dim(dims: Any, f: Callable[[Expr], Expr]) -> Any:
+    if dims is None:
+        return None
+    return [_each_dim(d, f) if isinstance(d, list) or d is None else f(d) for d in dims]
 
 
 def _parts(expr: Expr) -> list[Expr]:

@@ -230,8 +230,8 @@ def apply_changes(state: State, changes: list[Change]) -> None:
             state.axes.dims[new] = state.axes.dims[nodes[change.node]]
             inserted = True
     if inserted:
-        state.axes.__dict__.pop("uses", None)
-        state.axes.__dict__.pop("graph", None)
+        for cached in ("uses", "graph", "memory"):
+            state.axes.__dict__.pop(cached, None)
 
 
 def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> None:

@@ -28,6 +28,7 @@ from fxgrow.axes.expr import (
 )
 from fxgrow.axes.naming import name_axes
 from fxgrow.errors import SpecError
+from fxgrow.memory import Memory
 
 if TYPE_CHECKING:
     from fxgrow.capture import Program
@@ -164,6 +165,11 @@ class Axes:
             for axis in touched:
                 out.setdefault(axis, []).append(node)
         return out
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Which values share memory, and which ops write into it."""
+        return Memory(self.program.graph)
 
     @cached_property
     def blockers(self) -> dict[int, dict[fx.Node, str]]:
