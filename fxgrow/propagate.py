@@ -196,9 +196,10 @@ class Grow:
         return isinstance(value, int | float) and value == 0
 
     def _made_of_zeros(self, node: fx.Node) -> bool:
-        while node.op == "call_function" and getattr(RULES.get(op_name(node.target)), "moves", False):
-            if len(node.all_input_nodes) != 1:
-                return False
+        while node.op == "call_function" and len(node.all_input_nodes) == 1:
+            rule = RULES.get(op_name(node.target))
+            if rule is None or not rule.moves or not rule.linear(node):
+                break
             node = node.all_input_nodes[0]
         if node.op == "get_attr":
             constant = self.axes.program.constants.get(str(node.target))
