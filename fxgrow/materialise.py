@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Literal
 
 import numpy as np
 import torch
 
 from fxgrow import kernels
 from fxgrow.errors import FxgrowError, GrowthRefused
+from fxgrow.moments import POWERS, Moment
 from fxgrow.plan import DimPlan, GrowthPlan, TensorPlan
-
-Moment = Literal["gradient", "square"]
 
 
 def _vector(values: np.ndarray | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -191,15 +189,15 @@ def materialise_moment(
     Args:
         plan: of the parameter.
         moment: same shape as the old parameter.
-        kind: ``gradient`` for averages of gradients, ``square`` for averages of their squares.
-        scale_gradients: multiply by the factors that copying puts on gradients (RECIPES §8).
+        kind: how it depends on gradients and values, see :mod:`fxgrow.moments`.
+        scale_gradients: multiply by the factors that copying puts on gradients and values.
         keep_copies: copies inherit their unit's moment; otherwise only the first copy keeps it.
 
     Raises:
         GrowthRefused: the moment has no values in memory, see :func:`check_readable`.
     """
     check_readable({f"optimizer state of {plan.source}": moment})
-    power = 2 if kind == "square" else 1
+    of_gradient, of_value = POWERS[kind] if scale_gradients else (0, 0)
     dims: list[kernels.DimMap | None] = []
     for d in plan.dims:
         if d is None:
@@ -208,14 +206,13 @@ def materialise_moment(
         index = d.index
         if not keep_copies:
             index = np.where(d.newborn, -1 - np.arange(len(index)), index)
-        factor = d.gradient if scale_gradients and d.gradient is not None else None
+        factor = None if d.gradient is None or not of_gradient else d.gradient**of_gradient
+        if d.split is not None and of_value:
+            factor = d.split**of_value * (1.0 if factor is None else factor)
         dims.append(
-            kernels.DimMap(
-                index=torch.from_numpy(np.ascontiguousarray(index)),
-                scale=_vector(None if factor is None else factor**power, torch.float64),
-            )
+            kernels.DimMap(index=torch.from_numpy(np.ascontiguousarray(index)), scale=_vector(factor, torch.float64))
         )
-    scale = plan.gradient_scale**power if scale_gradients else 1.0
+    scale = plan.gradient_scale**of_gradient * plan.scale**of_value
     return kernels.materialise(moment.detach(), dims, scale=scale, dtype=moment.dtype)
 
 

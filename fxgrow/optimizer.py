@@ -2,16 +2,15 @@
 
 With s the factor a weight was scaled by and g that of its gradient (every copied axis has s * g = its share a), an
 optimizer that works on ``p / s`` with gradient ``grad / g`` takes exactly the steps it took on the small model. That is
-how policy ``exact`` runs any optimizer class, weight decay and eps included, instead of rescaling each one's
-hyper-parameters (RECIPES §8 lists those: lr*s, wd/s, eps*g, m*g, v*g^2 for AdamW).
+how policy ``exact`` runs any optimizer that works entry by entry, weight decay and eps included, instead of rescaling
+each one's hyper-parameters (for AdamW: lr*s, wd/s, eps*g, m*g, v*g^2).
 """
 
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,213 +18,51 @@ import torch
 from torch import nn
 
 from fxgrow.errors import FxgrowError
-from fxgrow.materialise import Moment, materialise_moment
-from fxgrow.plan import TensorPlan, _decode_values, _encode_values
+from fxgrow.materialise import copy_gradient, materialise_moment, materialise_tensor
+from fxgrow.moments import FACTORED, MOMENTS, POSITIVE, is_elementwise, moment_of, why_unknown
+from fxgrow.plan import TensorPlan
+from fxgrow.rates import Slice, SliceRates, all_rates, slice_rates, write_rates
 
 if TYPE_CHECKING:
     from fxgrow.growth import Growth
 
+__all__ = ["MOMENTS", "POLICIES", "Policy", "Slice", "SliceRates", "carry", "check_optimizer", "slice_rates"]
+
 Policy = Literal["exact", "asymmetric", "copy", "reset"]
 POLICIES: tuple[str, ...] = ("exact", "asymmetric", "copy", "reset")
 
-#: how the state tensors of the optimizers in torch.optim (and of Lion and Muon) depend on gradients
-MOMENTS: dict[str, Moment] = {
-    "exp_avg": "gradient",
-    "momentum_buffer": "gradient",
-    "exp_avg_sq": "square",
-    "max_exp_avg_sq": "square",
-    "square_avg": "square",
-    "sum": "square",
-}
 
+def check_optimizer(optimizer: torch.optim.Optimizer, policy: str) -> None:
+    """Refuse what no growth could carry, before one is computed.
 
-@dataclass
-class Slice:
-    """Factors of one parameter, per dim (None: 1 everywhere) and for the whole tensor.
-
-    ``value`` is s, ``gradient`` g; ``newborn`` marks entries that learn under ``warmup``.
+    Raises:
+        FxgrowError: unknown policy, state that cannot be mapped, or an optimizer that the policy does not fit.
     """
-
-    value: list[np.ndarray | None] = field(default_factory=list)
-    gradient: list[np.ndarray | None] = field(default_factory=list)
-    newborn: list[np.ndarray | None] = field(default_factory=list)
-    value_scale: float = 1.0
-    gradient_scale: float = 1.0
-    whole: bool = False  # the tensor is newborn as a whole
-
-    @property
-    def scaled(self) -> bool:
-        return (
-            self.value_scale != 1.0
-            or self.gradient_scale != 1.0
-            or any(v is not None for v in (*self.value, *self.gradient))
+    if policy not in POLICIES:
+        raise FxgrowError(f"unknown optimizer policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    if policy == "reset":
+        return
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise FxgrowError(
+            f"{kind} keeps a history of whole gradients and evaluates the model inside its step, neither of which can "
+            "be carried over a growth. Use policy 'reset'"
         )
-
-
-class SliceRates:
-    """Per-slice learning rates of an optimizer, applied by its step hooks.
-
-    ``exact`` slices are stepped in the small model's units, see the module's docstring; with ``ramp`` the learning rate
-    factor s goes to 1 over that many steps. ``newborn`` entries get a learning rate of their own for ``warmup`` steps:
-    from 0 to ``peak`` over the first half, then to 1 (SPARKLING, ICML 2026).
-    """
-
-    def __init__(self, *, warmup: int = 0, peak: float = 1.0, ramp: int | None = None) -> None:
-        self.warmup, self.peak, self.ramp = warmup, peak, ramp
-        self.steps = 0
-        self.slices: dict[str, Slice] = {}
-        self._parameters: dict[str, nn.Parameter] = {}
-        self._before: dict[str, torch.Tensor] = {}
-        self._vectors: dict[tuple[str, str, int], torch.Tensor] = {}
-        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-
-    # life -----------------------------------------------------------------------------------------------------------
-
-    def attach(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> SliceRates:
-        """Hook into an optimizer's ``step``; parameters by the grown model's names."""
-        self._parameters = {n: parameters[n] for n in self.slices if n in parameters}
-        self._optimizer = weakref.ref(optimizer)
-        optimizer.register_step_pre_hook(self._pre)
-        optimizer.register_step_post_hook(self._post)
-        optimizer.fxgrow_slices = self  # type: ignore[attr-defined]
-        return self
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data, JSON-able."""
-
-        def encode(vectors: list[np.ndarray | None]) -> list[Any]:
-            return [None if v is None else _encode_values(v.astype(np.float64)) for v in vectors]
-
-        return {
-            "warmup": self.warmup,
-            "peak": self.peak,
-            "ramp": self.ramp,
-            "steps": self.steps,
-            "slices": {
-                n: {
-                    "value": encode(s.value),
-                    "gradient": encode(s.gradient),
-                    "newborn": encode(s.newborn),
-                    "value_scale": s.value_scale,
-                    "gradient_scale": s.gradient_scale,
-                    "whole": s.whole,
-                }
-                for n, s in self.slices.items()
-            },
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> SliceRates:
-        def decode(vectors: list[Any]) -> list[np.ndarray | None]:
-            return [None if v is None else _decode_values(v) for v in vectors]
-
-        out = cls(warmup=state["warmup"], peak=state["peak"], ramp=state["ramp"])
-        out.steps = state["steps"]
-        for name, s in state["slices"].items():
-            out.slices[name] = Slice(
-                decode(s["value"]),
-                decode(s["gradient"]),
-                [None if v is None else v.astype(bool) for v in decode(s["newborn"])],
-                s["value_scale"],
-                s["gradient_scale"],
-                s["whole"],
-            )
-        return out
-
-    # rates ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def newborn_rate(self) -> float:
-        """Learning-rate factor of newborn entries at the current step."""
-        if self.steps >= self.warmup:
-            return 1.0
-        half = max(1.0, self.warmup / 2)
-        t = self.steps + 1
-        return self.peak * t / half if t <= half else self.peak + (1.0 - self.peak) * (t - half) / half
-
-    @property
-    def _exponent(self) -> float:
-        """s ** exponent is the present learning-rate factor."""
-        return 1.0 if self.ramp is None else max(0.0, 1.0 - self.steps / max(1, self.ramp))
-
-    def _vector(self, name: str, kind: str, i: int, values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-        key = (name, kind, i)
-        if key not in self._vectors or self._vectors[key].device != like.device:
-            shape = [1] * like.dim()
-            shape[i] = len(values)
-            self._vectors[key] = torch.from_numpy(values.astype(np.float64)).to(like.device).view(shape)
-        return self._vectors[key]
-
-    def _multiply(self, name: str, tensor: torch.Tensor, kind: str, power: float) -> None:
-        slices = self.slices[name]
-        vectors = slices.value if kind == "value" else slices.gradient
-        scale = slices.value_scale if kind == "value" else slices.gradient_scale
-        if scale != 1.0:
-            tensor.mul_(scale**power)
-        for i, v in enumerate(vectors):
-            if v is not None:
-                tensor.mul_(self._vector(name, kind, i, v, tensor).pow(power).to(tensor.dtype))
-
-    @torch.no_grad()
-    def _pre(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._before.clear()
-        warm = self.steps < self.warmup
-        for name, p in self._parameters.items():
-            if p.grad is None:
-                continue
-            s = self.slices[name]
-            if s.scaled:
-                self._multiply(name, p.grad, "gradient", -1.0)
-                self._multiply(name, p, "value", -self._exponent)
-            if warm and (s.whole or any(n is not None for n in s.newborn)):
-                self._before[name] = p.detach().clone()
-
-    @torch.no_grad()
-    def _post(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        rate = self.newborn_rate
-        for name, p in self._parameters.items():
-            if p.grad is None:
-                continue
-            s = self.slices[name]
-            if name in self._before:
-                old = self._before.pop(name)
-                p.copy_(torch.lerp(old, p, self._factor(name, p, rate)))
-            if s.scaled:
-                self._multiply(name, p, "value", self._exponent)
-                self._multiply(name, p.grad, "gradient", 1.0)
-        self.steps += 1
-        if self.ramp is not None and self.steps == self.ramp:
-            self._retire(optimizer)
-
-    def _factor(self, name: str, p: torch.Tensor, rate: float) -> torch.Tensor:
-        """``rate`` at newborn entries, 1 elsewhere; broadcastable to the parameter."""
-        s = self.slices[name]
-        if s.whole:
-            return torch.full((), rate, dtype=p.dtype, device=p.device)
-        old: torch.Tensor | None = None
-        for i, mask in enumerate(s.newborn):
-            if mask is not None:
-                v = self._vector(name, "newborn", i, 1.0 - mask.astype(np.float64), p)
-                old = v if old is None else old * v
-        assert old is not None
-        return (rate + (1.0 - rate) * old).to(p.dtype)
-
-    def _retire(self, optimizer: torch.optim.Optimizer) -> None:
-        """After the ramp: bring the moments into the grown model's own units, and step plainly."""
-        for name, p in self._parameters.items():
-            s = self.slices[name]
-            if s.scaled:
-                for key, value in optimizer.state.get(p, {}).items():
-                    if key in MOMENTS and isinstance(value, torch.Tensor) and value.shape == p.shape:
-                        self._multiply(name, value, "gradient", 2.0 if MOMENTS[key] == "square" else 1.0)
-                s.value = [None] * len(s.value)
-                s.gradient = [None] * len(s.gradient)
-                s.value_scale = s.gradient_scale = 1.0
-
-
-def slice_rates(optimizer: torch.optim.Optimizer) -> SliceRates | None:
-    """The per-slice learning rates attached to an optimizer, if any."""
-    return getattr(optimizer, "fxgrow_slices", None)
+    if policy == "exact" and not is_elementwise(optimizer):
+        raise FxgrowError(
+            f"policy 'exact' needs an optimizer whose step of an entry depends on that entry alone, and {kind} is not "
+            "known to be one (Muon orthogonalises whole matrices, Adafactor and LAMB take norms of tensors). Use "
+            "policy 'asymmetric' or 'copy'; if it does work entry by entry, say so: "
+            f"fxgrow.moments.ELEMENTWISE.add({kind})"
+        )
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            reason = why_unknown(p, optimizer.state.get(p, {}), exact=policy == "exact")
+            if reason:
+                raise FxgrowError(
+                    f"cannot carry {kind} over a growth: of a parameter of shape {tuple(p.shape)}, {reason}. "
+                    "Use policy 'reset'"
+                )
 
 
 def carry(
@@ -236,27 +73,31 @@ def carry(
     warmup: int = 250,
     peak: float = 1.3,
     ramp: int | None = None,
+    newcomers: bool | None = None,
 ) -> torch.optim.Optimizer:
     """A new optimizer of the same class over the grown parameters.
 
-    Parameter groups keep their order and hyper-parameters; a new parameter joins the group of the one it was made of.
+    Parameter groups keep their order and hyper-parameters; a new parameter joins the group of the one it was made of,
+    and one that was made of nothing (of an inserted layer, a gate) that of its nearest siblings. Gradients that wait
+    for a step, and per-slice rates that earlier growths left, come along.
 
     Args:
         growth: a finished growth of the model that ``optimizer`` trains.
-        optimizer: left as it is.
+        optimizer: left as it is. It may hold a part of the model's parameters, where others hold the rest.
         policy: ``exact``: the small model's trajectory goes on unchanged (refused where the growth does not map
             gradients exactly); ``asymmetric``: old entries keep their moments, newborn ones start with none and get a
             re-warmed learning rate of their own; ``copy``: every copy inherits its unit's moments, scaled like its
-            gradient; ``reset``: no state.
+            gradient; ``reset``: no state, and no rates of earlier growths.
         warmup: ``asymmetric``: steps of the newborn entries' own learning rate.
         peak: ``asymmetric``: its highest multiple of the current learning rate.
         ramp: ``exact``: steps over which the per-slice factors go to 1; None: they stay.
+        newcomers: whether parameters that were made of nothing join this optimizer; None: where their siblings are.
 
     Raises:
-        FxgrowError: unknown policy, a parameter the model does not have, or state that cannot be mapped.
+        FxgrowError: see :func:`check_optimizer`; a parameter the model does not have; or, with several optimizers, a
+            newcomer whose siblings are divided among them.
     """
-    if policy not in POLICIES:
-        raise FxgrowError(f"unknown optimizer policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    check_optimizer(optimizer, policy)
     plans = growth.plan.tensors
     if policy == "exact" and not growth.plan.exact_gradients:
         axes = ", ".join(f"{a.name} ({a.old} -> {a.new})" for a in growth.plan.axes if not a.exact_gradients)
@@ -266,48 +107,53 @@ def carry(
         )
     names = growth.source_names()
     new = dict(growth.module.named_parameters(remove_duplicate=True))
+    members, old_of = _members(optimizer, names, new, plans, newcomers)
+    made = _construct(optimizer, members, new)
+    _warn_of_what_stays(optimizer)
+    held = [name for group in members for name in group]
+    own = SliceRates(warmup=warmup if policy == "asymmetric" else 0, peak=peak, ramp=ramp)
+    for name in held:
+        plan, old = plans[name], old_of.get(name)
+        fresh = _is_fresh(plan)
+        if old is not None and not fresh:
+            if old.grad is not None and new[name].requires_grad:
+                dense = copy_gradient(plan, old.grad.to_dense())
+                new[name].grad = dense.to_sparse(old.grad.sparse_dim()) if old.grad.is_sparse else dense
+            state = optimizer.state.get(old, {})
+            if policy != "reset" and state:
+                made.state[new[name]] = _map_state(plan, old, state, policy)
+        s = _slice(plan, policy, fresh)
+        if s is not None:
+            own.slices[name] = s
+    earlier = [] if policy == "reset" else [r.grown(plans, held) for r in all_rates(optimizer, names)]
+    rates = [r for r in (*earlier, own) if not r.finished]
+    write_rates(made, rates, {id(new[name]): name for name in held})
+    return made
+
+
+def _is_fresh(plan: TensorPlan) -> bool:
+    """A parameter of an inserted block or layer: it starts without state."""
+    return plan.init is not None or plan.zero or plan.fresh
+
+
+def _members(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str],
+    new: Mapping[str, nn.Parameter],
+    plans: Mapping[str, TensorPlan],
+    newcomers: bool | None,
+) -> tuple[list[list[str]], dict[str, nn.Parameter]]:
+    """The grown parameters of each group, by name, and the old parameter that each is made of."""
     by_source: dict[str, list[str]] = {}
     for name in new:
         source = plans[name].source
         if source is not None:
             by_source.setdefault(source, []).append(name)
-    groups, old_of = _groups(optimizer, names, by_source, new, plans)
-    made = _construct(optimizer, groups)
-    previous = slice_rates(optimizer)
-    rates = SliceRates(warmup=warmup if policy == "asymmetric" else 0, peak=peak, ramp=ramp)
-    for name, parameter in new.items():
-        plan = plans[name]
-        old = old_of.get(name)
-        state = dict(optimizer.state.get(old, {})) if old is not None else {}
-        fresh = _is_fresh(plan, name)
-        if policy != "reset" and state and not fresh:
-            made.state[parameter] = _map_state(plan, old, state, policy, name)
-        inherited = previous.slices.get(plan.source or "") if previous is not None else None
-        s = _slice(plan, policy, fresh, inherited if policy == "exact" else None)
-        if s is not None:
-            rates.slices[name] = s
-    if rates.slices:
-        rates.attach(made, new)
-    return made
-
-
-def _is_fresh(plan: TensorPlan, name: str) -> bool:
-    """A parameter of an inserted block or layer: it starts without state."""
-    return plan.init is not None or plan.zero or plan.fresh
-
-
-def _groups(
-    optimizer: torch.optim.Optimizer,
-    names: Mapping[int, str],
-    by_source: Mapping[str, list[str]],
-    new: Mapping[str, nn.Parameter],
-    plans: Mapping[str, TensorPlan],
-) -> tuple[list[dict[str, Any]], dict[str, nn.Parameter]]:
-    groups: list[dict[str, Any]] = []
+    members: list[list[str]] = []
     old_of: dict[str, nn.Parameter] = {}
-    placed: set[str] = set()
-    for group in optimizer.param_groups:
-        members: list[str] = []
+    group_of: dict[str, int] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        members.append([])
         for p in group["params"]:
             source = names.get(id(p))
             if source is None:
@@ -316,68 +162,112 @@ def _groups(
                     "source; carry the optimizer that trains the model that was grown"
                 )
             for name in by_source.get(source, []):
-                members.append(name)
-                old_of[name] = p
-        placed.update(members)
-        groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": [new[n] for n in members]})
+                members[number].append(name)
+                old_of[name], group_of[name] = p, number
+    if newcomers is False:
+        return members, old_of
+    trained = [n for n in new if plans[n].source is not None and (new[n].requires_grad or n in group_of)]
+    alone = newcomers or all(n in group_of for n in trained)
     for name in new:
-        if name not in placed and plans[name].source is None:
-            dims = new[name].dim()
-            like = [i for i, g in enumerate(groups) if any(q.dim() == dims for q in g["params"])]
-            low = [i for i, g in enumerate(groups) if any(q.dim() < 2 for q in g["params"])]
-            chosen = (like or (low if dims < 2 else []) or [len(groups) - 1])[0]
-            groups[chosen]["params"].append(new[name])
-    return groups, old_of
+        if plans[name].source is None:
+            siblings = next(_siblings(name, new, trained), [])
+            mine = [n for n in siblings if n in group_of]
+            if mine and len(mine) < len(siblings) and not alone:
+                other = next(n for n in siblings if n not in group_of)
+                raise FxgrowError(
+                    f"the growth makes a new parameter {name}, and of its nearest siblings this optimizer holds some "
+                    f"({mine[0]}) and another one others ({other}). Say which takes the new parameters: "
+                    "carry(optimizer, newcomers=True), and newcomers=False for the other"
+                )
+            if mine:
+                members[group_of[mine[0]]].append(name)
+            elif alone:
+                members[-1].append(name)
+    return members, old_of
 
 
-def _construct(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _siblings(name: str, new: Mapping[str, nn.Parameter], candidates: list[str]) -> Iterator[list[str]]:
+    """The parameters in the nearest module around, with as many dims; then those that are as well (no) matrices."""
+    dims, parts = new[name].dim(), name.split(".")
+    prefixes = [".".join([*parts[:k], ""]) for k in range(len(parts) - 1, 0, -1)] + [""]
+    for alike in (lambda d: d == dims, lambda d: (d < 2) == (dims < 2)):
+        for prefix in prefixes:
+            found = [n for n in candidates if n.startswith(prefix) and alike(new[n].dim())]
+            if found:
+                yield found
+
+
+def _construct(
+    optimizer: torch.optim.Optimizer, members: list[list[str]], new: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = []
+    for old, names in zip(optimizer.param_groups, members, strict=True):
+        kept = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in old.items()}  # a learning rate
+        groups.append({**kept, "params": [new[n] for n in names]})
     cls = type(optimizer)
     accepted = inspect.signature(cls.__init__).parameters
-    options = {k: v for k, v in optimizer.defaults.items() if k in accepted and k != "params"}
-    for g in groups:
-        g.pop("param_names", None)
-    made: torch.optim.Optimizer = cls(list(groups), **options)
-    for target, g in zip(made.param_groups, groups, strict=True):
+    options: dict[str, Any] = {k: v for k, v in optimizer.defaults.items() if k in accepted and k != "params"}
+    made: torch.optim.Optimizer = cls([{k: v for k, v in g.items() if k != "param_names"} for g in groups], **options)
+    for target, g, names in zip(made.param_groups, groups, members, strict=True):
         target.update({k: v for k, v in g.items() if k != "params"})
+        if "param_names" in g:
+            target["param_names"] = list(names)
     return made
 
 
-def _map_state(
-    plan: TensorPlan, old: nn.Parameter | None, state: Mapping[str, Any], policy: str, name: str
-) -> dict[str, Any]:
-    assert old is not None
+def _warn_of_what_stays(optimizer: torch.optim.Optimizer) -> None:
+    """What holds on to the old optimizer goes on without a word, and without effect."""
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        warnings.warn(
+            "a learning-rate scheduler drives the optimizer that was carried over a growth, and goes on with the old "
+            "one, without effect on the new: set `scheduler.optimizer = new_optimizer`",
+            stacklevel=4,
+        )
+
+
+def _map_state(plan: TensorPlan, old: torch.Tensor, state: Mapping[str, Any], policy: str) -> dict[str, Any]:
+    """The state of a grown parameter; :func:`check_optimizer` has seen that it can be mapped."""
     out: dict[str, Any] = {}
     for key, value in state.items():
+        kind = moment_of(key, state)
         if not isinstance(value, torch.Tensor):
             out[key] = value
-        elif value.shape != old.shape or old.dim() == 0 or key == "step":
-            if value.numel() > 1:
-                raise FxgrowError(
-                    f"cannot carry the optimizer state {key!r} of {name}: its shape {tuple(value.shape)} is not the "
-                    f"parameter's {tuple(old.shape)}. Use policy 'reset'"
-                )
+        elif key in FACTORED:
+            out[key] = _factored(plan, key, value, policy)
+        elif key == "step" or value.shape != old.shape or not value.dim():
             out[key] = value.clone()
-        elif key not in MOMENTS:
-            raise FxgrowError(
-                f"cannot carry the optimizer state {key!r} of {name}: fxgrow does not know how it depends on gradients "
-                f"(known: {', '.join(MOMENTS)}). Use policy 'reset'"
-            )
+        elif kind == "value":
+            out[key] = materialise_tensor(plan, value)
         else:
-            kind = MOMENTS[key]
-            mapped = materialise_moment(
+            kind = kind or "gradient"  # with policy "exact" alone, where nothing is scaled
+            out[key] = materialise_moment(
                 plan,
                 value,
                 kind,
                 scale_gradients=policy != "exact",
-                keep_copies=policy != "asymmetric" or kind == "square",
+                keep_copies=policy != "asymmetric" or kind in POSITIVE,
             )
-            if policy == "asymmetric" and kind == "square":
-                _seed_squares(plan, value, mapped)
-            out[key] = mapped
+            if policy != "exact" and kind in POSITIVE:
+                _seed(plan, value, out[key])
     return out
 
 
-def _seed_squares(plan: TensorPlan, old: torch.Tensor, mapped: torch.Tensor) -> None:
+def _factored(plan: TensorPlan, key: str, value: torch.Tensor, policy: str) -> torch.Tensor:
+    """Squares that were averaged over one dim: mapped along the others, times the average of that dim's factors."""
+    reduced = value.dim() + FACTORED[key]
+    d = plan.dims[reduced]
+    others = plan.model_copy(
+        update={
+            "dims": [None if i == reduced else one for i, one in enumerate(plan.dims)],
+            "shape": [1 if i == reduced else n for i, n in enumerate(plan.shape)],
+        }
+    )
+    out = materialise_moment(others, value, "square", scale_gradients=policy != "exact")
+    _seed(others, value, out)
+    return out if d is None or d.gradient is None else out.mul_(float(np.mean(d.gradient**2)))
+
+
+def _seed(plan: TensorPlan, old: torch.Tensor, mapped: torch.Tensor) -> None:
     """Newborn units under the tensor's old step count would take steps several times too long with v = 0."""
     average = float(old.float().mean())
     for i, d in enumerate(plan.dims):
@@ -386,34 +276,18 @@ def _seed_squares(plan: TensorPlan, old: torch.Tensor, mapped: torch.Tensor) -> 
             mapped.index_fill_(i, rows, average)
 
 
-def _slice(plan: TensorPlan, policy: str, fresh: bool, inherited: Slice | None) -> Slice | None:
+def _slice(plan: TensorPlan, policy: str, fresh: bool) -> Slice | None:
     if policy == "asymmetric":
         if fresh:
             return Slice(whole=True)
         newborn = [None if d is None or not d.newborn.any() else d.newborn for d in plan.dims]
         return Slice(newborn=newborn) if any(n is not None for n in newborn) else None
     if policy == "exact" and not fresh:
-        value: list[np.ndarray | None] = []
-        gradient: list[np.ndarray | None] = []
-        for i, d in enumerate(plan.dims):
-            before_v = inherited.value[i] if inherited is not None and inherited.value else None
-            before_g = inherited.gradient[i] if inherited is not None and inherited.gradient else None
-            value.append(_composed(d.split if d is not None else None, before_v, d))
-            gradient.append(_composed(d.gradient if d is not None else None, before_g, d))
         out = Slice(
-            value=value,
-            gradient=gradient,
-            value_scale=plan.scale * (inherited.value_scale if inherited is not None else 1.0),
-            gradient_scale=plan.gradient_scale * (inherited.gradient_scale if inherited is not None else 1.0),
+            value=[None if d is None else d.split for d in plan.dims],
+            gradient=[None if d is None else d.gradient for d in plan.dims],
+            value_scale=plan.scale,
+            gradient_scale=plan.gradient_scale,
         )
         return out if out.scaled else None
     return None
-
-
-def _composed(now: np.ndarray | None, before: np.ndarray | None, dim: Any) -> np.ndarray | None:
-    """Factors of this growth times those that an earlier exact carry left in place."""
-    if before is None:
-        return now
-    if dim is not None:
-        before = np.where(dim.index >= 0, before[np.maximum(dim.index, 0)], 1.0)
-    return before if now is None else now * before

@@ -40,6 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 import fxgrow
 from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.optimizer import check_optimizer
 from fxgrow.spec import GrowthSpec
 from fxgrow.spec import json_schema as spec_schema
 
@@ -495,6 +496,8 @@ class GrowthScheduler:
         self, growth: Growth, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, **how: Any
     ) -> tuple[Any, torch.optim.Optimizer | None]:
         """Grow, and carry the optimizer over; neither the model nor the optimizer passed in is changed."""
+        if optimizer is not None:
+            check_optimizer(optimizer, growth.optimizer.policy)  # before hours of work, not after
         model = getattr(model, "_orig_mod", model)
         grown = fxgrow.grow(model, growth.spec, *self._inputs(), **how)
         if optimizer is None:

@@ -45,7 +45,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import fxgrow
 from fxgrow.compile import compile_regions
 from fxgrow.errors import CheckpointError, FxgrowError, SpecError
-from fxgrow.optimizer import SliceRates, slice_rates
 from fxgrow.schedule import GrowthEvent, GrowthScheduler
 
 Batch = tuple[Any, ...]
@@ -568,12 +567,11 @@ def save(run: Run) -> Path:
     new = folder / f".new-{target.name}"
     new.mkdir()
     model_tensors, aliases = untied(run.model.state_dict())
-    rates = slice_rates(run.optimizer)
     optimizer_tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
     if torch.device(run.task.hyper.device).type == "cuda":
         optimizer_tensors["rng.cuda"] = torch.cuda.get_rng_state()
     state = {
-        "format": 1,
+        "format": 2,
         "fxgrow": fxgrow.__version__,
         "task": run.task.name,
         **{name: getattr(run, name) for name in _COUNTERS},
@@ -582,7 +580,6 @@ def save(run: Run) -> Path:
         "original": shapes(run.task.model),
         "aliases": aliases,
         "optimizer": pack(run.optimizer.state_dict(), "optimizer", optimizer_tensors),
-        "slices": None if rates is None else rates.state_dict(),
         "hyper": asdict(run.task.hyper),
     }
     save_file(model_tensors, new / "model.safetensors")
@@ -619,8 +616,8 @@ def restore(run: Run) -> None:
         optimizer_tensors = load_file(path / "optimizer.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-    if state.get("format") != 1:
-        raise CheckpointError(f"checkpoint {path} has format {state.get('format')!r}; this version reads 1")
+    if state.get("format") != 2:
+        raise CheckpointError(f"checkpoint {path} has format {state.get('format')!r}; this version reads 2")
     compare(state["original"], shapes(run.task.model), f"checkpoint {path}: the original model")
     run.scheduler.load_state_dict(state["scheduler"])
     run.model, optimizer = run.scheduler.replay(run.model, run.optimizer)
@@ -632,12 +629,6 @@ def restore(run: Run) -> None:
         run.optimizer.load_state_dict(unpack(state["optimizer"], optimizer_tensors))
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path}: the optimizer's state does not fit: {error}") from error
-    rates = slice_rates(run.optimizer)
-    if (rates is None) != (state["slices"] is None):
-        raise CheckpointError(f"checkpoint {path}: per-slice learning rates in one of checkpoint and replay only")
-    if rates is not None:  # the replay has attached them anew; here is how far they had come
-        saved = SliceRates.from_state_dict(state["slices"])
-        rates.steps, rates.slices = saved.steps, saved.slices
     torch.set_rng_state(optimizer_tensors["rng.cpu"])
     if "rng.cuda" in optimizer_tensors:
         torch.cuda.set_rng_state(optimizer_tensors["rng.cuda"])
