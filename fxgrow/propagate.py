@@ -169,7 +169,7 @@ class Grow:
         new = functools.reduce(Info.join, (i.closed() for i in found))
         if not declared:
             new = new.becomes(Content.FREE)
-        fresh = self.first_write(node, target)
+        fresh = self.is_zero(memory.sharing(target)[0])  # zeros go with any content
         for alias in memory.sharing(target):
             if alias is node or alias not in self.env:
                 continue
@@ -183,17 +183,13 @@ class Grow:
 
             self.env[alias] = _each_dim(self.env[alias], lambda d: map_leaves(self.close(d), either))
 
-    def first_write(self, node: fx.Node, target: fx.Node) -> bool:
-        """Whether the memory was all zeros before ``node`` wrote into it: zeros go with any content."""
-        memory = self.axes.memory
-        (base, *_) = memory.sharing(target)
-        return memory.writers(target)[0] is node and self._made_of_zeros(base)
-
     def is_zero(self, value: Any) -> bool:
-        """Whether a value is known to be zero in every entry, whatever the sizes."""
-        if isinstance(value, fx.Node):
-            return not self.axes.memory.written(value) and self._made_of_zeros(value)
-        return isinstance(value, int | float) and value == 0
+        """Whether a value is known to be zero in every entry when the current op reads it, whatever the sizes."""
+        if not isinstance(value, fx.Node):
+            return isinstance(value, int | float) and value == 0
+        memory = self.axes.memory
+        lasting = any(n.op in ("get_attr", "placeholder") for n in memory.sharing(value))
+        return not memory.written(value, None if lasting else self.node) and self._made_of_zeros(value)
 
     def _made_of_zeros(self, node: fx.Node) -> bool:
         while node.op == "call_function" and len(node.all_input_nodes) == 1:

@@ -55,7 +55,22 @@ class Finite(Pointwise):
         return super().grow(ctx)
 
 
-class Difference(Pointwise):
+class Sum(Pointwise):
+    """``a + b``; where one of them is a tensor of zeros, new entries are those of the other."""
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        out = super().grow(ctx)
+        for name, other in (("self", "other"), ("other", "self")):
+            kept = ctx.dims(name)
+            if out is None or not kept or not ctx.is_zero(ctx.args[other]) or ctx.args.get("alpha", 1) != 1:
+                continue
+            for i in range(-len(kept), 0):
+                if not is_unit(kept[i]):
+                    out[i] = ctx.close(kept[i])
+        return out
+
+
+class Difference(Sum):
     """``a - b``; ``x - mean(x)`` is known to be zero where newborn entries hold the mean."""
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
@@ -107,10 +122,17 @@ register_rule(
 )
 
 # arithmetic; with one tensor operand the other is a literal
-_scalar_add = {"zero": False, "mean": True}
-register_rule(_with_in_place("add.Tensor add.Scalar"), Pointwise("add", **_scalar_add))
+
+
+def _adds_nothing(args: dict[str, Any]) -> bool:
+    """``x + 0``, with which ``sum([...])`` begins, and ``x + alpha * 0``."""
+    return any(isinstance(args.get(n), int | float) and args[n] == 0 for n in ("other", "alpha"))
+
+
+_scalar_add: dict[str, Any] = {"zero": _adds_nothing, "mean": True}
+register_rule(_with_in_place("add.Tensor add.Scalar"), Sum("add", **_scalar_add))
 register_rule(_with_in_place("sub.Tensor sub.Scalar"), Difference("add", **_scalar_add))
-register_rule(["aten.rsub.Scalar", "aten.rsub.Tensor"], Pointwise("add", **_scalar_add))
+register_rule(["aten.rsub.Scalar", "aten.rsub.Tensor"], Sum("add", **_scalar_add))
 register_rule(_with_in_place("mul.Tensor mul.Scalar"), Pointwise("mul", zero=True, mean=True))
 
 
@@ -156,8 +178,43 @@ register_rule(
     Pointwise("zero"),
 )
 register_rule(["aten.copysign.Scalar"], Pointwise(zero=True))
-register_rule(["aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar"], Pointwise())
-register_rule(_with_in_place("masked_fill.Scalar masked_fill.Tensor"), Pointwise())
+
+
+class Choice(Pointwise):
+    """One of two values, entry by entry: zero where both are."""
+
+    def __init__(self, *branches: str) -> None:
+        super().__init__()
+        self.branches = branches
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        out = super().grow(ctx)
+        for i in range(-len(out or []), 0):
+            found = [self._at(ctx, name, i) for name in self.branches]
+            if out is not None and all(d is None or _all_zero(d) for d in found) and any(found):
+                sources = frozenset().union(*(x.sources for d in found if d is not None for x in infos(d)))
+                out[i] = annotate(out[i], lambda _, s=sources: Info(Content.ZERO, s))  # type: ignore[call-overload, arg-type, misc]
+        return out
+
+    @staticmethod
+    def _at(ctx: Grow, name: str, i: int) -> Any:
+        """A branch's dim; None for one of zeros."""
+        if ctx.is_zero(ctx.args[name]):
+            return None
+        dims = ctx.dims(name) or []
+        return dims[i] if -i <= len(dims) else UNIT
+
+
+def _all_zero(dim: Any) -> bool:
+    found = infos(dim)
+    return bool(found) and all(x.content is Content.ZERO for x in found)
+
+
+register_rule(
+    ["aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar"],
+    Choice("self", "other"),
+)
+register_rule(_with_in_place("masked_fill.Scalar masked_fill.Tensor"), Choice("self", "value"))
 register_rule(
     [f"aten.{n}.{o}" for n in ("eq", "ne", "lt", "le", "gt", "ge") for o in ("Scalar", "Tensor")]
     + [f"aten.{n}.default" for n in ("logical_and", "logical_or", "logical_xor")]
