@@ -454,7 +454,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
     _check_tensors(manifest, tensors, path / MODEL)
     try:
         graph = graph_from_json(manifest.graph)
-        plan = None if manifest.plan is None else GrowthPlan.model_validate(manifest.plan)
+        plan = None if manifest.plan is None else GrowthPlan.from_data(manifest.plan, "plan")
         receipt = None if manifest.receipt is None else Receipt.model_validate(manifest.receipt)
     except CheckpointError as error:
         raise CheckpointError(f"{path / MANIFEST}: {error}") from error

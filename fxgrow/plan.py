@@ -8,13 +8,17 @@ Plans round-trip through JSON; index maps are run-length encoded there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerializer, PlainValidator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerializer, PlainValidator, ValidationError
 
 from fxgrow import kernels
+from fxgrow.errors import CheckpointError, GrowthRefused, SpecError
+from fxgrow.limits import UNITS, check_elements
+from fxgrow.reading import parse_json
 
 FILL_ZERO, FILL_RANDOM, FILL_MEAN, FILL_CONSTANT = (
     kernels.FILL_ZERO,
@@ -39,8 +43,23 @@ def _encode_index(index: np.ndarray) -> list[list[int]]:
 def _decode_index(value: Any) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value.astype(np.int64)
-    runs = [np.arange(s, s + c) if s >= 0 else np.arange(s, s - c, -1) for s, c in value]
+    runs = [np.arange(s, s + c) if s >= 0 else np.arange(s, s - c, -1) for s, c in _runs(value, int)]
     return np.concatenate(runs).astype(np.int64) if runs else np.zeros(0, np.int64)
+
+
+def _runs(value: Any, kind: type) -> list[tuple[Any, int]]:
+    """Pairs [value, count] as JSON has them, checked before anything is made of them."""
+    if not isinstance(value, list) or not all(isinstance(run, list) and len(run) == 2 for run in value):
+        raise ValueError("expected a list of pairs [value, count]")
+    total = 0
+    for start, count in value:
+        whole = type(count) is int or (type(count) is float and count.is_integer())
+        if not whole or count < 1 or (type(start) is not int and type(start) is not kind):
+            raise ValueError(f"not a pair [value, count]: {str([start, count])[:80]}")
+        total += count
+        if total > UNITS or not abs(start) <= (UNITS if kind is int else math.inf):
+            raise ValueError(f"beyond the {UNITS:,} units that an axis may have")
+    return [(start, int(count)) for start, count in value]
 
 
 def _encode_values(values: np.ndarray) -> list[list[float]]:
@@ -55,7 +74,8 @@ def _encode_values(values: np.ndarray) -> list[list[float]]:
 def _decode_values(value: Any) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
-    return np.concatenate([np.full(int(c), v, dtype=np.float64) for v, c in value]) if value else np.zeros(0)
+    runs = _runs(value, float)
+    return np.concatenate([np.full(c, v, dtype=np.float64) for v, c in runs]) if runs else np.zeros(0)
 
 
 IndexVector = Annotated[np.ndarray, PlainValidator(_decode_index), PlainSerializer(_encode_index)]
@@ -63,7 +83,7 @@ ValueVector = Annotated[np.ndarray, PlainValidator(_decode_values), PlainSeriali
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class DimPlan(_Model):
@@ -202,6 +222,24 @@ class TensorPlan(_Model):
     requires_grad: bool = True
     dtype: str | None = None
     device: str | None = None
+
+    def check(self, name: str) -> None:
+        """Whether the parts fit together, where they were not made together but read.
+
+        Raises:
+            ValueError, SpecError: they do not.
+        """
+        if any(size < 0 for size in self.shape):
+            raise ValueError(f"tensors.{name}.shape: {self.shape} has a negative size")
+        check_elements(f"tensors.{name}", self.shape)
+        if (self.source is None) == (self.init is None):
+            raise ValueError(f"tensors.{name}: give one of source and init")
+        if self.source is not None and len(self.dims) != len(self.shape):
+            raise ValueError(f"tensors.{name}: {len(self.dims)} dims for the shape {self.shape}")
+        for i, (dim, size) in enumerate(zip(self.dims, self.shape, strict=False)):
+            for vector in () if dim is None else (dim.index, dim.split, dim.gradient, dim.fill):
+                if vector is not None and len(vector) != size:
+                    raise ValueError(f"tensors.{name}.dims.{i}: {len(vector)} entries for the size {size}")
 
     @property
     def trivial(self) -> bool:
@@ -360,8 +398,28 @@ class GrowthPlan(_Model):
         return self.model_dump_json(indent=indent, exclude_none=True)
 
     @classmethod
-    def from_json(cls, text: str) -> GrowthPlan:
-        return cls.model_validate_json(text)
+    def from_json(cls, text: str, where: str = "plan") -> GrowthPlan:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            CheckpointError: the text is no plan; it says what is wrong, and where.
+        """
+        return cls.from_data(parse_json(text, where), where)
+
+    @classmethod
+    def from_data(cls, data: Any, where: str = "plan") -> GrowthPlan:
+        """The same from what JSON text holds."""
+        try:
+            plan = cls.model_validate(data)
+            for name, tensor in plan.tensors.items():
+                tensor.check(name)
+        except ValidationError as error:
+            item = error.errors()[0]
+            place = ".".join(map(str, item["loc"])) or "(top)"
+            raise CheckpointError(f"{where}: {place}: {' '.join(item['msg'].split())}") from None
+        except (SpecError, ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{where}: {str(error)[:300]}") from None
+        return plan
 
 
 class AxisMap:
@@ -426,6 +484,8 @@ def node_references(value: Any) -> Any:
 
 def resolve_references(value: Any, nodes: dict[str, Any]) -> Any:
     if isinstance(value, dict) and "$node" in value:
+        if value["$node"] not in nodes:
+            raise GrowthRefused(f"the graph has no node {value['$node']!r}; the plan belongs to another graph")
         return nodes[value["$node"]]
     if isinstance(value, list):
         return [resolve_references(v, nodes) for v in value]

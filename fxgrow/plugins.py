@@ -10,14 +10,16 @@
     mypackage = "mypackage.rules"                 # imported once; calls fxgrow.register_rule
 
 An entry of the last two groups is a function, which is called, or a module, whose import is enough. A plug-in that
-cannot be loaded is reported as a warning and does not stop anything else.
+cannot be loaded is reported as a warning that names it, and does not stop anything else.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Any
 
 GROUPS = ("fxgrow.operations", "fxgrow.passes", "fxgrow.rules")
 _loaded: set[str] = set()
@@ -42,15 +44,22 @@ def plugins() -> list[Plugin]:
     ]
 
 
-def load_plugins(group: str) -> None:
-    """Load the plug-ins of ``fxgrow.passes`` or ``fxgrow.rules`` that are installed; once per process."""
+def load_plugins(group: str, use: Callable[[Any], Any] | None = None) -> None:
+    """Load the installed plug-ins of a group; once per process.
+
+    Args:
+        group: one of :data:`GROUPS`.
+        use: what to do with each one's object; None calls what can be called.
+    """
     if group in _loaded:
         return
     _loaded.add(group)
     for entry in entry_points(group=group):
         try:
             found = entry.load()
-            if callable(found):
+            if use is not None:
+                use(found)
+            elif callable(found):
                 found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # whatever somebody's import does
             warnings.warn(f"plug-in {entry.name} = {entry.value} of {group} cannot be loaded: {error!r}", stacklevel=2)

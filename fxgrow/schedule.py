@@ -40,20 +40,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 import fxgrow
 from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.limits import OPERATIONS
 from fxgrow.optimizer import check_optimizer
-from fxgrow.spec import GrowthSpec
+from fxgrow.reading import read_yaml
+from fxgrow.spec import Count, GrowthSpec
 from fxgrow.spec import json_schema as spec_schema
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class Plateau(_Strict):
     """Fires when ``metric`` has not fallen by ``min_delta`` for ``patience`` reports in a row since the last growth."""
 
     metric: str = Field("val_loss", description="a key of the metrics that the training loop reports; lower is better")
-    patience: int = Field(3, ge=1, description="how many reports without improvement")
+    patience: Count = Field(3, ge=1, description="how many reports without improvement")
     min_delta: float = Field(0.0, ge=0, description="a smaller fall than this is no improvement")
 
 
@@ -63,10 +65,11 @@ class Trigger(_Strict):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
+        allow_inf_nan=False,
         json_schema_extra={"minProperties": 1, "maxProperties": 1},
     )
-    step: int | None = Field(None, ge=0, description="after this many optimizer steps")
-    tokens: int | None = Field(None, ge=0, description="after this many training tokens")
+    step: Count | None = Field(None, ge=0, description="after this many optimizer steps")
+    tokens: Count | None = Field(None, ge=0, description="after this many training tokens")
     epoch: float | None = Field(None, ge=0, description="after this many passes over the data, fractions allowed")
     plateau: Plateau | None = Field(None, description="when a metric stops improving")
 
@@ -98,9 +101,9 @@ class OptimizerPolicy(_Strict):
         description="exact: the grown run follows the small one; asymmetric: old entries keep their state, newborn "
         "ones start fresh under a re-warmed learning rate; copy: state copied as it is; reset: none",
     )
-    warmup: int = Field(250, ge=0, description="asymmetric: steps of the newborn entries' own learning rate")
-    peak: float | None = Field(None, gt=0, description="asymmetric: its top, as a factor on the common one")
-    ramp: int | None = Field(None, ge=1, description="exact: steps after which all entries learn alike; none: never")
+    warmup: Count = Field(250, ge=0, description="asymmetric: steps of the newborn entries' own learning rate")
+    peak: float | None = Field(None, gt=0, le=1e6, description="asymmetric: its top, as a factor on the common one")
+    ramp: Count | None = Field(None, ge=1, description="exact: steps after which all entries learn alike; none: never")
 
 
 class Unchanged(_Strict):
@@ -113,15 +116,15 @@ class Rewarm(_Strict):
     """The learning rate restarts at ``from`` times the schedule's and returns to it linearly over ``steps``."""
 
     policy: Literal["rewarm"] = "rewarm"
-    steps: int = Field(gt=0)
-    from_: float = Field(0.0, ge=0, alias="from", description="factor at the growth itself")
+    steps: Count = Field(gt=0)
+    from_: float = Field(0.0, ge=0, le=1e6, alias="from", description="factor at the growth itself")
 
 
 class Scale(_Strict):
     """The learning rate is multiplied by ``factor`` from the growth on."""
 
     policy: Literal["scale"] = "scale"
-    factor: float = Field(gt=0)
+    factor: float = Field(gt=0, le=1e6)
 
 
 class Growth(_Strict):
@@ -135,7 +138,7 @@ class Growth(_Strict):
         default_factory=Unchanged
     )
     accumulation: float = Field(
-        1.0, gt=0, description="multiply the micro-batches per step; the product is rounded down, at least 1"
+        1.0, gt=0, le=1e6, description="multiply the micro-batches per step; the product is rounded down, at least 1"
     )
 
     @field_validator("optimizer", "learning_rate", mode="before")
@@ -170,7 +173,7 @@ class Schedule(_Strict):
     """A list of growths that fire once each, in order. See the module's docstring for the file form."""
 
     version: Literal[1] = 1
-    growths: list[Growth]
+    growths: list[Growth] = Field(max_length=OPERATIONS)
 
     @model_validator(mode="after")
     def _in_order(self) -> Schedule:
@@ -202,11 +205,15 @@ class Schedule(_Strict):
         if schedule is None:
             schedule = []
         if isinstance(schedule, str | Path):
-            schedule, where = _read(schedule)
+            schedule, where = read_yaml(schedule, "schedule")
+            schedule = [] if schedule is None else schedule
         if isinstance(schedule, list | tuple):
             schedule = {"growths": list(schedule)}
         if not isinstance(schedule, Mapping):
             raise SpecError(f"{where}: expected a mapping with `growths`, got {type(schedule).__name__}")
+        odd = [key for key in schedule if not isinstance(key, str)]
+        if odd:
+            raise SpecError(f"{where}: {str(odd[0])[:80]!r}: a key that is no text")
         try:
             parsed = cls.model_validate(dict(schedule))
         except ValidationError as error:
@@ -257,8 +264,8 @@ def _explain(where: str, error: ValidationError) -> str:
         message = item["msg"].removeprefix("Value error, ")
         known: list[str] = []
         if item["type"] == "extra_forbidden":
-            model = _PLACES[names[:-1]]
-            known = [field.alias or name for name, field in model.model_fields.items()]
+            model = _PLACES.get(names[:-1])
+            known = [] if model is None else [f.alias or name for name, f in model.model_fields.items()]
             message, wrong = "no such field", names[-1]
         elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
             known = _LR_POLICIES
@@ -270,22 +277,8 @@ def _explain(where: str, error: ValidationError) -> str:
         if known:
             near = difflib.get_close_matches(wrong, known, n=3)
             message += f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
-        lines.append(f"{where}: {'.'.join(place) or '(top)'}: {message}")
+        lines.append(f"{where}: {'.'.join(place) or '(top)'}: {' '.join(message.split())}")
     return "\n".join(lines)
-
-
-def _read(source: str | Path) -> tuple[Any, str]:
-    """Data of YAML or JSON text or of a file, and what to call it in an error."""
-    text, where = str(source), "schedule"
-    if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml", ".json"))):
-        path = Path(source)
-        if not path.is_file():
-            raise SpecError(f"schedule file {path} does not exist")
-        text, where = path.read_text(encoding="utf-8"), str(path)
-    try:
-        return yaml.safe_load(text) or [], where
-    except yaml.YAMLError as error:
-        raise SpecError(f"{where}: not YAML or JSON: {error}") from None
 
 
 def json_schema() -> dict[str, Any]:
@@ -325,6 +318,21 @@ class GrowthEvent:
     """The scheduler's factor on the learning rate from here, all growths so far included."""
     accumulation: float
     """Multiply the micro-batches per step by this."""
+
+
+class _Fired(_Strict):
+    growth: dict[str, Any]
+    step: Count = Field(ge=0)
+
+
+class _State(_Strict):
+    """What :meth:`GrowthScheduler.state_dict` returns."""
+
+    version: Literal[1]
+    fired: list[_Fired] = Field(max_length=OPERATIONS)
+    best: float | None
+    bad: Count = Field(ge=0)
+    reported: Count | None
 
 
 class GrowthScheduler:
@@ -478,9 +486,14 @@ class GrowthScheduler:
         Raises:
             SpecError: the growths that have already happened are not those of this schedule; nothing is changed.
         """
-        if state.get("version") != 1:
-            raise SpecError(f"scheduler state: version {state.get('version')!r} is not known here; expected 1")
-        past = Schedule.parse([item["growth"] for item in state["fired"]]).growths
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if version != 1:
+            raise SpecError(f"scheduler state: version {repr(version)[:40]} is not known here; expected 1")
+        try:
+            read = _State.model_validate(dict(state))
+        except ValidationError as error:
+            raise SpecError(_explain("scheduler state", error)) from None
+        past = Schedule.parse([item.growth for item in read.fired]).growths
         for number, growth in enumerate(past):
             ours = self.schedule.growths[number].to_dict() if number < len(self.schedule.growths) else None
             if ours != growth.to_dict():
@@ -488,9 +501,9 @@ class GrowthScheduler:
                     f"growths.{number} of the schedule is not the one that this run has already made: "
                     f"it was {json.dumps(growth.to_dict())}; growths that have happened must stay as they were"
                 )
-        self._fired = [(growth, int(item["step"])) for growth, item in zip(past, state["fired"], strict=True)]
-        self._best = math.inf if state["best"] is None else float(state["best"])
-        self._bad, self._reported = int(state["bad"]), state["reported"]
+        self._fired = [(growth, item.step) for growth, item in zip(past, read.fired, strict=True)]
+        self._best = math.inf if read.best is None else read.best
+        self._bad, self._reported = read.bad, read.reported
 
     def _apply(
         self, growth: Growth, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, **how: Any

@@ -18,7 +18,6 @@ import functools
 import json
 import operator
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,10 +25,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from fxgrow.errors import SpecError
+from fxgrow.limits import BLOCKS, OPERATIONS
+from fxgrow.plugins import load_plugins
+from fxgrow.reading import read_yaml
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+#: sizes, counts and seeds of a file: whole numbers that fit 64 bits; an axis has a tighter bound of its own
+Count = Annotated[int, Field(le=2**63 - 1)]
+Name = Annotated[str, Field(max_length=1000)]
 
 
 class Noise(_Strict):
@@ -41,12 +48,12 @@ class Noise(_Strict):
     """
 
     kind: Literal["antisymmetric", "independent"] = "antisymmetric"
-    scale: float = Field(1e-3, ge=0, description="standard deviation of the noise")
+    scale: float = Field(1e-3, ge=0, le=1e6, description="standard deviation of the noise")
     relative: bool = Field(False, description="scale is a fraction of each tensor's own standard deviation")
     distribution: Literal["bytes", "normal", "rademacher"] = Field(
         "bytes", description="`bytes`: sum of four random bytes, equal to the bit on every backend"
     )
-    seed: int = Field(0, ge=0)
+    seed: Count = Field(0, ge=0)
     on: Literal["readers", "writers", "both"] = Field(
         "readers", description="weights that read the grown axis (exact), or that write it (changes the function)"
     )
@@ -80,10 +87,10 @@ class Widen(Operation):
     """Grow every axis that matches ``axis`` by ``factor``, to the size ``to``, or ``by`` an amount."""
 
     op: Literal["widen"] = "widen"
-    axis: str = Field(description="a glob over axis names, or a parameter's dim as in 'mlp.fc.weight:0'")
+    axis: Name = Field(description="a glob over axis names, or a parameter's dim as in 'mlp.fc.weight:0'")
     factor: float | None = Field(None, description="multiply the size; the result must be a whole number")
-    to: int | None = Field(None, description="the new size")
-    by: int | None = Field(None, description="how many units to add")
+    to: Count | None = Field(None, description="the new size")
+    by: Count | None = Field(None, description="how many units to add")
     fill: Literal["copy", "add"] = Field("copy", description="new units copy old ones, or are new with no say yet")
     split: Literal["even", "uneven"] = Field("even", description="how the copies of a unit share its outgoing weight")
     noise: Noise | None = Field(None, description="without noise and with an even split, copies stay equal for ever")
@@ -91,7 +98,7 @@ class Widen(Operation):
     fan_out: Literal["auto", "paired", "zero", "random"] = Field(
         "auto", description="fill add: outgoing weights of new units; paired is (+z, -z) on two equal new units"
     )
-    seed: int = Field(0, ge=0, description="fill add: seed of the new units' weights")
+    seed: Count = Field(0, ge=0, description="fill add: seed of the new units' weights")
 
     @model_validator(mode="after")
     def _check(self) -> Widen:
@@ -133,14 +140,14 @@ class Extend(Operation):
     """
 
     op: Literal["extend"] = "extend"
-    axis: str = Field(description="a glob over axis names, or a tensor's dim as in 'transformer.wpe.weight:0'")
+    axis: Name = Field(description="a glob over axis names, or a tensor's dim as in 'transformer.wpe.weight:0'")
     factor: float | None = Field(None, description="multiply the size; the result must be a whole number")
-    to: int | None = Field(None, description="the new size")
-    by: int | None = Field(None, description="how many entries to append")
+    to: Count | None = Field(None, description="the new size")
+    by: Count | None = Field(None, description="how many entries to append")
     init: Literal["mean", "zero", "random"] = Field(
         "mean", description="new rows of trained tables: mean of the old rows, zeros, or random ones of their spread"
     )
-    seed: int = Field(0, ge=0, description="init random: seed of the new rows")
+    seed: Count = Field(0, ge=0, description="init random: seed of the new rows")
 
     @model_validator(mode="after")
     def _check(self) -> Extend:
@@ -152,10 +159,12 @@ class Deepen(Operation):
     """Insert blocks into a repeated stack (LLaMA Pro 2024; G_stack 2024 for ``init: stack``)."""
 
     op: Literal["deepen"] = "deepen"
-    stack: str = Field(description="module path of the repeated stack, as in transformer.h; may be a glob")
+    stack: Name = Field(description="module path of the repeated stack, as in transformer.h; may be a glob")
     factor: float | None = Field(None, description="multiply the number of blocks")
-    by: int | None = Field(None, description="how many blocks to add")
-    after: list[int] | None = Field(None, description="add one block after each of these (old numbers)")
+    by: Count | None = Field(None, description="how many blocks to add")
+    after: list[Count] | None = Field(
+        None, max_length=BLOCKS, description="add one block after each of these (old numbers)"
+    )
     order: Literal["interleave", "append"] = "interleave"
     init: Literal["auto", "zero", "gate", "stack"] = Field(
         "auto",
@@ -181,8 +190,8 @@ class Insert(Operation):
 
     op: Literal["insert"] = "insert"
     layer: Literal["linear", "conv", "batch_norm"] = Field(description="what to insert")
-    after: str = Field(description="module path of the layer whose output is passed on; may be a glob")
-    kernel_size: int = Field(3, ge=1, description="conv: odd kernel size of the Dirac convolution")
+    after: Name = Field(description="module path of the layer whose output is passed on; may be a glob")
+    kernel_size: int = Field(3, ge=1, le=1023, description="conv: odd kernel size of the Dirac convolution")
     activation: Literal["auto", "none"] = Field(
         "auto", description="auto: repeat the activation when the layer is an idempotent one (ReLU)"
     )
@@ -200,10 +209,19 @@ ENTRY_POINT_GROUP = "fxgrow.operations"
 
 
 def register_operation(cls: type[Operation]) -> type[Operation]:
-    """Add an operation class to the union that specs are validated against. Usable as a decorator."""
+    """Add an operation class to the union that specs are validated against. Usable as a decorator.
+
+    Raises:
+        TypeError: it is no :class:`Operation` with a name of its own.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Operation)):
+        raise TypeError(f"{cls!r} is not a class that derives from fxgrow.spec.Operation")
     field = cls.model_fields.get("op")
     if field is None or not isinstance(field.default, str):
         raise TypeError(f"{cls.__name__} needs a field `op: Literal['name'] = 'name'`")
+    known = _OPERATIONS.get(field.default)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise TypeError(f"operation {field.default!r} of {cls.__module__} is taken by {known.__module__}")
     _OPERATIONS[field.default] = cls
     GrowthSpec._adapter = None
     return cls
@@ -215,16 +233,8 @@ def operations() -> dict[str, type[Operation]]:
     return dict(_OPERATIONS)
 
 
-_plugins_loaded = False
-
-
 def _load_plugins() -> None:
-    global _plugins_loaded
-    if _plugins_loaded:
-        return
-    _plugins_loaded = True
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        register_operation(entry.load())
+    load_plugins(ENTRY_POINT_GROUP, register_operation)
 
 
 class GrowthSpec(BaseModel):
@@ -232,8 +242,25 @@ class GrowthSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     version: Literal[1] = 1
-    operations: list[Any]
+    operations: list[Any] = Field(max_length=OPERATIONS)
     _adapter: ClassVar[TypeAdapter[Any] | None] = None
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise SpecError(_explain(error, "")) from None
+        if not self.operations:
+            raise SpecError("spec: (top): a spec needs at least one operation")
+        parsed, mistakes = [], []
+        for number, op in enumerate(self.operations):
+            try:
+                parsed.append(op if isinstance(op, Operation) else self.operation_adapter().validate_python(op))
+            except ValidationError as error:
+                mistakes.append(_explain(error, f"operations.{number}"))
+        if mistakes:
+            raise SpecError("\n".join(mistakes))
+        self.operations = parsed
 
     @classmethod
     def operation_adapter(cls) -> TypeAdapter[Any]:
@@ -253,12 +280,6 @@ class GrowthSpec(BaseModel):
             value = {"operations": [dict(value)]}
         return value
 
-    @model_validator(mode="after")
-    def _operations(self) -> GrowthSpec:
-        if not self.operations:
-            raise ValueError("a spec needs at least one operation")
-        return self
-
     @classmethod
     def parse(cls, spec: GrowthSpec | Operation | Mapping[str, Any] | list[Any] | str | Path) -> GrowthSpec:
         """Make a spec of a dict, a list of operations, an operation, YAML or JSON text, or the path of a file.
@@ -272,27 +293,21 @@ class GrowthSpec(BaseModel):
         if isinstance(spec, Operation):
             spec = [spec]
         if isinstance(spec, str | Path):
-            spec, where = _read(spec)
+            spec, where = read_yaml(spec, "spec")
         if isinstance(spec, Mapping) and "op" in spec:
             spec = [spec]
         if isinstance(spec, list | tuple):
             spec = {"version": 1, "operations": list(spec)}
         if not isinstance(spec, Mapping):
             raise SpecError(f"{where}: expected a mapping with `operations`, got {type(spec).__name__}")
+        odd = [key for key in spec if not isinstance(key, str)]
+        if odd:
+            raise SpecError(f"{where}: {str(odd[0])[:80]!r}: a key that is no text")
         try:
-            raw = cls.model_validate(dict(spec))
-        except ValidationError as error:
-            raise SpecError(_explain(where, error, "")) from None
-        parsed = []
-        for number, op in enumerate(raw.operations):
-            if isinstance(op, Operation):
-                parsed.append(op)
-                continue
-            try:
-                parsed.append(cls.operation_adapter().validate_python(op))
-            except ValidationError as error:
-                raise SpecError(_explain(where, error, f"operations.{number}")) from None
-        return cls.model_construct(version=raw.version, operations=parsed)
+            return cls(**spec)
+        except SpecError as error:
+            lines = str(error).splitlines()
+            raise SpecError("\n".join(where + line.removeprefix("spec") for line in lines)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the fields left at their defaults; ``parse`` reads it back."""
@@ -309,20 +324,7 @@ def _op_of(value: Any) -> str | None:
     return value.get("op") if isinstance(value, Mapping) else getattr(value, "op", None)
 
 
-def _read(source: str | Path) -> tuple[Any, str]:
-    text, where = str(source), "spec"
-    if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml", ".json"))):
-        path = Path(source)
-        if not path.is_file():
-            raise SpecError(f"spec file {path} does not exist")
-        text, where = path.read_text(encoding="utf-8"), str(path)
-    try:
-        return yaml.safe_load(text), where
-    except yaml.YAMLError as error:
-        raise SpecError(f"{where}: not YAML or JSON: {error}") from None
-
-
-def _explain(where: str, error: ValidationError, prefix: str) -> str:
+def _explain(error: ValidationError, prefix: str) -> str:
     """One line per mistake: the field, what is wrong, and the nearest valid name."""
     import difflib
 
@@ -352,7 +354,7 @@ def _explain(where: str, error: ValidationError, prefix: str) -> str:
         if known:
             near = difflib.get_close_matches(location[-1] if location else "", known, n=3)
             message += f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
-        lines.append(f"{where}: {path}: {message}")
+        lines.append(f"spec: {path}: {' '.join(message.split())}")
     return "\n".join(lines)
 
 

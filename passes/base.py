@@ -199,8 +199,13 @@ def apply_rescale(graph: fx.Graph, change: Rescale, nodes: dict[str, fx.Node] | 
 def operator_named(name: str) -> Any:
     """``aten.split_with_sizes.default`` to the op overload."""
     target: Any = torch.ops
-    for part in name.split("."):
-        target = getattr(target, part)
+    try:
+        for part in name.split("."):
+            target = getattr(target, part)
+    except (AttributeError, RuntimeError):
+        target = None
+    if not isinstance(target, torch._ops.OpOverload):
+        raise GrowthRefused(f"there is no operator {name!r} here; the plan was made elsewhere")
     return target
 
 

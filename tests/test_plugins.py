@@ -25,10 +25,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     entries: list[EntryPoint] = []
     module = types.ModuleType("made_up_package")
     monkeypatch.setitem(sys.modules, "made_up_package", module)
-    for target in (plugins, spec):
-        monkeypatch.setattr(target, "entry_points", lambda group: [e for e in entries if e.group == group])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [e for e in entries if e.group == group])
     monkeypatch.setattr(plugins, "_loaded", set())
-    monkeypatch.setattr(spec, "_plugins_loaded", False)
     monkeypatch.setattr(spec, "_OPERATIONS", dict(spec._OPERATIONS))
     monkeypatch.setattr(spec.GrowthSpec, "_adapter", None)
     for table in (passes.PASSES, RULES):
@@ -98,3 +96,25 @@ def test_a_broken_plugin_is_a_warning(fake: Fake) -> None:
     with pytest.warns(UserWarning, match=r"made_up_package:register of fxgrow\.rules cannot be loaded.*newer fxgrow"):
         plugins.load_plugins("fxgrow.rules")
     plugins.load_plugins("fxgrow.rules")  # once is enough
+
+
+def test_a_broken_operation_neither_stops_the_parse_nor_drops_the_others(fake: Fake) -> None:
+    class Third(spec.Operation):
+        """Widen by three."""
+
+        op: Literal["third"] = "third"
+
+    class Taken(spec.Operation):
+        """A name that fxgrow has."""
+
+        op: Literal["widen"] = "widen"
+
+    fake("fxgrow.operations", "NoClass", "text")
+    fake("fxgrow.operations", "Taken", Taken)
+    fake("fxgrow.operations", "Third", Third)
+    with pytest.warns(UserWarning, match="cannot be loaded") as caught:
+        parsed = spec.GrowthSpec.parse({"op": "third"})
+    assert isinstance(parsed.operations[0], Third)
+    said = [str(w.message) for w in caught]
+    assert len(said) == 2 and "NoClass" in said[0] and "test_plugins is taken by fxgrow.spec" in said[1]
+    assert isinstance(spec.GrowthSpec.parse({"op": "widen", "axis": "a", "to": 3}).operations[0], spec.Widen)
