@@ -15,6 +15,7 @@ from torch import fx, nn
 from fxgrow import kernels
 from fxgrow.capture import Program, capture, program_of
 from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.limits import check_elements, check_memory
 from fxgrow.materialise import check_finite, check_readable, materialise_all
 from fxgrow.passes.base import State, run_operation
 from fxgrow.plan import GrowthPlan
@@ -89,6 +90,8 @@ def plan_growth(program: Program, spec: GrowthSpec) -> tuple[GrowthPlan, Program
     for number, operation in enumerate(spec.operations):
         try:
             plan.steps.extend(run_operation(state, operation))
+            for name, tensor in state.tensors.items():
+                check_elements(name, tensor.shape)
         except FxgrowError as error:
             if len(spec.operations) > 1:
                 kind = SpecError if isinstance(error, SpecError) else type(error)
@@ -155,6 +158,7 @@ def grow(
     check_finite(program.tensors)
     with _timed(seconds, "analyse and plan"):
         plan, grown_program = plan_growth(program, parsed)
+    check_memory(_needed(program, grown_program, plan))
     module, tensors = build(program, grown_program, plan, seconds, consume=consume)
     level = verify
     if level == "auto":
@@ -178,6 +182,18 @@ def grow(
 
 
 _verify = verify
+
+
+def _needed(program: Program, grown_program: Program, plan: GrowthPlan) -> dict[torch.device, int]:
+    """Bytes of the grown model's tensors by device; those on meta need none."""
+    needed: dict[torch.device, int] = {}
+    default = next((t.device for t in program.tensors.values()), torch.device("cpu"))
+    for name, tensor in grown_program.tensors.items():
+        source = plan.tensors[name].source
+        device = default if source is None else program.tensor(source).device
+        if device.type != "meta":
+            needed[device] = needed.get(device, 0) + tensor.numel() * tensor.element_size()
+    return needed
 
 
 class _Names(nn.Module):

@@ -54,7 +54,7 @@ def available_bytes(device: torch.device) -> int | None:
         return None
 
 
-def check_units(what: str, old: int, new: int) -> None:
+def check_units(what: str, old: int, new: float) -> None:
     """Whether an axis of ``new`` units can be planned.
 
     Raises:
@@ -65,7 +65,7 @@ def check_units(what: str, old: int, new: int) -> None:
     free = available_bytes(torch.device("cpu"))
     if free is not None and new * _PLANNING_BYTES > free:
         raise SpecError(
-            f"{what} has {old} units; planning {new:,} takes {bytes_in_words(new * _PLANNING_BYTES)}, and "
+            f"{what} has {old} units; planning {new:,.0f} takes {bytes_in_words(new * _PLANNING_BYTES)}, and "
             f"{bytes_in_words(free)} are available"
         )
 

@@ -7,6 +7,7 @@ step's changes to a flat ATen graph. The pass alone can run inside another compi
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,11 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fxgrow.axes.analysis import Axes, analyse, sizes_of
+from fxgrow.axes.analysis import Axes, AxisInfo, analyse, sizes_of
 from fxgrow.axes.expr import axes_of, size_of
 from fxgrow.capture import Program
 from fxgrow.errors import GrowthRefused
+from fxgrow.limits import check_elements, check_memory, check_units
 from fxgrow.plan import Change, DimPlan, Edit, Rescale, Step, TensorPlan, resolve_references
 from fxgrow.spec import Operation
 
@@ -96,6 +98,22 @@ class State:
         program.parameters = _ordered(program.parameters, stack)
         program.buffers = _ordered(program.buffers, stack)
         program.containers = _ordered(program.containers, stack)
+
+    def check_room(self, info: AxisInfo, new: int) -> None:
+        """Whether there is memory for an axis of ``new`` units, from sizes alone: nothing is made yet.
+
+        Raises:
+            SpecError: the axis would have too many units, or the tensors along it do not fit.
+        """
+        check_units(info.name, info.size, new)
+        needed: dict[torch.device, int] = {}
+        for name, dim in {(m.tensor, m.dim) for m in info.members}:
+            tensor, shape = self.program.tensor(name), list(self.tensors[name].shape)
+            shape[dim] += new - info.size  # at least: a product with other axes grows by more
+            check_elements(name, shape)
+            if not tensor.is_meta:
+                needed[tensor.device] = needed.get(tensor.device, 0) + math.prod(shape) * tensor.element_size()
+        check_memory(needed)
 
     def compose(self, name: str, i: int, dim: DimPlan) -> None:
         """Put a dim's map on top of what the tensor's plan has."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import fx
 
 from fxgrow.capture import Program
 from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.limits import check_blocks
 from fxgrow.passes.base import GrowthPass, State, register_pass
 from fxgrow.plan import Change, CloneBlock, Renumber, Step, TensorPlan
 from fxgrow.regenerate import Region, block_regions, stacks_of
@@ -66,14 +67,17 @@ def places(op: Deepen, numbers: list[int], stack: str) -> list[tuple[int, int]]:
         wrong = [a for a in op.after if a not in numbers]
         if wrong:
             raise SpecError(f"{stack} has blocks {numbers[0]} to {numbers[-1]}, no block {wrong[0]}")
+        check_blocks(stack, n, len(op.after))
         return [(a, a) for a in sorted(op.after)]
     if op.factor is not None:
+        check_blocks(stack, n, n * op.factor - n)
         total = round(n * op.factor)
         if abs(total - n * op.factor) > 1e-6:
             raise SpecError(f"{stack} has {n} blocks; factor {op.factor:g} gives {n * op.factor:g}, no whole number")
         extra = total - n
     else:
         assert op.by is not None
+        check_blocks(stack, n, op.by)
         extra = op.by
     if op.order == "append":
         if op.init == "stack":
@@ -124,10 +128,11 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     prefixes = {f"{stack}.{a}": f"{stack}.{b}" for a, b in numbering.items() if a != b}
     tensors = _clone_tensors(state, clones, zeros)
     changes: list[Change] = [*clones, Renumber(prefixes=prefixes)]
-    growth_pass = DeepenPass(step, program)
+    # from the last to the first, so that no clone moves the input of a block that is still to be copied: what is known
+    # of the blocks stays true
     for change in reversed(clones):
-        growth_pass.apply(state.graph, change)
-    growth_pass.apply(state.graph, changes[-1])
+        clone_block(program, state.graph, change, regions)
+    DeepenPass(step, program).apply(state.graph, changes[-1])
     state.rename(lambda name: renamed_path(name, prefixes))
     _add_tensors(state, clones, numbering, tensors)
     state.order_blocks(stack)
@@ -348,9 +353,13 @@ def _temporary(clone: CloneBlock) -> str:
     return f"{clone.stack}.{_NEW}{clone.number}"
 
 
-def clone_block(program: Program, graph: fx.Graph, change: CloneBlock) -> None:
-    """Copy a block's nodes in every call, feed the copy with the output of the block before, and pass its result on."""
-    regions = block_regions(program, graph, change.stack)
+def clone_block(program: Program, graph: fx.Graph, change: CloneBlock, regions: list[Region] | None = None) -> None:
+    """Copy a block's nodes in every call, feed the copy with the output of the block before, and pass its result on.
+
+    ``regions`` are the stack's blocks in the graph as it is; looked up where None.
+    """
+    if regions is None:
+        regions = block_regions(program, graph, change.stack)
     for region in [r for r in regions if r.path == f"{change.stack}.{change.source}"]:
         _clone_region(graph, change, region, [r for r in regions if r.call == region.call])
 
@@ -430,13 +439,12 @@ def renamed_path(name: str, prefixes: dict[str, str]) -> str:
 def _clone_tensors(state: State, clones: list[CloneBlock], zeros: dict[int, list[str]]) -> dict[str, TensorPlan]:
     """Plans of the new blocks' tensors, by their new names."""
     out: dict[str, TensorPlan] = {}
+    sources = _by_block(state.tensors, {f"{c.stack}.{c.source}" for c in clones})
     for i, clone in enumerate(clones):
         old = f"{clone.stack}.{clone.source}"
-        for name, plan in list(state.tensors.items()):
-            if not name.startswith(old + "."):
-                continue
+        for name in sources.get(old, ()):
             new = f"{clone.stack}.{clone.number}{name[len(old) :]}"
-            copied = plan.model_copy(deep=True)
+            copied = state.tensors[name].model_copy(deep=True)
             copied.fresh = clone.init != "stack"
             copied.key = zlib.crc32(new.encode())
             if name in zeros[i]:
@@ -445,32 +453,44 @@ def _clone_tensors(state: State, clones: list[CloneBlock], zeros: dict[int, list
     return out
 
 
+def _by_block(names: Iterable[str], paths: set[str]) -> dict[str, list[str]]:
+    """The names under each of some module paths (the path itself included), in one walk through the names."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        end = len(name)
+        while end > 0:
+            if name[:end] in paths:
+                found.setdefault(name[:end], []).append(name)
+            end = name.rfind(".", 0, end)
+    return found
+
+
 def _add_tensors(
     state: State, clones: list[CloneBlock], numbering: dict[int, int], tensors: dict[str, TensorPlan]
 ) -> None:
     """Enter the new blocks' names, each like those of the block it was copied from, which has its new number by now."""
     program = state.program
     state.tensors.update(tensors)
+    likes = {f"{c.stack}.{numbering[c.source]}" for c in clones}
+
+    def under(table: Iterable[str]) -> dict[str, list[str]]:
+        return _by_block(table, likes)
+
+    tables: list[dict[str, Any]] = [program.parameters, program.buffers, program.requires_grad]
+    tables += [program.containers, program.module_types]
+    theirs = [under(t) for t in tables]
+    persistent, aliases = under(program.persistent), under(program.aliases)
     for clone in clones:
         path = f"{clone.stack}.{clone.number}"
         like = f"{clone.stack}.{numbering[clone.source]}"
-        for table in (program.parameters, program.buffers):
-            table.update({path + n[len(like) :]: t for n, t in list(table.items()) if n.startswith(like + ".")})
-        program.requires_grad.update(
-            {path + n[len(like) :]: r for n, r in list(program.requires_grad.items()) if n.startswith(like + ".")}
-        )
-        program.persistent |= {path + n[len(like) :] for n in program.persistent if n.startswith(like + ".")}
-        for table2 in (program.containers, program.module_types):
-            table2.update(
-                {path + n[len(like) :]: c for n, c in list(table2.items()) if n == like or n.startswith(like + ".")}
-            )
-        program.aliases.update(
-            {
-                path + a[len(like) :]: (path + n[len(like) :] if n.startswith(like + ".") else n)
-                for a, n in list(program.aliases.items())
-                if a.startswith(like + ".")
-            }
-        )
+
+        def moved(name: str, like: str = like, path: str = path) -> str:
+            return path + name[len(like) :] if name.startswith(like + ".") or name == like else name
+
+        for table, names in zip(tables, theirs, strict=True):
+            table.update({moved(n): table[n] for n in names.get(like, ())})
+        program.persistent |= {moved(n) for n in persistent.get(like, ())}
+        program.aliases.update({moved(a): moved(program.aliases[a]) for a in aliases.get(like, ())})
         if clone.gate is not None:
             dtype = next((p.dtype for p in program.parameters.values() if p.is_floating_point()), torch.float32)
             device = next((p.device for p in program.parameters.values()), torch.device("cpu"))

@@ -67,6 +67,7 @@ def plan_extend(state: State, op: Extend) -> list[Step]:
                 f"cannot extend {info.name}: its entries are neither looked up by number nor returned; widen grows it"
             )
         new = new_size(op, info)
+        state.check_room(info, new)
         if new == info.size:
             step.notes.append(f"{info.name} has {new} entries already")
         else:

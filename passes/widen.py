@@ -11,6 +11,7 @@ from torch import fx
 
 from fxgrow.axes.analysis import AxisInfo
 from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.limits import check_units
 from fxgrow.passes.base import GrowthPass, State, apply_edit, apply_rescale, register_pass, update_sizes
 from fxgrow.plan import (
     FILL_CONSTANT,
@@ -59,6 +60,7 @@ def plan_widen(state: State, op: Widen) -> list[Step]:
     )
     for info in infos:
         new = new_size(op, info)
+        state.check_room(info, new)
         if new == info.size:
             step.notes.append(f"{info.name} has {new} units already")
             continue
@@ -84,6 +86,7 @@ def new_size(op: Widen | Extend, info: AxisInfo) -> int:
     else:
         assert op.factor is not None
         exact = info.size * op.factor
+        check_units(info.name, info.size, exact)
         size = round(exact)
         if abs(exact - size) > 1e-6:
             raise SpecError(
