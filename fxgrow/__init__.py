@@ -14,6 +14,7 @@ from fxgrow.errors import (
     ExactnessError,
     FxgrowError,
     GrowthRefused,
+    InputError,
     SpecError,
 )
 from fxgrow.expand import expand
@@ -38,6 +39,7 @@ __all__ = [
     "GrowthRefused",
     "GrowthScheduler",
     "GrowthSpec",
+    "InputError",
     "Insert",
     "Loaded",
     "Noise",

@@ -19,6 +19,7 @@ import os
 import re
 import sysconfig
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,11 +31,14 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental import _config as experimental
 
 from fxgrow.errors import CaptureError
+from fxgrow.guards import Guard, broken, find_guards, settle_sizes, weigh
 from fxgrow.materialise import check_readable
 from fxgrow.memory import Memory, writes
 from fxgrow.structure import describe, take_apart
+from fxgrow.trail import Replica
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Axes
@@ -51,6 +55,7 @@ class Call:
     ``nested`` are the parameters that take a list, tuple or dict of them: each to its structure (see
     :mod:`fxgrow.structure`) and the names of its leaves. ``training`` is the mode it serves, None for both.
     ``sizes`` are those of the tensors, None in dims that may differ from call to call.
+    ``guards`` are the conditions on them under which the graph is the model (see :mod:`fxgrow.guards`).
     ``structure`` describes what it returns where that is no plain tuple, list or dict; the graph then returns leaves.
     """
 
@@ -63,6 +68,7 @@ class Call:
     structure: str | None = None
     nested: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     sizes: dict[str, list[int | None]] = field(default_factory=dict)
+    guards: list[Guard] = field(default_factory=list)
 
     def leaves(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
         """The arguments with nested ones taken apart; None where they are not built like the example's."""
@@ -73,6 +79,14 @@ class Call:
                 return None
             out |= dict(zip(names, found, strict=True))
         return out
+
+    def fits(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        """Whether the graph is for inputs of these shapes, by name."""
+        for name, sizes in self.sizes.items():
+            shape = shapes[name]
+            if len(shape) != len(sizes) or any(s is not None and s != n for s, n in zip(sizes, shape, strict=True)):
+                return False
+        return broken(self.guards, shapes) is None
 
     @property
     def label(self) -> str:
@@ -216,15 +230,19 @@ def capture(
     traces: list[_Trace] = []
     served: list[Call] = []
     reasons: list[str] = []
-    for call, (train, evaluation) in zip(wanted, exported, strict=True):
+    for call, pair in zip(wanted, exported, strict=True):
+        (train, there), (evaluation, here) = pair
         same, reason, flags = _align(train, evaluation)
         if same:
             traces.append((train, flags))
-            served.append(call)
+            served.append(replace(call, guards=list(dict.fromkeys([*there, *here]))))
             continue
         reasons.append(reason)
         traces += [(train, {}), (evaluation, {})]
-        served += [replace(call, training=mode, inputs=[], constants={}, sizes={}) for mode in (True, False)]
+        served += [
+            replace(call, training=mode, inputs=[], constants={}, sizes={}, guards=own)
+            for mode, own in ((True, there), (False, here))
+        ]
     program = _program(model, traces, served)
     program.training, program.mode_reason = was_training, next(iter(reasons), "")
     program.seconds = time.perf_counter() - start
@@ -233,8 +251,8 @@ def capture(
 
 def _exports(
     model: nn.Module, calls: list[Call], dynamic: str
-) -> list[tuple[torch.export.ExportedProgram, torch.export.ExportedProgram]]:
-    """Every call in train and in eval mode; the modules' own modes are put back."""
+) -> list[list[tuple[torch.export.ExportedProgram, list[Guard]]]]:
+    """Every call in train and in eval mode, with its guards; the modules' own modes are put back."""
     modes = {name: m.training for name, m in model.named_modules()}
     was_training = model.training
     exported = []
@@ -247,11 +265,13 @@ def _exports(
             pair = []
             for _ in range(2):
                 with _custom_backwards() as used:
-                    pair.append(_export(model, call.args, call.kwargs, dynamic))
+                    traced = _export(model, call.args, call.kwargs, dynamic)
                 if used:
-                    _check_backward(model, pair[-1], call, used)
+                    _check_backward(model, traced, call, used)
+                guards = find_guards(traced, _user_line)
+                pair.append((traced, weigh(guards, Replica(model, traced, call.args, call.kwargs))))
                 model.eval()
-            exported.append((pair[0], pair[1]))
+            exported.append(pair)
     finally:
         for name, m in model.named_modules():
             m.training = modes[name]
@@ -460,18 +480,33 @@ def _export(
     def one(x: Any) -> dict[int, Any] | None:
         if not isinstance(x, torch.Tensor):
             return None
-        return dict.fromkeys(range(x.dim() if dynamic == "all" else min(x.dim(), 1)), Dim.AUTO)
+        wanted = x.shape if dynamic == "all" else x.shape[:1]
+        return {i: None if size == 1 else Dim.AUTO for i, size in enumerate(wanted)}
 
     def dims(value: Any) -> Any:
         return pytree.tree_map(one, value)
 
-    try:
-        with warnings.catch_warnings(), _quiet(), _named_keywords(model, kwargs):
+    def export(oblivious: bool) -> torch.export.ExportedProgram:
+        # oblivious: sizes are not taken to be at least 2, and an op's own branches leave no guards. What remains is
+        # what the graph's validity hangs on. The setting is local to the thread.
+        with (
+            warnings.catch_warnings(),
+            _quiet(),
+            _named_keywords(model, kwargs),
+            experimental.patch(backed_size_oblivious=oblivious),
+        ):
             warnings.simplefilter("ignore")
             bound = inspect.signature(model.forward).bind(*args, **kwargs)
             shapes = {name: dims(value) for name, value in bound.arguments.items()}
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes or None, strict=False)
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes or None, strict=False)
+            settle_sizes(exported)
+            return exported
+
+    try:
+        return export(True)
     except Exception as error:
+        with contextlib.suppress(Exception):
+            return export(False)
         raise CaptureError(_capture_message(model, error)) from error
 
 
@@ -525,8 +560,6 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
 
 
 def _capture_message(model: nn.Module, error: Exception) -> str:
-    import traceback
-
     text = str(error).strip()
     reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     location = ""
@@ -942,12 +975,20 @@ def _meta(node: fx.Node) -> dict[str, Any]:
         "module_path": path,
         "module_call": calls,
         "source": source_line(node.meta.get("stack_trace") or ""),
+        **{key: node.meta[key] for key in ("sizes", "result_sizes") if key in node.meta},
     }
 
 
 def _clean(path: str) -> str:
     """Module path without the mark of a repeated call (``layer@1``)."""
     return re.sub(r"@\d+", "", path)
+
+
+def _user_line(frame: Any) -> str:
+    """A frame of the user's own code as ``file.py:12: code``, empty for one of a library."""
+    if not isinstance(frame, traceback.FrameSummary) or _library_file(frame.filename):
+        return ""
+    return f"{frame.filename}:{frame.lineno}: {(frame.line or '').strip()}"
 
 
 def source_line(stack_trace: str) -> str:

@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -34,10 +34,11 @@ import fxgrow
 from fxgrow.capture import Call, Program
 from fxgrow.errors import CheckpointError
 from fxgrow.growth import Growth
+from fxgrow.guards import Guard, compile_condition, inputs_of
 from fxgrow.materialise import check_readable
 from fxgrow.plan import GrowthPlan
 from fxgrow.regenerate import code_of, regenerate
-from fxgrow.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name
+from fxgrow.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name, relative
 from fxgrow.structure import check as check_structure
 from fxgrow.verify import Receipt, relative_errors
 
@@ -71,6 +72,7 @@ class CallRecord(_Model):
     structure: str | None = None
     nested: dict[str, tuple[str, list[str]]] = Field(default_factory=dict)
     sizes: dict[str, list[int | None]] = Field(default_factory=dict)
+    guards: list[Guard] = Field(default_factory=list)
     args: Any = None
     kwargs: Any = None
 
@@ -216,6 +218,7 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
     for number, call in enumerate(program.calls):
         record = CallRecord(name=call.name, inputs=call.inputs, training=call.training)
         record.structure, record.nested, record.sizes = call.structure, call.nested, call.sizes
+        record.guards = [replace(g, source=relative(g.source)) for g in call.guards]
         record.constants = {n: encode_value(v, f"input {n}") for n, v in call.constants.items()}
         if examples and not on_meta:
             device = next(iter(tensors.values()), torch.empty(0)).device
@@ -517,7 +520,15 @@ def _read_calls(
                 check_structure(text)
         call = Call(record.name, args, kwargs, list(record.inputs), constants)
         call.training, call.structure, call.nested = record.training, record.structure, dict(record.nested)
-        call.sizes = dict(record.sizes)
+        call.sizes, call.guards = dict(record.sizes), list(record.guards)
+        for guard in call.guards:
+            try:
+                unknown = set(inputs_of(guard.condition)) - set(call.inputs)
+                compile_condition(guard.condition)
+            except ValueError as error:
+                raise CheckpointError(f"{where}: a guard of call {record.name} cannot be read: {error}") from error
+            if unknown:
+                raise CheckpointError(f"{where}: a guard of call {record.name} speaks of {unknown.pop()!r}, no input")
         calls.append(call)
         prefix = f"output.{number}."
         found = sorted((n for n in stored if n.startswith(prefix)), key=lambda n: int(n.rpartition(".")[2]))

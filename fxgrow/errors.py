@@ -11,6 +11,10 @@ class CaptureError(FxgrowError):
     """The model could not be turned into a graph by ``torch.export``."""
 
 
+class InputError(FxgrowError, ValueError):
+    """A module was called with an input that its graph is not for; the message names the input, its size and why."""
+
+
 class SpecError(FxgrowError, ValueError):
     """A spec, a schedule or a name in it is wrong."""
 

@@ -18,6 +18,8 @@ from torch import fx, nn
 
 from fxgrow.axes.analysis import sizes_of
 from fxgrow.capture import Call, Program, matching_calls
+from fxgrow.errors import InputError
+from fxgrow.guards import check_guards, compile_condition, inputs_of
 from fxgrow.structure import rebuild
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -112,11 +114,14 @@ class CallsModule(fx.GraphModule):
             if not found:
                 known = "; ".join(_signature(c) for c in calls)
                 raise TypeError(f"no call with these arguments was captured; captured: {known}")
-            given = calls[found[0]].leaves({**dict(zip(signature, args, strict=False)), **kwargs}) or {}
-            call = calls[found[0]]
+            together = {**dict(zip(signature, args, strict=False)), **kwargs}
+            chosen = found[0]
+            if len(found) > 1:  # sizes decide; where none is for them, the first says why not
+                chosen = next((n for n in found if _fits(calls[n], together)), chosen)
+            call, given = calls[chosen], calls[chosen].leaves(together) or {}
             # a plain value has no default where a tensor comes after it
-            values = {n: given[n] if n in call.inputs else call.constants.get(n) for n in taken[found[0]]}
-            return functions[found[0]](self, **values)
+            values = {n: given[n] if n in call.inputs else call.constants.get(n) for n in taken[chosen]}
+            return functions[chosen](self, **values)
 
         cls.forward = forward
         return code
@@ -125,6 +130,11 @@ class CallsModule(fx.GraphModule):
         out = super().__deepcopy__(memo)
         out.recompile()
         return out
+
+
+def _fits(call: Call, given: Mapping[str, Any]) -> bool:
+    leaves = call.leaves(given) or {}
+    return call.fits({n: leaves[n].shape for n in call.inputs})
 
 
 def _signature(call: Call) -> str:
@@ -168,26 +178,31 @@ def check_size(value: torch.Tensor, sizes: Sequence[int | None], name: str) -> N
     """Sizes that the trace made part of the graph are checked when it runs.
 
     Raises:
-        ValueError: an input has another rank, or another size in a dim that is fixed.
+        InputError: an input has another rank, or another size in a dim that is fixed.
     """
     if len(value.shape) == len(sizes) and all(s is None or s == n for s, n in zip(sizes, value.shape, strict=True)):
         return
     wanted = ", ".join("any" if s is None else str(s) for s in sizes)
-    raise ValueError(
+    raise InputError(
         f"input {name} has shape {tuple(value.shape)}; this graph takes ({wanted}): the model fixed these sizes when "
         "it was captured. Capture it with an example of the other sizes (dims of size 1 are always taken as fixed)"
     )
 
 
 def _check_inputs(graph: fx.Graph, call: Call) -> None:
-    """Check, first of all, the input dims that are numbers in the graph."""
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    for node in reversed(inputs):
-        name = node.meta.get("input", str(node.target))
-        sizes = call.sizes.get(name, [])
-        if any(s is not None for s in sizes):
-            with graph.inserting_after(inputs[-1]):
-                graph.call_function(check_size, (node, list(sizes), name))
+    """Check, first of all, the input dims that are numbers in the graph, and its guards."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    inputs = {n.meta.get("input", str(n.target)): n for n in placeholders}
+    if call.guards:
+        names = list(dict.fromkeys(n for g in call.guards for n in inputs_of(g.condition)))
+        guards = [(g.condition, g.source, g.edge) for g in call.guards]
+        for guard in call.guards:
+            compile_condition(guard.condition)
+        with graph.inserting_after(placeholders[-1]):
+            graph.call_function(check_guards, ([inputs[n] for n in names], names, *guards))
+    for name, sizes in reversed(call.sizes.items()):
+        with graph.inserting_after(placeholders[-1]):
+            graph.call_function(check_size, (inputs[name], list(sizes), name))
 
 
 def _restructure(graph: fx.Graph, structure: str) -> None:

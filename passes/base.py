@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class State:
         work.graph = copy_graph(program.graph)
         work._axes = None
         work.aliases = dict(program.aliases)
+        work.calls = [replace(c) for c in program.calls]
         work.containers = dict(program.containers)
         work.module_types = dict(program.module_types)
         work.persistent = set(program.persistent)

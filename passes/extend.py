@@ -27,6 +27,7 @@ from fxgrow.axes.expr import Axis
 from fxgrow.continuation import recognise
 from fxgrow.errors import GrowthRefused, SpecError
 from fxgrow.extension import Extension, limits, longest, members
+from fxgrow.guards import moved
 from fxgrow.passes.base import GrowthPass, State, register_pass, update_sizes
 from fxgrow.passes.widen import apply_changes, changes_of, new_size
 from fxgrow.plan import FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisGrowth, DimPlan, OutputGrowth, Step
@@ -177,6 +178,8 @@ def _grow(state: State, op: Extend, wanted: _Wanted, run: Extension, outcome: Ou
     step.changed_outputs = sorted({*step.changed_outputs, *run.changed_outputs})
     step.changes.extend(changes)
     apply_changes(state, changes)
+    for call in state.program.calls:
+        call.guards = moved(call.guards, old, new)
     info.axis.size = new
     info.size = new
     update_sizes(axes, axes.uses.get(info.axis.id, []))

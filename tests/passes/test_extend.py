@@ -344,8 +344,13 @@ def test_masks_go_on(name: str) -> None:
     longer(growth, ids(2, N + 9))
 
 
-def test_an_example_of_the_full_length_fixes_it_and_the_refusal_says_so() -> None:
-    model = build(Positions(USES["arange"][0]))
+def test_an_example_of_the_full_length_fixes_nothing() -> None:
+    growth = check(build(Positions(USES["arange"][0])), {"axis": "*/positions", "by": 3}, (ids(3, N),), ((ids(2, 5),),))
+    longer(growth, ids(2, N + 3))
+
+
+def test_a_length_that_the_model_fixes() -> None:
+    model = build(Positions(lambda m, x: m.table(torch.arange(N))))
     refused(model, {"axis": "*/positions", "by": 3}, (ids(3, N),), "capture with a shorter one")
 
 
