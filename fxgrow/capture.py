@@ -632,7 +632,9 @@ def _align(
             dict(node.kwargs), dict(other.kwargs), names, ("kwargs",), differences
         ):
             return False, f"train and eval compute {node.name} from different values", {}
-        if differences and node.op == "call_function":
+        if differences and not all(_is_mode(node, path) for path, _ in differences):
+            return False, f"train and eval give {node.target} different literals", {}
+        if differences:
             flags[node.name] = differences
     if todo:
         return False, "the eval graph is longer than the train graph", {}
@@ -659,14 +661,25 @@ def _through_copies(node: fx.Node) -> fx.Node:
     return node
 
 
+#: arguments that switch or weigh randomness and running statistics: no shape, and no factor of a growth, hangs on them
+_MODES = {"train", "training", "is_train", "use_input_stats", "dropout", "dropout_p", "momentum"}
+
+
+def _is_mode(node: fx.Node, path: tuple[Any, ...]) -> bool:
+    """Whether a literal is one that any value may be put in for; what else differs between modes needs two graphs."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or len(path) != 2:
+        return False
+    name = path[1] if path[0] == "kwargs" else schema.arguments[path[1]].name
+    return name in _MODES or (name == "p" and "dropout" in schema.name)
+
+
 def _counts_batches(node: fx.Node) -> bool:
     """``num_batches_tracked.add_(1)``, the one op that only the train graph of a batch norm has."""
-    return (
-        node.op == "call_function"
-        and str(node.target) == "aten.add_.Tensor"
-        and node.args[1] is not None
-        and bool(node.args[1] == 1)
-    )
+    if node.op != "call_function" or str(node.target) != "aten.add_.Tensor" or node.args[1] != 1 or node.kwargs:
+        return False
+    counter = node.args[0]
+    return isinstance(counter, fx.Node) and counter.op == "placeholder" and not counter.meta["val"].is_floating_point()
 
 
 def _compare(a: Any, b: Any, names: dict[str, str], path: tuple[Any, ...], out: list[tuple[Any, Any]]) -> bool:

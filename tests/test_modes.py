@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fxgrow
 from tests.models import relative_error, trained
@@ -152,3 +154,52 @@ def test_named_calls_and_modes_multiply() -> None:
     for mode in (True, False):
         torch.testing.assert_close(in_mode(module, x, mode), in_mode(model, x, mode), rtol=0, atol=1e-12)
     assert float((module.eval()(x, y) - model(x, y)).detach().abs()) <= 1e-12
+
+
+class Either(nn.Module):
+    """``f`` is given both the layers and the mode."""
+
+    def __init__(self, f: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.out, self.f = nn.Linear(5, 8), nn.Linear(8, 3), f
+        self.register_buffer("calls", torch.zeros(8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self, x)
+
+
+LITERALS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a size": lambda m, x: m.up(x).reshape(x.shape[0], 2 if m.training else 4, -1).amax(1).mean(-1),
+    "a dim": lambda m, x: m.up(x).unflatten(1, (4, 2)).amax(1 if m.training else 2).sum(-1),
+    "a length": lambda m, x: m.up(x).narrow(1, 0, 4 if m.training else 8).amax(-1),
+    "how many": lambda m, x: m.up(x).topk(2 if m.training else 5, -1)[0].sum(-1),
+    "an eps": lambda m, x: m.out(nn.functional.layer_norm(m.up(x), (8,), eps=1e-1 if m.training else 1e-5)),
+    "a scale": lambda m, x: nn.functional.scaled_dot_product_attention(
+        *(m.up(x).unsqueeze(0),) * 2, x.unsqueeze(0), scale=0.5 if m.training else 0.25
+    ).sum(-1),
+    "a divisor": lambda m, x: m.out(m.up(x).relu() / (4 if m.training else 8)),
+    "an exponent": lambda m, x: m.out(m.up(x).relu().pow(3 if m.training else 1)),
+    "one added to floats in train mode alone": lambda m, x: m.out(m.up(x).add_(1) if m.training else m.up(x)),
+    "a float buffer that counts": lambda m, x: m.out(
+        (m.up(x) * m.calls.add_(1) if m.training else m.up(x) * m.calls).tanh()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_a_literal_that_differs_between_the_modes(name: str) -> None:
+    model = trained(Either(LITERALS[name]).double())
+    program = fxgrow.capture(model, (torch.randn(4, 5, dtype=torch.float64),))
+    assert program.mode_reason, "only a mode's own literals share a graph"
+    names = [a.name for a in program.axes if any(str(m) == "up.weight:0" for m in a.members)]
+    assert names
+    for axis, size in itertools.product(names, ({"factor": 2}, {"by": 3})):
+        try:
+            growth = fxgrow.grow(program, {"op": "widen", "axis": axis, **size}, verify=False)
+        except fxgrow.GrowthRefused:
+            assert "by" in size or name in ("a size", "a dim", "a length", "how many", "a float buffer that counts")
+            continue
+        for rows in (4, 7):
+            x = torch.randn(rows, 5, dtype=torch.float64)
+            for mode in (True, False, True):
+                torch.testing.assert_close(in_mode(growth.module, x, mode), in_mode(model, x, mode), rtol=0, atol=1e-12)
