@@ -188,7 +188,7 @@ def weigh(guards: Sequence[Guard], replica: Replica) -> list[Guard]:
 
     kept = list(guards)
     for guard in guards:
-        if not guard.source and " != " in guard.condition:
+        if not guard.source and any(f" {sign} " in guard.condition for sign in ("!=", "<", ">", ">=")):
             others = [g for g in kept if g is not guard]
             if does_not_matter(guard, others):
                 kept = others

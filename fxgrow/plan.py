@@ -9,7 +9,7 @@ Plans round-trip through JSON; index maps are run-length encoded there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -270,7 +270,8 @@ class AxisGrowth(_Model):
 
 
 class Edit(_Model):
-    """Change of a call in the graph: arguments by schema name (node references as {"$node": name}), target."""
+    """Change of a call in the graph: arguments by schema name (node references as {"$node": name}, with
+    "$times" where a dynamic size is multiplied), target."""
 
     kind: Literal["edit"] = "edit"
     node: str
@@ -482,13 +483,15 @@ def node_references(value: Any) -> Any:
     return value
 
 
-def resolve_references(value: Any, nodes: dict[str, Any]) -> Any:
+def resolve_references(value: Any, nodes: dict[str, Any], times: Callable[[Any, int], Any]) -> Any:
+    """The inverse of :func:`node_references`; ``times`` makes the op that multiplies a dynamic size by a number."""
     if isinstance(value, dict) and "$node" in value:
         if value["$node"] not in nodes:
             raise GrowthRefused(f"the graph has no node {value['$node']!r}; the plan belongs to another graph")
-        return nodes[value["$node"]]
+        node = nodes[value["$node"]]
+        return times(node, value["$times"]) if "$times" in value else node
     if isinstance(value, list):
-        return [resolve_references(v, nodes) for v in value]
+        return [resolve_references(v, nodes, times) for v in value]
     return value
 
 

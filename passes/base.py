@@ -7,7 +7,9 @@ step's changes to a flat ATen graph. The pass alone can run inside another compi
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -190,7 +192,8 @@ def apply_edit(graph: fx.Graph, edit: Edit, nodes: dict[str, fx.Node] | None = N
     node = nodes.get(edit.node)
     if node is None:
         raise GrowthRefused(f"the graph has no node {edit.node!r}; the plan belongs to another graph")
-    arguments = {k: resolve_references(v, nodes) for k, v in edit.arguments.items()}
+    times = functools.partial(_times, node)
+    arguments = {k: resolve_references(v, nodes, times) for k, v in edit.arguments.items()}
     if edit.target is not None:
         node.target = operator_named(edit.target)
         node.args, node.kwargs = (), {}
@@ -199,6 +202,16 @@ def apply_edit(graph: fx.Graph, edit: Edit, nodes: dict[str, fx.Node] | None = N
         return
     for name, value in arguments.items():
         set_argument(node, name, value)
+
+
+def _times(before: fx.Node, size: fx.Node, factor: int) -> fx.Node:
+    """A dynamic size times a number, as an op before a node."""
+    with before.graph.inserting_before(before):
+        out = before.graph.call_function(operator.mul, (size, factor))
+    out.meta = {**before.meta, "val": size.meta["val"] * factor}
+    for key in ("sizes", "result_sizes"):
+        out.meta.pop(key, None)
+    return out
 
 
 def apply_rescale(graph: fx.Graph, change: Rescale, nodes: dict[str, fx.Node] | None = None) -> fx.Node:

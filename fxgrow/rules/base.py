@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -233,12 +234,42 @@ class Resize:
         return not same_size(self.new_size(dim), size_of(dim))
 
     def set(self, name: str, value: Any) -> None:
-        """Give an argument a new value."""
+        """Give an argument a new value: numbers, and ops of the graph; a dynamic size becomes the op that gives it.
+
+        Raises:
+            GrowthRefused: no op gives the size.
+        """
         from fxgrow.plan import Edit, node_references
 
         if self.edit is None:
             self.edit = Edit(node=self.node.name, why="size")
-        self.edit.arguments[name] = node_references(value)
+        self.edit.arguments[name] = node_references(self._emitted(value))
+
+    def _emitted(self, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [self._emitted(v) for v in value]
+        if isinstance(value, fx.Node) or not isinstance(value, torch.SymInt | sympy.Basic):
+            return value
+        size = value.node.expr if isinstance(value, torch.SymInt) else value
+        if size.is_Integer:
+            return int(size)
+        for node in reversed(self._before()):
+            known = node.meta.get("val")
+            if isinstance(known, torch.SymInt):
+                times = sympy.cancel(size / known.node.expr)
+                if times.is_Integer:
+                    return node if times == 1 else {"$node": node.name, "$times": int(times)}
+        raise self.refuse(f"a literal of it becomes {size}, a dynamic size that no op gives")
+
+    def _before(self) -> list[fx.Node]:
+        """The nodes of the same call that run before this one."""
+        call, out = self.node.meta.get("call", 0), []
+        for node in self.node.graph.nodes:
+            if node is self.node:
+                break
+            if node.meta.get("call", 0) == call:
+                out.append(node)
+        return out
 
     def retarget(self, target: str, arguments: dict[str, Any]) -> None:
         """Replace the op by another one, with all its arguments."""
@@ -251,11 +282,8 @@ class Resize:
         """The size as a number, or as the op before this one that reads it off a tensor."""
         if is_static(size):
             return int(size)
-        for node in self.node.graph.nodes:
-            if node is self.node:
-                return None
-            same_call = node.meta.get("call", 0) == self.node.meta.get("call", 0)
-            if op_name(node.target) == "aten.sym_size.int" and same_call and same_size(node.meta.get("val"), size):
+        for node in self._before():
+            if op_name(node.target) == "aten.sym_size.int" and same_size(node.meta.get("val"), size):
                 return node
         return None
 

@@ -183,10 +183,8 @@ def _resize_expand(ctx: Resize) -> None:
             continue
         if i >= lead and not is_unit(before[i - lead]):
             sizes[i] = -1
-        elif isinstance(sizes[i], int):
-            sizes[i] = ctx.new_size(dim)
         else:
-            raise ctx.refuse("it is broadcast to a size that is computed while the model runs")
+            sizes[i] = ctx.new_size(dim)
     if sizes != list(ctx.args["size"]):
         ctx.set("size", sizes)
 
@@ -275,8 +273,10 @@ def _resize_repeat(ctx: Resize) -> None:
     lead = len(repeats) - len(before)
     for i, dim in enumerate(after):
         inner = before[i - lead] if i >= lead else UNIT
-        if isinstance(repeats[i], int) and (ctx.changed(dim) or ctx.changed(inner)):
+        if ctx.changed(dim) or ctx.changed(inner):
             repeats[i] = quotient(ctx.new_size(dim), ctx.new_size(inner))
+            if repeats[i] is None:
+                raise ctx.refuse("it is repeated a number of times that is computed while the model runs")
     if repeats != list(ctx.args["repeats"]):
         ctx.set("repeats", repeats)
 
