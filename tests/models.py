@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from examples.gpt.model import GPT, GPTConfig
@@ -59,6 +60,25 @@ def small_cnn(dtype: torch.dtype = torch.float64) -> nn.Module:
         nn.Linear(20, 5),
     ).to(dtype)
     return trained(model)
+
+
+#: how far two runs of the same operations on the same bits may part, relative to their largest value. A matrix product
+#: may order its sum by thread count, alignment and processor; narrow types round after every layer
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Both hold the same, up to :data:`ROUNDING`: what the same operations give for the same bits."""
+    ours, theirs = pytree.tree_leaves(actual), pytree.tree_leaves(expected)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        if isinstance(b, torch.Tensor) and b.is_floating_point():
+            scale = float(b.detach().abs().max()) if b.numel() else 0.0
+            torch.testing.assert_close(a, b, rtol=0, atol=ROUNDING[b.dtype] * scale)
+        elif isinstance(b, torch.Tensor):
+            assert torch.equal(a, b)
+        else:
+            assert a == b
 
 
 def relative_error(old: Callable[..., Any], new: Callable[..., Any], args: tuple[Any, ...]) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxgrow
-from tests.models import relative_error, small_gpt, tokens, trained
+from tests.models import assert_same, relative_error, small_gpt, tokens, trained
 from tests.test_growth import GROWTHS
 
 
@@ -47,8 +47,7 @@ def test_state_is_shared_and_copies_dispatch_too(gpt: Any) -> None:
     }
     x, y = tokens(5)
     again = copy.deepcopy(module)
-    assert torch.equal(again(x)[0], module(x)[0])
-    assert torch.equal(again(x, y)[1], module(x, y)[1])
+    assert_same([again(x)[0], again(x, y)[1]], [module(x)[0], module(x, y)[1]])
     second = fxgrow.grow(module, GROWTHS["stream x2"], calls={"train": (x, y), "generate": (x,)})
     assert relative_error(model, second.module.eval(), (x, y)) <= 1e-12
 

@@ -16,7 +16,7 @@ from fxgrow.axes.analysis import shape_of
 from fxgrow.axes.expr import is_static
 from fxgrow.capture import source_line
 from fxgrow.regenerate import regenerate
-from tests.models import small_cnn, small_gpt, tokens, trained
+from tests.models import assert_same, small_cnn, small_gpt, tokens, trained
 
 
 def rebuilt(program: fxgrow.Program) -> Any:
@@ -46,7 +46,7 @@ def test_one_tensor_passed_twice_is_two_inputs() -> None:
     model = Add()
     x, y = torch.randn(2, 4), torch.randn(2, 4)
     module = rebuilt(fxgrow.capture(model, (x, x)))
-    assert torch.equal(module(x, y), model(x, y))
+    assert_same(module(x, y), model(x, y))
 
 
 def test_what_depends_on_no_input_is_computed_once() -> None:
@@ -70,7 +70,7 @@ def test_what_depends_on_no_input_is_computed_once() -> None:
     assert len(folded) == 1
     torch.testing.assert_close(folded[0].flatten(), 0.5 ** torch.arange(6, dtype=torch.float64))
     assert not any("arange" in str(n.target) for n in program.graph.nodes)
-    assert torch.equal(rebuilt(program)(x), model(x))
+    assert_same(rebuilt(program)(x), model(x))
     assert "constant" not in ", ".join(rebuilt(program).state_dict())
     for request in ({"factor": 2}, {"to": 9}, {"by": 4, "fill": "add"}):
         growth = fxgrow.grow(program, {"op": "widen", "axis": "./hidden", **request})
@@ -92,7 +92,7 @@ def test_train_and_eval_share_one_graph(flash: bool) -> None:
         torch.manual_seed(5)
         expected = model(x, y)[0]
         torch.manual_seed(5)
-        assert torch.equal(module(x, y)[0], expected)
+        assert_same(module(x, y)[0], expected)
     model.train()
     torch.manual_seed(5)
     first = module.train()(x, y)[0]
@@ -120,12 +120,12 @@ def test_batch_norm_updates_its_statistics_in_train_mode_only() -> None:
     model.train()
     module.train()
     for _ in range(2):
-        assert torch.equal(model(x), module(x))
+        assert_same(model(x), module(x))
     module.eval()
     model.eval()
-    assert torch.equal(model(x), module(x))
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, module.state_dict()[name]), name
+    assert_same(model(x), module(x))
+    state = module.state_dict()
+    assert_same([state[name] for name in model.state_dict()], [*model.state_dict().values()])
     assert int(module.state_dict()["1.num_batches_tracked"]) == 2
 
 
@@ -146,7 +146,7 @@ def test_buffers_keep_their_persistence_and_gradients_their_flags() -> None:
     x = torch.randn(3, 4)
     module = rebuilt(fxgrow.capture(model, (x,)))
     assert set(module.state_dict()) == set(model.state_dict())
-    assert torch.equal(module(x), model(x))
+    assert_same(module(x), model(x))
     assert {n: p.requires_grad for n, p in module.named_parameters()} == {
         n: p.requires_grad for n, p in model.named_parameters()
     }
@@ -157,7 +157,7 @@ def test_dynamic_batch_and_sequence() -> None:
     module = rebuilt(fxgrow.capture(model, tokens())).eval()
     for batch, length in ((1, 4), (5, 12), (2, 1)):
         args = tokens(1, batch=batch, length=length)
-        assert torch.equal(module(*args)[0], model(*args)[0])
+        assert_same(module(*args)[0], model(*args)[0])
 
 
 def test_no_grad_regions_stay_without_gradient() -> None:
@@ -174,7 +174,7 @@ def test_no_grad_regions_stay_without_gradient() -> None:
     model = Region()
     x = torch.randn(3, 4)
     module = rebuilt(fxgrow.capture(model, (x,)))
-    assert torch.equal(module(x), model(x))
+    assert_same(module(x), model(x))
     module(x).sum().backward()
     assert module.a.weight.grad is None
     assert module.b.weight.grad is not None
@@ -195,8 +195,7 @@ def test_keyword_arguments_and_named_outputs() -> None:
     module = rebuilt(fxgrow.capture(model, (x,), {"scale": s}))
     a, b = model(x, scale=s), module(x, scale=s)
     assert a.keys() == b.keys()
-    assert torch.equal(a["y"], b["y"])
-    assert torch.equal(a["parts"][1][0], b["parts"][1][0])
+    assert_same(b, a)
 
 
 def test_a_model_that_cannot_be_traced_gives_one_error_with_its_line() -> None:
@@ -343,7 +342,7 @@ def test_a_custom_backward_that_equals_its_forwards_is_measured_and_kept() -> No
         assert torch.equal(before[name][0], t)
         assert before[name][1] == t._version, "the measurement left the model alone"
     x = torch.randn(5, 4)
-    assert torch.equal(module.eval()(x), model.eval()(x))
+    assert_same(module.eval()(x), model.eval()(x))
 
 
 def test_bad_input_is_named() -> None:

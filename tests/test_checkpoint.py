@@ -19,7 +19,7 @@ from fxgrow import checkpoint
 from fxgrow.errors import CheckpointError
 from fxgrow.regenerate import regenerate
 from fxgrow.serialize import decode_size, decode_value, encode_size, encode_value, graph_from_json
-from tests.models import small_cnn, small_gpt, tokens
+from tests.models import ROUNDING, assert_same, small_cnn, small_gpt, tokens
 from tests.zoo.zoo import ZOO
 
 HIDDEN = {"op": "widen", "axis": "*/hidden", "factor": 2}
@@ -65,10 +65,10 @@ def test_round_trip_to_the_bit(grown: tuple[fxgrow.Growth, Path]) -> None:
         for module in (growth.module.train(mode), loaded.module.train(mode)):
             torch.manual_seed(3)  # the same dropout
             outputs.append(module(*batch))
-        assert torch.equal(outputs[0][0], outputs[1][0]) and torch.equal(outputs[0][1], outputs[1][1])
+        assert_same(outputs[1], outputs[0])
     with_dropout, without = loaded.module.train()(*batch)[1], loaded.module.eval()(*batch)[1]
     assert with_dropout != without
-    assert loaded.replay_error() == 0.0
+    assert loaded.replay_error() <= ROUNDING[torch.float32]
     assert growth.module.get_parameter("lm_head.weight").requires_grad
 
 
@@ -92,7 +92,7 @@ def test_loaded_programs_have_the_same_axes_and_grow_the_same(grown: tuple[fxgro
     a, b = (fxgrow.grow(m, spec, tokens()) for m in (growth.module, loaded.module))
     assert equal_states(a.module, b.module) and a.module.code == b.module.code
     assert b.receipt.error_native is not None and b.receipt.error_native < 1e-5
-    assert fxgrow.load(fxgrow.save(b, path)).replay_error() == 0.0, "a checkpoint may be replaced"
+    assert fxgrow.load(fxgrow.save(b, path)).replay_error() <= ROUNDING[torch.float32], "may be replaced"
 
 
 def test_the_weights_of_now_are_saved_and_a_loaded_model_trains_on(grown: tuple[fxgrow.Growth, Path]) -> None:
@@ -167,8 +167,9 @@ def test_several_calls(tmp_path: Path) -> None:
     program = fxgrow.capture(model, calls={"loss": (x, t), "predict": (x,)})
     growth = fxgrow.grow(program, {"op": "widen", "axis": "up.weight:0", "factor": 2})
     loaded = fxgrow.load(fxgrow.save(growth, tmp_path / "c"))
-    assert [c.name for c in loaded.program.calls] == ["loss", "predict"] and loaded.replay_error() == 0.0
-    assert torch.equal(loaded.module(x), growth.module(x)) and torch.equal(loaded.module(x, t), growth.module(x, t))
+    assert [c.name for c in loaded.program.calls] == ["loss", "predict"]
+    assert loaded.replay_error() <= ROUNDING[torch.float32]
+    assert_same([loaded.module(x), loaded.module(x, t)], [growth.module(x), growth.module(x, t)])
     again = fxgrow.capture(loaded.module, calls={"loss": (x, t), "predict": (x,)})
     assert [a.name for a in again.axes] == [a.name for a in growth.program.axes]
 
@@ -180,7 +181,7 @@ def test_dtypes_and_memory_formats(tmp_path: Path, dtype: torch.dtype) -> None:
         model, {"op": "widen", "axis": "4.weight:0", "factor": 2}, (torch.randn(2, 3, 12, 12).to(dtype),)
     )
     loaded = fxgrow.load(fxgrow.save(growth, tmp_path / "c"))
-    assert equal_states(growth.module, loaded.module) and loaded.replay_error() == 0.0
+    assert equal_states(growth.module, loaded.module) and loaded.replay_error() <= ROUNDING[dtype]
     for (name, a), b in zip(growth.module.named_parameters(), loaded.module.parameters(), strict=True):
         assert a.stride() == b.stride(), name
 
@@ -205,7 +206,8 @@ def test_whole_models(tmp_path: Path, name: str) -> None:
             str(b.args),
             str(b.kwargs),
         )
-    assert equal_states(module, loaded.module) and loaded.replay_error() == 0.0
+    dtype = next(module.parameters()).dtype
+    assert equal_states(module, loaded.module) and loaded.replay_error() <= ROUNDING[dtype]
 
 
 def test_gates_and_inserted_layers(tmp_path: Path) -> None:
@@ -215,8 +217,9 @@ def test_gates_and_inserted_layers(tmp_path: Path) -> None:
     spec = [{"op": "insert", "layer": kind, "after": "2"} for kind in ("conv", "batch_norm")]
     inserted = fxgrow.grow(small_cnn(torch.float32), spec, (torch.randn(2, 3, 12, 12),))
     loaded = fxgrow.load(fxgrow.save(inserted, tmp_path / "inserted"))
-    assert equal_states(inserted.module, loaded.module) and loaded.replay_error() == 0.0
-    assert fxgrow.grow(loaded.module, spec, loaded.args).receipt.error_float64 == 0.0
+    assert equal_states(inserted.module, loaded.module) and loaded.replay_error() <= ROUNDING[torch.float32]
+    again = fxgrow.grow(loaded.module, spec, loaded.args).receipt.error_float64
+    assert again is not None and again <= 1e-12
 
 
 def test_private_inputs_can_be_left_out(tmp_path: Path) -> None:
@@ -442,4 +445,4 @@ def test_load_weights(tmp_path: Path, grown: tuple[fxgrow.Growth, Path]) -> None
         checkpoint.load_weights(model, tmp_path / "w.pt")
     bigger = small_gpt(torch.float32, n_layer=4, n_hidden=256, dropout=0.1)
     checkpoint.load_weights(bigger, grown[1])  # the state dict inside a checkpoint folder
-    assert torch.equal(bigger.eval()(*tokens())[0], grown[0].module.eval()(*tokens())[0])
+    assert_same(bigger.eval()(*tokens())[0], grown[0].module.eval()(*tokens())[0])

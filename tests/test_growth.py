@@ -254,7 +254,7 @@ def test_post_norm_blocks_get_a_gate() -> None:
     model = trained(Net().double()).eval()
     args = (torch.randn(5, 8, dtype=torch.float64),)
     growth = fxgrow.grow(model, [{"op": "deepen", "stack": "blocks", "factor": 2}], args)
-    assert relative_error(model, growth.module.eval(), args) == 0.0
+    assert relative_error(model, growth.module.eval(), args) <= 1e-12
     assert {n for n, _ in growth.module.named_parameters() if n.endswith("alpha")} == {
         "blocks.1.alpha",
         "blocks.3.alpha",
@@ -286,7 +286,7 @@ def test_stacks_inside_stages_deepen() -> None:
     model = trained(torch.nn.Sequential(Stage(3, 4), Stage(4, 8)).double()).eval()
     args = (torch.randn(2, 3, 5, 5, dtype=torch.float64),)
     growth = fxgrow.grow(model, [{"op": "deepen", "stack": "*.blocks", "factor": 2}], args)
-    assert relative_error(model, growth.module.eval(), args) == 0.0
+    assert relative_error(model, growth.module.eval(), args) <= 1e-12
     assert {n for n in growth.module.state_dict() if n.endswith("proj.weight")} == {
         f"{s}.blocks.{b}.proj.weight" for s in range(2) for b in range(4)
     }

@@ -133,7 +133,7 @@ def test_growths_chain_and_checkpoints_keep_both_graphs(tmp_path: Path) -> None:
     second = fxgrow.grow(first.module, SPECS["hidden x2"], (x,))
     fxgrow.save(second, tmp_path / "grown")
     loaded = fxgrow.load(tmp_path / "grown")
-    assert loaded.replay_error() == 0.0
+    assert loaded.replay_error() <= 1e-12
     for module in (second.module, loaded.module):
         for mode in (True, False):
             torch.testing.assert_close(in_mode(module, x, mode), in_mode(model, x, mode), rtol=0, atol=1e-12)

