@@ -85,7 +85,7 @@ def test_the_loss_is_that_of_the_next_token_and_the_past_does_not_see_the_future
 
 
 def test_generate_continues_beyond_the_block_size_and_repeats_under_a_seed() -> None:
-    model = GPT(SMALL).eval()
+    model = GPT(SMALL).double().eval()
     first, second = (
         model.generate(tokens(1, 10), 12, top_k=5, generator=torch.Generator().manual_seed(3)) for _ in range(2)
     )
