@@ -11,7 +11,7 @@ import torch
 from fxgrow import kernels
 from fxgrow.errors import FxgrowError, GrowthRefused
 from fxgrow.moments import POWERS, Moment
-from fxgrow.plan import DimPlan, GrowthPlan, TensorPlan
+from fxgrow.plan import DimPlan, GrowthPlan, Stage, TensorPlan
 
 
 def _vector(values: np.ndarray | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -64,35 +64,49 @@ def materialise_tensor(
         GrowthRefused: the source has no values in memory, see :func:`check_readable`.
     """
     if plan.init is not None:
-        return _initial(plan, dtype or torch.get_default_dtype())
+        source = _initial(plan, dtype or torch.get_default_dtype())
     assert source is not None
     check_readable({plan.source or "the source": source})
     source = source.detach().resolve_conj().resolve_neg()
     dtype = dtype or source.dtype
     if plan.zero:
         return torch.zeros(plan.shape, dtype=dtype, device=source.device)
-    dims = plan.dims
+    held: list[int] = []
     if plan.continuation is not None:
-        source = _continued(plan, source)
-        dims = [None if i in plan.continuation.dims else d for i, d in enumerate(dims)]
+        source, held = _continued(plan, source), plan.continuation.dims
+    if not plan.stages:
+        return _materialise_stage(plan, source, held, plan.key, dtype)
+    for number, stage in enumerate(plan.stages):
+        key = (plan.key + number * 0x9E3779B9) % (1 << 32)  # draws of their own
+        source = _materialise_stage(stage, source, held, key, dtype)
+    return source
+
+
+def _materialise_stage(
+    stage: Stage, source: torch.Tensor, held: list[int], key: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The result of one growth; ``held`` are the dims that have their size already."""
+    dims = [None if i in held else d for i, d in enumerate(stage.dims)] or [None] * source.dim()
     maps = [None if d is None else _map(d) for d in dims]
     # the dim whose copies must add up exactly: the last one with shares
     closing = next((i for i in reversed(range(len(maps))) if (m := maps[i]) is not None and m.closes), None)
     spread = 0.0
-    needs_spread = plan.random_std is None and (plan.paired or any(d is not None and d.fill is not None for d in dims))
-    noise = plan.noise
+    needs_spread = stage.random_std is None and (
+        stage.paired or any(d is not None and d.fill is not None for d in dims)
+    )
+    noise = stage.noise
     if (needs_spread or (noise is not None and noise.relative)) and source.numel() > 1 and source.is_floating_point():
         spread = float(source.float().std())
-    random_std = plan.random_std if plan.random_std is not None else spread
+    random_std = stage.random_std if stage.random_std is not None else spread
     kernel_noise = None
-    if noise is not None or plan.paired:
+    if noise is not None or stage.paired:
         scale = 0.0 if noise is None else noise.scale * (spread if noise.relative else 1.0)
         kernel_noise = kernels.Noise(
             kind=noise.kind if noise is not None else "antisymmetric",
             scale=scale,
-            newborn_scale=random_std if plan.paired else 0.0,
+            newborn_scale=random_std if stage.paired else 0.0,
             distribution=noise.distribution if noise is not None else "bytes",
-            seed=noise.seed if noise is not None else plan.random_seed,
+            seed=noise.seed if noise is not None else stage.random_seed,
         )
     if kernel_noise is not None and closing is None and kernel_noise.kind == "antisymmetric":
         kernel_noise = None
@@ -101,12 +115,12 @@ def materialise_tensor(
     return kernels.materialise(
         source,
         [None if m is None else m.split if i == closing else m.scaled for i, m in enumerate(maps)],
-        scale=plan.scale,
+        scale=stage.scale,
         random_std=random_std,
-        random_seed=plan.random_seed,
-        constant=plan.constant,
+        random_seed=stage.random_seed,
+        constant=stage.constant,
         noise=kernel_noise,
-        key=plan.key,
+        key=key,
         dtype=dtype,
     )
 
@@ -138,11 +152,11 @@ def _continued(plan: TensorPlan, source: torch.Tensor) -> torch.Tensor:
 
 
 def _initial(plan: TensorPlan, dtype: torch.dtype) -> torch.Tensor:
-    out = torch.zeros(plan.shape, dtype=dtype, device=plan.device)
+    out = torch.zeros(plan.shape if plan.initial is None else plan.initial, dtype=dtype, device=plan.device)
     if plan.init == "ones":
-        out.fill_(plan.scale)
+        out.fill_(1)
     elif plan.init == "identity":
-        out.copy_(torch.eye(plan.shape[0], dtype=dtype))
+        out.copy_(torch.eye(out.shape[0], dtype=dtype))
     elif plan.init == "dirac":
         torch.nn.init.dirac_(out)
     return out

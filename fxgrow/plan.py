@@ -183,7 +183,25 @@ class Continuation(_Model):
         }[self.kind]
 
 
-class TensorPlan(_Model):
+class Stage(_Model):
+    """One of several growths of a tensor, each applied to the result of the one before: see :class:`TensorPlan`."""
+
+    dims: list[DimPlan | None] = Field(default_factory=list)
+    scale: float = 1.0
+    random_std: float | None = None
+    random_seed: int = 0
+    constant: float = 0.0
+    paired: bool = False
+    noise: NoisePlan | None = None
+
+    def closes(self, dims: Iterable[int], draws: bool) -> bool:
+        """Whether a growth of these dims cannot be another map on top; ``draws``: it scales, or draws noise."""
+        born = {i for i, d in enumerate(self.dims) if d is not None and bool((d.index < 0).any())}
+        constant = any(d is not None and d.fill is not None and FILL_CONSTANT in d.fill for d in self.dims)
+        return self.paired or self.noise is not None or constant or bool(born & set(dims)) or (bool(born) and draws)
+
+
+class TensorPlan(Stage):
     """How one tensor of the grown model is made.
 
     ``new[i, j, ...] = scale * split_0[i] * split_1[j] ... * old[index_0[i], index_1[j], ...]``, newborn entries by
@@ -201,21 +219,19 @@ class TensorPlan(_Model):
         paired: newborn entries that share an id read with weights +z and -z.
         appended: dims whose newborn entries all come after the old ones, and are not seen by old inputs.
         continuation: makes the newborn entries of those dims, instead of the fills.
+        initial: the shape in which ``init`` makes the tensor, before the maps of ``dims``; None: ``shape``.
+        stages: where several growths of the tensor draw noise or fill entries, each of them by itself. They are what
+            the values are made by; ``dims`` and ``scale`` then say the same of old entries, all at once.
     """
 
     source: str | None = None
     shape: list[int]
-    dims: list[DimPlan | None] = Field(default_factory=list)
-    scale: float = 1.0
     gradient_scale: float = 1.0
     zero: bool = False
     fresh: bool = False
     init: Literal["zeros", "ones", "identity", "dirac"] | None = None
-    random_std: float | None = None
-    random_seed: int = 0
-    constant: float = 0.0
-    paired: bool = False
-    noise: NoisePlan | None = None
+    initial: list[int] | None = None
+    stages: list[Stage] = Field(default_factory=list)
     appended: list[int] = Field(default_factory=list)
     continuation: Continuation | None = None
     key: int = 0
@@ -240,6 +256,40 @@ class TensorPlan(_Model):
             for vector in () if dim is None else (dim.index, dim.split, dim.gradient, dim.fill):
                 if vector is not None and len(vector) != size:
                     raise ValueError(f"tensors.{name}.dims.{i}: {len(vector)} entries for the size {size}")
+
+    @property
+    def last(self) -> Stage:
+        """The growth that was added last: what it draws and fills is set here."""
+        return self.stages[-1] if self.stages else self
+
+    def begin(self, dims: Iterable[int], draws: bool) -> None:
+        """A further growth of these dims follows; it becomes a stage of its own where it has to."""
+        if not self.last.closes(dims, draws):
+            return
+        if not self.stages:
+            names = Stage.model_fields
+            self.stages = [Stage(**{n: getattr(self, n) for n in names if n != "dims"}, dims=list(self.dims))]
+            for name in names:
+                if name not in ("dims", "scale"):
+                    setattr(self, name, names[name].default)
+        self.stages.append(Stage(dims=[None] * len(self.shape)))
+
+    def grow(self, i: int, dim: DimPlan, unique: int) -> None:
+        """Put a map of one dim on top; ``unique`` keeps newborn ids apart from those there are."""
+        for layer in (self, self.last) if self.stages else (self,):
+            before = layer.dims[i]
+            layer.dims[i] = dim if before is None else dim.after(before, unique)
+        self.shape[i] = dim.size
+
+    def multiply(self, factor: float) -> None:
+        """Scale what there is."""
+        for layer in (self, self.last) if self.stages else (self,):
+            layer.scale *= factor
+
+    def noiseless(self) -> TensorPlan:
+        """The same without noise."""
+        stages = [s.model_copy(update={"noise": None}) for s in self.stages]
+        return self.model_copy(update={"noise": None, "stages": stages})
 
     @property
     def trivial(self) -> bool:

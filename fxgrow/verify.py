@@ -336,9 +336,7 @@ def _copy(value: Any) -> Any:
 
 
 def _noiseless(plan: GrowthPlan) -> GrowthPlan:
-    return plan.model_copy(
-        update={"tensors": {n: t.model_copy(update={"noise": None}) for n, t in plan.tensors.items()}}
-    )
+    return plan.model_copy(update={"tensors": {n: t.noiseless() for n, t in plan.tensors.items()}})
 
 
 def _has_newborn(plan: TensorPlan) -> bool:

@@ -45,10 +45,9 @@ class State:
         work = copy.copy(program)
         work.graph = copy_graph(program.graph)
         work._axes = None
-        work.aliases = dict(program.aliases)
+        for table in ("parameters", "buffers", "requires_grad", "aliases", "containers", "module_types"):
+            setattr(work, table, dict(getattr(program, table)))
         work.calls = [replace(c) for c in program.calls]
-        work.containers = dict(program.containers)
-        work.module_types = dict(program.module_types)
         work.persistent = set(program.persistent)
         tensors = {
             name: TensorPlan(
@@ -120,10 +119,7 @@ class State:
 
     def compose(self, name: str, i: int, dim: DimPlan) -> None:
         """Put a dim's map on top of what the tensor's plan has."""
-        plan = self.tensors[name]
-        before = plan.dims[i]
-        plan.dims[i] = dim if before is None else dim.after(before, self.next_unique() << 32)
-        plan.shape[i] = dim.size
+        self.tensors[name].grow(i, dim, self.next_unique() << 32)
 
 
 def _ordered(table: dict[str, Any], stack: str) -> dict[str, Any]:

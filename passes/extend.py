@@ -211,9 +211,10 @@ def _plan_rows(state: State, op: Extend, name: str, i: int, axis: Axis, outcome:
     if made.fill is not None:
         # a reader that only meets zeros is as free as a table
         made.fill = np.where((made.index < 0) & (made.fill == FILL_RANDOM), float(code), made.fill)
+    plan.begin([i], draws=False)
     state.compose(name, i, made)
     plan.key = zlib.crc32(name.encode())
-    plan.random_seed = op.seed
+    plan.last.random_seed = op.seed
     if i not in plan.appended:
         plan.appended.append(i)
 
@@ -232,6 +233,8 @@ def _continue_buffers(state: State, runs: list[tuple[_Wanted, Extension]], step:
         node = next(n for n in state.graph.nodes if n.op == "get_attr" and str(n.target) == name)
         along = sorted({*dims, *(plan.continuation.dims if plan.continuation is not None else ())})
         whole = all(state.axes.dims[node][i] is w.info.axis for i, w in dims.items())
+        # copies of a pattern's entries are no pattern
+        whole &= all(plan.dims[i] is None or i in plan.appended for i in along)
         pattern = recognise(state.program.tensor(name), along) if whole and not plan.zero else None
         others = {i for i, d in enumerate(plan.dims) if d is not None and i not in along}
         if pattern is None or others & {pattern.rows, pattern.columns}:

@@ -179,7 +179,14 @@ def _add_layer(state: State, change: InsertLayer, dtype: torch.dtype) -> None:
 
     def new(leaf: str, shape: list[int], init: Any, scale: float = 1.0, dtype_name: str = kind) -> None:
         tensors[f"{change.path}.{leaf}"] = TensorPlan(
-            source=None, shape=shape, init=init, scale=scale, fresh=True, dtype=dtype_name
+            source=None,
+            shape=list(shape),
+            initial=list(shape),
+            dims=[None] * len(shape),
+            init=init,
+            scale=scale,
+            fresh=True,
+            dtype=dtype_name,
         )
 
     if change.layer == "batch_norm":

@@ -161,7 +161,7 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
         step.notes.append(
             "copies are equal and will get equal gradients: add noise, or split: uneven, if they are to part"
         )
-    if op.noise is not None and not any(p.noise is not None for p in state.tensors.values()):
+    if op.noise is not None and not any(state.tensors[m.tensor].last.noise for m in info.members):
         step.notes.append(f"no weight reads {info.name} by itself, so that there is nowhere to put exact noise")
     step.changes.extend(changes)
     apply_changes(state, changes)
@@ -255,8 +255,11 @@ def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> 
             return FILL_ZERO
         return FILL_RANDOM if len(state.tensors[name].shape) > 1 and state.is_parameter(name) else FILL_MEAN
 
-    for member in dict.fromkeys((m.tensor, m.dim) for m in info.members):
-        name, i = member
+    places = dict.fromkeys((m.tensor, m.dim) for m in info.members)
+    draws = op.noise is not None or growth.ids < growth.newborn
+    for name in dict.fromkeys([*(name for name, _ in places), *outcome.scales]):
+        state.tensors[name].begin([i for n, i in places if n == name], draws or name in outcome.scales)
+    for name, i in places:
         plan = state.tensors[name]
         node = next(n for n in state.axes.uses[info.axis.id] if n.op == "get_attr" and str(n.target) == name)
         dim = state.axes.dims[node][i]
@@ -268,25 +271,23 @@ def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> 
             # take an old one's row; by id, so that the two units of a pair take the same
             made.index = np.where(made.index < 0, (-made.index - 1) % plan.shape[i], made.index)
             made.fill = None
+        reads = any(s[0] == name and s[1] == i and s not in outcome.carriers for s in outcome.readers)
+        if op.fan_in == "random" and op.fan_out == "random" and reads and made.fill is not None:
+            made.fill = np.where(made.index < 0, float(FILL_RANDOM), made.fill)
         state.compose(name, i, made)
         plan.key = zlib.crc32(name.encode())
+        stage = plan.last
         if growth.newborn:
-            plan.random_seed = op.seed
+            stage.random_seed = op.seed
         if name in outcome.constants:
-            plan.constant = outcome.constants[name]
-        reads = any(s[0] == name and s[1] == i and s not in outcome.carriers for s in outcome.readers)
+            stage.constant = outcome.constants[name]
         if reads and growth.ids < growth.newborn and growth.ids > 0:
-            plan.paired = True
-        if op.fan_in == "random" and op.fan_out == "random" and reads:
-            dim_of = plan.dims[i]
-            assert dim_of is not None
-            if dim_of.fill is not None:
-                dim_of.fill = dim_of.fill * 0 + FILL_RANDOM
-        if op.noise is not None and plan.dims[i] is not None:
+            stage.paired = True
+        if op.noise is not None:
             on = {"readers": reads, "writers": not reads, "both": True}[op.noise.on]
             copies = growth.copies != 1
             if on and copies and (reads or op.noise.kind == "independent" or op.noise.on != "readers"):
-                plan.noise = NoisePlan(
+                stage.noise = NoisePlan(
                     kind=op.noise.kind if reads else "independent",
                     scale=op.noise.scale,
                     relative=op.noise.relative,
@@ -295,7 +296,7 @@ def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> 
                 )
     for name, (factor, fold) in outcome.scales.items():
         plan = state.tensors[name]
-        plan.scale *= factor
+        plan.multiply(factor)
         if fold:
             plan.gradient_scale /= factor
 
