@@ -34,6 +34,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental import _config as experimental
 
 from fxgrow.errors import CaptureError
+from fxgrow.foreign import Watch, check_backward, check_ops, custom_backwards, in_words
 from fxgrow.guards import Guard, broken, find_guards, settle_sizes, weigh
 from fxgrow.materialise import check_readable
 from fxgrow.memory import Memory, writes
@@ -264,10 +265,11 @@ def _exports(
                 model.train()
             pair = []
             for _ in range(2):
-                with _custom_backwards() as used:
+                with custom_backwards() as used:
                     traced = _export(model, call.args, call.kwargs, dynamic)
+                check_ops(traced.graph, source_line)
                 if used:
-                    _check_backward(model, traced, call, used)
+                    check_backward(model, traced, call.args, call.kwargs, used)
                 guards = find_guards(traced, _user_line)
                 pair.append((traced, weigh(guards, Replica(model, traced, call.args, call.kwargs))))
                 model.eval()
@@ -276,87 +278,6 @@ def _exports(
         for name, m in model.named_modules():
             m.training = modes[name]
     return exported
-
-
-@contextlib.contextmanager
-def _custom_backwards() -> Iterator[set[str]]:
-    """Names of the ``autograd.Function`` subclasses that are called: export keeps their forward, not their backward."""
-    used: set[str] = set()
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch._library"):  # of torch.library.custom_op, which a graph keeps
-            used.add(f"{cls.__module__}.{cls.__qualname__}")
-        return original.__get__(None, cls)(*args, **kwargs)  # a classmethod, written in C from torch 2.14 on
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
-    try:
-        yield used
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-def _check_backward(model: nn.Module, exported: torch.export.ExportedProgram, call: Call, used: set[str]) -> None:
-    """Refuse custom backwards, unless the gradients of the graph measure the same as the model's.
-
-    Raises:
-        CaptureError: they differ, or cannot be measured (meta tensors, reentrant checkpoints).
-    """
-    names = ", ".join(sorted(used))
-    checkpoint = any("CheckpointFunction" in n for n in used)
-    if not checkpoint and not any(t.is_meta for t in pytree.tree_leaves([list(model.parameters()), call.args])):
-        worst = max(_backward_error(model, exported, call, scale) for scale in (1.0, 8.0))
-        if worst <= 1e-4:
-            warnings.warn(
-                f"the model calls the custom autograd function {names}; its backward is replaced by that of its "
-                f"forward, whose gradients differ by {worst:.1e} on the example inputs",
-                stacklevel=3,
-            )
-            return
-    hint = (
-        "; use activation checkpointing with use_reentrant=False, and apply it to the grown module's blocks"
-        if checkpoint
-        else "; register the operation with torch.library.custom_op and register_autograd instead"
-    )
-    raise CaptureError(f"the model calls the custom autograd function {names}, whose backward a graph loses{hint}")
-
-
-def _backward_error(model: nn.Module, exported: Any, call: Call, scale: float) -> float:
-    """Largest relative difference of gradients between model and graph, with all weights times ``scale``.
-
-    Large weights reach the parts of a function that small ones do not, such as where it saturates.
-    """
-    there, here = (_output_gradients(module, call, scale) for module in (exported.module(), model))
-    worst = 0.0 if here else float("inf")
-    for name, g in here.items():
-        other = there.get(name)
-        if g is None or other is None:
-            worst = worst if g is other else float("inf")
-        elif g.numel():
-            error = float((g - other).abs().max()) / max(float(g.abs().max()), 1e-12)
-            worst = max(worst, error if error == error else float("inf"))
-    return worst
-
-
-def _output_gradients(module: nn.Module, call: Call, scale: float) -> dict[str, torch.Tensor | None]:
-    """Gradients of a fixed random combination of the outputs, with one seed for dropout; empty where there are none.
-
-    Runs on copies of the weights and buffers; the module is left alone.
-    """
-    trained = {n for n, p in module.named_parameters() if p.requires_grad}
-    tensors = {n: (p.detach() * scale).requires_grad_(n in trained) for n, p in module.named_parameters()}
-    tensors |= {n: b.detach().clone() for n, b in module.named_buffers()}
-    with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(0)
-        result = torch.func.functional_call(module, tensors, _distinct(call.args), _distinct(call.kwargs))
-        floats = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.requires_grad]
-        if not floats:
-            return {}
-        torch.manual_seed(1)
-        total = sum(((t * torch.randn(t.shape).to(t)).sum() for t in floats), start=torch.zeros(()))
-        names = sorted(trained)
-        found = torch.autograd.grad(total, [tensors[n] for n in names], allow_unused=True)
-    return dict(zip(names, found, strict=True))
 
 
 def _calls(args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: Mapping[str, Any] | None) -> list[Call]:
@@ -494,6 +415,7 @@ def _export(
             _quiet(),
             _named_keywords(model, kwargs),
             experimental.patch(backed_size_oblivious=oblivious),
+            watch,
         ):
             warnings.simplefilter("ignore")
             bound = inspect.signature(model.forward).bind(*args, **kwargs)
@@ -502,12 +424,17 @@ def _export(
             settle_sizes(exported)
             return exported
 
+    watch = Watch(_user_line)
     try:
-        return export(True)
+        exported = export(True)
     except Exception as error:
-        with contextlib.suppress(Exception):
-            return export(False)
-        raise CaptureError(_capture_message(model, error)) from error
+        try:
+            exported = export(False)
+        except Exception:
+            raise CaptureError(watch.reason or _capture_message(model, error)) from error
+    if watch.reason:
+        raise CaptureError(watch.reason)
+    return exported
 
 
 @contextlib.contextmanager
@@ -573,6 +500,8 @@ def _capture_message(model: nn.Module, error: Exception) -> str:
             if not _library_file(file):
                 location = f"\n  at {file}:{line} in {name}: {code.strip()}"
                 break
+    if in_words(text):
+        return f"cannot capture {type(model).__name__}: {in_words(text)}{location}"
     return (
         f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {reason}{location}\n"
         "  The graph must not depend on tensor values; see https://pytorch.org/docs/stable/export.html"
@@ -1065,11 +994,7 @@ def _inline(graph: fx.Graph, owner: fx.GraphModule, node: fx.Node, env: dict[fx.
     """Copy the body of a ``wrap_with_set_grad_enabled`` region in; outputs of a no-grad region are detached."""
     name = str(node.target)
     if "set_grad_enabled" not in name:
-        raise CaptureError(
-            f"the graph contains a region of {name}"
-            + (f" at {source_line(node.meta.get('stack_trace') or '')}" if node.meta.get("stack_trace") else "")
-            + "; put autocast around the model instead of inside it, and export without it"
-        )
+        raise CaptureError(_region(name, source_line(node.meta.get("stack_trace") or "")))
     enabled, body_node, *operands = node.args
     assert isinstance(body_node, fx.Node)
     body = getattr(owner, str(body_node.target))
@@ -1093,6 +1018,17 @@ def _inline(graph: fx.Graph, owner: fx.GraphModule, node: fx.Node, env: dict[fx.
             inner[n] = graph.node_copy(n, lambda x: inner[x])
             inner[n].meta = _meta(n)
     raise CaptureError(f"region {body_node.target} has no output")
+
+
+def _region(name: str, line: str) -> str:
+    """Why a region that a graph runs by a higher-order operator cannot be entered."""
+    at = f" at {line}" if line else ""
+    if "autocast" in name:
+        return (
+            f"the model enters torch.autocast inside forward{at}, which decides dtypes outside the graph; cast by hand "
+            "(x.float(), x.to(dtype)), or leave it out and put autocast around the model"
+        )
+    return f"the model runs {name}{at}, an operator that calls a function of its own; capture the parts around it"
 
 
 class _Region(list):
