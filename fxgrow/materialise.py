@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fxgrow import kernels
+from fxgrow.dtypes import is_fine, same_kind
 from fxgrow.errors import FxgrowError, GrowthRefused
 from fxgrow.moments import POWERS, Moment
 from fxgrow.plan import DimPlan, GrowthPlan, Stage, TensorPlan
@@ -86,6 +87,9 @@ def _materialise_stage(
     stage: Stage, source: torch.Tensor, held: list[int], key: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """The result of one growth; ``held`` are the dims that have their size already."""
+    if source.is_complex():  # real and imaginary parts grow alike
+        stage = stage.model_copy(update={"dims": [*stage.dims, None] if stage.dims else []})
+        return torch.view_as_complex(_materialise_stage(stage, torch.view_as_real(source), held, key, dtype.to_real()))
     dims = [None if i in held else d for i, d in enumerate(stage.dims)] or [None] * source.dim()
     maps = [None if d is None else _map(d) for d in dims]
     # the dim whose copies must add up exactly: the last one with shares
@@ -95,7 +99,7 @@ def _materialise_stage(
         stage.paired or any(d is not None and d.fill is not None for d in dims)
     )
     noise = stage.noise
-    if (needs_spread or (noise is not None and noise.relative)) and source.numel() > 1 and source.is_floating_point():
+    if (needs_spread or (noise is not None and noise.relative)) and source.numel() > 1 and is_fine(source.dtype):
         spread = float(source.float().std())
     random_std = stage.random_std if stage.random_std is not None else spread
     kernel_noise = None
@@ -110,7 +114,7 @@ def _materialise_stage(
         )
     if kernel_noise is not None and closing is None and kernel_noise.kind == "antisymmetric":
         kernel_noise = None
-    if not source.is_floating_point():
+    if not is_fine(source.dtype):
         kernel_noise = None
     return kernels.materialise(
         source,
@@ -175,7 +179,7 @@ def materialise_all(
     Args:
         source: old tensor by old name.
         names: of the grown model's tensors; all of them where None.
-        dtype: for floating-point tensors; each source's own where None.
+        dtype: for tensors of real numbers, complex ones likewise; each source's own where None.
         done: called with a source's name after its last use, so that the caller can free it.
     """
     wanted = list(plan.tensors if names is None else names)
@@ -188,7 +192,7 @@ def materialise_all(
         tensor_plan = plan.tensors[name]
         old = source(tensor_plan.source) if tensor_plan.source is not None else None
         own = old.dtype if old is not None else getattr(torch, tensor_plan.dtype or "float32")
-        yield name, materialise_tensor(tensor_plan, old, dtype=dtype if dtype and own.is_floating_point else own)
+        yield name, materialise_tensor(tensor_plan, old, dtype=same_kind(own, dtype) if dtype else own)
         if tensor_plan.source is not None:
             left[tensor_plan.source] -= 1
             if done is not None and left[tensor_plan.source] == 0:
@@ -227,6 +231,9 @@ def materialise_moment(
             kernels.DimMap(index=torch.from_numpy(np.ascontiguousarray(index)), scale=_vector(factor, torch.float64))
         )
     scale = plan.gradient_scale**of_gradient * plan.scale**of_value
+    if moment.is_complex():
+        parts = torch.view_as_real(moment.detach().resolve_conj())
+        return torch.view_as_complex(kernels.materialise(parts, [*dims, None], scale=scale, dtype=parts.dtype))
     return kernels.materialise(moment.detach(), dims, scale=scale, dtype=moment.dtype)
 
 
@@ -257,8 +264,11 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     """
     bad = []
     for name, t in tensors.items():
-        if t.is_floating_point() and t.device.type != "meta" and not bool(torch.isfinite(t.detach().sum())):
-            count = int((~torch.isfinite(t.detach())).sum())
+        if t.device.type == "meta" or not (t.is_floating_point() or t.is_complex()):
+            continue
+        values = t.detach() if is_fine(t.dtype) else t.detach().float()  # nothing is summed in 8 bits
+        if not bool(torch.isfinite(values.sum())):
+            count = int((~torch.isfinite(values)).sum())
             if count:
                 bad.append(f"{name} ({count} of {t.numel()} values)")
     if bad:

@@ -331,11 +331,15 @@ class Edit(_Model):
 
 
 class Rescale(_Model):
-    """A multiplication by a constant after a node, seen by all its users or by one alone."""
+    """A multiplication by a constant after a node, seen by all its users or by one alone.
+
+    Whole numbers are divided by ``divisor`` instead, which leaves no remainder, so that they stay whole numbers.
+    """
 
     kind: Literal["rescale"] = "rescale"
     node: str
     factor: float
+    divisor: int | None = None
     name: str
     user: str | None = None
     why: str = ""

@@ -35,6 +35,7 @@ from fxgrow.axes.expr import (
     quotient,
     size_of,
 )
+from fxgrow.dtypes import is_fine
 from fxgrow.errors import GrowthRefused
 from fxgrow.memory import returns_what_it_writes, writes
 from fxgrow.plan import FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Edit
@@ -465,6 +466,7 @@ class Grow:
                 for i, x in enumerate(column)
                 if x.site is not None
                 and here.count(x.site) == 1
+                and self._takes_shares(x.site)
                 and x.site not in self.forced
                 and x.site not in self.outcome.carriers
             ]
@@ -495,6 +497,10 @@ class Grow:
         if any(read):
             raise self.refuse("the sum reads part of the axis through a parameter and part through an activation")
         return float(self.uniform_factor(exprs[:1]))
+
+    def _takes_shares(self, site: Site) -> bool:
+        """Whether the entries of a parameter or buffer can be divided among copies."""
+        return is_fine(self.axes.program.tensor(site[0]).dtype)
 
     def uniform_factor(self, exprs: Sequence[Expr]) -> int:
         """How often each term of a sum over these dims is repeated, if all are repeated alike.
@@ -568,6 +574,8 @@ class Grow:
         if site in self.loose:
             self.loose.discard(site)
             self.held.add(site)
+        if content is Content.MEAN and not self._takes_shares(site):
+            raise self.refuse(f"{why}; {site[0]} holds {self.axes.program.tensor(site[0]).dtype}, which has no means")
         if content is Content.MEAN and not self._fills_dim(site):
             raise self.refuse(f"{why}; the mean over a part of a dim of {site[0]} is not a fill that fxgrow has")
         if known is not None:
@@ -632,9 +640,16 @@ class Grow:
                 self.outcome.scales[name] = (before * next(iter(requests.values())), folded or fold)
 
     def rescale_output(self, factor: float) -> None:
-        """Multiply the op's result by a constant: in a literal that follows it, or by a new node."""
+        """Multiply the op's result by a constant: in a literal that follows it, or by a new node.
+
+        Raises:
+            GrowthRefused: the result is of whole numbers, which do not stay what they are.
+        """
         node = self.node
         users = list(node.users)
+        if not _continuous(node):
+            self._check_whole(factor)
+            users = []  # a literal that follows may be a whole number itself
         if len(users) == 1 and users[0].args and users[0].args[0] is node:
             name = op_name(users[0].target)
             literal = users[0].args[1] if len(users[0].args) > 1 else None
@@ -646,6 +661,16 @@ class Grow:
                 return
         self.outcome.rescales[node.name] = self.outcome.rescales.get(node.name, 1.0) * factor
 
+    def _check_whole(self, factor: float) -> None:
+        """Sums of whole numbers over n copies are n-fold, without remainder, as long as none is too large."""
+        dtype = self.node.meta["val"].dtype
+        if abs(round(1 / factor) * factor - 1) > 1e-12:
+            raise self.refuse(f"its result is of whole numbers ({dtype}), which cannot be multiplied by {factor:g}")
+        if dtype is not torch.int64:
+            raise self.refuse(
+                f"it sums whole numbers in {dtype}, which sums over copies may overflow; sum with dtype=torch.int64"
+            )
+
     def rescale_product(self, factor: float, operand: str, biases: Iterable[str]) -> None:
         """Multiply the op's sum of products by a constant, but not the bias that is added to it."""
         if op_name(self.node.target) == "aten.linear.default" and self._fold_into_norm(factor):
@@ -653,6 +678,8 @@ class Grow:
         if not any(isinstance(self.args.get(b), fx.Node) for b in biases):
             self.rescale_output(factor)
             return
+        if not _continuous(self.node):
+            raise self.refuse("a sum of products of whole numbers, to which a bias is added, cannot be rescaled")
         if isinstance(self.args.get("alpha"), int | float):
             self.edit("alpha", self.args["alpha"] * factor)
             return

@@ -615,7 +615,7 @@ def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
         Unsupported: more than four dims that do not merge, or a destination whose last dim is strided.
     """
     computed = job.dtype in FLOATS and not (job.plain and job.source is not None and job.source.dtype == job.dtype)
-    if not computed and job.source is not None and job.source.dtype != job.dtype:
+    if job.source is not None and job.source.dtype != job.dtype and not {job.source.dtype, job.dtype} <= set(FLOATS):
         raise Unsupported("conversion between types that are not floating")
     if out.is_complex() or (not computed and out.element_size() not in (1, 2, 4, 8, 16)) or out.is_quantized:
         raise Unsupported(f"{out.dtype}")

@@ -210,11 +210,22 @@ def _times(before: fx.Node, size: fx.Node, factor: int) -> fx.Node:
     return out
 
 
+def rescale(node: fx.Node, factor: float, name: str, user: str | None = None) -> Rescale:
+    """The change that multiplies a node's value; one of whole numbers is divided."""
+    value = node.meta.get("val")
+    whole = isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
+    divisor = round(1 / factor) if whole else None
+    return Rescale(node=node.name, factor=factor, divisor=divisor, name=name, user=user, why="constant")
+
+
 def apply_rescale(graph: fx.Graph, change: Rescale, nodes: dict[str, fx.Node] | None = None) -> fx.Node:
     """Insert ``node * factor`` after a node and send its users, or the one that is named, there."""
     node = nodes[change.node] if nodes is not None else node_named(graph, change.node)
+    target, args, kwargs = torch.ops.aten.mul.Tensor, (node, change.factor), {}
+    if change.divisor is not None:
+        target, args, kwargs = torch.ops.aten.div.Tensor_mode, (node, change.divisor), {"rounding_mode": "floor"}
     with graph.inserting_after(node):
-        new = graph.create_node("call_function", torch.ops.aten.mul.Tensor, (node, change.factor), {}, name=change.name)
+        new = graph.create_node("call_function", target, args, kwargs, name=change.name)
     new.meta = dict(node.meta)
     new.meta["rescale"] = True
     only = (
@@ -288,6 +299,7 @@ __all__ = [
     "node_named",
     "operator_named",
     "register_pass",
+    "rescale",
     "run_operation",
     "update_sizes",
 ]

@@ -10,9 +10,10 @@ import numpy as np
 from torch import fx
 
 from fxgrow.axes.analysis import AxisInfo
+from fxgrow.dtypes import is_fine
 from fxgrow.errors import GrowthRefused, SpecError
 from fxgrow.limits import check_units
-from fxgrow.passes.base import GrowthPass, State, apply_edit, apply_rescale, register_pass, update_sizes
+from fxgrow.passes.base import GrowthPass, State, apply_edit, apply_rescale, register_pass, rescale, update_sizes
 from fxgrow.plan import (
     FILL_CONSTANT,
     FILL_MEAN,
@@ -206,19 +207,20 @@ def changes_of(state: State, outcome: Outcome, sizes: list[Edit]) -> list[Change
         edit = by_node.setdefault(node, Edit(node=node, why="constant"))
         edit.arguments[argument] = value
     changes: list[Change] = list(by_node.values())
-    taken = {n.name for n in state.graph.nodes}
+    nodes = {n.name: n for n in state.graph.nodes}
+    taken = set(nodes)
     for node, factor in outcome.rescales.items():
         name = f"{node}_scale"
         while name in taken:
             name += "_"
         taken.add(name)
-        changes.append(Rescale(node=node, factor=factor, name=name, why="constant"))
+        changes.append(rescale(nodes[node], factor, name))
     for (user, node), factor in outcome.input_rescales.items():
         name = f"{node}_scale_{user}"
         while name in taken:
             name += "_"
         taken.add(name)
-        changes.append(Rescale(node=node, factor=factor, name=name, user=user, why="constant"))
+        changes.append(rescale(nodes[node], factor, name, user))
     return changes
 
 
@@ -251,7 +253,7 @@ def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> 
             return FILL_MEAN
         if name in outcome.constants:
             return FILL_CONSTANT
-        if not program.tensor(name).is_floating_point():
+        if not is_fine(program.tensor(name).dtype):
             return FILL_ZERO
         return FILL_RANDOM if len(state.tensors[name].shape) > 1 and state.is_parameter(name) else FILL_MEAN
 
@@ -265,7 +267,7 @@ def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> 
         dim = state.axes.dims[node][i]
         made = dim_plan(dim, name, i, info.axis, outcome, carrier_fill)
         contents = {c for site, c in outcome.carriers.items() if site[:2] == (name, i)}
-        table = len(plan.shape) > 1 and not program.tensor(name).is_floating_point()
+        table = len(plan.shape) > 1 and not is_fine(program.tensor(name).dtype)
         if contents == {Content.FREE} and table:
             # a mask or numbers per unit: a row of zeros could be an impossible one (nothing to attend to), so new units
             # take an old one's row; by id, so that the two units of a pair take the same

@@ -151,11 +151,6 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def is_fine(dtype: torch.dtype) -> bool:
-    """Whether a dtype holds real or complex numbers finely enough to be computed with: none of 8 bits or less."""
-    return (dtype.is_floating_point and dtype.itemsize > 1) or dtype.is_complex
-
-
 def op_name(target: Any) -> str:
     """``aten.add.Tensor`` for an op overload, the plain name for a Python builtin."""
     if isinstance(target, torch._ops.OpOverload):
@@ -748,7 +743,6 @@ __all__ = [
     "bound_arguments",
     "factors_of",
     "infos",
-    "is_fine",
     "op_name",
     "parse_pattern",
     "register_rule",

@@ -23,10 +23,11 @@ from torch import Tensor, fx
 from fxgrow.axes.analysis import Axes
 from fxgrow.axes.expr import Axis, Expr, Leaf, Product, is_static, leaves, resolve
 from fxgrow.capture import Program
+from fxgrow.dtypes import is_fine
 from fxgrow.errors import GrowthRefused
-from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Rescale
+from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan
 from fxgrow.propagate import Grow, Outcome, UnequalCopies, dim_plan, size_edits
-from fxgrow.rules.base import RULES, Content, Site, is_fine, op_name
+from fxgrow.rules.base import RULES, Content, Site, op_name
 
 #: largest relative error of a claim that holds, in float64; in a coarser dtype it is that dtype's rounding
 LIMIT = 1e-9
@@ -407,7 +408,7 @@ class _Judge:
         edits: Sequence[Any],
         tensors: Mapping[str, Tensor],
     ) -> list[Tensor]:
-        from fxgrow.passes.base import apply_edit, apply_rescale, copy_graph
+        from fxgrow.passes.base import apply_edit, apply_rescale, copy_graph, rescale
 
         def fill(site: Site) -> int:
             content = run.pinned.get(site, outcome.carriers.get(site, Content.FREE))
@@ -436,10 +437,10 @@ class _Judge:
             apply_edit(graph, Edit(node=node, arguments={argument: value}), nodes)
         names = list(self.results)
         for node, factor in outcome.rescales.items():
-            apply_rescale(graph, Rescale(node=node, factor=factor, name=f"{node}_scale"), nodes)
+            apply_rescale(graph, rescale(nodes[node], factor, f"{node}_scale"), nodes)
             names = [f"{n}_scale" if n == node else n for n in names]
         for (user, node), factor in outcome.input_rescales.items():
-            apply_rescale(graph, Rescale(node=node, factor=factor, name=f"{node}_{user}", user=user), nodes)
+            apply_rescale(graph, rescale(nodes[node], factor, f"{node}_{user}", user), nodes)
         return _execute(graph, grown, names)
 
     def _materialise(self, t: Tensor, dim: int, plan: DimPlan, constant: float) -> Tensor:
@@ -511,7 +512,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if a.is_complex():
         return b.is_complex() and _close(torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj()))
     if not a.is_floating_point():
-        return bool(torch.equal(a, b.to(a.dtype)))
+        return torch.equal(a, b)
     limit = max(LIMIT, 8 * torch.finfo(a.dtype).eps)
     a, b = a.double(), b.double()
     same = (a == b) | (a.isnan() & b.isnan())
@@ -572,6 +573,8 @@ def _compare(dims: Any, axis: Axis, growth: AxisMap, old: Tensor, new: Tensor, f
 
     ``finite``: no operand holds an infinity (a mask does), so that results may not either.
     """
+    if old.dtype != new.dtype:
+        return f"the result is {new.dtype}, and was {old.dtype}"
     if dims is None or len(dims) != old.dim():
         return f"claims {len(dims or [])} dims of a result that has {old.dim()}"
     claims = [_entries(d, axis, growth) for d in dims]

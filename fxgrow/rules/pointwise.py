@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxgrow.axes.expr import UNIT, is_unit
+from fxgrow.dtypes import is_fine
 from fxgrow.rules.base import (
     RULES,
     Content,
@@ -18,7 +19,6 @@ from fxgrow.rules.base import (
     Structural,
     annotate,
     infos,
-    is_fine,
     op_name,
     register_rule,
 )

@@ -27,8 +27,9 @@ class Reduce(Rule):
     """A reduction that growth along the reduced dims may keep exact.
 
     Args:
-        kind: ``mean`` and ``sum`` are linear; ``square`` is a norm; ``extremum`` is unchanged by copies;
-            ``blocked`` does not allow growth along the reduced dims.
+        kind: ``mean`` and ``sum`` are linear; ``count`` is the number of entries that are not zero; ``square`` is a
+            norm; ``extremum`` is unchanged by copies (of truth values: any and all); ``blocked`` does not allow growth
+            along the reduced dims.
     """
 
     def __init__(self, kind: str, operand: str = "self") -> None:
@@ -80,10 +81,10 @@ class Reduce(Rule):
             return
         if not ctx.newborn:
             n = ctx.uniform_factor(grown)
-            if self.kind in ("sum", "square"):
-                ctx.rescale_output(1.0 / n if self.kind == "sum" else n**-0.5)
+            if self.kind != "mean":
+                ctx.rescale_output(n**-0.5 if self.kind == "square" else 1.0 / n)
             return
-        wanted = {"mean": Content.MEAN, "sum": Content.ZERO, "square": Content.ZERO}[self.kind]
+        wanted = Content.MEAN if self.kind == "mean" else Content.ZERO
         if len(grown) != 1 or not ctx.is_factor(grown[0], False):
             raise ctx.refuse("a statistic over a dim of which the growing axis is only a part")
         if self.kind == "mean" and contents == {Content.ZERO}:
@@ -101,10 +102,10 @@ class Reduce(Rule):
         if content in (Content.MEAN, Content.CONST) and self.kind == "mean":
             ctx.uniform_factor(grown)
             return
-        if content is Content.ZERO and self.kind in ("sum", "square"):
+        if content is Content.ZERO and self.kind != "mean":
             n = ctx.uniform_factor(grown)
             if n != 1:
-                ctx.rescale_output(1.0 / n if self.kind == "sum" else n**-0.5)
+                ctx.rescale_output(n**-0.5 if self.kind == "square" else 1.0 / n)
             return
         raise ctx.refuse(f"new units hold {content.value} where {wanted.value} would be exact")
 
@@ -193,13 +194,14 @@ register_rule(["aten.var_mean.correction", "aten.var_mean.dim"], Variance())
 register_rule(["aten.std.correction", "aten.std.dim", "aten.std.default"], Variance(root=True))
 register_rule(["aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim"], Reduce("extremum"))
 register_rule(["aten.max.default", "aten.min.default"], Reduce("extremum"))
+register_rule([f"aten.{n}.{o}" for n in ("any", "all") for o in ("default", "dim", "dims")], Reduce("extremum"))
+register_rule(["aten.count_nonzero.default", "aten.count_nonzero.dim_IntList"], Reduce("count"))
 register_rule(
-    ["aten.argmax.default", "aten.argmin.default", "aten.prod.dim_int", "aten.any.dim", "aten.all.dim"]
+    ["aten.argmax.default", "aten.argmin.default", "aten.prod.dim_int"]
     + ["aten.var_mean.default", *(f"aten.std_mean.{o}" for o in ("correction", "dim", "default"))]
-    + [f"aten.{n}.{o}" for n in ("any", "all") for o in ("default", "dims")]
     + [f"aten.{n}.default" for n in ("logsumexp", "prod", "aminmax", "nansum", "nanmean", "median", "nanmedian")]
     + ["aten.median.dim", "aten.nanmedian.dim", "aten.mode.default", "aten.kthvalue.default"]
-    + ["aten.count_nonzero.default", "aten.count_nonzero.dim_IntList", "aten.quantile.scalar"],
+    + ["aten.quantile.scalar"],
     Reduce("blocked"),
 )
 register_rule(["aten.trapezoid.dx", "aten.trapz.dx"], Reduce("blocked", "y"))

@@ -263,3 +263,12 @@ def test_warnings_are_not_errors_of_ours() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         materialise(torch.ones(4, 4), [None, tiled(4, 8, split=True)], noise=Noise("antisymmetric", 0.1))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float8_e4m3fn])
+def test_copies_that_are_only_converted_to_floats(kind: torch.dtype) -> None:
+    x = torch.tensor([[0, 1], [1, 1], [1, 0]]).to(kind)
+    index = torch.tensor([0, 1, 2, 0])
+    got = materialise(x, [DimMap(index), None], backend="cpu", dtype=torch.float64)
+    assert torch.equal(got, x.double()[index])

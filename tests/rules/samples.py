@@ -84,6 +84,8 @@ for _name in ("mean", "sum"):
     SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4))]
 for _name in ("mean.dim", "sum.dim_IntList", "amax.default", "amin.default"):
     SAMPLES[f"aten.{_name}"] = [S(r(3, 4), [1]), S(r(3, 4), [1], True), S(r(2, 3, 4), [1, 2], True)]
+SAMPLES["aten.sum.dim_IntList"] += [S(b(3, 4), [1]), S(b(3, 4), [1], True, dtype=torch.int32)]
+SAMPLES["aten.sum.default"].append(S(b(3, 4)))
 for _name in ("max.dim", "min.dim", "any.dim", "all.dim", "prod.dim_int", "argmax.default", "argmin.default"):
     SAMPLES[f"aten.{_name}"] = [S(r(3, 4), 1), S(r(3, 4), 0, True)]
 for _name in (

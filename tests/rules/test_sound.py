@@ -173,3 +173,94 @@ def test_an_identity_block_is_zero_behind_linear_ops_only() -> None:
         grown = grow(model, {"operations": [{"op": "deepen", "stack": "blocks", "by": 1}]}, (r(6, 5),), verify=False)
         for x in inputs(6, 5):
             assert torch.allclose(model(x), grown.module(x), rtol=1e-12, atol=1e-12)
+
+
+# results and parameters that are no real numbers --------------------------------------------------------------------
+
+
+def bits(dtype: torch.dtype, *shape: int) -> Tensor:
+    if dtype.is_floating_point or dtype.is_complex:
+        return (2 * r(*shape)).to(dtype)
+    return torch.randint(0, 2 if dtype is torch.bool else 6, shape, generator=torch.Generator().manual_seed(1)).to(
+        dtype
+    )
+
+
+def positive(s: Any, x: Tensor) -> Tensor:
+    return s.up(x) > 0
+
+
+def test_whole_numbers_and_truth_values_stay_what_they_are() -> None:
+    def use(s: Any, x: Tensor) -> tuple[Tensor, ...]:
+        yes = positive(s, x)
+        count = yes.sum(-1)
+        return (
+            *(count, count / 4, count * 3, yes.sum(), s.table[count]),
+            yes.long().cumsum(0).sum(-1, keepdim=True) * -1,
+            torch.count_nonzero(s.up(x).relu(), -1),
+            yes.long() @ s.w.round().long().t(),
+            torch.einsum("bi,oi->bo", s.up(x).round().long(), s.numbers),
+            torch.tensordot(yes.long(), s.numbers, dims=([1], [1])),
+            *(yes.any(-1), yes.all(-1, keepdim=True), (s.up(x) > 9).any()),
+            yes.double().mean(-1),
+        )
+
+    for operation in (DOUBLE, FACTOR_3):
+        check_exact(Odd(use, numbers=bits(torch.int64, 3, 8), table=r(9, 4)), operation)
+
+
+def test_whole_numbers_that_cannot_be_divided_are_refused() -> None:
+    def biased(s: Any, x: Tensor) -> Tensor:
+        return torch.addmm(s.bias, positive(s, x).long(), s.w.round().long().t())
+
+    check_refused(Odd(biased, bias=bits(torch.int64, 3)), DOUBLE, "whole numbers, to which a bias is added")
+    narrow = Odd(lambda s, x: positive(s, x).sum(-1, dtype=torch.uint8))
+    check_refused(narrow, DOUBLE, r"sums whole numbers in torch.uint8.*overflow.*dtype=torch.int64")
+
+
+KINDS = [torch.bool, torch.int8, torch.int64, torch.uint16, torch.float8_e4m3fn, torch.bfloat16, torch.complex64]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_buffer_of_any_dtype_grows_or_is_refused(kind: torch.dtype) -> None:
+    """Read, multiplied, added, and under norms that need new entries of one value."""
+
+    def seen(s: Any, x: Tensor) -> Tensor:
+        return (s.q.real if s.q.is_complex() else s.q).to(x.dtype)
+
+    def use(s: Any, x: Tensor) -> tuple[Tensor, ...]:
+        h, q, size = torch.tanh(s.up(x)), seen(s, x), s.up.weight.shape[:1]
+        normed = F.rms_norm(h + q[0], size, eps=1e-6)
+        return F.linear(h, q), s.out(h * q[1]), s.out(normed)
+
+    model = Odd(use, q=bits(kind, 3, 8))
+    for operation in (FACTOR_3, ADDED):
+        grown = check_exact(model, operation)
+        assert grown.q.dtype is kind
+    if kind.itemsize == 1 or not (kind.is_floating_point or kind.is_complex):
+        centred = Odd(lambda s, x: s.out(F.layer_norm(s.up(x) + seen(s, x)[0], (8,))), q=bits(kind, 3, 8))
+        check_refused(centred, ADDED, "q holds torch.* which has no means")
+
+
+def test_complex_parameters_take_shares_and_noise() -> None:
+    def rotate(s: Any, x: Tensor) -> Tensor:
+        return torch.view_as_real((s.up(x) * (1 + 0j)) @ s.turn.t()).flatten(-2)
+
+    model = Odd(rotate, turn=bits(torch.complex128, 3, 8))
+    model.turn = nn.Parameter(model.turn.clone())
+    noisy = {**DOUBLE, "noise": {"kind": "antisymmetric", "scale": 0.1, "seed": 1}}
+    for operation in (DOUBLE, {**DOUBLE, "split": "uneven"}, MORE, ADDED, noisy):
+        grown = check_exact(model, operation)
+        assert grown.turn.is_complex()
+        assert torch.allclose(grown.turn[:, 1] + (0 if "by" in operation else grown.turn[:, 9]), model.turn[:, 1]) or (
+            operation is MORE
+        )
+    assert not torch.equal(check_exact(model, noisy).turn[:, 1], model.turn[:, 1] / 2)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.complex64])
+def test_values_that_are_not_finite_are_found_in_every_dtype(kind: torch.dtype) -> None:
+    broken = bits(kind, 8)
+    broken[2] = float("nan")
+    model = Odd(lambda s, x: s.out(s.up(x) * (s.q.real if s.q.is_complex() else s.q.to(x.dtype))), q=broken)
+    check_refused(model, DOUBLE, r"NaN or infinite.*q \(1 of 8 values\)")
