@@ -9,6 +9,7 @@ import torch
 from reasons import explained
 from samples import SAMPLES
 
+from fxgrow.errors import GrowthRefused
 from fxgrow.passes.base import operator_named
 from fxgrow.rules import RULES
 from fxgrow.rules.base import Content, Pattern, Pointwise, Structural, parse_pattern, register_rule
@@ -18,7 +19,7 @@ from fxgrow.rules.judge import Sample, check, unjudged
 def exists(name: str) -> bool:
     try:
         operator_named(name)
-    except AttributeError:
+    except GrowthRefused:
         return False
     return True
 
