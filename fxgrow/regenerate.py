@@ -20,6 +20,7 @@ from fxgrow.axes.analysis import sizes_of
 from fxgrow.capture import Call, Program, matching_calls
 from fxgrow.errors import InputError
 from fxgrow.guards import check_guards, compile_condition, inputs_of
+from fxgrow.rules.base import implied_arguments, set_argument
 from fxgrow.structure import rebuild
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -233,6 +234,8 @@ def _clean(graph: fx.Graph, double: bool) -> fx.Graph:
                     devices[call] = _device_node(out, new, env.values(), call)
                 new.kwargs = {**new.kwargs, "device": devices[call]}
             if double:
+                for name, value in implied_arguments(node).items():  # as in the model's own dtype
+                    set_argument(new, name, value)
                 new.args = fx.map_arg(new.args, lambda n: n)
                 new.args = _to_double(new.args)
                 new.kwargs = _to_double(new.kwargs)

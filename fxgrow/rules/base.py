@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +123,9 @@ class Rule:
     #: True where the op only moves or copies elements, or mixes them along dims that do not grow.
     moves = False
 
+    #: Arguments that the op chooses by the dtype of its first tensor where they are left at None: the value by dtype.
+    implied: Mapping[str, Callable[[torch.dtype], float]] = {}
+
     def linear(self, node: fx.Node) -> bool:
         """Whether this call is linear in its operands of real or complex numbers, all of them taken together.
 
@@ -186,6 +189,20 @@ def bound_arguments(node: fx.Node) -> dict[str, Any]:
         else:
             out[arg.name] = arg.default_value if arg.has_default_value() else None
     return out
+
+
+def implied_arguments(node: fx.Node) -> dict[str, float]:
+    """The arguments of a call that are left to the op, which chooses them by dtype, and what it chooses.
+
+    Whatever changes such an argument, or the dtype that the call computes in, has to start from these values.
+    """
+    rule = RULES.get(op_name(node.target)) if node.op == "call_function" else None
+    if rule is None or not rule.implied:
+        return {}
+    given, dtype = bound_arguments(node), node.all_input_nodes[0].meta["val"].dtype
+    if not dtype.is_floating_point:
+        return {}
+    return {name: value(dtype) for name, value in rule.implied.items() if given.get(name) is None}
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
@@ -741,6 +758,7 @@ __all__ = [
     "Structural",
     "annotate",
     "bound_arguments",
+    "implied_arguments",
     "factors_of",
     "infos",
     "op_name",

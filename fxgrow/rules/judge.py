@@ -11,6 +11,7 @@ than needed. The facts that a rule states of its op (that a call is linear, say)
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from fxgrow.dtypes import is_fine
 from fxgrow.errors import GrowthRefused
 from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan
 from fxgrow.propagate import Grow, Outcome, UnequalCopies, dim_plan, size_edits
-from fxgrow.rules.base import RULES, Content, Site, op_name
+from fxgrow.rules.base import RULES, Content, Site, implied_arguments, op_name, set_argument
 
 #: largest relative error of a claim that holds, in float64; in a coarser dtype it is that dtype's rounding
 LIMIT = 1e-9
@@ -158,8 +159,12 @@ def _exported(f: Callable[..., Any], sample: Sample) -> tuple[fx.Graph, dict[str
     return graph, tensors, results
 
 
-def _call(node: fx.Node, operands: Mapping[fx.Node, Any]) -> Any:
-    """One op on other values of its operands."""
+def _call(node: fx.Node, operands: Mapping[fx.Node, Any], given: Mapping[str, Any] | None = None) -> Any:
+    """One op on other values of its operands, with some arguments given."""
+    if given:
+        node = fx.Graph().node_copy(node, lambda n: n)
+        for name, value in given.items():
+            set_argument(node, name, value)
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _fresh(operands[n]))
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -302,6 +307,8 @@ class _Judge:
                 continue
             if rule.linear(node):
                 self._check_linear(node)
+            if rule.implied:
+                self._check_implied(node)
 
     def _check_linear(self, node: fx.Node) -> None:
         first, second = self._operands(node), self._operands(node)
@@ -313,6 +320,22 @@ class _Judge:
                 self._fact_wrong(node, "said to be linear, and is not")
             if not _real_or_complex(z) and not torch.equal(x, z):
                 self._fact_wrong(node, "said to be linear, with a result that counts and depends on values")
+
+    def _check_implied(self, node: fx.Node) -> None:
+        """Spelled out or not, in every dtype, for small numbers, large ones, and ones that are not finite."""
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            for size in (1e-4, 1e4, math.inf):
+                operands = {
+                    n: (v * size).to(dtype) if _real_or_complex(v) else v for n, v in self._operands(node).items()
+                }
+                for n in operands:
+                    n.meta["val"] = operands[n]
+                implied = implied_arguments(node)
+                (left,), (spelled,) = _tensors(_call(node, operands)), _tensors(_call(node, operands, implied))
+                if not torch.equal(left.nan_to_num(), spelled.nan_to_num()):
+                    self._fact_wrong(node, f"in {dtype} its arguments are not {implied} where they are left out")
+        for n, v in self._operands(node).items():
+            n.meta["val"] = v
 
     def _operands(self, node: fx.Node) -> dict[fx.Node, Any]:
         """The values of a node's operands, for the sample."""

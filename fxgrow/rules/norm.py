@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from fxgrow.axes.expr import UNIT, Concat, Conflict, Expr, is_unit, resolve
-from fxgrow.rules.base import Content, Dims, Info, Pattern, Rule, annotate, infos, register_rule
+from fxgrow.rules.base import Content, Dims, Info, Pattern, Rule, annotate, implied_arguments, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -24,8 +24,8 @@ class LastDimsNorm(Rule):
     eta^2 = k d / d', the weight is scaled by eta and eps by eta^2, and newborn entries normalise to zero.
     """
 
-    def __init__(self, needed: Content, eps_default: bool = False) -> None:
-        self.needed, self.eps_default = needed, eps_default
+    def __init__(self, needed: Content, implied: Mapping[str, Callable[[torch.dtype], float]] | None = None) -> None:
+        self.needed, self.implied = needed, implied or {}
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         dims = ctx.dims("input")
@@ -68,8 +68,9 @@ class LastDimsNorm(Rule):
         return out
 
     def _eps(self, ctx: Grow) -> float:
-        eps = ctx.args.get("eps")
-        return float(eps) if eps is not None else float(torch.finfo(ctx.node.meta["val"].dtype).eps)
+        eps = implied_arguments(ctx.node).get("eps", ctx.args.get("eps"))
+        assert eps is not None
+        return float(eps)
 
     def resize(self, ctx: Any) -> None:
         dims = ctx.dims(ctx.args["input"])
@@ -91,7 +92,14 @@ def _normalised(info: Info, zero: bool) -> Info:
 
 
 register_rule("aten.layer_norm.default", LastDimsNorm(Content.MEAN))
-register_rule("aten.rms_norm.default", LastDimsNorm(Content.ZERO))
+
+
+def _eps_of_sums(dtype: torch.dtype) -> float:
+    """Half precision is summed in float32, and takes its eps."""
+    return torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
+
+
+register_rule("aten.rms_norm.default", LastDimsNorm(Content.ZERO, implied={"eps": _eps_of_sums}))
 
 
 class BatchNorm(Pattern):

@@ -91,8 +91,16 @@ class Difference(Sum):
 
 ZERO = (
     "relu gelu silu tanh neg abs sin sinh asinh atan erf sign leaky_relu elu selu celu mish hardswish square expm1 "
-    "relu6 rad2deg deg2rad frac tan softshrink hardshrink nan_to_num angle special_i1 special_i1e special_bessel_j1"
+    "relu6 rad2deg deg2rad frac tan softshrink hardshrink angle special_i1 special_i1e special_bessel_j1"
 )
+
+
+class NanToNum(Pointwise):
+    """Infinities become the largest numbers of the dtype, where nothing else is said."""
+
+    implied = {"posinf": lambda dtype: torch.finfo(dtype).max, "neginf": lambda dtype: torch.finfo(dtype).min}
+
+
 FREE = (
     "sigmoid exp exp2 cos cosh softplus hardsigmoid log_sigmoid sgn round floor ceil trunc logical_not bitwise_not "
     "isnan isinf isfinite isposinf isneginf isreal signbit sinc i0 erfc special_i0e special_ndtr special_log_ndtr "
@@ -103,6 +111,7 @@ DOMAIN = "log log2 log10 log1p rsqrt sqrt reciprocal acos asin acosh atanh erfin
 for _name in ZERO.split():
     _affine = _name in ("neg", "rad2deg", "deg2rad")
     register_rule(_with_in_place(_name), Pointwise(zero=True, mean=_affine))
+register_rule(_with_in_place("nan_to_num"), NanToNum(zero=True))
 for _name in FREE.split():
     register_rule(_with_in_place(_name), Pointwise())
 for _name in DOMAIN.split():

@@ -65,6 +65,13 @@ def test_the_judge_finds_a_rule_that_is_wrong(
     assert any(complaint in f.detail for f in report.wrong), report
 
 
+def test_the_judge_finds_a_rule_that_is_wrong_about_what_an_op_implies(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {"eps": lambda dtype: torch.finfo(dtype).eps}  # half precision takes float32's
+    monkeypatch.setattr(RULES["aten.rms_norm.default"], "implied", wrong)
+    report = check("aten.rms_norm.default", [Sample(r(3, 4), [4])])
+    assert {f.detail.partition(" its")[0] for f in report.wrong} == {"in torch.bfloat16", "in torch.float16"}
+
+
 @pytest.mark.parametrize(
     ("op", "sample"),
     [

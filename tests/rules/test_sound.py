@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxgrow import GrowthRefused, grow
+from fxgrow.rules.base import bound_arguments
 from tests.models import trained
 
 DOUBLE, FACTOR_3 = {"factor": 2}, {"factor": 3}
@@ -264,3 +265,48 @@ def test_values_that_are_not_finite_are_found_in_every_dtype(kind: torch.dtype) 
     broken[2] = float("nan")
     model = Odd(lambda s, x: s.out(s.up(x) * (s.q.real if s.q.is_complex() else s.q.to(x.dtype))), q=broken)
     check_refused(model, DOUBLE, r"NaN or infinite.*q \(1 of 8 values\)")
+
+
+# constants that an op chooses by dtype ------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """A stream of 8 under RMS norms that leave eps to the op: the module, the function without a weight, and scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.norm, self.out = nn.Linear(5, 8), nn.RMSNorm(8), nn.Linear(8, 3)
+        trained(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x) * 1e-3
+        return self.out(self.norm(h) + F.rms_norm(h, (h.shape[-1],)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("operation", [{"by": 4}, ADDED])
+def test_a_norm_without_eps_keeps_the_one_of_its_dtype(dtype: torch.dtype, operation: dict[str, Any]) -> None:
+    """Compared with the op's own arithmetic in float64, at the eps that the op has in the model's dtype."""
+    model = Normed().to(dtype)
+    spec = {"operations": [{"op": "widen", "axis": "up.weight:0", **operation}]}
+    grown = grow(model, spec, (r(6, 5).to(dtype),), verify=False).module
+    eps = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
+    old = 8
+    new = old + operation["by"]
+    found = [bound_arguments(n)["eps"] for n in grown.graph.nodes if "rms_norm" in str(n.target)]
+    assert found == [pytest.approx(eps * old / new, rel=1e-12)] * 2
+    for x in inputs(6, 5):
+        x = (x + 0.1).to(dtype)
+        with torch.no_grad():
+            a, b = model(x).double(), grown(x).double()
+        assert float((a - b).abs().max()) <= 16 * torch.finfo(dtype).eps * float(a.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_receipt_in_float64_holds_the_eps_of_the_models_dtype(dtype: torch.dtype) -> None:
+    receipt = grow(
+        Normed().to(dtype), {"operations": [{"op": "widen", "axis": "up.weight:0", "by": 4}]}, (r(6, 5).to(dtype),)
+    ).receipt
+    assert receipt.error_float64 is not None
+    assert receipt.error_float64 < 1e-12
