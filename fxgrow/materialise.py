@@ -71,7 +71,7 @@ def materialise_tensor(
     source = source.detach().resolve_conj().resolve_neg()
     dtype = dtype or source.dtype
     if plan.zero:
-        return torch.zeros(plan.shape, dtype=dtype, device=source.device)
+        return torch.full(plan.shape, plan.level, dtype=dtype, device=source.device)
     held: list[int] = []
     if plan.continuation is not None:
         source, held = _continued(plan, source), plan.continuation.dims

@@ -99,7 +99,7 @@ class Memory:
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        self._place = {node: i for i, node in enumerate(graph.nodes)}
+        self.place = {node: i for i, node in enumerate(graph.nodes)}
         self._parent: dict[fx.Node, fx.Node] = {}
         self._whole: dict[fx.Node, fx.Node] = {}
         self._groups: dict[fx.Node, list[fx.Node]] = {}
@@ -140,7 +140,7 @@ class Memory:
     def written(self, node: fx.Node, before: fx.Node | None = None) -> bool:
         """Whether any op may write into the memory of ``node``, or any that runs before another one."""
         found = self.writers(node)
-        return bool(found) and (before is None or self._place[found[0]] < self._place[before])
+        return bool(found) and (before is None or self.place[found[0]] < self.place[before])
 
     def __iter__(self) -> Iterator[list[fx.Node]]:
         return iter(self._groups.values())

@@ -212,6 +212,7 @@ class TensorPlan(Stage):
         shape: of the new tensor.
         scale, gradient_scale: factor of the values, and of the gradients on top of the dims' own.
         zero: the tensor is all zeros whatever its source holds (last projections of an identity block).
+        level: what such a tensor holds instead of zeros: -1 for the weight w of a norm that multiplies by 1 + w.
         fresh: it belongs to an inserted block or layer, so that its optimizer state starts empty.
         random_std: standard deviation of random newborn entries; None: the source's own.
         random_seed: of random newborn entries.
@@ -228,6 +229,7 @@ class TensorPlan(Stage):
     shape: list[int]
     gradient_scale: float = 1.0
     zero: bool = False
+    level: float = 0.0
     fresh: bool = False
     init: Literal["zeros", "ones", "identity", "dirac"] | None = None
     initial: list[int] | None = None

@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import fx
 from fxgrow.capture import Program
 from fxgrow.errors import GrowthRefused, SpecError
 from fxgrow.limits import check_blocks
+from fxgrow.memory import Memory, writes
 from fxgrow.passes.base import GrowthPass, State, register_pass
+from fxgrow.passes.identity import IDEMPOTENT, Identity, Values, merged, same_value
 from fxgrow.plan import Change, CloneBlock, Renumber, Step, TensorPlan
 from fxgrow.regenerate import Region, block_regions, stacks_of
-from fxgrow.rules.base import RULES, Pointwise, bound_arguments, op_name
+from fxgrow.rules.base import op_name
 from fxgrow.spec import Deepen
 
 
@@ -96,23 +99,23 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     if not new_blocks:
         step.notes.append(f"{stack} keeps its {len(numbers)} blocks")
         return
-    regions = block_regions(program, state.graph, stack)
+    blocks = _Blocks(program, state.graph, stack, block_regions(program, state.graph, stack), Memory(state.graph))
     numbering: dict[int, int] = {}
     order: list[tuple[int, int | None]] = []  # (old number, number in new_blocks)
     for number in numbers:
         order.append((number, None))
         order += [(source, i) for i, (source, after) in enumerate(new_blocks) if after == number]
     clones: list[CloneBlock] = []
-    zeros: dict[int, list[str]] = {}
+    zeros: dict[int, Values] = {}
     for position, (number, i) in enumerate(order):
         if i is None:
             numbering[number] = numbers[0] + position
             continue
         source, after = new_blocks[i]
         try:
-            init, zeroed = _identity_everywhere(state.graph, regions, f"{stack}.{source}", op.init, stack)
+            init, zeroed = blocks.identity(source, after, op.init)
         except GrowthRefused as refusal:
-            raise GrowthRefused(f"{refusal}{_other_blocks(state.graph, regions, numbers, op.init, stack)}") from None
+            raise GrowthRefused(f"{refusal}{blocks.others(numbers, op.init)}") from None
         new_number = numbers[0] + position
         zeros[len(clones)] = zeroed
         clones.append(
@@ -131,7 +134,7 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     # from the last to the first, so that no clone moves the input of a block that is still to be copied: what is known
     # of the blocks stays true
     for change in reversed(clones):
-        clone_block(program, state.graph, change, regions)
+        clone_block(program, state.graph, change, blocks.regions)
     DeepenPass(step, program).apply(state.graph, changes[-1])
     state.rename(lambda name: renamed_path(name, prefixes))
     _add_tensors(state, clones, numbering, tensors)
@@ -140,35 +143,102 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     state.structure_changed()
 
 
-def _other_blocks(graph: fx.Graph, regions: list[Region], numbers: list[int], init: str, stack: str) -> str:
-    """The blocks of the stack that a copy could be made of, in words."""
-    able = []
-    for number in numbers:
-        with contextlib.suppress(GrowthRefused):
-            _identity_everywhere(graph, regions, f"{stack}.{number}", init, stack)
-            able.append(number)
-    return f"\n(blocks of {stack} that can be copied: use `after: {able}`, or some of them)" if able else ""
+@dataclass
+class _Blocks:
+    """The blocks of one stack, in every captured call."""
+
+    program: Program
+    graph: fx.Graph
+    stack: str
+    regions: list[Region]
+    memory: Memory
+    found: dict[tuple[int, int], tuple[Any, Values]] = field(default_factory=dict)
+
+    def identity(self, source: int, after: int, init: str) -> tuple[Any, Values]:
+        """How a copy of one block, placed after another, is the identity in every call: the kind, and what to set.
+
+        Raises:
+            GrowthRefused: the block is not one piece of the graph, or there is no identity of the kind asked for.
+        """
+        if (source, after) not in self.found:
+            self.found[source, after] = self._identity(source, after, init)
+        return self.found[source, after]
+
+    def _identity(self, source: int, after: int, init: str) -> tuple[Any, Values]:
+        path = f"{self.stack}.{source}"
+        mine = [r for r in self.regions if r.path == path]
+        ran = {
+            n.meta.get("call", 0)
+            for n in self.graph.nodes
+            if n.op == "call_function" and (n.meta.get("module_path", "") + ".").startswith(path + ".")
+        }
+        if not mine or {r.call for r in mine} != ran:
+            raise self.refuse(f"the forward calls {path} more than once, or never", "Deepen a stack that runs once")
+        values = merged([self._in_one_call(r, after, init) for r in mine])
+        if values is not None:
+            return "stack" if init == "stack" else "zero", values
+        for region in mine:
+            self._check_gate(region)
+        return "gate", {}
+
+    def others(self, numbers: list[int], init: str) -> str:
+        """The blocks of the stack that a copy could be made of, in words."""
+        able = []
+        for number in numbers:
+            with contextlib.suppress(GrowthRefused):
+                self.identity(number, number, init)
+                able.append(number)
+        return f"\n(blocks of {self.stack} that can be copied: use `after: {able}`, or some of them)" if able else ""
+
+    def refuse(self, why: str, instead: str) -> GrowthRefused:
+        return GrowthRefused(f"cannot deepen {self.stack}: {why}. {instead}")
+
+    def _in_one_call(self, region: Region, after: int, init: str) -> Values | None:
+        """What to set so that the copy's branches are zero; None where only a gate can make it the identity."""
+        regions = [r for r in self.regions if r.call == region.call]
+        source = stream_input(region, self.stack, regions)
+        if init == "stack":
+            return {}
+        before = next((r for r in regions if r.path == f"{self.stack}.{after}"), None)
+        if before is None:
+            raise self.refuse(
+                f"a call runs {region.path} but not block {after}", "Place the new block after one it runs"
+            )
+        trained = {n: p for n, p in self.program.parameters.items() if p.is_floating_point()}
+        search = Identity(region, source, (before.outputs[0], before.nodes[-1]), self.memory, trained)
+        elsewhere = search.write_elsewhere()
+        if elsewhere is not None:
+            node, value = elsewhere
+            raise self.refuse(
+                f"{region.path} writes into {value.target if value.op == 'get_attr' else value.name}, which is not its "
+                f"own ({_at(node)}), so that a copy of it would write there a second time",
+                "Keep that state inside the block",
+            )
+        found = search.find() if init in ("auto", "zero") else None
+        if found is None and init == "zero":
+            line = region.outputs[0].meta.get("source", "")
+            raise self.refuse(
+                f"init: zero needs a block that returns its input plus branches that end in layers of its own, which "
+                f"can be set to zero; {region.path} returns something else ({line})",
+                "Use init: gate, or auto",
+            )
+        return found
+
+    def _check_gate(self, region: Region) -> None:
+        """A gate needs the block's input as it was."""
+        source = stream_input(region, self.stack, [r for r in self.regions if r.call == region.call])
+        for node in region.nodes:
+            if any(source in self.memory.sharing(target) for target in writes(node)):
+                raise self.refuse(
+                    f"{region.path} changes its input in place ({_at(node)}), and a gate between the block's input and "
+                    "its output needs the input as it was",
+                    "Write it without the in-place op",
+                )
 
 
-def _identity_everywhere(
-    graph: fx.Graph, regions: list[Region], path: str, init: str, stack: str
-) -> tuple[Any, list[str]]:
-    """One identity for every captured call that runs the block."""
-    mine = [r for r in regions if r.path == path]
-    ran = {
-        n.meta.get("call", 0)
-        for n in graph.nodes
-        if n.op == "call_function" and (n.meta.get("module_path", "") + ".").startswith(path + ".")
-    }
-    if not mine or {r.call for r in mine} != ran:
-        raise GrowthRefused(
-            f"cannot deepen {stack}: block {path} is not one piece of the graph (it is called more than once, or never)"
-        )
-    found = [_identity(r, init, stack, [x for x in regions if x.call == r.call]) for r in mine]
-    kinds = {kind for kind, _ in found}
-    if "gate" in kinds and len(kinds) > 1:
-        found = [_identity(r, "gate", stack, [x for x in regions if x.call == r.call]) for r in mine]
-    return found[0][0], list(dict.fromkeys(name for _, names in found for name in names))
+def _at(node: fx.Node) -> str:
+    source = node.meta.get("source", "")
+    return f"{node.target} at {source}" if source else str(node.target)
 
 
 # identity ---------------------------------------------------------------------------------------------------------
@@ -203,143 +273,13 @@ def stream_input(region: Region, stack: str, regions: list[Region]) -> fx.Node:
 
 
 def _adds_to(out: fx.Node, source: fx.Node, region: Region) -> bool:
-    found = _branches(out, source, region)
-    return found is not None
-
-
-def _branches(out: fx.Node, source: fx.Node, region: Region) -> list[fx.Node] | None:
-    """The terms f, g ... of ``out = source + f + g ...``, or None where out is no such sum."""
-    out = _same_value(out)
+    """Whether a block's result is this input of it with other values added to it."""
+    out = same_value(out)
     if out is source:
-        return []
-    if out not in region.nodes or op_name(out.target) not in ("aten.add.Tensor", "aten.add_.Tensor"):
-        return None
-    args = bound_arguments(out)
-    if args.get("alpha", 1) != 1:
-        return None
-    a, b = args["self"], args["other"]
-    for carrier, branch in ((a, b), (b, a)):
-        if isinstance(carrier, fx.Node) and isinstance(branch, fx.Node):
-            rest = _branches(carrier, source, region)
-            if rest is not None:
-                return [*rest, branch]
-    return None
-
-
-def _same_value(node: fx.Node) -> fx.Node:
-    """Through casts to the dtype the value has already (``x.float()`` in a float32 model) and copies of it."""
-    while node.op == "call_function" and op_name(node.target) in _CASTS and isinstance(node.args[0], fx.Node):
-        before, after = node.args[0].meta.get("val"), node.meta.get("val")
-        if getattr(before, "dtype", None) != getattr(after, "dtype", None):
-            break
-        node = node.args[0]
-    return node
-
-
-_CASTS = (
-    "aten.to.dtype",
-    "aten.to.dtype_layout",
-    "aten._to_copy.default",
-    "aten.type_as.default",
-    "aten.contiguous.default",
-    "aten.clone.default",
-    "aten.alias.default",
-)
-
-#: ops whose result is zero when these parameters are
-_PROJECTIONS: dict[str, tuple[str, ...]] = {
-    "aten.linear.default": ("weight", "bias"),
-    "aten.addmm.default": ("mat2", "self"),
-    "aten.batch_norm.default": ("weight", "bias"),
-    "aten.layer_norm.default": ("weight", "bias"),
-    "aten.rms_norm.default": ("weight",),
-    "aten.group_norm.default": ("weight", "bias"),
-    **{f"aten.conv{n}d.{o}": ("weight", "bias") for n in (1, 2, 3) for o in ("default", "padding")},
-}
-
-
-def last_projection(branch: fx.Node, region: Region) -> list[str] | None:
-    """Parameters that make a branch zero when they are: those of its last projection, or None."""
-    node = branch
-    while node in region.nodes:
-        name = op_name(node.target)
-        if len(node.users) > 1:
-            return None  # its value is also used elsewhere in the block
-        if name in _PROJECTIONS:
-            return _own_parameters(node, _PROJECTIONS[name], region)
-        rule = RULES.get(name)
-        args = bound_arguments(node)
-        operands = [a for a in args.values() if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor)]
-        product = name in ("aten.mul.Tensor", "aten.div.Tensor")
-        zero = (rule is not None and rule.linear(node)) or (isinstance(rule, Pointwise) and rule.zero is True)
-        if not operands or not (product or (zero and len(operands) == 1)):
-            return None
-        inside = [o for o in (operands[:1] if name == "aten.div.Tensor" else operands) if o in region.nodes]
-        if len(inside) != 1:
-            return None
-        node = inside[0]
-    return None
-
-
-def _own_parameters(node: fx.Node, operands: tuple[str, ...], region: Region) -> list[str] | None:
-    out = []
-    args = bound_arguments(node)
-    for operand in operands:
-        value = args.get(operand)
-        if value is None and operand in ("bias",):
-            continue
-        if not isinstance(value, fx.Node):
-            return None
-        user = node
-        while value.op == "call_function" and _only_moves(value):
-            user, value = value, value.all_input_nodes[0]
-        if value.op != "get_attr" or not str(value.target).startswith(region.path + ".") or _shared(value, user):
-            return None
-        out.append(str(value.target))
-    return out
-
-
-def _only_moves(node: fx.Node) -> bool:
-    """Whether a value is zero when the one it is made of is, entry by entry."""
-    rule = RULES.get(op_name(node.target))
-    return rule is not None and rule.moves and rule.linear(node) and len(node.all_input_nodes) == 1
-
-
-def _shared(parameter: fx.Node, user: fx.Node) -> bool:
-    """Whether another op of the same call uses the parameter."""
-    return any(u is not user and u.meta.get("call", 0) == user.meta.get("call", 0) for u in parameter.users)
-
-
-def _identity(region: Region, init: str, stack: str, regions: list[Region]) -> tuple[Any, list[str]]:
-    """How a copy of the block is the identity, and which of its parameters are zero then.
-
-    ``regions`` are the blocks of the same call.
-    """
-    source = stream_input(region, stack, regions)
-    writes = [
-        n
-        for n in region.nodes
-        if getattr(getattr(n.target, "_schema", None), "is_mutable", False) and n.args and n.args[0] is source
-    ]
-    if init == "stack":
-        return "stack", []
-    if init in ("auto", "zero"):
-        branches = _branches(region.outputs[0], source, region)
-        found = [last_projection(b, region) for b in branches] if branches else [None]
-        if all(f is not None for f in found):
-            return "zero", [name for f in found if f is not None for name in f]
-        if init == "zero":
-            line = region.outputs[0].meta.get("source", "")
-            raise GrowthRefused(
-                f"cannot deepen {stack} with init: zero: the result of {region.path} ({line}) is not its input plus "
-                "branches that end in projections; use init: gate (or auto)"
-            )
-    if writes:
-        raise GrowthRefused(
-            f"cannot deepen {stack}: {region.path} writes into its input in place "
-            f"({writes[0].target} at {writes[0].meta.get('source', '')}), so that a gate cannot restore it"
-        )
-    return "gate", []
+        return True
+    if out not in region.nodes or op_name(out.target) not in ("aten.add.Tensor", "aten.add_.Tensor", *IDEMPOTENT):
+        return False
+    return any(isinstance(a, fx.Node) and _adds_to(a, source, region) for a in out.args[:2])
 
 
 # graph ------------------------------------------------------------------------------------------------------------
@@ -436,7 +376,7 @@ def renamed_path(name: str, prefixes: dict[str, str]) -> str:
 # tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _clone_tensors(state: State, clones: list[CloneBlock], zeros: dict[int, list[str]]) -> dict[str, TensorPlan]:
+def _clone_tensors(state: State, clones: list[CloneBlock], zeros: dict[int, Values]) -> dict[str, TensorPlan]:
     """Plans of the new blocks' tensors, by their new names."""
     out: dict[str, TensorPlan] = {}
     sources = _by_block(state.tensors, {f"{c.stack}.{c.source}" for c in clones})
@@ -448,7 +388,7 @@ def _clone_tensors(state: State, clones: list[CloneBlock], zeros: dict[int, list
             copied.fresh = clone.init != "stack"
             copied.key = zlib.crc32(new.encode())
             if name in zeros[i]:
-                copied.zero = True
+                copied.zero, copied.level = True, zeros[i][name]
             out[new] = copied
     return out
 

@@ -14,18 +14,11 @@ from fxgrow.capture import Program
 from fxgrow.errors import GrowthRefused, SpecError
 from fxgrow.passes.base import GrowthPass, State, node_named, operator_named, register_pass
 from fxgrow.passes.deepen import rename_modules, renamed_path
+from fxgrow.passes.identity import IDEMPOTENT
 from fxgrow.plan import Change, InsertLayer, Renumber, Step, TensorPlan
 from fxgrow.rules.base import op_name
 from fxgrow.spec import Insert
 
-#: f(f(x)) = f(x): repeating one of these after an identity layer changes nothing
-IDEMPOTENT = (
-    "aten.relu.default",
-    "aten.relu_.default",
-    "aten.relu6.default",
-    "aten.hardtanh.default",
-    "aten.abs.default",
-)
 BATCH_NORM_EPS = 1e-5
 
 

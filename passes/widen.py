@@ -274,6 +274,11 @@ def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> 
             made.index = np.where(made.index < 0, (-made.index - 1) % plan.shape[i], made.index)
             made.fill = None
         reads = any(s[0] == name and s[1] == i and s not in outcome.carriers for s in outcome.readers)
+        if plan.zero and plan.level and (reads or Content.ZERO in contents):
+            raise GrowthRefused(
+                f"cannot widen {info.name}: {name} belongs to a new block, which is the identity because it is "
+                f"{plan.level:g} everywhere; widen first, and deepen after it"
+            )
         if op.fan_in == "random" and op.fan_out == "random" and reads and made.fill is not None:
             made.fill = np.where(made.index < 0, float(FILL_RANDOM), made.fill)
         state.compose(name, i, made)

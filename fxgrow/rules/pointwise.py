@@ -126,9 +126,10 @@ register_rule(["aten.positive.default"], Pointwise(zero=True, mean=True))
 register_rule(_with_in_place("rrelu"), Pointwise(zero=True))
 register_rule(["aten.special_entr.default"], Finite())
 register_rule(
-    _with_in_place("dropout alpha_dropout feature_dropout"),
+    _with_in_place("dropout feature_dropout"),
     Pointwise(zero=True, mean=True),
 )
+register_rule(_with_in_place("alpha_dropout"), Pointwise())  # what it drops is not zero
 
 # arithmetic; with one tensor operand the other is a literal
 
