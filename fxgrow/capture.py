@@ -13,7 +13,6 @@ import contextlib
 import functools
 import inspect
 import linecache
-import logging
 import operator
 import os
 import re
@@ -38,6 +37,7 @@ from fxgrow.foreign import Watch, check_backward, check_ops, custom_backwards, i
 from fxgrow.guards import Guard, broken, find_guards, settle_sizes, weigh
 from fxgrow.materialise import check_readable
 from fxgrow.memory import Memory, writes
+from fxgrow.quiet import quiet
 from fxgrow.structure import describe, take_apart
 from fxgrow.trail import Replica
 
@@ -217,9 +217,15 @@ def capture(
         known.seconds = time.perf_counter() - start
         return known
     was_training = model.training
+    for call in wanted:
+        _check_signature(model, call)
+        if _strange_dtypes(model, call):
+            _check_example(model, call)
     try:
         exported = _exports(model, wanted, dynamic)
     except CaptureError as error:
+        for call in wanted:
+            _check_example(model, call)
         if dynamic == "batch":
             raise
         try:
@@ -395,6 +401,52 @@ def _check_plain(model: nn.Module) -> None:
             warnings.warn(f"module {name or '(root)'} has forward hooks; what they compute is traced in", stacklevel=4)
 
 
+def _check_signature(model: nn.Module, call: Call) -> None:
+    """Raises:
+    CaptureError: the example has other arguments than ``forward`` takes.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"the example of call {call.name!r} does not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from None
+
+
+def _strange_dtypes(model: nn.Module, call: Call) -> bool:
+    """Whether a float input has a dtype that no tensor of the model has: a trace would not notice that ops refuse it."""
+    own = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    given = {t.dtype for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, torch.Tensor)}
+    return bool(own) and any(d.is_floating_point and d not in own for d in given)
+
+
+def _check_example(model: nn.Module, call: Call) -> None:
+    """Run the model on an example as it is, on copies of its buffers.
+
+    Raises:
+        CaptureError: the model itself raises, so that there is nothing to trace.
+    """
+    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            torch.func.functional_call(model, buffers, _distinct(call.args), _distinct(call.kwargs))
+    except Exception as error:
+        shapes = ", ".join(_shown(x) for x in pytree.tree_leaves((call.args, call.kwargs)))
+        reason = str(error).strip().partition("\n")[0]
+        raise CaptureError(
+            f"{type(model).__name__} itself raises with the example of call {call.name!r} ({shapes}): "
+            f"{type(error).__name__}: {reason}{_place(error, '')}"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+    return repr(value)[:40]
+
+
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: str
 ) -> torch.export.ExportedProgram:
@@ -412,7 +464,7 @@ def _export(
         # what the graph's validity hangs on. The setting is local to the thread.
         with (
             warnings.catch_warnings(),
-            _quiet(),
+            quiet(),
             _named_keywords(model, kwargs),
             experimental.patch(backed_size_oblivious=oblivious),
             watch,
@@ -435,18 +487,6 @@ def _export(
     if watch.reason:
         raise CaptureError(watch.reason)
     return exported
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what export logs of every dim that the model fixes: they are shown as frozen axes."""
-    logger = logging.getLogger("torch._export.non_strict_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -489,23 +529,23 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
 def _capture_message(model: nn.Module, error: Exception) -> str:
     text = str(error).strip()
     reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    location = ""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not _library_file(frame.filename):
-            location = f"\n  at {frame.filename}:{frame.lineno} in {frame.name}: {(frame.line or '').strip()}"
-            break
-    if not location:
-        found = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)', text)
-        for file, line, name, code in reversed(found):
-            if not _library_file(file):
-                location = f"\n  at {file}:{line} in {name}: {code.strip()}"
-                break
+    location = _place(error, text)
     if in_words(text):
         return f"cannot capture {type(model).__name__}: {in_words(text)}{location}"
     return (
         f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {reason}{location}\n"
         "  The graph must not depend on tensor values; see https://pytorch.org/docs/stable/export.html"
     )
+
+
+def _place(error: Exception, text: str) -> str:
+    """The user's line that an error came from, or that its text names."""
+    frames = [(f.filename, f.lineno, f.name, f.line or "") for f in traceback.extract_tb(error.__traceback__)]
+    named = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s*(.*)', text)
+    for file, line, name, code in (*reversed(frames), *reversed(named)):
+        if not _library_file(file):
+            return f"\n  at {file}:{line} in {name}: {code.strip()}"
+    return ""
 
 
 @functools.cache

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxgrow.quiet import quiet
+
 #: from a size of an input in the graph, and in the example, to the size to run at
 Sizes = Callable[[Any, int], int]
 
@@ -44,7 +46,8 @@ class Replica:
     def raises(self, sizes: Sizes) -> bool:
         """Whether the model does where its inputs have these sizes."""
         try:
-            self._model(sizes)
+            with quiet():
+                self._model(sizes)
         except Exception:
             return True
         return False
@@ -52,7 +55,8 @@ class Replica:
     def agrees(self, sizes: Sizes) -> bool:
         """Whether model and graph compute the same where the inputs have these sizes; False where that is not known."""
         try:
-            return self._model(sizes) == self._graph(sizes)
+            with quiet():
+                return self._model(sizes) == self._graph(sizes)
         except Exception:
             return False
 
