@@ -221,23 +221,25 @@ def capture(
         _check_signature(model, call)
         if _strange_dtypes(model, call):
             _check_example(model, call)
+    refused = ""
     try:
         exported = _exports(model, wanted, dynamic)
     except CaptureError as error:
+        refused = str(error)
         for call in wanted:
             _check_example(model, call)
-        if dynamic == "batch":
-            raise
-        try:
-            exported = _exports(model, wanted, "batch")
-        except CaptureError:
-            raise error from None
-        reason = str(error).partition("\n")[0]
-        warnings.warn(f"{reason}; captured with every input dim but the first as it is", stacklevel=2)
+        exported, how = _with_less(model, wanted, dynamic, error)
+        warnings.warn(f"{str(error).partition(chr(10))[0]}; {how}", stacklevel=2)
     traces: list[_Trace] = []
     served: list[Call] = []
     reasons: list[str] = []
     for call, pair in zip(wanted, exported, strict=True):
+        if len(pair) == 1:
+            reasons.append(f"train mode cannot be traced ({refused.partition(chr(10))[0]})")
+            traces.append((pair[0][0], {}))
+            served.append(replace(call, training=False, guards=pair[0][1]))
+            was_training = False
+            continue
         (train, there), (evaluation, here) = pair
         same, reason, flags = _align(train, evaluation)
         if same:
@@ -256,21 +258,41 @@ def capture(
     return program
 
 
+def _with_less(
+    model: nn.Module, calls: list[Call], dynamic: str, error: CaptureError
+) -> tuple[list[list[tuple[torch.export.ExportedProgram, list[Guard]]]], str]:
+    """What can be traced of a model that cannot be traced whole, and how that was done.
+
+    Raises:
+        CaptureError: nothing; the one that was raised first.
+    """
+    with contextlib.suppress(CaptureError):
+        if dynamic != "batch":
+            return _exports(model, calls, "batch"), "captured with every input dim but the first as it is"
+    with contextlib.suppress(CaptureError):
+        return _exports(
+            model, calls, dynamic, (False,)
+        ), "captured in eval mode only: call the grown module in eval mode"
+    raise error
+
+
 def _exports(
-    model: nn.Module, calls: list[Call], dynamic: str
+    model: nn.Module, calls: list[Call], dynamic: str, modes: tuple[bool, ...] = (True, False)
 ) -> list[list[tuple[torch.export.ExportedProgram, list[Guard]]]]:
     """Every call in train and in eval mode, with its guards; the modules' own modes are put back."""
-    modes = {name: m.training for name, m in model.named_modules()}
+    before = {name: m.training for name, m in model.named_modules()}
     was_training = model.training
     exported = []
     try:
         for call in calls:
-            for name, m in model.named_modules():
-                m.training = modes[name]
-            if not was_training:
-                model.train()
             pair = []
-            for _ in range(2):
+            for mode in modes:
+                for name, m in model.named_modules():
+                    m.training = before[name]
+                if not mode:
+                    model.eval()
+                elif not was_training:
+                    model.train()
                 with custom_backwards() as used:
                     traced = _export(model, call.args, call.kwargs, dynamic)
                 check_ops(traced.graph, source_line)
@@ -278,11 +300,10 @@ def _exports(
                     check_backward(model, traced, call.args, call.kwargs, used)
                 guards = find_guards(traced, _user_line)
                 pair.append((traced, weigh(guards, Replica(model, traced, call.args, call.kwargs))))
-                model.eval()
             exported.append(pair)
     finally:
         for name, m in model.named_modules():
-            m.training = modes[name]
+            m.training = before[name]
     return exported
 
 
@@ -415,7 +436,7 @@ def _check_signature(model: nn.Module, call: Call) -> None:
 
 
 def _strange_dtypes(model: nn.Module, call: Call) -> bool:
-    """Whether a float input has a dtype that no tensor of the model has: a trace would not notice that ops refuse it."""
+    """Whether a float input has a dtype that no tensor of the model has: a trace does not notice that ops refuse it."""
     own = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
     given = {t.dtype for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, torch.Tensor)}
     return bool(own) and any(d.is_floating_point and d not in own for d in given)
@@ -970,7 +991,10 @@ def _user_line(frame: Any) -> str:
     """A frame of the user's own code as ``file.py:12: code``, empty for one of a library."""
     if not isinstance(frame, traceback.FrameSummary) or _library_file(frame.filename):
         return ""
-    return f"{frame.filename}:{frame.lineno}: {(frame.line or '').strip()}"
+    file = frame.filename.removeprefix(
+        f"{Path.cwd()}{os.sep}"
+    )  # it is printed and stored: without this machine's folders
+    return f"{file}:{frame.lineno}: {(frame.line or '').strip()}"
 
 
 def source_line(stack_trace: str) -> str:

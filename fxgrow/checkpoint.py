@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -38,7 +38,7 @@ from fxgrow.guards import Guard, compile_condition, inputs_of
 from fxgrow.materialise import check_readable
 from fxgrow.plan import GrowthPlan
 from fxgrow.regenerate import code_of, regenerate
-from fxgrow.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name, relative
+from fxgrow.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name
 from fxgrow.structure import check as check_structure
 from fxgrow.verify import Receipt, relative_errors
 
@@ -218,7 +218,7 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
     for number, call in enumerate(program.calls):
         record = CallRecord(name=call.name, inputs=call.inputs, training=call.training)
         record.structure, record.nested, record.sizes = call.structure, call.nested, call.sizes
-        record.guards = [replace(g, source=relative(g.source)) for g in call.guards]
+        record.guards = list(call.guards)
         record.constants = {n: encode_value(v, f"input {n}") for n, v in call.constants.items()}
         if examples and not on_meta:
             device = next(iter(tensors.values()), torch.empty(0)).device

@@ -53,7 +53,7 @@ def regenerate(
             _restructure(graph, call.structure)
     for call, graph in zip(program.calls, targets, strict=False):
         _check_inputs(graph, call)
-    plain = len(graphs) == 1 and not any(c.nested or c.constants for c in program.calls)
+    plain = len(graphs) == 1 and not any(c.nested or c.constants or c.training is not None for c in program.calls)
     kind = fx.GraphModule if plain else CallsModule
     module = kind(nn.Module(), fx.Graph(), class_name=_identifier(program.class_name))
     for path, child in own.items():
@@ -108,6 +108,12 @@ class CallsModule(fx.GraphModule):
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             served = [n for n, c in enumerate(calls) if c.serves(self.training)]
+            if not served:
+                now, other = ("train", "eval") if self.training else ("eval", "train")
+                raise InputError(
+                    f"the module is in {now} mode, and was captured in the other mode only ({program.mode_reason}); "
+                    f"call .{other}() on it first"
+                )
             plain = not any(calls[n].nested or calls[n].constants for n in served)
             if len(served) == 1 and (plain or len(args) > len(signature)):  # as a GraphModule of that graph would
                 return functions[served[0]](self, *args, **kwargs)

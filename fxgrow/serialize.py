@@ -223,14 +223,14 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
             entry["value"] = value
         for key, short in (("module_path", "module"), ("module_call", "module_call"), ("source", "source")):
             if node.meta.get(key):
-                entry[short] = relative(node.meta[key]) if key == "source" else node.meta[key]
+                entry[short] = _relative(node.meta[key]) if key == "source" else node.meta[key]
         entry.update({key: True for key in ("is_flag", "rescale") if node.meta.get(key)})
         entry.update({key: node.meta[key] for key in ("call", "input") if key in node.meta})
         out.append(entry)
     return out
 
 
-def relative(source: str) -> str:
+def _relative(source: str) -> str:
     """A source line without the place of the user's own folder on this machine."""
     here = str(Path.cwd()) + "/"
     return source.removeprefix(here)

@@ -189,7 +189,7 @@ class Verification:
     def _calls(self, training: bool) -> list[tuple[Any, Any]]:
         """The examples of the calls that serve a mode."""
         calls = [(c.args, c.kwargs) for c in self.program.calls if c.serves(training)]
-        return calls or [(self.program.args, self.program.kwargs)]
+        return calls if self.program.calls else [(self.program.args, self.program.kwargs)]
 
     def _numbers(self, training: bool) -> list[int]:
         """The numbers that the plan gives to the outputs of the calls that serve a mode."""
@@ -213,6 +213,8 @@ class Verification:
         old, new = self._modules(noise=True)
         for training in (False, True):
             calls = _double(self._calls(training))
+            if not calls:
+                continue  # the model was captured in the other mode only
             old.train(training)
             new.train(training)
             with torch.no_grad(), without_chance() if training else contextlib.nullcontext():
@@ -282,6 +284,8 @@ class Verification:
         for training in (True, True, False, False):
             if not waiting:
                 break
+            if not self._calls(training):
+                continue
             new.train(training)
             with without_chance():
                 gradients = _gradients(new, _double(self._calls(training)))

@@ -372,3 +372,41 @@ def test_a_changed_regenerated_module_is_traced_anew() -> None:
     again = fxgrow.grow(growth.module, [{"op": "widen", "axis": "*/hidden", "factor": 2}], (x,))
     assert any("tanh" in str(n.target) for n in again.program.graph.nodes)
     assert torch.allclose(again.module(x), growth.module(x), atol=1e-6)
+
+
+WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
+    "dtype": ((torch.randn(4, 5, dtype=torch.float64),), {}, r"itself raises .*float64 \(4, 5\) on cpu.*dtype"),
+    "half": ((torch.randn(4, 5).half(),), {}, r"itself raises .*float16"),
+    "size": ((torch.randn(4, 6),), {}, r"itself raises .*mat1 and mat2 shapes cannot be multiplied \(4x6 and 5x8\)"),
+    "rank": ((torch.tensor(1.0),), {}, r"itself raises .*float32 \(\)"),
+    "device": ((torch.randn(4, 5, device="meta"),), {}, r"itself raises .*on meta"),
+    "too many": ((torch.randn(4, 5),) * 3, {}, r"does not fit Two\.forward\(x, y=None\): too many"),
+    "missing": ((), {}, r"does not fit Two\.forward\(x, y=None\): missing a required argument: 'x'"),
+    "unknown": ((torch.randn(4, 5),), {"z": torch.randn(4)}, r"does not fit Two\.forward.*'z'"),
+    "sizes that disagree": ((torch.randn(4, 5), torch.randn(7, 3)), {}, r"itself raises .*\(4\) must match .*\(7\)"),
+    "no tensor": (([1.0, 2.0],), {}, r"itself raises .*'list' object has no attribute"),
+}
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x, y=None):  # type: ignore[no-untyped-def]
+        h = self.out(torch.tanh(self.up(x.clone())))
+        return h if y is None else h + y
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_example_gives_one_message(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    args, kwargs, words = WRONG[name]
+    with pytest.raises(fxgrow.CaptureError, match=f"(?s){words}") as caught:
+        fxgrow.capture(Two(), args, kwargs)
+    text = str(caught.value)
+    assert "torch.export" not in text
+    assert len(text.splitlines()) <= 2
+    if "itself raises" in words:
+        assert "test_capture.py" in text
+    out, err = capfd.readouterr()
+    assert out == err == ""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -203,3 +204,38 @@ def test_a_literal_that_differs_between_the_modes(name: str) -> None:
             x = torch.randn(rows, 5, dtype=torch.float64)
             for mode in (True, False, True):
                 torch.testing.assert_close(in_mode(growth.module, x, mode), in_mode(model, x, mode), rtol=0, atol=1e-12)
+
+
+class Masked(nn.Module):
+    """Hides features at random in training, by numpy (as SpecAugment does): such a mask cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.up(x))
+        if self.training:
+            length = int(np.random.default_rng().integers(1, 1 + int(h.detach().abs().sum().item() > 0)))
+            h = h * torch.from_numpy(np.random.default_rng().random(h.shape) > 0.1 * length)
+        return self.out(h)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_whose_train_mode_cannot_be_traced(tmp_path: Path, training: bool) -> None:
+    model = trained(Masked().double()).train(training)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="captured in eval mode only"):
+        growth = fxgrow.grow(model, {"op": "widen", "axis": "up.weight:0", "factor": 2}, (x,))
+    assert growth.receipt.error_float64 is not None
+    assert growth.receipt.error_float64 <= 1e-12
+    assert not growth.module.training
+    fxgrow.save(growth, tmp_path / "a")
+    y = torch.randn(7, 5, dtype=torch.float64)
+    for module in (growth.module, fxgrow.load(tmp_path / "a").module, copy.deepcopy(growth.module)):
+        torch.testing.assert_close(module(y), model.eval()(y), rtol=0, atol=1e-12)
+        with pytest.raises(
+            fxgrow.InputError, match=r"in train mode, and was captured in the other mode only .*eval\(\)"
+        ):
+            module.train()(y)
+    assert model.train(training).training == training
