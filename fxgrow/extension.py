@@ -28,6 +28,7 @@ from fxgrow.plan import AxisMap, OutputGrowth
 from fxgrow.propagate import Grow, Outcome
 from fxgrow.ranges import Bound, Ranges
 from fxgrow.rules.base import Content, Dims, Info, Rule, Site, bound_arguments, infos, op_name
+from fxgrow.rules.indexing import indexed_dims
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Axes
@@ -198,7 +199,7 @@ class Extension(Grow):
         if name == "aten.select.int" and not self.ranges.of(args["index"]).not_negative:
             raise self.refuse("an entry is picked by its number from the end, which moves")
         if name == "aten.index.Tensor":
-            index = args["indices"][one.dim]
+            index = next(node for node, covered in indexed_dims(args["indices"]) if one.dim in covered)
             value = index.meta.get("val")
             if not isinstance(value, torch.Tensor) or value.dtype in (torch.bool, torch.uint8):
                 raise self.refuse("a mask picks its entries")
@@ -366,8 +367,8 @@ def lookups_of(node: fx.Node, ranges: Ranges) -> Iterator[Lookup]:
                 if i != at and not same_size(mine, theirs):
                     yield Lookup(node, args["self"], i, theirs)
     elif name == "aten.index.Tensor":
-        for i, index in enumerate(args["indices"]):
-            if index is not None:
+        for index, covered in indexed_dims(args["indices"]):
+            for i in covered:
                 yield Lookup(node, args["self"], i, need(index))
 
 

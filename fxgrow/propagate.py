@@ -39,7 +39,20 @@ from fxgrow.dtypes import is_fine
 from fxgrow.errors import GrowthRefused
 from fxgrow.memory import returns_what_it_writes, writes
 from fxgrow.plan import FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Edit
-from fxgrow.rules.base import COMBINE, RULES, Content, Dims, Info, Rule, Site, annotate, bound_arguments, infos, op_name
+from fxgrow.rules.base import (
+    COMBINE,
+    RULES,
+    Content,
+    Dims,
+    Info,
+    Rule,
+    Site,
+    annotate,
+    bound_arguments,
+    infos,
+    op_name,
+    tensor_arguments,
+)
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Axes
@@ -94,6 +107,7 @@ class Grow:
         self.args: dict[str, Any] = {}
         self.env: dict[fx.Node, Any] = {}
         self.read_here: set[Site] = set()
+        self.seen: set[fx.Node] = set()  # the operands whose dims the rule asked for
         self.scratch = Unifier()
         self.outcome = Outcome(growth)
 
@@ -129,7 +143,7 @@ class Grow:
                     call = node.meta.get("call", 0)
                     self.env |= {n: self._load(n) for n in self.env if n.op == "get_attr"}
                 self.node, self.args = node, bound_arguments(node)
-                self.read_here = set()
+                self.read_here, self.seen = set(), set()
                 rule = RULES.get(op_name(node.target))
                 if rule is None:
                     raise self.refuse(f"fxgrow has no rule for {op_name(node.target)}")
@@ -149,7 +163,12 @@ class Grow:
         self._check_state()
 
     def _grow(self, rule: Rule) -> Any:
-        return rule.grow(self)
+        result = rule.grow(self)
+        for name, operand in tensor_arguments(self.node):
+            unseen = operand not in self.seen and name not in rule.ignored
+            if unseen and any(self.grows(d) for d in flat_dims(self.env.get(operand))):
+                raise self.refuse(f"fxgrow's rule for it does not follow its operand {name}")
+        return result
 
     def _carry_rest(self, node: fx.Node, result: Any) -> None:
         """A parameter that the op neither reads nor passes on has become part of a value, whatever the rule did."""
@@ -290,6 +309,7 @@ class Grow:
         return next(n for n, a in self.args.items() if isinstance(a, fx.Node) and self.axes.dims.get(a) is not None)
 
     def results(self, node: fx.Node) -> Any:
+        self.seen.add(node)
         return self.env.get(node, self.axes.dims.get(node))
 
     def dims(self, name: str | fx.Node) -> Dims | None:

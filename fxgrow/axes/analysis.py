@@ -32,7 +32,7 @@ from fxgrow.memory import Memory
 
 if TYPE_CHECKING:
     from fxgrow.capture import Program
-    from fxgrow.rules.base import Dims
+    from fxgrow.rules.base import Dims, Rule
 
 
 @dataclass(frozen=True)
@@ -345,12 +345,22 @@ class Relate:
         self.freezes: list[tuple[Expr, fx.Node, str]] = []  # every dim that a rule froze, the op and why
         self.node: fx.Node
         self.args: dict[str, Any] = {}
+        self.seen: set[fx.Node] = set()  # the operands whose dims the rule asked for
 
     def at(self, node: fx.Node) -> Relate:
         from fxgrow.rules.base import bound_arguments
 
-        self.node, self.args = node, bound_arguments(node)
+        self.node, self.args, self.seen = node, bound_arguments(node), set()
         return self
+
+    def freeze_unseen(self, rule: Rule) -> None:
+        """Operands that a rule never asked for: nothing says what growth of them would do."""
+        from fxgrow.rules.base import tensor_arguments
+
+        for name, operand in tensor_arguments(self.node):
+            if operand not in self.seen and name not in rule.ignored:
+                for dim in flat_dims(self.env.get(operand)):
+                    self.freeze(dim, f"fxgrow's rule for it does not follow its operand {name}")
 
     @property
     def op(self) -> str:
@@ -377,10 +387,13 @@ class Relate:
         return len(several) if several is not None else None
 
     def results(self, node: fx.Node) -> Any:
+        self.seen.add(node)
         return self.env.get(node)
 
     def dims(self, name: str | fx.Node) -> Dims | None:
         value = self.args.get(name) if isinstance(name, str) else name
+        if isinstance(value, fx.Node):
+            self.seen.add(value)
         dims = self.env.get(value) if isinstance(value, fx.Node) else None
         return [resolve(d) for d in dims] if dims is not None else None
 
@@ -391,6 +404,7 @@ class Relate:
             for item in value if isinstance(value, list | tuple) else [value]:
                 dims = self.env.get(item) if isinstance(item, fx.Node) else None
                 if dims is not None and not any(isinstance(d, list) for d in dims):
+                    self.seen.add(item)
                     out.append((name, [resolve(d) for d in dims]))
         return out
 
@@ -456,6 +470,8 @@ class Relate:
         return from_parameter(value)
 
     def constant(self, value: Any) -> torch.Tensor | None:
+        if isinstance(value, fx.Node):
+            self.seen.add(value)
         return constant_value(value, self.constants)
 
     def from_input(self, value: Any) -> bool:
@@ -547,6 +563,7 @@ def analyse(program: Program) -> Axes:
                     stacklevel=3,
                 )
                 env[node] = Opaque(f"fxgrow's rule for {name} does not fit this call").relate(ctx)
+            ctx.freeze_unseen(rule)
             env[node] = _specialised(ctx, node, env[node])
             wrong = _wrong_result(node, env[node])
             if wrong:

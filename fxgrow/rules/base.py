@@ -126,6 +126,9 @@ class Rule:
     #: Arguments that the op chooses by the dtype of its first tensor where they are left at None: the value by dtype.
     implied: Mapping[str, Callable[[torch.dtype], float]] = {}
 
+    #: Tensor arguments of which the op takes the dtype or the device alone.
+    ignored: tuple[str, ...] = ()
+
     def linear(self, node: fx.Node) -> bool:
         """Whether this call is linear in its operands of real or complex numbers, all of them taken together.
 
@@ -203,6 +206,15 @@ def implied_arguments(node: fx.Node) -> dict[str, float]:
     if not dtype.is_floating_point:
         return {}
     return {name: value(dtype) for name, value in rule.implied.items() if given.get(name) is None}
+
+
+def tensor_arguments(node: fx.Node) -> list[tuple[str, fx.Node]]:
+    """The nodes among a call's arguments by the names of its schema, those inside lists included."""
+    out: list[tuple[str, fx.Node]] = []
+    for name, value in bound_arguments(node).items():
+        found = value if isinstance(value, list | tuple) else [value]
+        out += [(name, item) for item in found if isinstance(item, fx.Node)]
+    return out
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
@@ -765,4 +777,5 @@ __all__ = [
     "parse_pattern",
     "register_rule",
     "set_argument",
+    "tensor_arguments",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,16 +82,16 @@ class Index(Rule):
         part = self._part(ctx, dims)
         if part is not None:
             return part
-        indices = list(ctx.args["indices"]) + [None] * (len(dims) - len(ctx.args["indices"]))
-        at = [i for i, x in enumerate(indices) if x is not None]
+        found = indexed_dims(ctx.args["indices"])
+        at = [i for _, covered in found for i in covered]
         why = "its entries are looked up by number"
-        role = _looked_up(ctx, indices, dims)
+        role = _looked_up(ctx, [node for node, _ in found], dims)
         for i in at:
             ctx.freeze(dims[i], why)
             if role and len(at) == 1:
                 ctx.role(dims[i], role, 100)
-        for node in indices:
-            for d in (ctx.dims(node) or []) if isinstance(node, fx.Node) else []:
+        for node, _ in found:
+            for d in ctx.dims(node) or []:
                 ctx.freeze(d, "it indexes another tensor")
         kept = [ctx.close(d) for i, d in enumerate(dims) if i not in at]
         shape = ctx.shape
@@ -130,6 +131,20 @@ class Index(Rule):
 register_rule("aten.index.Tensor", Index())
 
 
+def indexed_dims(indices: Sequence[fx.Node | None]) -> list[tuple[fx.Node, range]]:
+    """Every index of ``x[i, j, ...]`` and the dims of x that it stands for: a mask covers as many as it has."""
+    out: list[tuple[fx.Node, range]] = []
+    place = 0
+    for node in indices:
+        width = 1
+        if node is not None:
+            value = node.meta["val"]
+            width = value.dim() if value.dtype in (torch.bool, torch.uint8) else 1
+            out.append((node, range(place, place + width)))
+        place += width
+    return out
+
+
 def _looked_up(ctx: Any, indices: list[Any], dims: Dims) -> str:
     """What a parameter's entries are that are picked by number."""
     if not ctx.from_parameter(ctx.args["self"]):
@@ -157,6 +172,8 @@ class IndexSelect(Rule):
         why = "its entries are looked up by number"
         for d in dims[i : i + 1]:
             ctx.freeze(d, why)
+        for d in ctx.dims("index") or []:
+            ctx.freeze(d, "it indexes another tensor")
         size = ctx.shape[i : i + 1]  # nothing is left of the dim where the index is a scalar
         return [*map(ctx.close, dims[:i]), *(ctx.opaque(s, why) for s in size), *map(ctx.close, dims[i + 1 :])]
 
@@ -307,8 +324,9 @@ class ElementLoss(Rule):
         a, b = (d for _, d in ctx.tensor_operands()[:2])
         for x, y in zip(reversed(a), reversed(b), strict=False):
             ctx.unify(x, y)
-        for d in (*a, *b):
-            ctx.freeze(d, "the loss averages over it")
+        for _, operand in ctx.tensor_operands():
+            for d in operand:
+                ctx.freeze(d, "the loss averages over it")
         return ctx.opaque_results("the loss averages over it")
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
@@ -332,6 +350,8 @@ register_rule(
 class Create(Rule):
     """A tensor of one value: any size of it is the same; its literal sizes follow the axes they meet."""
 
+    ignored = ("self", "fill_value")
+
     def __init__(self, shape_argument: str = "size") -> None:
         self.name = shape_argument
 
@@ -354,6 +374,8 @@ register_rule(
 
 class Own(Rule):
     """A tensor whose entries are told apart, whatever its size: its axes are its own, and frozen."""
+
+    ignored = ("self",)
 
     def __init__(self, why: str) -> None:
         self.why = why

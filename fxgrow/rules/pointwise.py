@@ -265,6 +265,8 @@ class Cast(Structural):
     not the mean. Nor is a cast down and up again: what follows computes more finely than its numbers are.
     """
 
+    ignored = ("other",)
+
     def __init__(self) -> None:
         super().__init__(_same)
 

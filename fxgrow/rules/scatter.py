@@ -9,6 +9,7 @@ from torch import fx
 
 from fxgrow.axes.expr import Conflict, is_unit, resolve, same_size, size_of
 from fxgrow.rules.base import Content, Dims, Opaque, Rule, annotate, infos, register_rule
+from fxgrow.rules.indexing import indexed_dims
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -152,19 +153,13 @@ class IndexPut(Rule):
         dims, values = ctx.dims("self"), ctx.dims("values")
         at: list[int] = []
         groups: list[int] = []  # where runs of indexed dims start
-        place = rank = 0
-        for node in ctx.args["indices"]:
-            if node is None:
-                place += 1
-                continue
+        rank = 0
+        for node, covered in indexed_dims(ctx.args["indices"]):
             value = node.meta["val"]
-            mask = value.dtype in (torch.bool, torch.uint8)
-            width = value.dim() if mask else 1
-            rank = max(rank, 1 if mask else value.dim())
-            if not at or at[-1] != place - 1:
-                groups.append(place)
-            at += range(place, place + width)
-            place += width
+            rank = max(rank, 1 if value.dtype in (torch.bool, torch.uint8) else value.dim())
+            if not at or at[-1] != covered.start - 1:
+                groups.append(covered.start)
+            at += covered
         first = groups[0] if len(groups) == 1 else 0
         kept = len(dims) - len(at)
         order = [

@@ -647,7 +647,7 @@ def _slice(ctx: Any, dims: Dims) -> Dims:
         out[i] = _cut(ctx, dims[i], start, end)
     elif end <= start:
         out[i] = concat([])
-    elif step > 1 and total % step == 0 and start < step and end + step > total:
+    elif step > 1 and total % step == 0 and start < step and -(-(end - start) // step) == total // step:
         outer, inner = ctx.regroup([dims[i]], [total // step, step])
         if ctx.units(inner) is None:
             raise Conflict(f"takes every {step}th entry")
@@ -771,7 +771,19 @@ register_rule(
     "aten.renorm.default",
     Blocked(lambda a, rank: [i for i in range(rank) if i != a["dim"] % rank], "a norm runs over it", linear=False),
 )
-register_rule("aten.diff.default", Blocked(_listed("dim"), "neighbouring entries are subtracted"))
+
+
+def _diff(ctx: Any, dims: Dims) -> Dims:
+    """Differences of neighbours, those of other tensors before and behind among them."""
+    i, why = _dim(ctx, dims), "neighbouring entries are subtracted"
+    operands = [dims, *(d for d in (ctx.dims("prepend"), ctx.dims("append")) if d is not None)]
+    for d in operands:
+        ctx.freeze(d[i], why)
+    columns = list(zip(*operands, strict=True))
+    return [ctx.opaque(ctx.shape[i], why) if j == i else ctx.merge(list(c)) for j, c in enumerate(columns)]
+
+
+register_rule("aten.diff.default", Structural(_diff))
 
 
 class Top(Blocked):

@@ -209,8 +209,14 @@ for _name in ("poisson_nll_loss", "soft_margin_loss", "hinge_embedding_loss"):
     SAMPLES[f"aten.{_name}.default"] = [S(*([r(3, 4), p(3, 4)] + [True, False, 1e-8, 1] * (_name[0] == "p")))]
 for _name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"):
     SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4), r(3, 4))]
-SAMPLES["aten.binary_cross_entropy.default"] = [S(r(3, 4).sigmoid(), r(3, 4).sigmoid())]
-SAMPLES["aten.binary_cross_entropy_with_logits.default"] = [S(r(3, 4), r(3, 4).sigmoid())]
+SAMPLES["aten.binary_cross_entropy.default"] = [
+    S(r(3, 4).sigmoid(), r(3, 4).sigmoid()),
+    S(r(3, 4).sigmoid(), r(3, 4).sigmoid(), p(4)),
+]
+SAMPLES["aten.binary_cross_entropy_with_logits.default"] = [
+    S(r(3, 4), r(3, 4).sigmoid()),
+    S(r(3, 4), r(3, 4).sigmoid(), p(4), p(4)),
+]
 
 
 def gates(gates: int, x: int, h: int, *, layers: int = 1, directions: int = 1, biases: bool = True) -> list[Tensor]:
@@ -295,7 +301,10 @@ SAMPLES |= {
         S(r(5, 4), i(5, 6), torch.tensor([0, 2]), False, 2),
         S(r(5, 4), i(5, 6), torch.tensor([0, 2]), False, 0, False, r(6)),
     ],
-    "aten.embedding_bag.padding_idx": [S(r(5, 4), i(5, 6), torch.tensor([0, 2]), False, 0, False, None, False, 1)],
+    "aten.embedding_bag.padding_idx": [
+        S(r(5, 4), i(5, 6), torch.tensor([0, 2]), False, 0, False, None, False, 1),
+        S(r(5, 4), i(5, 6), torch.tensor([0, 2]), False, 0, False, p(6), False, 1),
+    ],
     "aten.take_along_dim.default": [S(r(3, 4), i(4, 3, 2), 1), S(r(3, 4), i(4, 1, 2), 1), S(r(3, 4), i(12, 2))],
     "aten.select_scatter.default": [S(r(3, 4), r(4), 0, 1)],
     "aten.take.default": [S(r(3, 4), i(12, 5))],
@@ -325,12 +334,18 @@ SAMPLES |= {
     # look-ups
     "aten.embedding.default": [S(r(5, 4), i(5, 2, 3))],
     "aten.one_hot.default": [S(i(5, 2, 3), 5)],
-    "aten.index.Tensor": [S(r(3, 4, 5), [None, i(4, 2)]), S(r(3, 4, 5), [i(3, 2), i(4, 2)]), S(r(3, 4), [i(3, 2, 2)])],
+    "aten.index.Tensor": [
+        S(r(3, 4, 5), [b(3, 4)]),
+        S(r(3, 4, 5), [None, b(4, 5)]),
+        S(r(3, 4, 5), [None, i(4, 2)]),
+        S(r(3, 4, 5), [i(3, 2), i(4, 2)]),
+        S(r(3, 4), [i(3, 2, 2)]),
+    ],
     "aten.index_select.default": [S(r(3, 4), 1, i(4, 5)), S(r(4), 0, torch.tensor(2))],
     "aten.gather.default": [S(r(3, 4), 1, i(4, 3, 2))],
-    "aten.cross_entropy_loss.default": [S(r(3, 4), i(4, 3))],
-    "aten.nll_loss.default": [S(r(3, 4), i(4, 3))],
-    "aten.nll_loss_nd.default": [S(r(3, 4), i(4, 3))],
+    "aten.cross_entropy_loss.default": [S(r(3, 4), i(4, 3)), S(r(3, 4), i(4, 3), p(4))],
+    "aten.nll_loss.default": [S(r(3, 4), i(4, 3)), S(r(3, 4), i(4, 3), p(4))],
+    "aten.nll_loss_nd.default": [S(r(3, 4), i(4, 3)), S(r(3, 4), i(4, 3), p(4))],
     # constructors
     "aten.zeros.default": [S([2, 3])],
     "aten.ones.default": [S([2, 3])],
@@ -409,7 +424,7 @@ SAMPLES |= {
     "aten.conj.default": [S(torch.complex(r(3, 4), r(3, 4)))],
     "aten.imag.default": [S(torch.complex(r(3, 4), r(3, 4)))],
     "aten.clamp.default": [S(r(3, 4), -0.5, 0.5), S(r(3, 4), 0.2)],
-    "aten.clamp.Tensor": [S(r(3, 4), r(4))],
+    "aten.clamp.Tensor": [S(r(3, 4), r(4)), S(r(3, 4), r(4), p(4))],
     "aten.clamp_min.default": [S(r(3, 4), 0.1)],
     "aten.clamp_max.default": [S(r(3, 4), -0.1)],
     "aten.bernoulli.p": [S(r(3, 4), 0.5)],
@@ -541,7 +556,7 @@ SAMPLES |= {
     "aten.sort.default": [S(r(3, 4), 1)],
     "aten.argsort.default": [S(r(3, 4), 1)],
     "aten.topk.default": [S(r(3, 4), 2)],
-    "aten.diff.default": [S(r(3, 4))],
+    "aten.diff.default": [S(r(3, 4)), S(r(3, 4), 1, 0, r(1, 4), r(2, 4))],
     "aten.pad.default": [S(r(3, 4), [1, 2]), S(r(3, 4), [1, 2], "constant", 1.0)],
     "aten.constant_pad_nd.default": [S(r(3, 4), [1, 2]), S(r(3, 4), [0, 0, 1, 0], 1.0)],
     "aten.tril.default": [S(r(3, 4))],

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from reasons import explained
 from samples import SAMPLES
 
+from fxgrow.capture import capture
 from fxgrow.errors import GrowthRefused
 from fxgrow.passes.base import operator_named
 from fxgrow.rules import RULES
-from fxgrow.rules.base import Content, Pattern, Pointwise, Structural, parse_pattern, register_rule
+from fxgrow.rules.base import Content, Opaque, Pattern, Pointwise, Structural, parse_pattern, register_rule
 from fxgrow.rules.judge import Sample, check, unjudged
 
 
@@ -38,6 +40,59 @@ def test_what_a_rule_claims_holds(op: str) -> None:
 def test_every_rule_is_judged() -> None:
     missing = [name for name in unjudged(SAMPLES) if name != "getitem" and exists(name)]
     assert not missing, f"no samples for {missing}"
+
+
+def holds_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, list | tuple) and any(map(holds_tensor, value)))
+
+
+def test_every_tensor_that_an_op_takes_is_judged() -> None:
+    """Optional ones too: a rule that forgets one is right about every call without it."""
+    missing = []
+    for name, rule in RULES.items():
+        if isinstance(rule, Opaque) or name == "getitem" or not exists(name):
+            continue
+        for place, argument in enumerate(operator_named(name)._schema.arguments):
+            given = [s.args[place] if place < len(s.args) else s.kwargs.get(argument.name) for s in SAMPLES[name]]
+            if "Tensor" in str(argument.type) and not any(map(holds_tensor, given)):
+                missing.append(f"{name}: {argument.name}")
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("op", "rule", "call", "operand"),
+    [
+        (
+            "aten.diff.default",
+            Structural(lambda ctx, dims: dims),
+            lambda x, y: torch.diff(x, dim=1, append=y),
+            "append",
+        ),
+        ("aten.lerp.Tensor", Structural(lambda ctx, dims: dims), lambda x, y: torch.lerp(x, x, y), "weight"),
+        ("aten.addcmul.default", Structural(lambda ctx, dims: dims), lambda x, y: torch.addcmul(x, x, y), "tensor2"),
+    ],
+)
+def test_operands_that_a_rule_never_asks_for_freeze(
+    op: str,
+    rule: Structural,
+    call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    operand: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(r(3, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return call(x, self.weight).sum()
+
+    monkeypatch.setitem(RULES, op, rule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        axes = capture(Model(), (r(3, 4),)).axes
+    (frozen,) = {str(a.reason) for a in axes if any(m.dim == 0 for m in a.members)}
+    assert f"does not follow its operand {operand}" in frozen
 
 
 def r(*shape: int) -> torch.Tensor:
@@ -92,8 +147,6 @@ def test_the_judge_finds_a_rule_that_says_linear_of_an_op_that_is_not(
 
 
 def test_the_judge_finds_a_rule_that_is_stricter_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxgrow.rules.base import Opaque
-
     monkeypatch.setitem(RULES, "aten.tanh.default", Opaque("nobody looked"))
     report = check("aten.tanh.default", [Sample(r(3, 4))])
     assert not report.wrong

@@ -5,6 +5,7 @@ Every case is exact to rounding, in the dtype that it had, or refused.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -310,3 +311,54 @@ def test_the_receipt_in_float64_holds_the_eps_of_the_models_dtype(dtype: torch.d
     ).receipt
     assert receipt.error_float64 is not None
     assert receipt.error_float64 < 1e-12
+
+
+# operands and dims that a rule has to look at -----------------------------------------------------------------------
+
+
+def test_differences_follow_what_stands_before_and_behind() -> None:
+    """Also where new units would be zero but for it."""
+
+    def use(s: Any, x: Tensor) -> Tensor:
+        return s.out(torch.diff(s.up(x), dim=0, prepend=s.first, append=torch.ones_like(s.up(x)[:1])))
+
+    for operation in (DOUBLE, MORE, ADDED):
+        grown = check_exact(Odd(use, first=r(2, 8)), operation)
+        assert grown.first.shape[1] == grown.up.weight.shape[0]
+
+
+def test_a_mask_covers_as_many_dims_as_it_has() -> None:
+    def use(s: Any, x: Tensor) -> Tensor:
+        return s.up(x).unflatten(0, (3, 2))[s.mask].sum(0) @ s.w.t()
+
+    model = Odd(use, mask=torch.tensor([[True, False], [True, True], [False, True]]))
+    grown = grow(model, {"operations": [{"op": "widen", "axis": "up.weight:0", "by": 3}]}, (r(6, 5),), verify=False)
+    x = r(6, 5, seed=3)
+    assert torch.allclose(model(x), grown.module(x), rtol=1e-12)
+    covered = Odd(lambda s, x: s.up(x)[s.mask].sum() + x, mask=r(6, 8) > 0)
+    check_refused(covered, DOUBLE, "looked up by number")
+
+
+@pytest.mark.parametrize("cut", [slice(1, 7, 2), slice(0, 6, 2), slice(2, 8, 3), slice(1, 8, 3)])
+def test_a_strided_slice_that_takes_part_of_the_units_is_refused(cut: slice) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # "a bug in the rule"
+        check_refused(Odd(lambda s, x: F.linear(s.up(x)[:, cut], s.w[:, cut])), DOUBLE, "takes entries")
+
+
+def test_a_strided_slice_of_every_unit_grows() -> None:
+    def use(s: Any, x: Tensor) -> Tensor:
+        return F.linear(s.up(x)[:, :7:2], s.w[:, ::2]) + F.linear(s.up(x)[:, 1::2], s.w[:, 1:8:2])
+
+    check_exact(Odd(use), DOUBLE)
+
+
+def test_an_index_computed_from_the_axis_freezes_it() -> None:
+    def use(s: Any, x: Tensor) -> Tensor:
+        return s.out(s.up(x)).index_select(1, (s.up(x)[0] > 0).long())
+
+    check_refused(Odd(use), DOUBLE, "it indexes another tensor")
+
+
+def test_an_operand_that_only_lends_its_dtype_freezes_nothing() -> None:
+    check_exact(Odd(lambda s, x: s.out(x[:, :1].type_as(s.up(x)) * s.up(x) + s.up(x).new_ones(1))), DOUBLE)
