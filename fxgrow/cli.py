@@ -521,6 +521,8 @@ def show_receipt(console: Console, receipt: Receipt, said: Sequence[str] = ()) -
         ("  train mode", error(receipt.error_float64_train)),
         ("relative error, own dtype", error(receipt.error_native)),
         ("gradients against the map", error(receipt.gradient_error)),
+        ("compared on", "; ".join(["the example", *receipt.inputs]) if receipt.measured != "nothing" else "nothing"),
+        ("not exercised", "; ".join(receipt.unexercised) or "nothing was found"),
         ("new weights without gradient", ", ".join(receipt.dead_parameters) or "none"),
         ("parameters", f"{receipt.params_before:,} → {receipt.params_after:,}"),
         ("bytes", f"{amount(receipt.bytes_before)} → {amount(receipt.bytes_after)}"),

@@ -15,6 +15,7 @@ from torch import fx, nn
 from fxgrow import kernels
 from fxgrow.capture import Program, capture, program_of
 from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.execute import drops_out
 from fxgrow.limits import check_elements, check_memory
 from fxgrow.materialise import check_finite, check_readable, materialise_all
 from fxgrow.passes.base import State, run_operation
@@ -159,24 +160,29 @@ def grow(
     with _timed(seconds, "analyse and plan"):
         plan, grown_program = plan_growth(program, parsed)
     check_memory(_needed(program, grown_program, plan))
-    module, tensors = build(program, grown_program, plan, seconds, consume=consume)
-    level = verify
-    if level == "auto":
-        level = "native" if plan.parameters_after > AUTO_FLOAT64_PARAMETERS else "float64"
-    if consume or _on_meta(program):
-        level = False
-    if level is False:
-        receipt = Receipt(exactness=plan.exactness, notes=["not measured: verification was switched off"])
+    module, _ = build(program, grown_program, plan, seconds, consume=consume)
+    unmeasured = (
+        "the model has no values (meta tensors)"
+        if _on_meta(program)
+        else "consume=True freed the original"
+        if consume
+        else "verification was switched off"
+        if verify is False
+        else ""
+    )
+    if unmeasured:
+        receipt = Receipt(exactness=plan.exactness, notes=[f"not measured: {unmeasured}"])
     else:
+        large = plan.parameters_after > AUTO_FLOAT64_PARAMETERS
+        level = ("streamed" if large else "float64") if verify in ("auto", False) else verify
         source = model if isinstance(model, nn.Module) else None
-        receipt = _verify(program, grown_program, plan, source, module, level, tensors)
+        receipt = _verify(program, grown_program, plan, source, module, level)
     receipt.params_before, receipt.params_after = plan.parameters_before, plan.parameters_after
     receipt.bytes_before = _bytes(program.parameters.values()) if not consume else 0
     receipt.bytes_after = _bytes(module.parameters())
     receipt.seconds = {**seconds, **receipt.seconds}
     receipt.notes.extend(plan.notes)
-    if _has_dropout(program):
-        receipt.notes.append("with dropout active, copies agree in expectation only")
+    receipt.notes.extend(_caveats(program))
     source_module = model if isinstance(model, nn.Module) else _Names(program)
     return Growth(module, plan, receipt, program_of(module, grown_program), source_module)
 
@@ -237,5 +243,13 @@ def _on_meta(program: Program) -> bool:
     return any(t.device.type == "meta" for t in program.parameters.values())
 
 
-def _has_dropout(program: Program) -> bool:
-    return any("dropout" in str(n.target) and n.args[1] not in (0, 0.0) for n in program.graph.nodes if len(n.args) > 1)
+def _caveats(program: Program) -> list[str]:
+    """What exactness does not cover."""
+    notes = []
+    if any(drops_out(n) for n in program.graph.nodes):
+        notes.append(
+            "with dropout active, the grown model's outputs are not distributed like the small one's: every copy has a "
+            "mask of its own, so that what is read through them varies less, and behind anything that is not linear "
+            "the mean moves, too"
+        )
+    return notes

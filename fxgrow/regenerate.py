@@ -45,7 +45,7 @@ def regenerate(
         A GraphModule in the program's train or eval mode, with the original parameter names, ties, ``requires_grad``
         and buffer persistence. Hooks of the original are not carried over.
     """
-    graphs = call_graphs(program, _clean(program.graph, double))
+    graphs = call_graphs(program, clean_graph(program.graph, double))
     own: dict[str, nn.Module] = {}
     targets = [_split_blocks(program, g, own) if hierarchical else g for g in graphs]
     for call, graph in zip(program.calls, targets, strict=False):
@@ -226,7 +226,7 @@ def _identifier(name: str) -> str:
 # graph ------------------------------------------------------------------------------------------------------------
 
 
-def _clean(graph: fx.Graph, double: bool) -> fx.Graph:
+def clean_graph(graph: fx.Graph, double: bool) -> fx.Graph:
     """A copy without baked devices (and, to verify, without baked float dtypes)."""
     out = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -242,7 +242,6 @@ def _clean(graph: fx.Graph, double: bool) -> fx.Graph:
             if double:
                 for name, value in implied_arguments(node).items():  # as in the model's own dtype
                     set_argument(new, name, value)
-                new.args = fx.map_arg(new.args, lambda n: n)
                 new.args = _to_double(new.args)
                 new.kwargs = _to_double(new.kwargs)
     return out
