@@ -561,8 +561,10 @@ class Verification:
             self._other_weights(old, new, limit)
 
     def _other_weights(self, old: Side, new: Side, limit: Limit) -> None:
-        gradient_mode = not any(s.eval_only for s in self.plan.steps)
+        gradient_mode = bool(self._served(True)) and not any(s.eval_only for s in self.plan.steps)
         for training in (False, True):
+            if not self._served(training):
+                continue  # the model was captured in the other mode only
             rounds = self._rounds(training)
             if training or not rounds:
                 rounds = rounds[:1] or [self._example(training)]
@@ -670,6 +672,8 @@ class Verification:
         for training in (True, True, False, False):
             if not waiting:
                 break
+            if not self._served(training):
+                continue
             gradients = model.run([self._example(training)], training, gradients=Weighed()).gradients
             size = max((float(g.abs().max()) for g in gradients.values() if g is not None), default=1.0)
             for name in list(waiting):
