@@ -54,7 +54,7 @@ def regenerate(
     for call, graph in zip(program.calls, targets, strict=False):
         _check_inputs(graph, call)
     plain = len(graphs) == 1 and not any(c.nested or c.constants or c.training is not None for c in program.calls)
-    kind = fx.GraphModule if plain else CallsModule
+    kind = RegeneratedModule if plain else CallsModule
     module = kind(nn.Module(), fx.Graph(), class_name=_identifier(program.class_name))
     for path, child in own.items():
         _attach(module, program, path, child)
@@ -84,7 +84,16 @@ def code_of(module: fx.GraphModule) -> str:
     )
 
 
-class CallsModule(fx.GraphModule):
+class RegeneratedModule(fx.GraphModule):
+    """A GraphModule that can be pickled, though its ``meta`` holds a graph."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        from fxgrow.pickling import reduce
+
+        return reduce(self) if "fxgrow" in self.meta else super().__reduce_ex__(protocol)
+
+
+class CallsModule(RegeneratedModule):
     """A GraphModule with a graph for each of several ways of calling it; ``graph`` is that of the first.
 
     ``forward`` takes lists and dicts of tensors apart, and chooses by which tensor arguments are given, by the values
