@@ -12,16 +12,14 @@ back can be analysed and grown again. ``model.safetensors`` is an ordinary state
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -32,18 +30,22 @@ from torch import fx, nn
 
 import fxgrow
 from fxgrow.capture import Call, Program
-from fxgrow.errors import CheckpointError
+from fxgrow.errors import CheckpointError, DiskError
 from fxgrow.growth import Growth
 from fxgrow.guards import Guard, compile_condition, inputs_of
 from fxgrow.materialise import check_readable
 from fxgrow.plan import GrowthPlan
+from fxgrow.publish import find, new_id, publish
+from fxgrow.reading import read_json
 from fxgrow.regenerate import code_of, regenerate
 from fxgrow.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name
 from fxgrow.structure import check as check_structure
 from fxgrow.verify import Receipt, relative_errors
 
 FORMAT: Final = "fxgrow-checkpoint"
-VERSION = 1
+VERSION = 2  # 1: saves had no id
+_UNREADABLE = "its plan or receipt cannot be read"
+Result = TypeVar("Result")
 MANIFEST, MODEL, EXAMPLES = "manifest.json", "model.safetensors", "examples.safetensors"
 
 
@@ -82,6 +84,7 @@ class Manifest(_Model):
 
     Attributes:
         format, version: of the checkpoint; a newer version than :data:`VERSION` is refused.
+        saved: id of the save, which its tensor files carry too (see :mod:`fxgrow.publish`); None in version 1.
         fxgrow, torch: versions that wrote it, for people.
         plan, receipt: of the growth that made the model, where there was one.
         training: the module's mode; ``mode_reason`` says why train and eval have graphs of their own, if they have.
@@ -96,6 +99,7 @@ class Manifest(_Model):
 
     format: Literal["fxgrow-checkpoint"] = FORMAT
     version: int = VERSION
+    saved: str | None = Field(None, pattern=r"^[0-9a-f]{32}$")
     fxgrow: str
     torch: str
     class_name: str
@@ -167,7 +171,9 @@ class Loaded:
 def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples: bool = True) -> Path:
     """Write a grown model, with the weights it has now, to a folder.
 
-    The folder appears whole or not at all. One that holds an older checkpoint is replaced; anything else is left alone.
+    A new folder appears whole or not at all. One that holds an older checkpoint is replaced in one step: for whoever
+    reads, and whenever this process is killed, it is the old or the new one (see :mod:`fxgrow.publish`). Other files in
+    it, and folders that hold something else, are left alone.
 
     Args:
         growth: from :func:`fxgrow.grow` or :func:`load`, or the module of one.
@@ -180,7 +186,7 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
 
     Raises:
         CheckpointError: the module was edited by hand, or holds something that cannot be stored.
-        OSError: the folder cannot be written.
+        DiskError: the folder cannot be written (no space, no permission); what was there is unchanged.
     """
     path = Path(path)
     module = growth if isinstance(growth, nn.Module) else growth.module
@@ -193,10 +199,15 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
         )
     if code_of(module) != module.meta.get("fxgrow_code"):
         raise CheckpointError("the module's graph was edited after the growth; save its state dict, or capture it anew")
-    if path.exists() and not (path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir()))):
+    try:
+        taken = path.exists() and not (path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir())))
+    except (OSError, ValueError) as error:
+        raise DiskError(f"{str(path)[:200]!r} cannot be written: {error}") from error
+    if taken:
         raise CheckpointError(f"{path} exists and is not a checkpoint; choose another path")
     tensors, records = _collect(program, module)
     manifest = Manifest(
+        saved=new_id(),
         fxgrow=fxgrow.__version__,
         torch=torch.__version__,
         class_name=program.class_name,
@@ -227,12 +238,36 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
             for i, output in enumerate(_run(module, args, kwargs) if call.serves(False) else ()):
                 stored[f"output.{number}.{i}"] = output
         manifest.calls.append(record)
-    with _atomic_folder(path) as folder:
-        _write_tensors(tensors, folder / MODEL)
-        if stored:
-            _write_tensors(stored, folder / EXAMPLES)
-        _write_text(folder / MANIFEST, _lines(manifest.model_dump(mode="json", exclude_none=True)))
+    files = {MODEL: tensors, **({EXAMPLES: stored} if stored else {})}
+
+    def write(place: Callable[[str], Path]) -> None:
+        for name, content in files.items():
+            _write_tensors(content, place(name), str(manifest.saved))
+        _write_text(place(MANIFEST), _lines(manifest.model_dump(mode="json", exclude_none=True)))
+
+    try:
+        publish(path, [*files, MANIFEST], write, str(manifest.saved), lambda: _present(path), [EXAMPLES])
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written: {error.strerror or error}. What was there is unchanged") from error
     return path
+
+
+def _present(path: Path) -> tuple[str, list[str]] | None:
+    """Id and files of the save that a folder holds."""
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError:
+        return None
+    return None if manifest.saved is None else (manifest.saved, _files(manifest))
+
+
+def _files(manifest: Manifest) -> list[str]:
+    return [MODEL, *([EXAMPLES] if _complete(manifest) else []), MANIFEST]
+
+
+def _complete(manifest: Manifest) -> bool:
+    """Whether examples are stored."""
+    return bool(manifest.calls) and all(c.args is not None and c.kwargs is not None for c in manifest.calls)
 
 
 def _collect(program: Program, module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, TensorRecord]]:
@@ -333,8 +368,13 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
     return [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
 
 
-def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """One safetensors file; tensors that share memory are stored apart, ties having been taken care of."""
+def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, saved: str) -> None:
+    """One safetensors file; tensors that share memory are stored apart, ties having been taken care of.
+
+    Raises:
+        CheckpointError: a tensor that cannot be stored.
+        OSError: the file cannot be written.
+    """
     seen: set[int] = set()
     plain: dict[str, torch.Tensor] = {}
     check_readable(tensors, CheckpointError)
@@ -348,12 +388,13 @@ def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         seen.add(flat.untyped_storage().data_ptr())
         plain[name] = flat
     try:
-        save_file(plain, path, metadata={"format": "pt"})
+        save_file(plain, path, metadata={"format": "pt", "saved": saved})
     except (SafetensorError, ValueError, KeyError) as error:
+        if system := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(system[1]), os.strerror(int(system[1]))) from error
         kinds = sorted({str(t.dtype) for t in plain.values()})
         raise CheckpointError(f"safetensors cannot store these tensors ({', '.join(kinds)}): {error}") from error
     path.chmod(0o644)  # safetensors makes files that only the owner can read
-    _sync(path)
 
 
 def _lines(data: dict[str, Any]) -> str:
@@ -377,36 +418,6 @@ def _lines(data: dict[str, Any]) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``path`` when the block ends, and vanishes when it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, old)
-            try:
-                os.replace(temporary, path)
-            except OSError:
-                os.replace(old, path)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 # loading --------------------------------------------------------------------------------------------------------------
@@ -419,18 +430,22 @@ def read_manifest(path: str | Path) -> Manifest:
         CheckpointError: there is none, it is not one, or it was written by a newer version.
     """
     file = Path(path) / MANIFEST
-    if not Path(path).is_dir() or not file.is_file():
+    try:
+        found = file.is_file()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise CheckpointError(f"{str(path)[:200]!r} cannot be read: {error}") from error
+    if not found:
         raise CheckpointError(
             f"{path} is not a checkpoint folder (of fxgrow.save or fxgrow grow): it has no {MANIFEST}"
         )
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        data = read_json(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error.__cause__
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not the manifest of a checkpoint: it does not say format {FORMAT!r}")
     version = data.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(
             f"{file} has version {version!r}, written by fxgrow {data.get('fxgrow', '?')}; this is fxgrow "
             f"{fxgrow.__version__}, which reads up to {VERSION}. Update fxgrow"
@@ -452,17 +467,36 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
         CheckpointError: something is missing, does not fit, or is of a newer version; the message says what and where.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    tensors = _read_tensors(path / MODEL, device)
+    return _of_one_save(path, lambda manifest: _load(path, manifest, device))
+
+
+def _of_one_save(path: Path, read: Callable[[Manifest], Result]) -> Result:
+    """Read a folder that may be replaced meanwhile: what fails is read again where the manifest is another by now.
+
+    Where it is the same, once more: a file may have taken its plain name between being looked for and being opened.
+    """
+    last: str | None = ""
+    while True:
+        manifest = read_manifest(path)
+        try:
+            return read(manifest)
+        except CheckpointError:
+            if manifest.saved == last:
+                raise
+            last = manifest.saved
+
+
+def _load(path: Path, manifest: Manifest, device: str | torch.device) -> Loaded:
+    tensors = _read_tensors(find(path, MODEL, manifest.saved), device, manifest)
     _check_tensors(manifest, tensors, path / MODEL)
     try:
         graph = graph_from_json(manifest.graph)
-        plan = None if manifest.plan is None else GrowthPlan.from_data(manifest.plan, "plan")
+        plan = None if manifest.plan is None else GrowthPlan.from_data(manifest.plan, _UNREADABLE)
         receipt = None if manifest.receipt is None else Receipt.model_validate(manifest.receipt)
     except CheckpointError as error:
         raise CheckpointError(f"{path / MANIFEST}: {error}") from error
     except (ValidationError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: its plan or receipt cannot be read: {_first(error)}") from error
+        raise CheckpointError(f"{path / MANIFEST}: {_UNREADABLE}: {_first(error)}") from error
     _check_names(manifest, graph, path / MANIFEST)
     calls, outputs = _read_calls(manifest, path, device)
     args, kwargs = (calls[0].args, calls[0].kwargs) if calls else ((), {})
@@ -506,8 +540,8 @@ def _read_calls(
 ) -> tuple[list[Call], list[list[torch.Tensor]] | None]:
     """The calls with their examples, and what the model gave for them."""
     where = path / MANIFEST
-    complete = bool(manifest.calls) and all(c.args is not None and c.kwargs is not None for c in manifest.calls)
-    stored = _read_tensors(path / EXAMPLES, device) if complete else {}
+    complete = _complete(manifest)
+    stored = _read_tensors(find(path, EXAMPLES, manifest.saved), device, manifest) if complete else {}
     calls, outputs = [], []
     for number, record in enumerate(manifest.calls):
         args: Any = _decode_inputs(record.args, stored) if complete else ()
@@ -536,13 +570,26 @@ def _read_calls(
     return calls, outputs if complete else None
 
 
-def _read_tensors(path: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, device: str | torch.device, manifest: Manifest | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a file, in memory of their own: what happens to the file later does not reach them.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or not of the save that its manifest is of.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, RuntimeError, AssertionError) as error:
+            theirs = (file.metadata() or {}).get("saved")
+            if manifest is not None and theirs not in (None, manifest.saved):
+                raise CheckpointError(
+                    f"{path} is of another save than its manifest; to use other weights, give them to the loaded "
+                    "module with fxgrow.checkpoint.load_weights"
+                )
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, RuntimeError, AssertionError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
@@ -608,16 +655,20 @@ def load_weights(module: nn.Module, file: str | Path) -> None:
             module is as it was.
     """
     path = Path(file)
+    folder = path if path.is_dir() and (path / MANIFEST).is_file() else None
     if path.is_dir():
         path = path / MODEL
-    if not path.is_file():
+    if not path.is_file() and folder is None:
         raise CheckpointError(f"{path} does not exist")
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise CheckpointError(
             f"{path} looks like a pickle, which fxgrow does not read. Convert it once, where you trust it: "
             f"safetensors.torch.save_model(model, {str(path.with_suffix('.safetensors'))!r})"
         )
-    tensors = _read_tensors(path, "cpu")
+    if folder is None:
+        tensors = _read_tensors(path, "cpu")
+    else:
+        tensors = _of_one_save(folder, lambda m: _read_tensors(find(path.parent, MODEL, m.saved), "cpu", m))
     own = module.state_dict(keep_vars=True)
     by_tensor: dict[int, list[str]] = {}
     for name, tensor in own.items():

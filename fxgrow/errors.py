@@ -29,3 +29,7 @@ class ExactnessError(FxgrowError):
 
 class CheckpointError(FxgrowError):
     """A checkpoint does not fit the model or the plan it is used with."""
+
+
+class DiskError(CheckpointError, OSError):
+    """A checkpoint cannot be written: no space, no permission. What was there before is unchanged."""
