@@ -88,8 +88,9 @@ def search(
     database: bool = True,
     out: Path | None = None,
     console: Console | None = None,
+    stop: bool = False,
 ) -> Report:
-    """Run models in workers; what each does depends on the seed and its number alone."""
+    """Run models in workers; what each does hangs on the seed and its number alone. ``stop``: at the first finding."""
     from tests.fuzz import generate  # noqa: F401  (imported before the fork)
     from tests.fuzz.pool import each
 
@@ -112,6 +113,8 @@ def search(
         for text in report.add(number, outcome, problem):
             if console is not None:
                 console.print(text, markup=False)
+        if stop and report.findings:
+            break
         if console is not None and time.monotonic() - said > 15:
             said = time.monotonic()
             console.print(report.line())

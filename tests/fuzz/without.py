@@ -1,0 +1,150 @@
+"""``python -m tests.fuzz.without``: does the fuzzer find a fault again when its mend is taken back?
+
+Each entry of :data:`MENDS` undoes one mend of the compiler in this process. The search that follows stops at the first
+finding; the table says after how many models, and what it was. A mend that is never missed is one that the fuzzer
+cannot see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fxgrow import capture, propagate
+from fxgrow.axes.analysis import Relate
+from fxgrow.passes import base as passes
+from fxgrow.rules import norm, pointwise
+from fxgrow.rules.base import RULES, op_name
+
+
+def _implied_constants() -> None:
+    """A norm without eps is taken to have that of its result's dtype."""
+
+    def eps(self: Any, ctx: Any) -> float:
+        given = ctx.args.get("eps")
+        return float(given) if given is not None else float(torch.finfo(ctx.node.meta["val"].dtype).eps)
+
+    norm.LastDimsNorm._eps = eps  # type: ignore[method-assign]
+
+
+def _guards() -> None:
+    """The conditions of the trace on sizes are dropped."""
+    capture.find_guards = lambda *_: []
+
+
+def _whole_numbers() -> None:
+    """Sums of whole numbers over copies are multiplied by a fraction."""
+    propagate.Grow._check_whole = lambda *_: None  # type: ignore[method-assign]
+    exact = passes.rescale
+
+    def rescale(*args: Any, **kwargs: Any) -> Any:
+        return exact(*args, **kwargs).model_copy(update={"divisor": None})
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "rescale", None) is exact:
+            module.rescale = rescale  # type: ignore[attr-defined]
+
+
+def _mode_literals() -> None:
+    """Literals that differ between train and eval are all taken to be flags."""
+    capture._is_mode = lambda *_: True
+
+
+def _state() -> None:
+    """What a call leaves in a buffer is not held against what the next one assumes."""
+    propagate.Grow._check_state = lambda _: None  # type: ignore[method-assign]
+
+
+def _casts() -> None:
+    """A parameter seen through any cast is still the parameter."""
+    pointwise.Cast.linear = lambda *_: True  # type: ignore[method-assign]
+
+
+def _scales() -> None:
+    """A scale passes through every op that moves elements."""
+
+    def keeps(node: Any) -> bool:
+        rule = RULES.get(op_name(node.target)) if node.op == "call_function" else None
+        return bool(getattr(rule, "moves", False)) and isinstance(node.args[0], torch.fx.Node)
+
+    propagate._keeps_scale = keeps
+
+
+def _unseen_operands() -> None:
+    """Operands that a rule never asked for do not freeze."""
+    Relate.freeze_unseen = lambda *_: None  # type: ignore[method-assign]
+    propagate.Grow._grow = lambda self, rule: rule.grow(self)  # type: ignore[method-assign]
+
+
+#: name to what takes the mend back
+MENDS: dict[str, Callable[[], None]] = {
+    "implied constants": _implied_constants,
+    "guards": _guards,
+    "whole numbers": _whole_numbers,
+    "mode literals": _mode_literals,
+    "state": _state,
+    "casts": _casts,
+    "scales": _scales,
+    "unseen operands": _unseen_operands,
+}
+
+
+def _search(name: str, options: dict[str, Any], out: Any) -> None:
+    from tests.fuzz.__main__ import search
+
+    MENDS[name]()
+    report = search(**options, stop=True)
+    first = report.findings[0] if report.findings else None
+    out.send((report.models, report.seconds, None if first is None else (first.kind, first.detail, first.script)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.without", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "mends", nargs="*", metavar="MEND", help=f"of {', '.join(MENDS)}; all of them where none is named"
+    )
+    parser.add_argument("--models", type=int, default=300, help="how many models to try at most")
+    parser.add_argument("--seconds", type=float, default=None, help="how long to try at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--growths", type=int, default=14, help="growths of each model")
+    parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
+    options = parser.parse_args(argv)
+    unknown = [m for m in options.mends if m not in MENDS]
+    if unknown:
+        parser.error(f"no mend {unknown[0]!r}; there are: {', '.join(MENDS)}")
+    table = Table("mend taken back", "found after", "seconds", "finding")
+    figures = []
+    for name in options.mends or MENDS:
+        given, pipe = multiprocessing.Pipe(duplex=False)
+        search = {k: getattr(options, k) for k in ("models", "seconds", "seed", "growths", "jobs")} | {
+            "shrink_for": 20.0
+        }
+        process = multiprocessing.get_context("fork").Process(target=_search, args=(name, search, pipe))
+        start = time.monotonic()
+        process.start()
+        pipe.close()
+        models, seconds, found = given.recv()
+        process.join()
+        said = f"{found[0]}: {found[1]}" if found else "nothing"
+        print(f"{name}: {said} after {models} models, {time.monotonic() - start:.0f} s", flush=True)
+        table.add_row(name, f"{models} models" if found else f"not in {models}", f"{seconds:.0f}", said[:80])
+        figures.append({"mend": name, "models": models, "seconds": seconds, "found": found})
+    Console(width=140).print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return int(any(f["found"] is None for f in figures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
