@@ -50,8 +50,8 @@ from fxgrow.rules.base import (
     annotate,
     bound_arguments,
     infos,
+    nodes_among,
     op_name,
-    tensor_arguments,
 )
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class Grow:
 
     def _grow(self, rule: Rule) -> Any:
         result = rule.grow(self)
-        for name, operand in tensor_arguments(self.node):
+        for name, operand in nodes_among(self.args):
             unseen = operand not in self.seen and name not in rule.ignored
             if unseen and any(self.grows(d) for d in flat_dims(self.env.get(operand))):
                 raise self.refuse(f"fxgrow's rule for it does not follow its operand {name}")

@@ -85,7 +85,9 @@ def sizes_of(node: fx.Node) -> list[Size] | None:
 def shape_of(value: torch.Tensor) -> list[Size]:
     out: list[Size] = []
     for s in value.shape:
-        if isinstance(s, torch.SymInt):
+        if type(s) is int:
+            out.append(s)
+        elif isinstance(s, torch.SymInt):
             expr = s.node.expr
             out.append(int(expr) if expr.is_number else expr)
         else:
@@ -355,9 +357,9 @@ class Relate:
 
     def freeze_unseen(self, rule: Rule) -> None:
         """Operands that a rule never asked for: nothing says what growth of them would do."""
-        from fxgrow.rules.base import tensor_arguments
+        from fxgrow.rules.base import nodes_among
 
-        for name, operand in tensor_arguments(self.node):
+        for name, operand in nodes_among(self.args):
             if operand not in self.seen and name not in rule.ignored:
                 for dim in flat_dims(self.env.get(operand)):
                     self.freeze(dim, f"fxgrow's rule for it does not follow its operand {name}")

@@ -14,6 +14,7 @@ outputs.
 from __future__ import annotations
 
 import enum
+import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -157,6 +158,7 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
+@functools.cache
 def op_name(target: Any) -> str:
     """``aten.add.Tensor`` for an op overload, the plain name for a Python builtin."""
     if isinstance(target, torch._ops.OpOverload):
@@ -178,19 +180,23 @@ def register_rule(ops: str | Iterable[str], rule: Rule, *, override: bool = Fals
         RULES[name] = rule
 
 
+@functools.cache
+def _signature(target: Any) -> tuple[tuple[str, bool, Any], ...] | None:
+    """An op's arguments: name, whether by keyword only, default. Reading them off a schema takes time."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return None
+    return tuple((a.name, a.kwarg_only, a.default_value if a.has_default_value() else None) for a in schema.arguments)
+
+
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """The node's arguments by the names of the op's schema, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
+    signature, args, kwargs = _signature(node.target), node.args, node.kwargs
+    if signature is None:
+        return {str(i): a for i, a in enumerate(args)} | dict(kwargs)
     out: dict[str, Any] = {}
-    for i, arg in enumerate(schema.arguments):
-        if i < len(node.args) and not arg.kwarg_only:
-            out[arg.name] = node.args[i]
-        elif arg.name in node.kwargs:
-            out[arg.name] = node.kwargs[arg.name]
-        else:
-            out[arg.name] = arg.default_value if arg.has_default_value() else None
+    for i, (name, by_keyword, default) in enumerate(signature):
+        out[name] = args[i] if i < len(args) and not by_keyword else kwargs.get(name, default)
     return out
 
 
@@ -208,10 +214,10 @@ def implied_arguments(node: fx.Node) -> dict[str, float]:
     return {name: value(dtype) for name, value in rule.implied.items() if given.get(name) is None}
 
 
-def tensor_arguments(node: fx.Node) -> list[tuple[str, fx.Node]]:
-    """The nodes among a call's arguments by the names of its schema, those inside lists included."""
+def nodes_among(arguments: Mapping[str, Any]) -> list[tuple[str, fx.Node]]:
+    """The nodes among a call's arguments by name, those inside lists included."""
     out: list[tuple[str, fx.Node]] = []
-    for name, value in bound_arguments(node).items():
+    for name, value in arguments.items():
         found = value if isinstance(value, list | tuple) else [value]
         out += [(name, item) for item in found if isinstance(item, fx.Node)]
     return out
@@ -777,5 +783,5 @@ __all__ = [
     "parse_pattern",
     "register_rule",
     "set_argument",
-    "tensor_arguments",
+    "nodes_among",
 ]
