@@ -9,6 +9,7 @@ from fxgrow.rules import (  # noqa: F401 - importing them registers their rules
     contraction,
     distance,
     indexing,
+    loss,
     norm,
     pointwise,
     recurrent,

@@ -189,6 +189,11 @@ def _signature(target: Any) -> tuple[tuple[str, bool, Any], ...] | None:
     return tuple((a.name, a.kwarg_only, a.default_value if a.has_default_value() else None) for a in schema.arguments)
 
 
+def used(node: fx.Node, result: int) -> bool:
+    """Whether anything uses one result of an op with several."""
+    return any(op_name(u.target) == "getitem" and u.args[1] == result and u.users for u in node.users)
+
+
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """The node's arguments by the names of the op's schema, defaults filled in."""
     signature, args, kwargs = _signature(node.target), node.args, node.kwargs
@@ -334,7 +339,8 @@ class Resize:
                     new[i] = self.new_size(dim)
                     continue
                 if not infer:
-                    raise self.refuse("a grown dim is computed from a dynamic size")
+                    new[i] = self.new_size(dim)
+                    continue
                 if -1 in new:  # only one entry can be left open: spell the other out
                     j = new.index(-1)
                     known = self._known_size(size_of(dims[j]))

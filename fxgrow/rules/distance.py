@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
-from fxgrow.axes.expr import Conflict, Expr, is_unit, resolve
+from fxgrow.axes.expr import UNIT, Conflict, Expr, is_unit, resolve
 from fxgrow.rules.base import Content, Dims, Info, Rule, annotate, infos, register_rule
 
 if TYPE_CHECKING:
@@ -101,3 +102,71 @@ class PairwiseDistances(Rule):
 
 
 register_rule(["aten.cdist.default", "aten._cdist_forward.default"], PairwiseDistances())
+
+
+def _copies_root(n: int, order: float) -> float:
+    """By how much n copies of every term make a norm of that order larger."""
+    if math.isinf(order):
+        return 1.0
+    return float(n) if order == 0 else n ** (1.0 / order)
+
+
+class RowDistance(Rule):
+    """``pairwise_distance``: a norm of ``x1 - x2 + eps`` over the last dim, row by row."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        out = []
+        for x, y in self._pairs(ctx):
+            if not is_unit(x) and not is_unit(y):
+                ctx.unify(x, y)
+            out.append(resolve(y if is_unit(x) else x))
+        return [*out[:-1], UNIT] if ctx.args["keepdim"] else out[:-1]
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        *lead, last = self._pairs(ctx)
+        out = [annotate(ctx.close(ctx.combine(x, y, "any")), _nonlinear) for x, y in lead]
+        over = [d for d in last if not is_unit(d)]
+        if any(map(ctx.grows, over)):
+            if ctx.newborn and ctx.args["eps"] != 0:
+                raise ctx.refuse(
+                    "it adds eps to every difference, to those of new units too; grow by whole copies instead"
+                )
+            if ctx.newborn and len(over) == 1:
+                raise ctx.refuse("one of its operands is broadcast along the axis")
+            factor = _copies_root(_zero_together(ctx, over), float(ctx.args["p"]))
+            if factor != 1.0:
+                ctx.rescale_output(1.0 / factor)
+        return [*out, UNIT] if ctx.args["keepdim"] else out
+
+    @staticmethod
+    def _pairs(ctx: Any) -> list[tuple[Expr, Expr]]:
+        a, b = ctx.dims("x1"), ctx.dims("x2")
+        if not a or not b:
+            raise Conflict("an operand has no dims")
+        rank = max(len(a), len(b))
+        return [tuple(d[i] if -i <= len(d) else UNIT for d in (a, b)) for i in range(-rank, 0)]
+
+
+register_rule("aten.pairwise_distance.default", RowDistance())
+
+
+class PairsOfRows(Rule):
+    """``pdist``: a norm of the difference of every two rows."""
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        dims = ctx.dims("self")
+        assert dims is not None
+        ctx.freeze(dims[0], "every two of its entries make a pair")
+        return [ctx.opaque(ctx.shape[0], "its entries are pairs")]
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims = ctx.dims("self")
+        assert dims is not None
+        if ctx.grows(dims[1]):
+            factor = _copies_root(_zero_together(ctx, [dims[1]]), float(ctx.args["p"]))
+            if factor != 1.0:
+                ctx.rescale_output(1.0 / factor)
+        return ctx.axes.dims[ctx.node]
+
+
+register_rule("aten.pdist.default", PairsOfRows())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import fx
 
 from fxgrow.axes.expr import Conflict, is_static, resolve, same_size, size_of
-from fxgrow.rules.base import Content, Dims, Info, Opaque, Resize, Rule, annotate, infos, register_rule
+from fxgrow.rules.base import Content, Dims, Info, Opaque, Resize, Rule, annotate, infos, register_rule, used
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -262,13 +263,16 @@ class Bucketize(Rule):
 register_rule("aten.bucketize.Tensor", Bucketize())
 
 
+BAG_MAX = 2
+
+
 class EmbeddingBag(Rule):
-    """Sums or means of rows picked by number: the rows' axis is an index, the columns pass."""
+    """Sums, means or maxima of rows picked by number: the rows' axis is an index, the columns pass."""
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         weight = ctx.dims("weight")
         assert weight is not None
-        if ctx.args.get("mode") == 2:
+        if ctx.args.get("mode") == BAG_MAX and any(used(ctx.node, n) for n in (1, 2, 3)):
             raise Conflict("which rows are largest is numbered too")
         ctx.role(weight[0], "vocab" if ctx.from_input(ctx.args["indices"]) else "positions", 100)
         why = "its entries are looked up by number"
@@ -281,12 +285,44 @@ class EmbeddingBag(Rule):
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         weight = ctx.dims("weight")
         assert weight is not None
-        ctx.freeze(weight[0], "its entries are looked up by number")
         (bags, _), *rest = ctx.axes.dims[ctx.node]
-        return [[bags, ctx.close(weight[1])], *rest]
+        columns = ctx.close(weight[1])
+        if ctx.args.get("mode") == BAG_MAX:
+            columns = annotate(columns, lambda i: i.becomes(Content.FREE) if i.content is Content.MEAN else i)
+        return [[bags, columns], *rest]
 
 
 register_rule(["aten.embedding_bag.default", "aten.embedding_bag.padding_idx"], EmbeddingBag())
+
+
+class Renorm(Rule):
+    """``embedding_renorm_``: rows longer than a norm are shortened to it, in the table itself; rows are independent.
+
+    It divides by the norm plus 1e-7, a constant that no argument sets. Zeros leave a row's norm, copies do not.
+    """
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        return ctx.dims("self")
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims = ctx.dims("self")
+        assert dims is not None
+        columns = [d for d in dims[1:] if ctx.grows(d)]
+        if columns and ctx.args["norm_type"] != math.inf:
+            if ctx.uniform_factor(columns) != 1:
+                raise ctx.refuse(
+                    "copies make the norm of a row larger, and it divides by the norm plus 1e-7, which max_norm cannot "
+                    "make up for; add units instead, with `fill: add`"
+                )
+            for info in (i for d in columns for i in infos(d)) if ctx.newborn else ():
+                if info.content is not Content.ZERO:
+                    ctx.demand(info, Content.ZERO, "a norm runs over the axis")
+        elif columns and ctx.newborn:
+            raise ctx.refuse("new units could be the largest of their row; grow by whole copies instead")
+        return [ctx.close(d) for d in dims]
+
+
+register_rule("aten.embedding_renorm_.default", Renorm())
 register_rule(
     [f"aten.{n}.default" for n in ("nonzero", "argwhere", "masked_select", "bincount", "histc", "_unique2")]
     + [f"aten.{n}.default" for n in ("unique_consecutive", "unique_dim", "nonzero_static")]
@@ -317,30 +353,8 @@ class ClassLoss(Rule):
 register_rule(["aten.cross_entropy_loss.default", "aten.nll_loss.default", "aten.nll_loss_nd.default"], ClassLoss())
 
 
-class ElementLoss(Rule):
-    """Losses that average over every element."""
-
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
-        a, b = (d for _, d in ctx.tensor_operands()[:2])
-        for x, y in zip(reversed(a), reversed(b), strict=False):
-            ctx.unify(x, y)
-        for _, operand in ctx.tensor_operands():
-            for d in operand:
-                ctx.freeze(d, "the loss averages over it")
-        return ctx.opaque_results("the loss averages over it")
-
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
-        raise ctx.refuse("the loss averages over it")
-
-
 register_rule(
-    [f"aten.{n}.default" for n in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div")]
-    + ["aten.binary_cross_entropy.default", "aten.binary_cross_entropy_with_logits.default"],
-    ElementLoss(),
-)
-register_rule(
-    [f"aten.{n}.default" for n in ("poisson_nll_loss", "soft_margin_loss", "hinge_embedding_loss")]
-    + [f"aten.{n}.default" for n in ("cosine_embedding_loss", "margin_ranking_loss", "triplet_margin_loss")]
+    [f"aten.{n}.default" for n in ("cosine_embedding_loss", "margin_ranking_loss", "triplet_margin_loss")]
     + ["aten.multi_margin_loss.default", "aten.multilabel_margin_loss.default"]
     + ["aten.ctc_loss.IntList", "aten.ctc_loss.Tensor"],
     Opaque("the loss averages over it"),

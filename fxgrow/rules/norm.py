@@ -213,8 +213,14 @@ class GroupNorm(Rule):
         groups, inner = self._groups(ctx, dims[1], g)
         _check_eps(ctx, [dims[0], groups], float(ctx.args["eps"]))
         if ctx.grows(inner):
+            if ctx.newborn and g == 1 and all(map(is_unit, dims[2:])):
+                return self._one_group(ctx, dims)
             if ctx.newborn:
-                raise ctx.refuse("group norm over a group with new channels; grow by whole copies instead")
+                raise ctx.refuse(
+                    "group norm takes its statistics over channels and positions together, so that new channels would "
+                    "have to hold the mean of both at every position, which no weight gives (the mean of the channels "
+                    "at each position would add to the variance); grow by whole copies instead"
+                )
             ctx.uniform_factor([inner])
         out = list(dims)
         out[0] = annotate(ctx.close(dims[0]), lambda info: _normalised(info, False))
@@ -227,6 +233,28 @@ class GroupNorm(Rule):
                 total = ctx.combine(total, other[0], how)
         out[1] = ctx.close(annotate(total, lambda info: info.becomes(Content.FREE, zeroable=False)))
         return out
+
+    @staticmethod
+    def _one_group(ctx: Grow, dims: Dims) -> Dims:
+        """One group and no positions: layer norm, whose new channels may hold the mean of the others."""
+        weight, bias = ctx.dims("weight"), ctx.dims("bias")
+        _check_eps(ctx, [dims[0]], float(ctx.args["eps"]), [dims[1]])
+        eta = ctx.statistic([dims[1]], Content.MEAN, 1)
+        result: Expr = annotate(dims[1], lambda info: info.becomes(Content.ZERO))
+        if weight is not None:
+            ctx.newborn_constants({"weight": 1.0})
+            result = ctx.combine(result, weight[0], "mul")
+        if bias is not None:
+            ctx.pin(bias[0], Content.ZERO)
+            result = ctx.combine(result, bias[0], "add")
+        if eta != 1.0:
+            ctx.edit("eps", float(ctx.args["eps"]) * eta**2)
+            if weight is None and bias is None:
+                ctx.rescale_output(eta)
+            elif weight is None or not ctx.scale_shared("weight", eta):
+                raise ctx.refuse("the norm's weight is shared or missing, so that its scale cannot be adjusted")
+        first = annotate(ctx.close(dims[0]), lambda info: _normalised(info, False))
+        return [first, ctx.close(result), *dims[2:]]
 
     @staticmethod
     def _groups(ctx: Any, channels: Expr, g: int) -> tuple[Expr, Expr]:

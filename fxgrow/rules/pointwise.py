@@ -124,12 +124,12 @@ register_rule(_with_in_place("clamp_min clamp_max threshold round.decimals"), Po
 register_rule("aten.fake_quantize_per_tensor_affine.default", Pointwise(zero=True))
 register_rule(["aten.positive.default"], Pointwise(zero=True, mean=True))
 register_rule(_with_in_place("rrelu"), Pointwise(zero=True))
-register_rule(["aten.special_entr.default"], Finite())
+register_rule(["aten.special_entr.default", "aten.polygamma.default", "aten.mvlgamma.default"], Finite())
 register_rule(
     _with_in_place("dropout feature_dropout"),
     Pointwise(zero=True, mean=True),
 )
-register_rule(_with_in_place("alpha_dropout"), Pointwise())  # what it drops is not zero
+register_rule(_with_in_place("alpha_dropout feature_alpha_dropout"), Pointwise())  # what it drops is not zero
 
 # arithmetic; with one tensor operand the other is a literal
 
@@ -160,9 +160,27 @@ class Quotient(Pointwise):
 
 
 register_rule(_with_in_place("div.Tensor div.Scalar"), Quotient("mul", zero=True, mean=True))
+
+
+class QuotientInto(Quotient):
+    """``torch.div(a, b, out=...)``: what ``out`` held is gone."""
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        super().grow(ctx)  # refuses what may divide by zero
+        a, b = ctx.dims("self"), ctx.dims("other") or []
+        assert a is not None
+        pairs = [(a[i], b[i] if -i <= len(b) else UNIT) for i in range(-len(a), 0)]
+        return [ctx.close(ctx.combine(x, y, "mul")) for x, y in pairs]
+
+
+register_rule("aten.div.out", QuotientInto("mul"))
 register_rule(["aten.div.Tensor_mode", "aten.floor_divide.default", "aten.remainder.Scalar"], Finite())
 register_rule(["aten.remainder.Tensor", "aten.fmod.Tensor", "aten.fmod.Scalar"], Finite())
-register_rule(["aten.float_power.Tensor_Tensor", "aten.xlogy.Tensor", "aten.special_xlog1py.default"], Finite(True))
+register_rule(
+    ["aten.float_power.Tensor_Tensor", "aten.xlogy.Tensor", "aten.special_xlog1py.default", "aten.ldexp.Tensor"]
+    + ["aten.special_gammainc.default", "aten.special_gammaincc.default"],
+    Finite(True),
+)
 
 
 def _positive_power(args: dict[str, Any]) -> bool:
@@ -179,7 +197,9 @@ class Power(Pointwise):
         return super().grow(ctx)
 
 
-register_rule(["aten.pow.Tensor_Scalar", "aten.pow_.Scalar"], Power(zero=_positive_power))
+register_rule(
+    ["aten.pow.Tensor_Scalar", "aten.pow_.Scalar", "aten.float_power.Tensor_Scalar"], Power(zero=_positive_power)
+)
 register_rule("aten.pow.Tensor_Tensor", Finite(everywhere=True))
 register_rule("aten.pow.Scalar", Pointwise())
 register_rule(

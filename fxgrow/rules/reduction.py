@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from torch import fx
-
-from fxgrow.axes.expr import UNIT, Size, is_static, is_unit, product, quotient, size_of
-from fxgrow.rules.base import Content, Dims, Info, Opaque, Rule, Structural, annotate, infos, op_name, register_rule
+from fxgrow.axes.expr import UNIT, Size, is_static, is_unit, product, quotient, resolve, size_of
+from fxgrow.rules.base import Content, Dims, Info, Opaque, Rule, Structural, annotate, infos, register_rule, used
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -42,7 +40,7 @@ class Reduce(Rule):
         if self.kind == "blocked":
             for i in over:
                 ctx.freeze(dims[i], "its entries are reduced in a way that growth would change")
-        if self.kind == "extremum" and _used(ctx.node, 1):
+        if self.kind == "extremum" and used(ctx.node, 1):
             for i in over:
                 ctx.freeze(dims[i], "the number of its largest or smallest entry is used")
         keep = bool(ctx.args.get("keepdim"))
@@ -112,11 +110,6 @@ class Reduce(Rule):
 
 def _nonlinear(info: Info) -> Info:
     return info.becomes(info.content if info.content is Content.CONST else Content.FREE, zeroable=False)
-
-
-def _used(node: fx.Node, result: int) -> bool:
-    """Whether anything uses one result of an op with several."""
-    return any(op_name(u.target) == "getitem" and u.args[1] == result and u.users for u in node.users)
 
 
 class Variance(Reduce):
@@ -294,6 +287,37 @@ for _n in (1, 2, 3):
         Pool(_n, linear=False, results=2),
     )
 register_rule("aten._adaptive_avg_pool2d.default", Pool(2, linear=True))
+
+
+class Unpool(Rule):
+    """``max_unpool``: entries of a channel put where its indices say; the leading dims pass."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+        dims, indices = ctx.dims("self"), ctx.dims("indices")
+        assert dims is not None and indices is not None
+        why = "unpooling runs over it"
+        for a, b in zip(dims[: -self.n], indices[: -self.n], strict=True):
+            ctx.unify(a, b)
+        for d in (*dims[-self.n :], *indices[-self.n :]):
+            ctx.freeze(d, why)
+        space = [ctx.opaque(s, why) for s in ctx.shape[-self.n :]]
+        for d in (*dims[-self.n :], *space):
+            ctx.role(d, "spatial", 100)
+        return [*map(resolve, dims[: -self.n]), *space]
+
+    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+        dims, indices = ctx.dims("self"), ctx.dims("indices")
+        assert dims is not None and indices is not None
+        lead = zip(dims[: -self.n], indices[: -self.n], strict=True)
+        own = ctx.axes.dims[ctx.node]
+        return [*(ctx.close(ctx.combine(a, b, "any")) for a, b in lead), *own[-self.n :]]
+
+
+for _n in (2, 3):
+    register_rule(f"aten.max_unpool{_n}d.default", Unpool(_n))
 
 
 def _patches(ctx: Any, dims: Dims) -> Dims:

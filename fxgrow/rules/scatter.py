@@ -201,6 +201,20 @@ class SelectScatter(Rule):
 
 
 register_rule("aten.select_scatter.default", SelectScatter())
+
+
+class SliceScatter(SelectScatter):
+    """A range of entries of a dim replaced."""
+
+    @staticmethod
+    def _operands(ctx: Any) -> tuple[Dims, Dims, Dims, int]:
+        dims, source = ctx.dims("self"), ctx.dims("src")
+        at = int(ctx.args["dim"]) % len(dims)
+        ctx.freeze(source[at], WHY)
+        return dims, [*dims[:at], *dims[at + 1 :]], [*source[:at], *source[at + 1 :]], at
+
+
+register_rule("aten.slice_scatter.default", SliceScatter())
 register_rule(
     [*_both("masked_scatter.default"), "aten.take.default", *_both("put.default")],
     Opaque("its entries are taken or written in their order"),
