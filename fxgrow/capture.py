@@ -790,6 +790,7 @@ def _trace_into(
 ) -> Any:
     """Append one call's ops to the graph, and fill in which inputs it takes. Returns its output structure."""
     env: dict[fx.Node, Any] = {}
+    learns: set[fx.Node] = set()  # what gradients flow through: it depends on parameters or on what the caller passes
     specs = {_argument_name(s.arg): s for s in exported.graph_signature.input_specs}
     for out in exported.graph_signature.output_specs:
         if out.kind is not OutputKind.USER_OUTPUT:
@@ -830,6 +831,8 @@ def _trace_into(
                 env[node] = new
             else:
                 raise CaptureError(f"input {node.name} is a {spec.kind.name.lower()}, which is not supported")
+            if spec.kind in (InputKind.PARAMETER, InputKind.USER_INPUT):
+                learns.add(node)
             continue
         if node.op == "output":
             flat = pytree.tree_map_only(fx.Node, lambda n: env[n], list(node.args[0]))
@@ -840,8 +843,12 @@ def _trace_into(
             env[node] = node  # a subgraph, entered below
             continue
         if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
-            env[node] = _inline(graph, exported.graph_module, node, env)
+            env[node] = _inline(graph, exported.graph_module, node, env, learns)
+            if node.args[0] is not False and not learns.isdisjoint(node.all_input_nodes):
+                learns.add(node)
             continue
+        if node.target is not torch.ops.aten.detach.default and not learns.isdisjoint(node.all_input_nodes):
+            learns.add(node)
         if node.target is operator.getitem and isinstance(env.get(node.args[0]), _Region):
             env[node] = env[node.args[0]][node.args[1]]
             continue
@@ -1054,8 +1061,15 @@ def _rewire(graph: fx.Graph, node: fx.Node, path: tuple[Any, ...], eval_value: A
         node.kwargs = put(dict(node.kwargs), path[1:])
 
 
-def _inline(graph: fx.Graph, owner: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-    """Copy the body of a ``wrap_with_set_grad_enabled`` region in; outputs of a no-grad region are detached."""
+def _inline(
+    graph: fx.Graph, owner: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any], learns: set[fx.Node]
+) -> Any:
+    """Copy the body of a ``wrap_with_set_grad_enabled`` region in; what enters and leaves a no-grad one is detached.
+
+    Args:
+        learns: the nodes of the traced graph that gradients flow through. Buffers do not: they enter as they are, and
+            what a region writes into them is no part of the graph of gradients.
+    """
     name = str(node.target)
     if "set_grad_enabled" not in name:
         raise CaptureError(_region(name, source_line(node.meta.get("stack_trace") or "")))
@@ -1068,20 +1082,23 @@ def _inline(graph: fx.Graph, owner: fx.GraphModule, node: fx.Node, env: dict[fx.
         if n.op == "placeholder":
             value = next(inputs)
             inner[n] = env[value] if isinstance(value, fx.Node) else value
+            if not enabled and value in learns and isinstance(value.meta.get("val"), torch.Tensor):
+                inner[n] = _detached(graph, inner[n])
         elif n.op == "output":
             results = pytree.tree_map_only(fx.Node, lambda x: inner[x], list(n.args[0]))
             if enabled:
                 return _Region(results)
-            detached = []
-            for r in results:
-                d = graph.call_function(torch.ops.aten.detach.default, (r,))
-                d.meta = dict(r.meta)
-                detached.append(d)
-            return _Region(detached)
+            return _Region([_detached(graph, r) for r in results])
         else:
             inner[n] = graph.node_copy(n, lambda x: inner[x])
             inner[n].meta = _meta(n)
     raise CaptureError(f"region {body_node.target} has no output")
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    out = graph.call_function(torch.ops.aten.detach.default, (node,))
+    out.meta = dict(node.meta)
+    return out
 
 
 def _region(name: str, line: str) -> str:

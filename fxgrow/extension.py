@@ -177,7 +177,7 @@ class Extension(Grow):
                 known = any(one.operand is operand and one.dim == i for one in found)
                 if self.grows(dim) and not known and operand is not found[0].operand:
                     raise self.refuse("its index grows along the axis")
-        if op_name(self.node.target).startswith(("aten.embedding.", "aten.embedding_bag.")):
+        if op_name(self.node.target).startswith("aten.embedding"):
             return rule.grow(self)
         return self._known(Content.FREE)
 
@@ -350,6 +350,8 @@ def lookups_of(node: fx.Node, ranges: Ranges) -> Iterator[Lookup]:
 
     if name in ("aten.embedding.default", "aten.embedding_bag.default", "aten.embedding_bag.padding_idx"):
         yield Lookup(node, args["weight"], 0, need(args["indices"]))
+    elif name == "aten.embedding_renorm_.default":
+        yield Lookup(node, args["self"], 0, need(args["indices"]))
     elif name == "aten.slice.Tensor":
         rank = len(sizes_of(args["self"]) or [])
         end = args["end"]

@@ -180,6 +180,35 @@ def test_no_grad_regions_stay_without_gradient() -> None:
     assert module.b.weight.grad is not None
 
 
+def test_what_a_no_grad_region_writes_into_a_buffer_holds_no_gradients() -> None:
+    class Average(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.register_buffer("seen", torch.zeros(4))
+            self.register_buffer("last", torch.zeros(3, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.tanh(self.a(x))
+            with torch.no_grad():
+                self.seen.mul_(0.9).add_(h.mean(0))
+                self.last.copy_(h)
+            return h - self.seen
+
+    model = Average()
+    x = torch.randn(3, 4)
+    module = rebuilt(fxgrow.capture(model, (x,)))
+    for _ in range(2):
+        for one in (model, module):
+            one(x).sum().backward()
+        for name in ("seen", "last"):
+            buffer = module.get_buffer(name)
+            assert not buffer.requires_grad and buffer.grad_fn is None, "else every call's graph would be kept"
+            assert_same(buffer, model.get_buffer(name))
+    assert_same(module.a.weight.grad, model.a.weight.grad)
+    assert_same(module.a.bias.grad, model.a.bias.grad)
+
+
 def test_keyword_arguments_and_named_outputs() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:

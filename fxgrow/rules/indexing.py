@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxgrow.axes.expr import Conflict, is_static, resolve, same_size, size_of
-from fxgrow.rules.base import Content, Dims, Info, Opaque, Resize, Rule, annotate, infos, register_rule, used
+from fxgrow.rules.base import Content, Dims, Info, Opaque, Resize, Rule, annotate, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -272,14 +272,14 @@ class EmbeddingBag(Rule):
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         weight = ctx.dims("weight")
         assert weight is not None
-        if ctx.args.get("mode") == BAG_MAX and any(used(ctx.node, n) for n in (1, 2, 3)):
-            raise Conflict("which rows are largest is numbered too")
         ctx.role(weight[0], "vocab" if ctx.from_input(ctx.args["indices"]) else "positions", 100)
         why = "its entries are looked up by number"
         indices = [d for n in ("indices", "offsets", "per_sample_weights") for d in ctx.dims(n) or []]
         for d in (weight[0], *indices):
             ctx.freeze(d, why)
         first, *rest = ctx.opaque_results(why)
+        if ctx.args.get("mode") == BAG_MAX:  # the rows that were largest, column by column
+            rest[-1] = [rest[-1][0], weight[1]]
         return [[first[0], weight[1]], *rest]
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
@@ -289,6 +289,7 @@ class EmbeddingBag(Rule):
         columns = ctx.close(weight[1])
         if ctx.args.get("mode") == BAG_MAX:
             columns = annotate(columns, lambda i: i.becomes(Content.FREE) if i.content is Content.MEAN else i)
+            rest[-1] = [rest[-1][0], annotate(columns, lambda i: i.becomes(Content.FREE, zeroable=False))]
         return [[bags, columns], *rest]
 
 
@@ -296,13 +297,16 @@ register_rule(["aten.embedding_bag.default", "aten.embedding_bag.padding_idx"], 
 
 
 class Renorm(Rule):
-    """``embedding_renorm_``: rows longer than a norm are shortened to it, in the table itself; rows are independent.
+    """``embedding_renorm_``: the rows that are looked up are shortened to a norm, in the table itself.
 
     It divides by the norm plus 1e-7, a constant that no argument sets. Zeros leave a row's norm, copies do not.
     """
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
-        return ctx.dims("self")
+        dims = ctx.dims("self")
+        assert dims is not None
+        ctx.freeze(dims[0], "its entries are looked up by number")
+        return dims
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
@@ -319,7 +323,8 @@ class Renorm(Rule):
                     ctx.demand(info, Content.ZERO, "a norm runs over the axis")
         elif columns and ctx.newborn:
             raise ctx.refuse("new units could be the largest of their row; grow by whole copies instead")
-        return [ctx.close(d) for d in dims]
+        rows = annotate(dims[0], lambda i: i if i.content is Content.ZERO else i.becomes(Content.FREE))
+        return [ctx.close(d) for d in (rows, *dims[1:])]
 
 
 register_rule("aten.embedding_renorm_.default", Renorm())

@@ -19,7 +19,14 @@ class ElementLoss(Pointwise):
 
     An average bears n copies of every entry as it is, a sum is n times as large. Entries that are zero in both tensors
     add nothing where ``zero`` says so: then a sum stays, and an average is over more entries.
+
+    Args:
+        domain: only numbers between 0 and 1 are taken, so that new entries of unknown value are not.
     """
+
+    def __init__(self, *, zero: bool = False, domain: bool = False) -> None:
+        super().__init__(zero=zero)
+        self.domain = domain
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         operands = [dims for _, dims in ctx.tensor_operands()]
@@ -34,6 +41,8 @@ class ElementLoss(Pointwise):
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         if ctx.args["reduction"] == NONE:
+            if ctx.newborn and self.domain and any(ctx.grows(d) for _, dims in ctx.tensor_operands() for d in dims):
+                raise ctx.refuse("new units may lie outside of 0 to 1, where the loss is not defined")
             out = super().grow(ctx)
             return [annotate(d, lambda info: info.becomes(info.content, zeroable=False)) for d in out or []]  # type: ignore[arg-type]
         operands = [dims for _, dims in ctx.tensor_operands()]
@@ -74,7 +83,11 @@ register_rule(
     [f"aten.{n}.default" for n in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")], ElementLoss(zero=True)
 )
 register_rule(
-    [f"aten.binary_cross_entropy{n}.default" for n in ("", "_with_logits")]
-    + [f"aten.{n}.default" for n in ("kl_div", "soft_margin_loss", "poisson_nll_loss", "hinge_embedding_loss")],
+    [
+        f"aten.{n}.default"
+        for n in ("kl_div", "soft_margin_loss", "poisson_nll_loss", "hinge_embedding_loss")
+        + ("binary_cross_entropy_with_logits",)
+    ],
     ElementLoss(),
 )
+register_rule("aten.binary_cross_entropy.default", ElementLoss(domain=True))

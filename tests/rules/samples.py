@@ -205,18 +205,37 @@ for _name, _n in (("nearest2d", 2), ("bilinear2d", 2), ("bicubic2d", 2), ("neare
     _align = [] if "nearest" in _name else [False]
     SAMPLES[f"aten.upsample_{_name}.default"] = [S(r(2, 3, *[4] * _n), [6] * _n, *_align)]
     SAMPLES[f"aten.upsample_{_name}.vec"] = [S(r(2, 3, *[4] * _n), [6] * _n, *_align, None)]
-for _name in ("poisson_nll_loss", "soft_margin_loss", "hinge_embedding_loss"):
-    SAMPLES[f"aten.{_name}.default"] = [S(*([r(3, 4), p(3, 4)] + [True, False, 1e-8, 1] * (_name[0] == "p")))]
-for _name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"):
-    SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4), r(3, 4))]
+for _name in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "soft_margin_loss"):
+    SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4), p(3, 4), how) for how in (0, 1, 2)]
+SAMPLES["aten.mse_loss.default"] += [S(r(3, 4), r(4)), S(r(2, 3, 4), r(2, 3, 4), 2)]
 SAMPLES["aten.binary_cross_entropy.default"] = [
-    S(r(3, 4).sigmoid(), r(3, 4).sigmoid()),
-    S(r(3, 4).sigmoid(), r(3, 4).sigmoid(), p(4)),
+    S(r(3, 4).sigmoid(), r(3, 4).sigmoid(), weight, how) for weight in (None, p(4)) for how in (0, 1, 2)
 ]
 SAMPLES["aten.binary_cross_entropy_with_logits.default"] = [
-    S(r(3, 4), r(3, 4).sigmoid()),
-    S(r(3, 4), r(3, 4).sigmoid(), p(4), p(4)),
+    S(r(3, 4), r(3, 4).sigmoid(), weight, weight, how) for weight in (None, p(4)) for how in (0, 1, 2)
 ]
+SAMPLES["aten.poisson_nll_loss.default"] = [S(r(3, 4), p(3, 4), True, False, 1e-8, how) for how in (0, 1, 2)]
+SAMPLES["aten.hinge_embedding_loss.default"] = [S(r(3, 4), r(3, 4).sign(), 1.0, how) for how in (0, 1, 2)]
+for _order in (0.5, 1.0, 2.0, 3.0, float("inf"), 0.0):
+    SAMPLES.setdefault("aten.pairwise_distance.default", []).append(S(r(3, 4), r(3, 4), _order, 1e-6, _order == 1.0))
+    SAMPLES.setdefault("aten.pdist.default", []).append(S(r(4, 5), _order))
+SAMPLES["aten.pairwise_distance.default"] += [S(r(3, 4), r(4)), S(r(3, 4), r(3, 4), 2.0, 0.0)]
+SAMPLES["aten.div.out"] = [S(r(3, 4), p(3, 4), out=r(3, 4)), S(r(3, 4), p(4), out=r(3, 4))]
+SAMPLES["aten.embedding_renorm_.default"] = [S(r(5, 4), i(5, 3), 1.0, order) for order in (1.0, 2.0, float("inf"))]
+_indices = torch.stack([torch.arange(4).view(2, 2) * 2] * 3).expand(2, 3, 2, 2).contiguous()
+SAMPLES["aten.max_unpool2d.default"] = [S(r(2, 3, 2, 2), _indices, [4, 4]), S(r(3, 2, 2), _indices[0], [4, 4])]
+SAMPLES["aten.max_unpool3d.default"] = [
+    S(r(2, 3, 1, 2, 2), _indices[:, :, None], [1, 4, 4], [1, 2, 2], [0, 0, 0]),
+]
+SAMPLES["aten.slice_scatter.default"] = [S(r(3, 4), r(3, 2), 1, 1, 3), S(r(2, 3, 4), r(1, 3, 4), 0, 1, 2)]
+SAMPLES["aten.float_power.Tensor_Scalar"] = [S(p(3, 4), 2.0), S(p(3, 4), 0.5)]
+SAMPLES["aten.polygamma.default"] = [S(1, p(3, 4))]
+SAMPLES["aten.mvlgamma.default"] = [S(2 + p(3, 4), 2)]
+SAMPLES["aten.ldexp.Tensor"] = [S(r(3, 4), p(4))]
+for _name in ("special_gammainc", "special_gammaincc"):
+    SAMPLES[f"aten.{_name}.default"] = [S(p(3, 4), p(4))]
+for _name in ("feature_alpha_dropout", "feature_alpha_dropout_"):
+    SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4), 0.5, False)]
 
 
 def gates(gates: int, x: int, h: int, *, layers: int = 1, directions: int = 1, biases: bool = True) -> list[Tensor]:
