@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 import torch
 from torch import fx
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fxgrow.axes.expr import (
     Axis,
@@ -82,17 +83,23 @@ def sizes_of(node: fx.Node) -> list[Size] | None:
     return shape_of(value) if isinstance(value, torch.Tensor) else None
 
 
+#: sizes of the fake tensors of traces: asked for again and again, and dynamic ones take time to read
+_SIZES: MutableMapping[torch.Tensor, tuple[Size, ...]] = WeakIdKeyDictionary()
+
+
 def shape_of(value: torch.Tensor) -> list[Size]:
-    out: list[Size] = []
-    for s in value.shape:
-        if type(s) is int:
-            out.append(s)
-        elif isinstance(s, torch.SymInt):
-            expr = s.node.expr
-            out.append(int(expr) if expr.is_number else expr)
-        else:
-            out.append(int(s))
-    return out
+    """Sizes of a tensor as :func:`sizes_of` gives them."""
+    known = _SIZES.get(value)
+    if known is None:
+        known = _SIZES[value] = tuple(map(_size, value.shape))
+    return list(known)
+
+
+def _size(size: int | torch.SymInt) -> Size:
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expr = size.node.expr
+    return int(expr) if expr.is_number else expr
 
 
 def literal_size(value: Any) -> Size | None:
