@@ -119,7 +119,7 @@ class Extension(Grow):
             if reducing and not self.tolerate:
                 raise GrowthRefused(
                     f"{refusal}. Only what is computed from it changes: leave it out of the call (return the logits, "
-                    "and compute the loss outside), or say preserve: approximate, which keeps all other outputs exact"
+                    "and compute the loss outside), or set preserve: approximate, which keeps all other outputs exact"
                 ) from None
             raise
 
@@ -176,7 +176,7 @@ class Extension(Grow):
             for i, dim in enumerate(self.dims(operand) or []):
                 known = any(one.operand is operand and one.dim == i for one in found)
                 if self.grows(dim) and not known and operand is not found[0].operand:
-                    raise self.refuse("its index grows along the axis")
+                    raise self.refuse("its index has entries for these units too")
         if op_name(self.node.target).startswith("aten.embedding"):
             return rule.grow(self)
         return self._known(Content.FREE)
@@ -187,22 +187,22 @@ class Extension(Grow):
             start, end = args["start"], args["end"]
             begin = self.ranges.of(0 if start is None else start)
             if not begin.not_negative or (isinstance(end, int) and end < 0):
-                raise self.refuse("it is sliced from its end, which moves")
+                raise self.refuse("it is sliced from its end, where new entries would be")
             length = self.ranges.size(end)
             size = (sizes_of(self.node) or [])[one.dim]
             step = args.get("step") or 1
             if length is None or (step == 1 and begin.low == 0 and not same_size(sympy.sympify(length), _sym(size))):
                 raise self.refuse(f"it is sliced to {length} entries but gives {size}: what lies beyond is cut off")
             if step != 1 or begin.low != 0:
-                raise self.refuse("it is sliced with a step or from an offset")
+                raise self.refuse("it is sliced with a step, or not from its first entry on")
             return
         if name == "aten.select.int" and not self.ranges.of(args["index"]).not_negative:
-            raise self.refuse("an entry is picked by its number from the end, which moves")
+            raise self.refuse("it takes an entry counted from the end, where new entries would be")
         if name == "aten.index.Tensor":
             index = next(node for node, covered in indexed_dims(args["indices"]) if one.dim in covered)
             value = index.meta.get("val")
             if not isinstance(value, torch.Tensor) or value.dtype in (torch.bool, torch.uint8):
-                raise self.refuse("a mask picks its entries")
+                raise self.refuse("a mask picks its entries, and has none for new ones")
             constant = self.constant(index)
             low = constant.min() if constant is not None and constant.numel() else None
             if not (low is not None and low >= 0) and not self.ranges.of(index).not_negative:
@@ -222,7 +222,7 @@ class Extension(Grow):
         changed = _after(self.tainted)
         for node in changed:
             if writes(node):
-                raise GrowthRefused(f"cannot extend {self.name}: what changes is written in place by {node.target}")
+                raise GrowthRefused(f"cannot extend {self.name}: {node.target} writes what changes with it in place")
         exact = 0
         self.outputs, self.changed_outputs = [], []
         for number, out in enumerate(tensor_outputs(self.axes.program.graph)):
@@ -267,7 +267,7 @@ class Extension(Grow):
                 f"cannot extend {self.name} from {self.growth.old} to {self.growth.new}: {one.node.target}"
                 + (f" at {source}" if source else "")
                 + f": it never looks beyond entry {int(most or 0) - 1}, whatever the input, so that new entries would "
-                "not be used. If the example's length fixed that, capture with a shorter one"
+                "not be used. If it is the example that fixed this, and not the model, capture with another length"
             )
 
 

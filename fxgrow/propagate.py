@@ -127,7 +127,7 @@ class Grow:
                 continue
             self._check_alive()
             return self.outcome
-        raise GrowthRefused(f"cannot grow {self.name}: demands on its parameters do not settle")
+        raise GrowthRefused(f"cannot grow {self.name}: no choice of its new weights suits every op")
 
     def _interpret(self) -> None:
         self.env, self.outcome = {}, Outcome(self.growth)
@@ -441,7 +441,7 @@ class Grow:
         self.close(b)
         mine, other = list(leaves(a)), list(leaves(b))
         if [isinstance(x, Leaf) for x in mine] != [isinstance(y, Leaf) for y in other]:
-            raise self.refuse("its operands carry the axis in different places")
+            raise self.refuse("its operands hold these units in different places")
         theirs = iter(other)
 
         def one(x: Axis | Leaf) -> Expr:
@@ -475,9 +475,9 @@ class Grow:
         """
         sides = [infos(e) for e in exprs]
         if len(sides) == 1:
-            raise self.refuse("a sum over one operand alone")
+            raise self.refuse("it sums these units up without weights, so that copies would count several times")
         if len({len(s) for s in sides}) != 1:
-            raise self.refuse("the operands of the sum carry the axis in different ways")
+            raise self.refuse("the operands it multiplies hold these units in different places")
         read: list[bool] = []
         for column in zip(*sides, strict=True):
             here = [x.site for x in column]
@@ -511,11 +511,11 @@ class Grow:
             if self.newborn and not any(x.content is Content.ZERO for x in column):
                 changing = [bool(x.sources & self.loose) for x in column]
                 order = sorted(range(len(column)), key=lambda i: (changing[i], owners[i] != zero, i != len(column) - 1))
-                self.demand(column[order[0]], Content.ZERO, "two activations are multiplied and summed over the axis")
+                self.demand(column[order[0]], Content.ZERO, "it multiplies two activations and sums over these units")
         if all(read):
             return 1.0
         if any(read):
-            raise self.refuse("the sum reads part of the axis through a parameter and part through an activation")
+            raise self.refuse("part of what it sums over is multiplied by weights, and part by activations")
         return float(self.uniform_factor(exprs[:1]))
 
     def _takes_shares(self, site: Site) -> bool:
@@ -534,8 +534,8 @@ class Grow:
             return 1
         if self.growth.copies == 0:
             raise self.refuse(
-                f"the units have unequal numbers of copies, and it sums over all of them; a multiple of "
-                f"{self.growth.old} would do",
+                f"{self.growth.new} is no multiple of {self.growth.old}: some units would be copied more often than "
+                "others, and it sums or averages over all of them",
                 UnequalCopies,
             )
         total = 1
@@ -543,7 +543,7 @@ class Grow:
             parts = _parts(expr)
             counts = {sum(isinstance(x, Leaf) for x in leaves(p)) for p in parts}
             if len(counts) != 1:
-                raise self.refuse("only part of the entries it sums over would be repeated")
+                raise self.refuse("only part of the entries it sums over would be copied, which changes the sum")
             total *= self.growth.copies ** counts.pop()
         return total
 
@@ -562,19 +562,20 @@ class Grow:
             raise self.refuse("new units in only a part of the dim it normalises over; grow by whole copies instead")
         for info in infos(over[0]):
             if info.content is not needed and not (info.content is Content.CONST and needed is Content.MEAN):
-                self.demand(info, needed, "a norm takes its statistics over the axis")
+                self.demand(info, needed, "it normalises over these units")
         return float(np.sqrt(self.growth.copies * self.growth.old / self.growth.new))
 
     def demand(self, info: Info, content: Content, why: str) -> None:
         """Ask the writers that reach this value for a content of newborn entries, and start over."""
         if not info.sources:
-            raise self.refuse(f"{why}, and no parameter decides the new units' values")
+            raise self.refuse(f"{why}, and no weights of the model decide what new units hold there")
         changed = False
         for site in info.sources:
             changed |= self._pin(site, content, why)
         if not changed:
             raise self.refuse(
-                f"{why}; new units would have to hold {content.value} there, which no fill of its writers brings about"
+                f"{why}, so that new units have to {_HOLD[content]} there, which no choice of the weights that make "
+                "them brings about"
             )
         raise _Restart
 
@@ -597,11 +598,13 @@ class Grow:
         if content is Content.MEAN and not self._takes_shares(site):
             raise self.refuse(f"{why}; {site[0]} holds {self.axes.program.tensor(site[0]).dtype}, which has no means")
         if content is Content.MEAN and not self._fills_dim(site):
-            raise self.refuse(f"{why}; the mean over a part of a dim of {site[0]} is not a fill that fxgrow has")
+            raise self.refuse(
+                f"{why}, for which {site[0]} would need means over a part of a dim, which fxgrow does not make"
+            )
         if known is not None:
             raise self.refuse(
-                f"{why}, so that new entries of {site[0]} must be {content.value}; but {self.reasons[site]} needs "
-                f"{known.value}"
+                f"{why}, so that new entries of {site[0]} have to {_HOLD[content]}; but for {self.reasons[site]} they "
+                f"have to {_HOLD[known]}"
             )
         self.pinned[site] = content
         self.reasons[site] = f"{self.op} at {self.node.meta.get('source', '')}"
@@ -651,8 +654,8 @@ class Grow:
         for name, requests in self.outcome.scale_requests.items():
             if not agreed(name, requests):
                 raise GrowthRefused(
-                    f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: {name} is used by several "
-                    "ops, not all of which need the same scale of it"
+                    f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: several ops use {name}, "
+                    "and would need it multiplied by different factors"
                 )
         for fold, table in ((False, self.outcome.scale_requests), (True, self.outcome.fold_requests)):
             for name, requests in table.items():
@@ -765,8 +768,8 @@ class Grow:
         weights = {s: c for s, c in self.outcome.carriers.items() if s[0] in self.axes.program.parameters}
         if self.outcome.silenced and not self.outcome.readers:
             raise GrowthRefused(
-                f"cannot grow {self.name}: two activations are multiplied and summed over it, and both would be zero "
-                "in new units, a dead saddle whose gradients stay 0 for ever"
+                f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: two activations are multiplied "
+                "over it, and both would be zero in new units, which then never get a gradient"
             )
         paired = self.growth.ids < self.growth.newborn and bool(self.outcome.readers)
         if not weights or paired or not (self.outcome.readers or self.outcome.multiplied):
@@ -777,12 +780,13 @@ class Grow:
         trained = [s for s in self.outcome.readers if s[0] in self.axes.program.parameters]
         if silent_out and self.outcome.readers and not trained and not self.outcome.multiplied:
             raise GrowthRefused(
-                f"cannot grow {self.name}: only buffers read its new units, with weights 0 that no training changes"
+                f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: only buffers multiply its new "
+                "units, with zeros that no training changes"
             )
         if silent_in and silent_out:
             raise GrowthRefused(
-                f"cannot grow {self.name}: its new units would have zero incoming and zero outgoing weights, a dead "
-                "saddle whose gradients stay 0 for ever"
+                f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: the weights into its new units "
+                "and those out of them would both be zero, so that neither ever gets a gradient"
             )
 
 
@@ -804,6 +808,15 @@ def _values(dims: Any) -> Any:
     if not isinstance(dims, list):
         return dims
     return [_values(d) if isinstance(d, list) or d is None else annotate(d, lambda info: info.closed()) for d in dims]
+
+
+#: what new entries have to be, in words
+_HOLD = {
+    Content.ZERO: "be zero",
+    Content.MEAN: "hold the mean of the old ones",
+    Content.CONST: "hold what all others hold",
+    Content.FREE: "hold anything",
+}
 
 
 def _mul_first(a: Content, b: Content) -> Content:
@@ -882,7 +895,8 @@ def dim_plan(
         ones = np.ones(growth.new)
         split = growth.share if reads else ones
         gradient = ones if reads else growth.share
-        code = reader_fill(outcome.readers[site]) if reads else carrier_fill(site)
+        paired = growth.ids < growth.newborn  # +z and -z are not drawn as a fill
+        code = (FILL_ZERO if paired else reader_fill(outcome.readers[site])) if reads else carrier_fill(site)
         fill = np.where(growth.index < 0, float(code), -1.0)
         return growth.index, split, gradient, fill, growth.old, growth.old + growth.ids
 

@@ -91,7 +91,9 @@ class Widen(Operation):
     factor: float | None = Field(None, description="multiply the size; the result must be a whole number")
     to: Count | None = Field(None, description="the new size")
     by: Count | None = Field(None, description="how many units to add")
-    fill: Literal["copy", "add"] = Field("copy", description="new units copy old ones, or are new with no say yet")
+    fill: Literal["copy", "add"] = Field(
+        "copy", description="new units copy old ones, or are new and do not show in the outputs yet"
+    )
     split: Literal["even", "uneven"] = Field("even", description="how the copies of a unit share its outgoing weight")
     noise: Noise | None = Field(None, description="without noise and with an even split, copies stay equal for ever")
     fan_in: Literal["auto", "random", "zero"] = Field("auto", description="fill add: incoming weights of new units")
@@ -106,12 +108,12 @@ class Widen(Operation):
         if self.fill == "add":
             if self.fan_in == "zero" and self.fan_out == "zero":
                 raise ValueError(
-                    "fan_in zero and fan_out zero together are a dead saddle: the gradients of the new units stay 0 "
-                    "for ever. Make one of them non-zero (fan_out: paired is exact and trains at once)"
+                    "with fan_in zero and fan_out zero the gradients of the new units would stay 0 for ever. Make one "
+                    "of them non-zero (fan_out: paired is exact and trains at once)"
                 )
             if self.fan_in == "random" and self.fan_out == "random" and self.preserve == "exact":
                 raise ValueError(
-                    "fan_in random and fan_out random change the function; use fan_out: paired or zero, or say "
+                    "fan_in random and fan_out random change the function; use fan_out: paired or zero, or set "
                     "preserve: approximate"
                 )
             if self.split == "uneven":
@@ -125,8 +127,8 @@ class Widen(Operation):
                 )
             if self.noise.on != "readers":
                 raise ValueError(
-                    f"noise on {self.noise.on} changes the function: only noise on the weights that read the grown "
-                    "axis cancels. Use on: readers, or say preserve: approximate"
+                    f"noise on {self.noise.on} changes the function: it cancels on the weights that multiply the grown "
+                    "units only. Use on: readers, or set preserve: approximate"
                 )
         return self
 

@@ -254,8 +254,8 @@ def stream_input(region: Region, stack: str, regions: list[Region]) -> fx.Node:
 
     if len(region.outputs) != 1:
         raise GrowthRefused(
-            f"cannot deepen {stack}: block {region.path} hands on {len(region.outputs)} values "
-            f"({', '.join(n.name for n in region.outputs)}), not one"
+            f"cannot deepen {stack}: {len(region.outputs)} values that {region.path} computes are used outside it "
+            f"({'; '.join(map(_at, region.outputs))}), and a copy that follows it can take up one only"
         )
     (out,) = region.outputs
     same = [n for n in region.inputs if sizes_of(n) is not None and sizes_of(n) == sizes_of(out)]
@@ -267,7 +267,8 @@ def stream_input(region: Region, stack: str, regions: list[Region]) -> fx.Node:
     if len(same) != 1:
         what = "none of its inputs has" if not same else f"{len(same)} of its inputs have"
         raise GrowthRefused(
-            f"cannot deepen {stack}: block {region.path} maps to shape {sizes_of(out)}, and {what} that shape"
+            f"cannot deepen {stack}: the output of block {region.path} has the shape {sizes_of(out)}, and {what} that "
+            "shape, so that no copy of it can follow it"
         )
     return same[0]
 

@@ -71,10 +71,10 @@ def _insert_after(state: State, op: Insert, name: str, step: Step) -> None:
     nodes = [_output_of(graph, name, call) for call in range(max(1, len(program.calls)))]
     found = [n for n in nodes if n is not None]
     if not found:
-        raise GrowthRefused(f"cannot insert after {name}: it hands on no tensor")
+        raise GrowthRefused(f"cannot insert after {name}: nothing that it computes is used outside it")
     changes = [_layer_after(op, name, n) for n in found]
     if len({(c.size, c.rank, c.activation) for c in changes}) > 1:
-        raise GrowthRefused(f"cannot insert after {name}: its outputs differ from call to call")
+        raise GrowthRefused(f"cannot insert after {name}: its output differs from call to call in shape or op")
     width = 2 if changes[0].activation else 1
     path, prefixes = _place(program, name, width)
     growth_pass = InsertPass(step, program)
@@ -106,10 +106,13 @@ def _output_of(graph: fx.Graph, name: str, call: int) -> fx.Node | None:
     if not inside:
         return None
     if len(outputs) != 1:
-        raise GrowthRefused(f"cannot insert after {name}: it hands on {len(outputs)} tensors, not one")
+        raise GrowthRefused(
+            f"cannot insert after {name}: {len(outputs)} tensors that it computes are used outside it, and the new "
+            "layer can follow one only; name a layer inside it"
+        )
     times = {n.meta.get("module_call", name) for n in inside}
     if any("@" in t for t in times):
-        raise GrowthRefused(f"cannot insert after {name}: the module is called more than once")
+        raise GrowthRefused(f"cannot insert after {name}: the forward calls it more than once")
     return outputs[0]
 
 
@@ -120,14 +123,17 @@ def _layer_after(op: Insert, name: str, node: fx.Node) -> InsertLayer:
     if op.layer == "conv" and rank not in (3, 4, 5):
         raise SpecError(f"cannot insert a convolution after {name}: its output has {rank} dims, and needs 3, 4 or 5")
     if rank < 2:
-        raise SpecError(f"cannot insert after {name}: its output has {rank} dims")
+        raise SpecError(f"cannot insert after {name}: its output has {rank} dims, and needs at least 2")
     dim = rank - 1 if op.layer == "linear" else 1
     if not isinstance(sizes[dim], int):
-        raise GrowthRefused(f"cannot insert after {name}: dim {dim} of its output is dynamic")
+        raise GrowthRefused(
+            f"cannot insert after {name}: the new layer would be as wide as dim {dim} of its output, whose size "
+            "varies with the input"
+        )
     value = node.meta.get("val")
     dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float32
     if not dtype.is_floating_point:
-        raise GrowthRefused(f"cannot insert after {name}: its output is {dtype}")
+        raise GrowthRefused(f"cannot insert after {name}: its output is {dtype}, and a layer needs floating point")
     return InsertLayer(
         layer=op.layer,
         after=name,

@@ -27,7 +27,7 @@ from fxgrow.plan import (
     Rescale,
     Step,
 )
-from fxgrow.propagate import Grow, Outcome, UnequalCopies, dim_plan, size_edits
+from fxgrow.propagate import Grow, Outcome, dim_plan, size_edits
 from fxgrow.rules.base import Content, Site
 from fxgrow.spec import Extend, Widen
 
@@ -46,14 +46,11 @@ def plan_widen(state: State, op: Widen) -> list[Step]:
         GrowthRefused: an axis is frozen, or no way of growing it is exact.
     """
     infos = state.axes.find(op.axis)
-    if not any(i.growable for i in infos):
-        raise GrowthRefused("\n".join(f"cannot grow {i.name}: it is frozen by {i.reason}" for i in infos))
     frozen = [i for i in infos if not i.growable]
     if frozen:
-        raise GrowthRefused(
-            "\n".join(f"cannot grow {i.name}: it is frozen by {i.reason}" for i in frozen)
-            + f"\n({op.axis!r} matches {len(infos)} axes; name only those that can grow)"
-        )
+        able = [i.name for i in infos if i.growable]
+        rest = f"\n({op.axis!r} also matches {_listed(able)}: name only those that can grow)" if able else ""
+        raise GrowthRefused(_frozen(frozen) + rest)
     step = Step(
         op="widen",
         request=op.model_dump(exclude_defaults=True, mode="json"),
@@ -67,6 +64,22 @@ def plan_widen(state: State, op: Widen) -> list[Step]:
             continue
         _grow_axis(state, op, info, new, step)
     return [step]
+
+
+def _frozen(infos: list[AxisInfo]) -> str:
+    """A line for every reason, with all the axes that it freezes."""
+    by_reason: dict[str, list[str]] = {}
+    for info in infos:
+        by_reason.setdefault(str(info.reason), []).append(info.name)
+    return "\n".join(
+        f"cannot grow {_listed(names)}: {'it is' if len(names) == 1 else 'they are'} frozen by {reason}"
+        for reason, names in by_reason.items()
+    )
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def _changes_function(op: Widen) -> bool:
@@ -91,7 +104,7 @@ def new_size(op: Widen | Extend, info: AxisInfo) -> int:
         size = round(exact)
         if abs(exact - size) > 1e-6:
             raise SpecError(
-                f"{info.name} has {info.size} units; factor {op.factor:g} gives {exact:g}, which is no whole number. "
+                f"{info.name} has {info.size} units; factor {op.factor:g} makes {exact:g}, which is no whole number. "
                 f"Use to: {int(exact)} or to: {int(exact) + 1}"
             )
     if size < info.size:
@@ -107,37 +120,44 @@ def candidates(op: Widen, old: int, new: int) -> Iterator[tuple[str, AxisMap, Co
             yield f"{new // old} copies of every unit", AxisMap.copy(old, new, op.split), content
         else:
             yield "copies, some units one more than others", AxisMap.copy(old, new, op.split), content
+            copies = "one copy" if new // old == 1 else f"{new // old} copies"
             yield (
-                f"{new // old} whole copies and {new % old} padded units",
+                f"{copies} of every unit and {new % old} padded ones",
                 AxisMap.copy(old, new, op.split, "newborn"),
                 content,
             )
         return
-    pairs = op.fan_out in ("auto", "paired") and op.fan_in != "zero"
-    if (new - old) % 2 == 0 and pairs:
+    even = (new - old) % 2 == 0
+    if op.fan_out == "paired" and not even:
+        raise SpecError(f"fan_out: paired adds units two by two, and {new - old} is odd. Use to: {new + 1}")
+    if op.fan_out == "paired" or (op.fan_out == "auto" and op.fan_in != "zero" and even):
         yield "new units in pairs that cancel", AxisMap.add(old, new, paired=True), content
-    elif op.fan_out == "paired":
-        raise SpecError(f"fan_out: paired adds units two by two; {new - old} is odd. Use to: {new + 1}")
-    yield "new units with no say yet", AxisMap.add(old, new, paired=False), content
+    if op.fan_out != "paired":
+        side = "incoming" if op.fan_in == "zero" else "outgoing"
+        words = f"new units whose {side} weights are zero"
+        yield words if op.fan_out != "random" else "new random units", AxisMap.add(old, new, paired=False), content
 
 
 def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) -> None:
     axes, axis = state.axes, info.axis
-    refusals: list[str] = []
+    refusals: dict[str, str] = {}  # the reason, and the way it rules out
     for words, growth, content in candidates(op, info.size, new):
         run = Grow(axes, axis, info.name, growth, content)
         try:
             outcome = run.run()
             sizes = size_edits(axes, axis, new, functools.partial(_refuse_node, info, new))
             break
-        except UnequalCopies as refusal:
-            refusals.append(f"{refusal}")
         except GrowthRefused as refusal:
-            refusals.append(f"{refusal}")
+            refusals.setdefault(
+                str(refusal).removeprefix(f"cannot grow {info.name} from {info.size} to {new}: "), words
+            )
     else:
-        text = "\n".join(dict.fromkeys(refusals))
+        (first, _), *others = refusals.items()
+        lines = [f"cannot grow {info.name} from {info.size} to {new}: {first}"]
+        lines += [f"nor as {words}: {reason}" for reason, words in others]
         ways = [f"`{w}`" for w in _exact_ways(state, op, info, new)]
-        raise GrowthRefused(text + (f"\n(exact for {info.name}: {' or '.join(ways)})" if ways else ""))
+        lines += [f"(exact for {info.name}: {' or '.join(ways)})"] if ways else []
+        raise GrowthRefused("\n".join(lines))
     changes = changes_of(state, outcome, sizes)
     _plan_tensors(state, op, info, outcome)
     pinned = {c.value for c in run.pinned.values()}
@@ -160,10 +180,10 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
     )
     if op.fill == "copy" and op.split == "even" and op.noise is None and growth.newborn == 0:
         step.notes.append(
-            "copies are equal and will get equal gradients: add noise, or split: uneven, if they are to part"
+            "copies are equal and get equal gradients: add noise, or split: uneven, if they are to become different"
         )
     if op.noise is not None and not any(state.tensors[m.tensor].last.noise for m in info.members):
-        step.notes.append(f"no weight reads {info.name} by itself, so that there is nowhere to put exact noise")
+        step.notes.append(f"no weight multiplies {info.name} by itself, so that there is nowhere to put exact noise")
     step.changes.extend(changes)
     apply_changes(state, changes)
     axis.size = new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,10 +44,10 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
         fxgrow.SpecError,
         "independent noise changes the function",
     ),
-    "dead saddle": (
+    "gradients that stay zero": (
         {"axis": "*/hidden", "by": 4, "fill": "add", "fan_in": "zero", "fan_out": "zero"},
         fxgrow.SpecError,
-        "dead saddle",
+        "gradients of the new units would stay 0 for ever",
     ),
     "random in and out": (
         {"axis": "*/hidden", "by": 4, "fill": "add", "fan_in": "random", "fan_out": "random"},
@@ -139,3 +140,76 @@ def test_a_stack_says_which_of_its_blocks_can_be_copied() -> None:
         fxgrow.grow(model, {"op": "deepen", "stack": "0", "by": 1}, (x,))
     growth = fxgrow.grow(model, {"op": "deepen", "stack": "0", "after": [1, 2]}, (x,))
     assert growth.receipt.error_float64 is not None and growth.receipt.error_float64 <= 1e-12
+
+
+class Two(torch.nn.Module):
+    """A hidden layer with something in the middle."""
+
+    def __init__(self, f: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.up, self.out, self.f = torch.nn.Linear(5, 8), torch.nn.Linear(8, 3), f
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.f(self.up(x)))
+
+
+def words_of(f: Callable[[torch.Tensor], torch.Tensor], **how: Any) -> str:
+    model, x = Two(f).double(), torch.randn(4, 5, dtype=torch.float64)
+    with pytest.raises(fxgrow.FxgrowError) as error:
+        fxgrow.grow(model, {"op": "widen", "axis": "up.weight:0", **how}, (x,))
+    return str(error.value)
+
+
+def test_a_refusal_names_op_line_reason_and_what_works_each_once() -> None:
+    text = words_of(lambda h: h / h.exp().sum(-1, keepdim=True), to=12)
+    first, second, ways = text.splitlines()
+    assert first.startswith("cannot grow ./hidden from 8 to 12: aten.sum.dim_IntList at ")
+    assert "test_refusals.py" in first
+    assert "12 is no multiple of 8: some units would be copied more often than others" in first
+    assert second.startswith("nor as one copy of every unit and 4 padded ones: ")
+    assert ways == "(exact for ./hidden: `to: 16`)"
+    reasons = [line.partition(": ")[2] for line in (first, second)]
+    assert reasons[0] != reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("f", "how"),
+    [
+        (lambda h: h / h.exp().sum(-1, keepdim=True), {"to": 12}),
+        (lambda h: torch.nn.functional.layer_norm(torch.tanh(h), (8,)), {"by": 4, "fill": "add"}),
+        (lambda h: torch.sigmoid(h), {"by": 3, "fill": "add", "fan_in": "zero"}),
+        (lambda h: h.cumsum(-1), {"factor": 2}),
+        (lambda h: 1 / h, {"by": 4, "fill": "add"}),
+    ],
+)
+def test_refusals_use_words_of_a_pytorch_user(f: Callable[[torch.Tensor], torch.Tensor], how: dict[str, Any]) -> None:
+    text = words_of(f, **how)
+    for word in ("writer", "reader", "saddle", " say", "newborn", "carrier", "site"):
+        assert word not in text.replace("test_refusals.py", ""), text
+    lines = [line for line in text.splitlines() if not line.startswith("(")]
+    assert len(set(lines)) == len(lines)
+
+
+def test_one_reason_for_many_axes_is_given_once() -> None:
+    layers = torch.nn.Sequential(*(torch.nn.Linear(5, 5) for _ in range(3)), torch.nn.Softmax(-1)).double()
+    with pytest.raises(fxgrow.GrowthRefused) as error:
+        fxgrow.grow(layers, {"op": "widen", "axis": "*", "factor": 2}, (torch.randn(4, 5, dtype=torch.float64),))
+    lines = str(error.value).splitlines()
+    assert len({line.partition(" by ")[2] for line in lines}) == len(lines)
+
+
+def test_pairs_of_units_that_start_at_zero() -> None:
+    """Two units whose incoming weights are zero, read with +z and -z: exact, and they get gradients at once."""
+    model, x = Two(torch.tanh).double(), torch.randn(4, 5, dtype=torch.float64)
+    spec = {"op": "widen", "axis": "up.weight:0", "by": 2, "fill": "add", "fan_in": "zero", "fan_out": "paired"}
+    growth = fxgrow.grow(model, spec, (x,))
+    assert growth.receipt.error_float64 is not None
+    assert growth.receipt.error_float64 < 1e-12
+    weight = growth.module.out.weight
+    assert torch.equal(weight[:, 8], -weight[:, 9])
+    assert float(weight[:, 8:].detach().abs().min()) > 0
+    assert float(growth.module.up.weight[8:].detach().abs().max()) == 0
+    growth.module(x).pow(2).sum().backward()
+    assert float(growth.module.up.weight.grad[8:].abs().max()) > 0
+    with pytest.raises(fxgrow.SpecError, match=r"3 is odd\. Use to: 12"):
+        fxgrow.grow(model, {**spec, "by": 3}, (x,))

@@ -248,7 +248,7 @@ def test_a_norm_over_the_vocabulary_is_refused_even_as_approximate() -> None:
 
     for preserve in ("exact", "approximate"):
         spec = {"axis": "head.weight:0", "by": 3, "preserve": preserve}
-        refused(build(Normed()), spec, (ids(),), "layer_norm.*statistics over the axis")
+        refused(build(Normed()), spec, (ids(),), "layer_norm.*normalises over these units")
 
 
 # positions ------------------------------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def test_an_example_of_the_full_length_fixes_nothing() -> None:
 
 def test_a_length_that_the_model_fixes() -> None:
     model = build(Positions(lambda m, x: m.table(torch.arange(N))))
-    refused(model, {"axis": "*/positions", "by": 3}, (ids(3, N),), "capture with a shorter one")
+    refused(model, {"axis": "*/positions", "by": 3}, (ids(3, N),), "capture with another length")
 
 
 def test_a_buffer_without_a_pattern_is_refused_by_name() -> None:

@@ -154,7 +154,8 @@ def test_values_written_in_place_through_views_grow_exactly_or_not_at_all(kind: 
             growth = grow(found, widen(axis.name, **request_), verify=False)
         except GrowthRefused as refusal:
             words = str(refusal)
-            assert "in place" in words or "hold" in words, words
+            silent = request_.get("fan_in") == "zero" and "would both be zero" in words
+            assert "in place" in words or "hold" in words or silent, words
             continue
         with torch.no_grad():
             assert relative_errors(model(x), growth.module.eval()(x))[0].relative_error <= 1e-12
@@ -207,12 +208,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a reciprocal": (two(lambda h: 1 / h), ADD, "outside the domain"),
     "a quotient": (two(lambda h: h.new_ones(8) / h), ADD, "values may be 0"),
     "a maximum": (two(lambda h: h * h.amax(-1, keepdim=True)), ADD, "extremum over new units"),
-    "a sum of exponentials": (two(lambda h: h * h.exp().sum(-1, keepdim=True)), ADD, "hold zero there"),
-    "an exponential weight": (lambda s, x: F.linear(torch.tanh(s.a(x)).exp(), s.w.exp()), ADD, "hold zero there"),
+    "a sum of exponentials": (two(lambda h: h * h.exp().sum(-1, keepdim=True)), ADD, "have to be zero there"),
+    "an exponential weight": (lambda s, x: F.linear(torch.tanh(s.a(x)).exp(), s.w.exp()), ADD, "have to be zero there"),
     "zeros on both sides of a score": (
         lambda s, x: F.normalize(s.a(x), dim=-1) @ F.normalize(s.c(x), dim=-1).T,
         ADD,
-        "dead saddle",
+        "both would be zero in new units, which then never get a gradient",
     ),
     "new channels inside a group": (
         lambda s, x: s.b(F.group_norm(s.a(x), 2)),
