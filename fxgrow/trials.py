@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxgrow.axes.analysis import shape_of
+from fxgrow.dtypes import same_kind
 from fxgrow.execute import op_of
 
 #: factors of the examples in a mixed trial, by turns
@@ -46,9 +47,7 @@ class Trial:
         def own(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
                 return x
-            if dtype is not None and x.is_floating_point():
-                return x.detach().to(dtype, copy=True)
-            return x.detach().clone()
+            return x.detach().to(x.dtype if dtype is None else same_kind(x.dtype, dtype), copy=True)
 
         args, kwargs = pytree.tree_map(own, (self.args, self.kwargs))
         return Trial(args, kwargs, self.words)

@@ -27,6 +27,7 @@ from pydantic import BaseModel, Field
 from torch import fx, nn
 
 from fxgrow.capture import Call, Program
+from fxgrow.dtypes import same_kind
 from fxgrow.errors import ExactnessError
 from fxgrow.execute import Runner, Tensors, draws
 from fxgrow.exercise import Exercise
@@ -177,7 +178,8 @@ def _numbers(value: Any) -> list[Any]:
 
 
 def widen_float(t: torch.Tensor) -> torch.Tensor:
-    return t.detach().to(torch.float64, copy=True) if t.is_floating_point() else t.detach().clone()
+    """A copy in float64, complex numbers likewise; of integers as they are."""
+    return t.detach().to(same_kind(t.dtype, torch.float64), copy=True)
 
 
 # what is run ----------------------------------------------------------------------------------------------------------
