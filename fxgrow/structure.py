@@ -6,6 +6,7 @@ is never unpickled.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,14 +25,14 @@ def describe(value: Any, spec: Any) -> str:
         CaptureError: a class in it is not registered with pytree under a name of its own.
     """
     _register_named_tuples(value)
+    _name_dataclasses()
     try:
         text = str(pytree.treespec_dumps(spec))
         _KNOWN[text] = pytree.treespec_loads(text)
     except (NotImplementedError, ValueError, TypeError) as error:
         raise CaptureError(
             f"the model takes or returns a {type(value).__name__}, whose structure cannot be stored ({error}); use "
-            "tuples, lists or dicts of tensors, or register the class with torch.utils._pytree.register_pytree_node "
-            "and a serialized_type_name"
+            "tuples, lists or dicts of tensors, or a dataclass that torch.export.register_dataclass knows"
         ) from error
     return text
 
@@ -42,6 +43,7 @@ def check(text: str) -> None:
     Raises:
         CheckpointError: it does not; the message says which is missing.
     """
+    _name_dataclasses()
     try:
         _KNOWN[text] = pytree.treespec_loads(text)
     except (NotImplementedError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -60,6 +62,15 @@ def take_apart(value: Any, text: str) -> list[Any] | None:
     """The leaves of a value that is built like the one :func:`describe` described; None where it is not."""
     leaves, spec = pytree.tree_flatten(value)
     return leaves if spec == _KNOWN[text] else None
+
+
+def _name_dataclasses() -> None:
+    """Give registered dataclasses a name to be stored under; ``torch.export.register_dataclass`` gives none."""
+    for kind, node in list(pytree.SUPPORTED_SERIALIZED_TYPES.items()):
+        if dataclasses.is_dataclass(kind) and node.serialized_type_name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND:
+            name = f"{kind.__module__}.{kind.__qualname__}"
+            pytree.SUPPORTED_SERIALIZED_TYPES[kind] = node._replace(serialized_type_name=name)
+            pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE[name] = kind
 
 
 def _register_named_tuples(value: Any) -> None:

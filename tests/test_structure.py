@@ -131,3 +131,37 @@ def test_nested_inputs_and_several_calls() -> None:
     given = batch()
     for kwargs in ({}, {"y": y}, {"scale": 0.5}):
         torch.testing.assert_close(growth.module(given, **kwargs), model(given, **kwargs), rtol=0, atol=1e-12)
+
+
+@dataclasses.dataclass
+class Scored:
+    """Registered as torch's documentation shows it, without a name to be stored under."""
+
+    scores: torch.Tensor
+    total: torch.Tensor | None = None
+
+
+torch.export.register_dataclass(Scored)
+
+
+def test_registered_dataclasses_come_out(tmp_path: Path) -> None:
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor, both: bool = True) -> Scored:
+            h = torch.tanh(self.up(x))
+            return Scored(self.out(h), h.sum(-1) if both else None)
+
+    model = trained(Scores().double()).eval()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for kwargs in ({}, {"both": False}):
+        growth = fxgrow.grow(model, {"op": "widen", "axis": "./hidden", "factor": 2}, (x,), kwargs, verify=False)
+        loaded = fxgrow.load(fxgrow.save(growth, tmp_path / str(len(kwargs))))
+        more = torch.randn(7, 4, dtype=torch.float64)
+        for module in (growth.module, loaded.module):
+            out, expected = module(more, **kwargs), model(more, **kwargs)
+            assert type(out) is Scored
+            torch.testing.assert_close(out.scores, expected.scores, rtol=0, atol=1e-12)
+            assert (out.total is None) == (expected.total is None)
