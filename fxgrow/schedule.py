@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.distributed as dist
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -342,6 +343,8 @@ class GrowthScheduler:
         schedule: anything :meth:`Schedule.parse` takes.
         args, kwargs: example inputs for :func:`fxgrow.grow`, or a callable that returns ``(args, kwargs)`` anew
             at each growth. Use a batch of at least 2, on the model's device.
+        calls: further ways of calling the model, by name, as :func:`fxgrow.grow` takes them, or a callable that returns
+            them; a model that is sampled from, say, is also called without targets.
         verify, consume: passed to :func:`fxgrow.grow`.
     """
 
@@ -351,11 +354,12 @@ class GrowthScheduler:
         args: tuple[Any, ...] | Callable[[], tuple[tuple[Any, ...], dict[str, Any]]] = (),
         kwargs: dict[str, Any] | None = None,
         *,
+        calls: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
         verify: Any = "auto",
         consume: bool = False,
     ) -> None:
         self.schedule = Schedule.parse(schedule)
-        self._args, self._kwargs = args, kwargs
+        self._args, self._kwargs, self._calls = args, kwargs, calls
         self._verify, self._consume = verify, consume
         self._fired: list[tuple[Growth, int]] = []
         self._best = math.inf
@@ -427,7 +431,7 @@ class GrowthScheduler:
         Raises:
             CaptureError, SpecError, GrowthRefused: of the first growth that would fail, with its place.
         """
-        program = fxgrow.capture(getattr(model, "_orig_mod", model), *self._inputs())
+        program = fxgrow.capture(getattr(model, "_orig_mod", model), *self._inputs(), calls=self._ways())
         sizes = [sum(p.numel() for p in program.parameters.values())]
         operations: list[Any] = []
         for number, growth in enumerate(self.schedule.growths[len(self._fired) :], len(self._fired)):
@@ -512,13 +516,16 @@ class GrowthScheduler:
         if optimizer is not None:
             check_optimizer(optimizer, growth.optimizer.policy)  # before hours of work, not after
         model = getattr(model, "_orig_mod", model)
-        grown = fxgrow.grow(model, growth.spec, *self._inputs(), **how)
+        grown = fxgrow.grow(model, growth.spec, *self._inputs(), calls=self._ways(), **how)
         if optimizer is None:
             return grown, None
         policy = growth.optimizer
         options = {"warmup": policy.warmup, "peak": policy.peak, "ramp": policy.ramp}
         given = {name: value for name, value in options.items() if value is not None}
         return grown, grown.carry(optimizer, policy.policy, **given)
+
+    def _ways(self) -> Mapping[str, Any] | None:
+        return self._calls() if callable(self._calls) else self._calls
 
     def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
         return self._args() if callable(self._args) else (self._args, self._kwargs)
@@ -540,6 +547,7 @@ class GrowthScheduler:
         return value >= getattr(trigger, str(kind))
 
     def _plateaued(self, plateau: Plateau, step: int, metrics: Mapping[str, float] | None) -> bool:
+        _agree(None if not metrics or step == self._reported else metrics.get(plateau.metric), plateau.metric)
         if not metrics or step == self._reported:
             return False
         if plateau.metric not in metrics:
@@ -555,3 +563,20 @@ class GrowthScheduler:
         else:  # NaN compares false and counts as no improvement
             self._bad += 1
         return self._bad >= plateau.patience
+
+
+def _agree(value: float | None, metric: str) -> None:
+    """Ranks that train one model together must grow it together.
+
+    Raises:
+        SpecError: on all of them, where they report different values.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    values: list[float | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, None if value is None else float(value))
+    if len({repr(v) for v in values}) > 1:
+        raise SpecError(
+            f"the ranks report different values of the metric {metric!r} ({', '.join(map(str, values[:4]))}): some "
+            "would grow and others not. Average it over the ranks first, and report it on each of them"
+        )

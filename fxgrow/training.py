@@ -127,6 +127,8 @@ class Task:
     """``loss(model, batch)``: the micro-batch's mean loss, a scalar."""
     example: Callable[[Batch], tuple[tuple[Any, ...], dict[str, Any]]] = whole_batch
     """``example(batch)``: the arguments the model is captured with; a batch of at least 2."""
+    calls: Callable[[Batch], Mapping[str, Any]] | None = None
+    """``calls(batch)``: further ways of calling the model, by name, see :func:`fxgrow.grow`; to sample from it, say."""
     optimizer: Callable[[nn.Module, Hyper], torch.optim.Optimizer] = adamw
     tokens: Callable[[Batch], int] = first_numel
     epoch_tokens: int | None = None
@@ -201,7 +203,13 @@ def train(
     def batch(split: str, number: int) -> Batch:
         return to_device(task.batches(split, seeded(hyper.seed, split, number)), device)
 
-    scheduler = GrowthScheduler(task.schedule, args=lambda: task.example(batch("train", 0)), verify=task.verify)
+    calls = task.calls
+    scheduler = GrowthScheduler(
+        task.schedule,
+        args=lambda: task.example(batch("train", 0)),
+        calls=None if calls is None else lambda: calls(batch("train", 0)),
+        verify=task.verify,
+    )
     run = Run(task, out, task.model, task.optimizer(task.model, hyper), scheduler)
     resumed = resume and (out / "checkpoints" / "latest").is_file()
     if resumed:
@@ -240,9 +248,7 @@ def train(
             reported = metrics if run.step else {}  # before the first step there is no training loss to watch
             before = count_parameters(run.model)
             grow_started = time.perf_counter()
-            while event := scheduler.step(
-                run.model, run.optimizer, step=run.step, tokens=run.tokens, epoch=epoch, metrics=reported
-            ):
+            while event := due(run, log, epoch, reported):
                 assert event.optimizer is not None
                 grow_seconds = time.perf_counter() - grow_started
                 loss_before = metrics.get("val_loss") or evaluate(task, forward, eval_batches)
@@ -306,6 +312,17 @@ def train(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pieces of the loop
+
+
+def due(run: Run, log: Log, epoch: float | None, metrics: Mapping[str, float]) -> GrowthEvent | None:
+    """The growth that falls due, carried out; one that is refused is logged before the run ends with it."""
+    try:
+        return run.scheduler.step(
+            run.model, run.optimizer, step=run.step, tokens=run.tokens, epoch=epoch, metrics=metrics
+        )
+    except FxgrowError as error:
+        log.write("refused", **standing(run), error=str(error))
+        raise
 
 
 def cosine(step: int, hyper: Hyper) -> float:

@@ -365,3 +365,46 @@ def test_a_compiled_growth_and_a_refused_one_in_a_loop_of_ones_own() -> None:
     assert json.dumps(scheduler.state_dict()) == state
     assert all(torch.equal(a, b) for a, b in zip(before, current.parameters(), strict=True))
     assert optimizer.param_groups[0]["params"] == list(current.parameters())
+
+
+def test_a_model_that_is_called_in_several_ways_grows_with_all_of_them() -> None:
+    class Scored(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+            out = self.down(torch.tanh(self.up(x)))
+            return out if y is None else (out - y).square().mean()
+
+    torch.manual_seed(0)
+    model, x, y = Scored(), torch.randn(5, 3), torch.randn(5, 2)
+    scheduler = GrowthScheduler([{**entry(step=0), "operations": [WIDEN]}], (x, y), calls=lambda: {"predict": (x,)})
+    assert len(scheduler.check(model)) == 2
+    event = scheduler.step(model, step=0)
+    assert event is not None
+    torch.testing.assert_close(event.module(x), model(x))
+    torch.testing.assert_close(event.module(x, y), model(x, y))
+
+
+def test_ranks_that_report_different_losses_do_not_grow_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    others: list[float | None] = []
+
+    def gather(values: list[float | None], own: float | None) -> None:
+        values[:] = [own, *others]
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    scheduler = GrowthScheduler(
+        [{"trigger": {"plateau": {"patience": 2}}, "operations": [WIDEN]}], (torch.randn(2, 3),)
+    )
+    model = Chain()
+    others[:] = [1.0]
+    assert scheduler.step(model, step=1, metrics={"val_loss": 1.0}) is None
+    for value, other in ((1.0, 1.5), (None, 1.0), (1.0, None)):
+        others[:] = [other]
+        with pytest.raises(SpecError, match="ranks report different values of the metric 'val_loss'"):
+            scheduler.step(model, step=2, metrics=None if value is None else {"val_loss": value})
+    others[:] = [None]
+    assert scheduler.step(model, step=2) is None, "no rank has measured"

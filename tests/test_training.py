@@ -332,6 +332,8 @@ def test_a_refused_growth_ends_the_run_and_leaves_a_usable_checkpoint(
     monkeypatch.setattr(fxgrow, "grow", refuse, raising=False)
     with pytest.raises(fxgrow.errors.GrowthRefused):
         run(make(schedule=GROWTHS[:1], checkpoint_every=2), tmp_path)
+    last = read_log(tmp_path / "log.jsonl")[-1]
+    assert (last["event"], last["step"], last["error"]) == ("refused", 5, "not exact")
     assert run(make(), tmp_path, stop_at=6).step == 6
 
 
