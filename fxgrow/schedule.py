@@ -431,7 +431,7 @@ class GrowthScheduler:
         Raises:
             CaptureError, SpecError, GrowthRefused: of the first growth that would fail, with its place.
         """
-        program = fxgrow.capture(getattr(model, "_orig_mod", model), *self._inputs(), calls=self._ways())
+        program = fxgrow.capture(getattr(model, "_orig_mod", model), *self._inputs(), **self._ways())
         sizes = [sum(p.numel() for p in program.parameters.values())]
         operations: list[Any] = []
         for number, growth in enumerate(self.schedule.growths[len(self._fired) :], len(self._fired)):
@@ -516,7 +516,7 @@ class GrowthScheduler:
         if optimizer is not None:
             check_optimizer(optimizer, growth.optimizer.policy)  # before hours of work, not after
         model = getattr(model, "_orig_mod", model)
-        grown = fxgrow.grow(model, growth.spec, *self._inputs(), calls=self._ways(), **how)
+        grown = fxgrow.grow(model, growth.spec, *self._inputs(), **self._ways(), **how)
         if optimizer is None:
             return grown, None
         policy = growth.optimizer
@@ -524,8 +524,10 @@ class GrowthScheduler:
         given = {name: value for name, value in options.items() if value is not None}
         return grown, grown.carry(optimizer, policy.policy, **given)
 
-    def _ways(self) -> Mapping[str, Any] | None:
-        return self._calls() if callable(self._calls) else self._calls
+    def _ways(self) -> dict[str, Any]:
+        if self._calls is None:
+            return {}
+        return {"calls": self._calls() if callable(self._calls) else self._calls}
 
     def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
         return self._args() if callable(self._args) else (self._args, self._kwargs)
