@@ -28,9 +28,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental import _config as experimental
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxgrow.errors import CaptureError
 from fxgrow.foreign import Watch, check_backward, check_ops, custom_backwards, in_words
@@ -267,7 +269,7 @@ def _with_less(
         CaptureError: nothing; the one that was raised first.
     """
     with contextlib.suppress(CaptureError):
-        if dynamic != "batch":
+        if dynamic != "batch" and not isinstance(error.__cause__, _ON_DATA):
             return _exports(model, calls, "batch"), "captured with every input dim but the first as it is"
     with contextlib.suppress(CaptureError):
         return _exports(
@@ -486,7 +488,7 @@ def _export(
         with (
             warnings.catch_warnings(),
             quiet(),
-            _named_keywords(model, kwargs),
+            _traceable_forward(model, kwargs, left_out),
             experimental.patch(backed_size_oblivious=oblivious),
             watch,
         ):
@@ -498,42 +500,75 @@ def _export(
             return exported
 
     watch = Watch(_user_line)
+    left_out: set[str] = set()
     try:
         exported = export(True)
     except Exception as error:
         try:
+            if watch.reason or isinstance(error, _ON_DATA):
+                raise error
             exported = export(False)
         except Exception:
             raise CaptureError(watch.reason or _capture_message(model, error)) from error
     if watch.reason:
         raise CaptureError(watch.reason)
+    if left_out:
+        returned = exported.graph_signature.user_outputs
+        if not any(isinstance(name, str) for name in returned):
+            raise CaptureError(
+                f"{type(model).__name__} returns a {left_out.pop()}, which PyTorch cannot take apart into tensors; "
+                "return a tuple, list or dict of them, or register the class (torch.export.register_dataclass)"
+            )
+        warnings.warn(
+            f"{type(model).__name__} returns a {', a '.join(sorted(left_out))}, which PyTorch cannot take apart: the "
+            "grown module returns None in its place. Register the class with pytree to keep it",
+            stacklevel=5,
+        )
     return exported
 
 
+#: what a graph can return
+_LEAVES = (torch.Tensor, bool, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+#: errors of a trace that reads data: no other choice of dynamic dims helps
+_ON_DATA = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+
+
 @contextlib.contextmanager
-def _named_keywords(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Give ``forward(x, **kwargs)`` a signature that names the keywords, as ``torch.export`` needs dims by name."""
-    signature = inspect.signature(model.forward)
+def _traceable_forward(model: nn.Module, kwargs: Mapping[str, Any], left_out: set[str]) -> Iterator[None]:
+    """Give ``forward`` a form that ``torch.export`` takes, on this instance and while it is traced.
+
+    ``forward(x, **kwargs)`` gets a signature that names the keywords, which dims are looked up by. Objects among the
+    results that pytree cannot take apart, such as a cache of keys and values, become None; ``left_out`` gets their
+    types.
+    """
+    forward, own = model.forward, model.__dict__.get("forward")
+    signature = inspect.signature(forward)
     parameters = list(signature.parameters.values())
     extra = [k for k in kwargs if k not in signature.parameters]
-    if not extra or not any(p.kind is p.VAR_KEYWORD for p in parameters) or "forward" in model.__dict__:
-        yield
-        return
-    plain = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
-    forward = model.forward
+    if extra and any(p.kind is p.VAR_KEYWORD for p in parameters):
+        plain = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+        named = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY) for k in extra]
+        signature = signature.replace(parameters=[*plain, *named])
+
+    def known(leaf: Any) -> Any:
+        if leaf is None or isinstance(leaf, _LEAVES):
+            return leaf
+        left_out.add(type(leaf).__name__)
+        return None
 
     @functools.wraps(forward)
-    def named(*args: Any, **keywords: Any) -> Any:
-        return forward(*args, **keywords)
+    def traceable(*args: Any, **keywords: Any) -> Any:
+        return pytree.tree_map(known, forward(*args, **keywords))
 
-    named.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*plain, *(inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY) for k in extra)]
-    )
-    model.__dict__["forward"] = named
+    traceable.__signature__ = signature  # type: ignore[attr-defined]
+    model.__dict__["forward"] = traceable
     try:
         yield
     finally:
         del model.__dict__["forward"]
+        if own is not None:
+            model.__dict__["forward"] = own
 
 
 def _positional(model: nn.Module) -> list[str]:

@@ -122,7 +122,7 @@ class _Trail(TorchDispatchMode):
         self.known[id(tensor)] = (tensor, hash(digest))
 
     def digests(self, value: Any) -> list[Any]:
-        return [self._digest(x) for x in pytree.tree_leaves(value)]
+        return [self._digest(x) for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
 
     def _digest(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

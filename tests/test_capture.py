@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sysconfig
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -439,3 +439,76 @@ def test_a_wrong_example_gives_one_message(name: str, capfd: pytest.CaptureFixtu
         assert "test_capture.py" in text
     out, err = capfd.readouterr()
     assert out == err == ""
+
+
+class Cache:
+    """What pytree cannot take apart, as transformers' caches are until somebody registers them."""
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []
+
+
+class Cached(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.up, self.out, self.form = nn.Linear(5, 8), nn.Linear(8, 3), form
+
+    def forward(self, x: torch.Tensor, use_cache: bool = True) -> Any:
+        cache = Cache()
+        cache.keys.append(torch.tanh(self.up(x)))
+        y = self.out(cache.keys[0])
+        kept = cache if use_cache else None
+        return {"dict": {"y": y, "cache": kept}, "tuple": (y, kept), "alone": cache, "named": Result(y, kept)}[
+            self.form
+        ]
+
+
+class Result(NamedTuple):
+    y: torch.Tensor
+    cache: Any
+
+
+@pytest.mark.parametrize("form", ["dict", "tuple", "named"])
+def test_a_cache_among_the_results_is_left_out_with_a_note(form: str) -> None:
+    model = trained(Cached(form).double()).eval()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="returns a Cache, .* None in its place"):
+        module = fxgrow.grow(model, {"op": "widen", "axis": "up.weight:0", "factor": 2}, (x,)).module
+    for rows in (1, 7):
+        x = torch.randn(rows, 5, dtype=torch.float64)
+        result, expected = module(x), model(x)
+        assert type(result) is type(expected)
+        y, kept = (result["y"], result["cache"]) if form == "dict" else result
+        assert kept is None
+        torch.testing.assert_close(y, expected["y"] if form == "dict" else expected[0], rtol=0, atol=1e-12)
+    assert "forward" not in model.__dict__
+
+
+def test_a_result_that_nobody_can_take_apart_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(fxgrow.CaptureError, match="returns a Cache, which PyTorch cannot take apart"):
+        fxgrow.capture(Cached("alone"), (torch.randn(4, 5),))
+
+    class OnData(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if x.sum().item() > 0 else x
+
+    with pytest.raises(
+        fxgrow.CaptureError, match="(?s)data-dependent.*test_capture.py.*must not depend on tensor values"
+    ):
+        fxgrow.capture(OnData(), (torch.randn(4, 5),))
+    out, err = capfd.readouterr()
+    assert out == err == ""
+
+
+def test_a_transformers_model_as_everybody_builds_it() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=65, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = trained(transformers.LlamaForCausalLM(config)).eval()
+    ids = torch.randint(65, (2, 7), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="returns a DynamicCache"):
+        growth = fxgrow.grow(model, {"op": "widen", "axis": "*/hidden", "factor": 2}, (), {"input_ids": ids})
+    assert growth.receipt.error_float64 is not None
+    assert growth.receipt.error_float64 <= 1e-12
+    assert "past_key_values" not in growth.module(input_ids=ids)
