@@ -493,7 +493,7 @@ def test_a_result_that_nobody_can_take_apart_is_refused(capfd: pytest.CaptureFix
             return x * 2 if x.sum().item() > 0 else x
 
     with pytest.raises(
-        fxgrow.CaptureError, match="(?s)data-dependent.*test_capture.py.*must not depend on tensor values"
+        fxgrow.CaptureError, match=r"(?s)data-dependent.*test_capture.py.*must not depend on tensor values"
     ):
         fxgrow.capture(OnData(), (torch.randn(4, 5),))
     out, err = capfd.readouterr()
