@@ -54,18 +54,6 @@ def draws(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _without_dropout(
-    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    argument = _dropout_argument(target)
-    if argument is None:
-        return args, kwargs
-    place, name = argument
-    if len(args) > place:
-        args = (*args[:place], 0.0, *args[place + 1 :])
-    return args, {**kwargs, name: 0.0} if name in kwargs else kwargs
-
-
 class Runner:
     """The graph of one call, ready to run.
 
@@ -81,9 +69,15 @@ class Runner:
         for node in graph.nodes:
             for operand in node.all_input_nodes:
                 last[operand] = node
-        self._frees: dict[fx.Node, list[fx.Node]] = {}
+        frees: dict[fx.Node, list[fx.Node]] = {}
         for operand, node in last.items():
-            self._frees.setdefault(node, []).append(operand)
+            frees.setdefault(node, []).append(operand)
+        #: what to do, looked up once: op, name, where its dropout probability stands, what nobody reads afterwards
+        self._steps = [
+            (n, n.target, op_of(n), _dropout_argument(n.target), tuple(frees.get(n, ())))
+            for n in graph.nodes
+            if n.op == "call_function"
+        ]
 
     def written(self) -> set[str]:
         """Names of the parameters and buffers whose memory the graph may write into."""
@@ -112,26 +106,33 @@ class Runner:
         """
         env: dict[fx.Node, Any] = dict(zip(self.inputs, inputs, strict=True))
 
-        def value(node: fx.Node) -> Any:
-            if node.op == "get_attr" and node not in env:
-                env[node] = training if node.target == "training" else read(str(node.target))
-            return env[node]
+        def value(given: Any) -> Any:
+            if isinstance(given, fx.Node):
+                if given not in env and given.op == "get_attr":
+                    env[given] = training if given.target == "training" else read(str(given.target))
+                return env[given]
+            if isinstance(given, list | tuple):
+                return [value(g) for g in given]
+            if isinstance(given, slice):
+                return slice(value(given.start), value(given.stop), value(given.step))
+            return given
 
-        for node in self.graph.nodes:
-            if node.op == "output":
-                return fx.map_arg(node.args[0], value)
-            if node.op == "call_function":
-                args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
-                name = op_of(node)
-                if not chance:
-                    args, kwargs = _without_dropout(node.target, args, dict(kwargs))
-                result = node.target(*args, **kwargs)  # type: ignore[operator]
-                if not chance and (name in _DRAWS or name in _KEEPS):
-                    result.fill_(1.0 if name in _KEEPS else 0.5)
-                env[node] = result if after is None else after(node, args, dict(kwargs), result)
-            for done in self._frees.get(node, ()):
-                env.pop(done, None)
-        raise AssertionError("a graph without an output")
+        for node, op, name, dropout, done in self._steps:
+            args = [value(a) for a in node.args]
+            kwargs = {k: value(a) for k, a in node.kwargs.items()}
+            if dropout is not None and not chance:
+                place, key = dropout
+                if len(args) > place:
+                    args[place] = 0.0
+                if key in kwargs:
+                    kwargs[key] = 0.0
+            result = op(*args, **kwargs)  # type: ignore[operator]
+            if not chance and (name in _DRAWS or name in _KEEPS):
+                result.fill_(1.0 if name in _KEEPS else 0.5)
+            env[node] = result if after is None else after(node, tuple(args), kwargs, result)
+            for operand in done:
+                env.pop(operand, None)
+        return fx.map_arg(self.graph.output_node().args[0], value)
 
 
 class Tensors:

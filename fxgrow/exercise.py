@@ -45,6 +45,8 @@ class Exercise:
     def __init__(self, graphs: Iterable[fx.Graph], relevant: set[str]) -> None:
         #: by node, what has been seen of it
         self._seen: dict[fx.Node, set[str]] = {}
+        #: by node, how much there is to see
+        self._enough: dict[fx.Node, int] = {}
         for graph in graphs:
             touched: set[fx.Node] = set()
             for node in graph.nodes:
@@ -54,11 +56,13 @@ class Exercise:
                     name = op_of(node)
                     if name in _CONDITIONS or name in _CHOICES or name in _GATES or name in _PRODUCTS:
                         self._seen[node] = set()
+                        operands = sum(isinstance(a, fx.Node) for a in node.args[:3])
+                        self._enough[node] = 1 if name in _GATES else operands if name in _PRODUCTS else 2
 
     def after(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """Look at an op that ran."""
         seen = self._seen.get(node)
-        if seen is None:
+        if seen is None or len(seen) == self._enough.get(node):
             return result
         name = op_of(node)
         if name in _CONDITIONS:

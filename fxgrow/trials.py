@@ -106,7 +106,7 @@ class Trials:
         few = {s: min(n, 2) for s, n in self.symbols.items() if s == self._batch}
         others = {s: n for s, n in self.symbols.items() if s != self._batch}
         if others:
-            for step in (lambda n: 2 * n + 1 if n <= 16 else n + n // 4 + 1, lambda n: n + 1, lambda n: max(n - 1, 2)):
+            for step in (lambda n: 2 * n + 1 if n <= 8 else n + n // 4, lambda n: n + 1, lambda n: max(n - 1, 2)):
                 yield self._make({**few, **{s: step(n) for s, n in others.items()}}, factors=(1.0,), fresh=False)
         elif few:
             yield self._make({s: 2 * n + 3 for s, n in self.symbols.items()}, factors=(1.0, -1.0), fresh=False)
