@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import itertools
 import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from tests.fuzz.calls import OPS
+from tests.fuzz.features import FEATURES
 from tests.fuzz.report import Report
 
 EPILOG = """\
@@ -29,6 +33,12 @@ shrunk and written as a script that stands alone. docs/testing.md says more. The
 """
 
 
+_FOCI = ("state.average", "indexing.equality", "aten.diff.default", "... (a wrong name lists them)")
+#: scripts of findings that look alike, shrunk by one worker; further ones are printed as they are
+_ALIKE = 2
+_seen: Counter[str] = Counter()
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.fuzz",
@@ -41,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other models")
     parser.add_argument("--first", type=int, default=0, help="number of the first model")
     parser.add_argument("--only", type=int, default=None, help="one model, by its number, in this process")
-    parser.add_argument("--growths", type=int, default=14, help="growths of each model (capturing it costs most)")
+    parser.add_argument("--growths", type=int, default=16, help="growths of each model (capturing it costs most)")
+    parser.add_argument("--focus", default="", help="a feature or an op that every model has: " + ", ".join(_FOCI))
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="worker processes")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds that a model may take")
     parser.add_argument("--shrink", type=float, default=60.0, help="seconds for shrinking a finding; 0: as it is")
@@ -50,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=None, help="a file for all figures")
     parser.add_argument("--verbose", action="store_true", help="also list ops never reached and reasons")
     options = parser.parse_args(argv)
+    if options.focus and options.focus not in {*FEATURES, *OPS}:
+        near = difflib.get_close_matches(options.focus, [*FEATURES, *OPS], 5)
+        parser.error(f"no feature or op {options.focus!r}; near: {', '.join(near)}; features: {', '.join(FEATURES)}")
     console = Console(highlight=False, soft_wrap=True)
     report = Report(options.seed, options.out)
     if options.only is not None:
@@ -65,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         timeout=options.timeout,
         shrink_for=options.shrink,
         database=not options.no_database,
+        focus=options.focus,
         out=options.out,
         console=console,
     )
@@ -81,11 +96,12 @@ def search(
     models: int | None,
     first: int = 0,
     seconds: float | None = None,
-    growths: int = 14,
+    growths: int = 16,
     jobs: int = 1,
     timeout: float = 240.0,
     shrink_for: float = 60.0,
     database: bool = True,
+    focus: str = "",
     out: Path | None = None,
     console: Console | None = None,
     stop: bool = False,
@@ -107,7 +123,9 @@ def search(
                 return
             yield n
 
-    job = functools.partial(_job, seed=seed, growths=growths, database=database, shrink_for=shrink_for, timeout=timeout)
+    job = functools.partial(
+        _job, seed=seed, growths=growths, database=database, focus=focus, shrink_for=shrink_for, timeout=timeout
+    )
     said = time.monotonic()
     for number, outcome, problem in each(job, numbers(), jobs, timeout):
         for text in report.add(number, outcome, problem):
@@ -121,16 +139,17 @@ def search(
     return report
 
 
-def _job(number: int, *, seed: int, growths: int, database: bool, shrink_for: float, timeout: float) -> Any:
+def _job(number: int, *, seed: int, growths: int, database: bool, focus: str, shrink_for: float, timeout: float) -> Any:
     from tests.fuzz.script import script
     from tests.fuzz.shrink import shrink
     from tests.fuzz.trial import run
 
     start = time.monotonic()
-    outcome = run(seed, number, growths, database, timeout / 4)
+    outcome = run(seed, number, growths, database, focus, timeout / 4)
     for n, finding in enumerate(outcome.findings):
         left = timeout * 0.8 - (time.monotonic() - start)
-        if shrink_for and left > 0:
+        _seen[finding.kin] += 1
+        if shrink_for and left > 0 and _seen[finding.kin] <= _ALIKE:
             outcome.findings[n] = shrink(finding, min(shrink_for, left / (len(outcome.findings) - n)))
     outcome.scripts = [script(f) for f in outcome.findings]
     return outcome
@@ -144,7 +163,7 @@ def _one(options: argparse.Namespace, report: Report, console: Console) -> int:
 
     torch.set_num_threads(1)
     try:
-        model = generate(options.seed, options.only, not options.no_database)
+        model = generate(options.seed, options.only, not options.no_database, options.focus)
         console.print(model.definition(), markup=False)
     except Rejected as error:
         console.print(f"nothing composed: {error}", markup=False)
@@ -154,6 +173,7 @@ def _one(options: argparse.Namespace, report: Report, console: Console) -> int:
         seed=options.seed,
         growths=options.growths,
         database=not options.no_database,
+        focus=options.focus,
         shrink_for=options.shrink,
         timeout=options.timeout,
     )

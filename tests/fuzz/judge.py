@@ -70,7 +70,7 @@ def probes(model: Model) -> list[Probe]:
         found += [
             Probe(call, 0, 10 + n),
             Probe(call, 1, 20 + n, -8.0),
-            Probe(call, 2, 30 + n, 0.125),
+            Probe(call, 2, 30 + n, 0.0625),
             Probe(call, 0, 40 + n, training=True),
             Probe(call, 3, 50 + n, 3.0, training=True),
             Probe(call, 0, 60 + n),
@@ -315,7 +315,7 @@ def _columns(x: Tensor, y: Tensor, moved: Tensor | None, epsilon: float) -> str:
     scale = _by_column(size)
     floor = float(size.detach().max()) * FLOOR + 1e-300
     limit = COLUMN * scale + (6 if epsilon else 100) * _by_column(moved) + floor
-    limit = limit + epsilon * (60 * scale + float(size.detach().max()))
+    limit = limit + epsilon * (8 * scale + float(size.detach().max()))
     bad = ~(error <= limit)
     if not bool(bad.any()):
         return ""

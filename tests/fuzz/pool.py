@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -81,6 +82,9 @@ def _work(job: Callable[[int], Any], pipe: Connection, other: Connection) -> Non
     import torch
 
     other.close()
+    nowhere = os.open(os.devnull, os.O_WRONLY)  # what a trace that fails prints is pages long
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while True:

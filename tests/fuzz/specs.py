@@ -38,11 +38,11 @@ def draw(rng: random.Random, program: Program) -> list[dict[str, Any]] | None:
         roll = rng.random()
         if stacks and roll < 0.3:
             spec.append(_deepen(rng, rng.choice(stacks)))
-        elif layers and roll < 0.4:
+        elif layers and roll < 0.05 + 0.3 * bool(stacks):
             spec.append(
                 {"op": "insert", "layer": rng.choice(("linear", "linear", "batch_norm")), "after": rng.choice(layers)}
             )
-        elif frozen and roll < 0.5:
+        elif frozen and roll < 0.15 + 0.3 * bool(stacks):
             axis = rng.choice(frozen)
             spec.append(
                 {

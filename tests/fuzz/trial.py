@@ -58,6 +58,11 @@ class Finding:
     shrunk: bool = False
 
     @property
+    def kin(self) -> str:
+        """What findings that are probably one fault share."""
+        return f"{self.kind} {re.sub(r'[-+.0-9e]+', 'N', self.detail)}"
+
+    @property
     def key(self) -> str:
         """What findings of one kind share: the error, without the numbers in it."""
         words = self.detail.partition(":")[0] if self.kind == "raw" else ""
@@ -81,20 +86,22 @@ class Outcome:
     scripts: list[str] = field(default_factory=list)
 
 
-def run(seed: int, number: int, growths: int = 14, database: bool = True, seconds: float = 60.0) -> Outcome:
+def run(
+    seed: int, number: int, growths: int = 16, database: bool = True, focus: str = "", seconds: float = 60.0
+) -> Outcome:
     """Make, grow and judge model ``number`` of a seed; no further growth begins after so many seconds."""
     start = time.perf_counter()
     out = Outcome(number)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _run(out, seed, number, growths, database, time.monotonic() + seconds)
+        _run(out, seed, number, growths, database, focus, time.monotonic() + seconds)
     out.seconds = time.perf_counter() - start
     return out
 
 
-def _run(out: Outcome, seed: int, number: int, growths: int, database: bool, end: float) -> None:
+def _run(out: Outcome, seed: int, number: int, growths: int, database: bool, focus: str, end: float) -> None:
     try:
-        model = generate(seed, number, database)
+        model = generate(seed, number, database, focus)
         small = model.build(SEEDS[0])
         judge = Judge(model, small)
         out.discarded = judge.usable()
@@ -119,7 +126,7 @@ def _run(out: Outcome, seed: int, number: int, growths: int, database: bool, end
         return
     tried: list[Spec] = []
     for _ in range(growths):
-        if len(out.findings) + out.flickers >= PER_MODEL or time.monotonic() > end:
+        if len({f.kin for f in out.findings}) + out.flickers >= PER_MODEL or time.monotonic() > end:
             break
         spec = specs.draw(rng, program)
         if spec is None:
