@@ -15,6 +15,20 @@ from tests.fuzz.text import Input, Model
 #: ops of the table in one model; with this many, every op has its turn once in len(OPS) / OPS_EACH models
 OPS_EACH = 5
 
+#: features that have been where faults were, and how often they are drawn beside others
+OFTEN = {
+    "casts.computed_coarse": 4,
+    "casts.counts": 2,
+    "casts.weights": 3,
+    "indexing.equality": 3,
+    "indexing.neighbours": 2,
+    "modes.literal": 4,
+    "sharing.head": 4,
+    "sizes.guard": 2,
+    "state.average": 2,
+    "state.fast_weight": 3,
+}
+
 
 def generate(seed: int, number: int, database: bool = True, focus: str = "") -> Model:
     """Model ``number`` of a seed; the same wherever it is asked for. ``focus``: a feature or an op that it must have.
@@ -29,7 +43,8 @@ def generate(seed: int, number: int, database: bool = True, focus: str = "") -> 
     if focus:
         jobs = [focus, *rng.choices(sorted(FEATURES), k=rng.choice((0, 1)))]
     else:
-        jobs = [*_turn(seed, number), *rng.choices(sorted(FEATURES), k=rng.choice((1, 2, 3, 4)))]
+        names = sorted(FEATURES)
+        jobs = [*_turn(seed, number), *rng.choices(names, [OFTEN.get(n, 1) for n in names], k=rng.choice((2, 3, 4)))]
     rng.shuffle(jobs)
     for job in jobs:
         if job in FEATURES:

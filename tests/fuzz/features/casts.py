@@ -22,14 +22,16 @@ def computed_coarse(c: Composer) -> None:
     how = c.rng.choice(
         (
             f"F.rms_norm({{}}, ({d},))",
+            f"F.rms_norm({{}}, ({d},))",
             f"F.rms_norm({{}}, ({d},), eps=1e-6)",
             f"F.layer_norm({{}}, ({d},))",
             "F.normalize({}, dim=-1)",
             "torch.softmax({}, -1)",
             "F.gelu({})",
-            "torch.tanh({})",
         )
     )
+    if c.rng.random() < 0.5:
+        v = c.value(f"{v.name} * 0.05")
     c.value(f"{how.format(f'{v.name}.to({c.rng.choice(_COARSE)})')}.to({v.name}.dtype)")
 
 

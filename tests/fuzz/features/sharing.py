@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.fuzz import supply
-from tests.fuzz.compose import Composer, Rejected
+from tests.fuzz.compose import Composer
 from tests.fuzz.features.layers import _activated, _linear
 
 
@@ -39,18 +39,19 @@ def tied_layers(c: Composer) -> None:
 
 def head(c: Composer) -> None:
     """An embedding and the head that it is tied to, with something between."""
+    n, vocab = c.size(), c.rng.choice((7, 11))
     ids = [i for i in c.model.inputs if i.high]
-    if not ids:
-        raise Rejected("no numbers to look up")
-    n = c.size()
-    i = ids[0]
-    if c.rng.random() < 0.5:
-        w = c.member(f"self.NAME = nn.Embedding({i.high}, {n})", "l")
-        v, w = c.value(f"{w}({i.name})"), f"{w}.weight"
+    if ids:
+        index, vocab = ids[0].name, ids[0].high
     else:
-        w = c.parameter(i.high, n)
-        v = c.value(f"F.embedding({i.name}, {w})")
-    scale = c.rng.choice(("", f"{v.name} * math.sqrt({n})", f"{v.name} * 2.0", f"{v.name} / {v.name}.shape[-1]"))
+        index = supply.integers(c, c.rng.choice((["B"], ["B", 3])), high=vocab)
+    if c.rng.random() < 0.5:
+        w = c.member(f"self.NAME = nn.Embedding({vocab}, {n})", "l")
+        v, w = c.value(f"{w}({index})"), f"{w}.weight"
+    else:
+        w = c.parameter(vocab, n)
+        v = c.value(f"F.embedding({index}, {w})")
+    scale = c.rng.choice(("", "", f"{v.name} * math.sqrt({n})", f"{v.name} * 2.0", f"{v.name} / {v.name}.shape[-1]"))
     if scale:
         v = c.value(scale)
     if c.rng.random() < 0.5:
@@ -58,17 +59,16 @@ def head(c: Composer) -> None:
     last = c.rng.choice(
         (
             "F.layer_norm({0}, ({1},))",
-            "F.layer_norm({0}, ({1},), {2}, {2})",
             "F.rms_norm({0}, ({1},))",
-            "F.rms_norm({0}, ({1},), {2})",
-            "{0}",
             "F.normalize({0}, dim=-1)",
+            "F.layer_norm({0}, ({1},), {2}, {2})",
             "F.rms_norm({0}, ({1},), {2}, 1e-4)",
+            "{0}",
         )
     )
     gain = c.parameter(n) if "{2}" in last else ""
     v = c.value(last.format(v.name, n, gain))
-    if c.rng.random() < 0.5:
+    if c.rng.random() < 0.7:
         v = c.value(
             c.rng.choice(
                 (
