@@ -9,7 +9,7 @@ Plans round-trip through JSON; index maps are run-length encoded there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -254,10 +254,26 @@ class TensorPlan(Stage):
             raise ValueError(f"tensors.{name}: give one of source and init")
         if self.source is not None and len(self.dims) != len(self.shape):
             raise ValueError(f"tensors.{name}: {len(self.dims)} dims for the shape {self.shape}")
-        for i, (dim, size) in enumerate(zip(self.dims, self.shape, strict=False)):
-            for vector in () if dim is None else (dim.index, dim.split, dim.gradient, dim.fill):
+        self._check_sizes(f"tensors.{name}", self, self.shape)
+        sizes: list[int | None] = list(self.shape)
+        for number, stage in reversed(list(enumerate(self.stages))):
+            where = f"tensors.{name}.stages.{number}"
+            if len(stage.dims) != len(sizes):
+                raise ValueError(f"{where}: {len(stage.dims)} dims for the shape {self.shape}")
+            self._check_sizes(where, stage, sizes)
+            # what a dim has before it grows is not known here
+            sizes = [n if dim is None else None for n, dim in zip(sizes, stage.dims, strict=True)]
+
+    @staticmethod
+    def _check_sizes(where: str, stage: Stage, sizes: Sequence[int | None]) -> None:
+        """Whether the vectors of every dim are as long as its index, and as the size where that is known."""
+        for i, (dim, size) in enumerate(zip(stage.dims, sizes, strict=False)):
+            if dim is None:
+                continue
+            size = len(dim.index) if size is None else size
+            for vector in (dim.index, dim.split, dim.gradient, dim.fill):
                 if vector is not None and len(vector) != size:
-                    raise ValueError(f"tensors.{name}.dims.{i}: {len(vector)} entries for the size {size}")
+                    raise ValueError(f"{where}.dims.{i}: {len(vector)} entries for the size {size}")
 
     @property
     def last(self) -> Stage:

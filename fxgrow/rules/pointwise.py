@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
@@ -66,7 +66,7 @@ class Sum(Pointwise):
                 continue
             for i in range(-len(kept), 0):
                 if not is_unit(kept[i]):
-                    out[i] = ctx.close(kept[i])
+                    cast(Dims, out)[i] = ctx.close(kept[i])
         return out
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow.errors import SpecError
+from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.growth import plan_growth
 from fxgrow.materialise import materialise_all, materialise_tensor
 from fxgrow.plan import AxisMap, DimPlan, GrowthPlan, NoisePlan, TensorPlan
@@ -245,3 +245,15 @@ def test_an_inserted_layer_of_a_plan_as_it_was_written_before_is_read() -> None:
     assert torch.equal(materialise_tensor(old, None, dtype=torch.float64), torch.eye(4, dtype=torch.float64))
     scaled = TensorPlan.model_validate({"shape": [4], "init": "ones", "scale": 1.5})
     assert np.allclose(materialise_tensor(scaled, None).numpy(), 1.5)
+
+
+def test_stages_that_do_not_fit_are_no_plan() -> None:
+    _, program = captured("layers")
+    spec = [widen("0.weight:0", factor=2, noise=NOISE), widen("0.weight:0", factor=2, noise=NOISE)]
+    data = json.loads(plan_growth(program, fxgrow.GrowthSpec.parse(spec))[0].to_json())
+    stages = data["tensors"]["2.weight"]["stages"]
+    assert len(stages) == 2
+    for dims, words in (([None], "1 dims"), ([None, {"index": [[0, 3]]}], "3 entries for the size 32")):
+        stages[1]["dims"] = dims
+        with pytest.raises(FxgrowError, match=words):
+            GrowthPlan.from_json(json.dumps(data))
