@@ -487,7 +487,7 @@ def _of_one_save(path: Path, read: Callable[[Manifest], Result]) -> Result:
 
 
 def _load(path: Path, manifest: Manifest, device: str | torch.device) -> Loaded:
-    tensors = _read_tensors(find(path, MODEL, manifest.saved), device, manifest)
+    tensors = read_tensors(find(path, MODEL, manifest.saved), device, manifest)
     _check_tensors(manifest, tensors, path / MODEL)
     try:
         graph = graph_from_json(manifest.graph)
@@ -541,7 +541,7 @@ def _read_calls(
     """The calls with their examples, and what the model gave for them."""
     where = path / MANIFEST
     complete = _complete(manifest)
-    stored = _read_tensors(find(path, EXAMPLES, manifest.saved), device, manifest) if complete else {}
+    stored = read_tensors(find(path, EXAMPLES, manifest.saved), device, manifest) if complete else {}
     calls, outputs = [], []
     for number, record in enumerate(manifest.calls):
         args: Any = _decode_inputs(record.args, stored) if complete else ()
@@ -570,7 +570,9 @@ def _read_calls(
     return calls, outputs if complete else None
 
 
-def _read_tensors(path: Path, device: str | torch.device, manifest: Manifest | None = None) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: Path, device: str | torch.device = "cpu", manifest: Manifest | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors of a file, in memory of their own: what happens to the file later does not reach them.
 
     Raises:
@@ -666,9 +668,9 @@ def load_weights(module: nn.Module, file: str | Path) -> None:
             f"safetensors.torch.save_model(model, {str(path.with_suffix('.safetensors'))!r})"
         )
     if folder is None:
-        tensors = _read_tensors(path, "cpu")
+        tensors = read_tensors(path)
     else:
-        tensors = _of_one_save(folder, lambda m: _read_tensors(find(path.parent, MODEL, m.saved), "cpu", m))
+        tensors = _of_one_save(folder, lambda m: read_tensors(find(path.parent, MODEL, m.saved), "cpu", m))
     own = module.state_dict(keep_vars=True)
     by_tensor: dict[int, list[str]] = {}
     for name, tensor in own.items():

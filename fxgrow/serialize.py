@@ -102,7 +102,7 @@ def decode_value(value: Any, nodes: Mapping[str, fx.Node], where: str = "value")
     if isinstance(value, dict) and len(value) == 1:
         ((kind, content),) = value.items()
         if kind == "node":
-            if content not in nodes:
+            if not isinstance(content, str) or content not in nodes:
                 raise CheckpointError(f"{where} refers to node {content!r}, which does not come before it")
             return nodes[content]
         if kind == "float" and content in ("inf", "-inf", "nan"):
@@ -261,7 +261,7 @@ def find_target(name: Any, where: str) -> Callable[..., Any]:
     Raises:
         CheckpointError: this process knows no such operator.
     """
-    if name in FUNCTIONS:
+    if isinstance(name, str) and name in FUNCTIONS:
         return FUNCTIONS[name]
     if not isinstance(name, str) or not _OPERATOR.fullmatch(name):
         raise CheckpointError(f"{where} calls {str(name)[:80]!r}, which is not the name of an operator")

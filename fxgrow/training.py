@@ -26,25 +26,28 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import fxgrow
+from fxgrow.checkpoint import read_tensors
 from fxgrow.compile import compile_regions
 from fxgrow.errors import CheckpointError, FxgrowError, SpecError
+from fxgrow.reading import read_json, read_text
 from fxgrow.schedule import GrowthEvent, GrowthScheduler
 
 Batch = tuple[Any, ...]
@@ -618,6 +621,29 @@ def save(run: Run) -> Path:
 _COUNTERS = ("step", "batches", "tokens", "flops", "flops_per_batch", "seconds", "loss_sum", "losses")
 
 
+class _Saved(BaseModel):
+    """What ``state.json`` holds."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[2]
+    fxgrow: str
+    task: str
+    step: int = Field(ge=0)
+    batches: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    flops: int = Field(ge=0)
+    flops_per_batch: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    loss_sum: float
+    losses: int = Field(ge=0)
+    val_loss: float | None
+    scheduler: dict[str, Any]
+    original: dict[str, list[int]]
+    aliases: dict[str, str]
+    optimizer: Any
+    hyper: dict[str, Any]
+
+
 def restore(run: Run) -> None:
     """Bring a fresh ``run`` to its newest checkpoint: replay the growths, then load every tensor, strictly.
 
@@ -626,32 +652,114 @@ def restore(run: Run) -> None:
         SpecError: the schedule's past is not this run's.
     """
     folder = run.out / "checkpoints"
-    path = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        model_tensors = load_file(path / "model.safetensors")
-        optimizer_tensors = load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-    if state.get("format") != 2:
-        raise CheckpointError(f"checkpoint {path} has format {state.get('format')!r}; this version reads 2")
-    compare(state["original"], shapes(run.task.model), f"checkpoint {path}: the original model")
-    run.scheduler.load_state_dict(state["scheduler"])
+    newest = read_text(folder / "latest", 1000, CheckpointError).strip()
+    if not re.fullmatch(r"step-\d+\.\d+", newest):
+        raise CheckpointError(f"{folder / 'latest'} does not name a checkpoint: {newest[:80]!r}")
+    path = folder / newest
+    state = _read_state(path / "state.json")
+    model_tensors = read_tensors(path / "model.safetensors")
+    optimizer_tensors = read_tensors(path / "optimizer.safetensors")
+    compare(state.original, shapes(run.task.model), f"checkpoint {path}: the original model")
+    run.scheduler.load_state_dict(state.scheduler)
     run.model, optimizer = run.scheduler.replay(run.model, run.optimizer)
     assert optimizer is not None
     run.optimizer = optimizer
     run.model.train()
-    load_model(run.model, model_tensors, state["aliases"], f"checkpoint {path}: the model")
+    load_model(run.model, model_tensors, state.aliases, f"checkpoint {path}: the model")
     try:
-        run.optimizer.load_state_dict(unpack(state["optimizer"], optimizer_tensors))
-    except (KeyError, ValueError) as error:
+        saved = unpack(state.optimizer, optimizer_tensors)
+        _check_optimizer(saved, run.optimizer)
+        run.optimizer.load_state_dict(saved)
+        _set_random_state(optimizer_tensors)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {path}: the optimizer's state does not fit: {error}") from error
-    torch.set_rng_state(optimizer_tensors["rng.cpu"])
-    if "rng.cuda" in optimizer_tensors:
-        torch.cuda.set_rng_state(optimizer_tensors["rng.cuda"])
     for name in _COUNTERS:
-        setattr(run, name, state[name])
-    run.val_loss = math.nan if state["val_loss"] is None else state["val_loss"]
+        setattr(run, name, getattr(state, name))
+    run.val_loss = math.nan if state.val_loss is None else state.val_loss
+
+
+def _read_state(file: Path) -> _Saved:
+    data = read_json(file, finite=False)
+    if not isinstance(data, dict) or data.get("format") != 2:
+        found = data.get("format") if isinstance(data, dict) else None
+        raise CheckpointError(f"checkpoint {file.parent} has format {repr(found)[:40]}; this version reads 2")
+    try:
+        return _Saved.model_validate(data)
+    except ValidationError as error:
+        item = error.errors()[0]
+        raise CheckpointError(f"{file} is damaged: {'.'.join(map(str, item['loc']))}: {item['msg']}") from error
+
+
+def _check_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Whether an optimizer's state is of its kind: torch takes any, and fails at the next step.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(saved, dict) or set(saved) != {"state", "param_groups"} or not isinstance(saved["state"], dict):
+        raise ValueError("it is no optimizer's state")
+    own = optimizer.state_dict()["param_groups"]
+    groups = saved["param_groups"]
+    if not isinstance(groups, list) or len(groups) != len(own):
+        raise ValueError(f"it has not the {len(own)} parameter groups of this optimizer")
+    for number, (theirs, mine) in enumerate(zip(groups, own, strict=True)):
+        if not isinstance(theirs, dict) or set(theirs) != set(mine) or theirs["params"] != mine["params"]:
+            raise ValueError(f"parameter group {number} is not like this optimizer's")
+        odd = [k for k in mine if not _alike(theirs[k], mine[k])]
+        if odd:
+            raise ValueError(f"{odd[0]} of parameter group {number} is {str(theirs[odd[0]])[:40]!r}")
+    parameters: dict[int, Tensor] = {}
+    kinds: dict[int, dict[str, bool]] = {}
+    for mine, group in zip(own, optimizer.param_groups, strict=True):
+        parameters |= dict(zip(mine["params"], group["params"], strict=True))
+        kinds |= dict.fromkeys(mine["params"], _state_kinds(optimizer, group))
+    for number, entries in saved["state"].items():
+        if number not in parameters or not isinstance(entries, dict):
+            raise ValueError(f"state of parameter {str(number)[:40]!r}, which this optimizer has not")
+        shape = parameters[number].shape
+        lost = kinds[number].keys() - entries.keys()
+        if lost and entries:
+            raise ValueError(f"state of parameter {number} lacks {min(lost)}")
+        for key, value in entries.items():
+            if not isinstance(key, str):
+                raise ValueError(f"state of parameter {number} has the key {key!r}")
+            if kinds[number].get(key, isinstance(value, Tensor)) != isinstance(value, Tensor) and value is not None:
+                raise ValueError(f"{key} of parameter {number} is {str(value)[:40]!r}")
+            if isinstance(value, Tensor) and value.dim() == len(shape) and value.numel() > 1 and value.shape != shape:
+                raise ValueError(f"{key} of parameter {number} is {list(value.shape)}, the parameter {list(shape)}")
+
+
+def _state_kinds(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, bool]:
+    """What the optimizer keeps for a parameter after a step: by name, whether it is a tensor. Empty where not known."""
+    scratch = nn.Parameter(torch.zeros(2, 2))
+    scratch.grad = torch.zeros(2, 2)
+    options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    try:
+        fresh = type(optimizer)([{**options, "params": [scratch]}])
+        fresh.step()
+    except Exception:  # somebody's own optimizer, which asks for more
+        return {}
+    return {k: isinstance(v, Tensor) for k, v in fresh.state[scratch].items() if v is not None}
+
+
+def _alike(theirs: Any, mine: Any) -> bool:
+    """Whether two hyper-parameters are of one kind; numbers may be of any."""
+    if isinstance(mine, bool) or mine is None or theirs is None:
+        return theirs is None or mine is None or isinstance(theirs, bool)
+    if isinstance(mine, int | float):
+        return isinstance(theirs, int | float | Tensor) and not isinstance(theirs, bool)
+    if isinstance(mine, tuple | list):
+        return isinstance(theirs, tuple | list) and len(theirs) == len(mine) and all(map(_alike, theirs, mine))
+    return isinstance(theirs, type(mine))
+
+
+def _set_random_state(tensors: Mapping[str, Tensor]) -> None:
+    saved, own = tensors["rng.cpu"], torch.get_rng_state()
+    if saved.dtype != own.dtype or saved.shape != own.shape:
+        raise ValueError("the state of the random numbers is not one of this PyTorch's")
+    torch.set_rng_state(saved)
+    if "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
 
 
 def untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -714,7 +822,11 @@ def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of :func:`pack`."""
+    """The inverse of :func:`pack`.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not what ``pack`` makes.
+    """
     if isinstance(value, list):
         return [unpack(item, tensors) for item in value]
     if isinstance(value, dict):
