@@ -5,6 +5,15 @@ growth = fxgrow.grow(model, spec, args)
 optimizer = growth.carry(optimizer)
 """
 
+from pathlib import Path as _Path
+
+# In a checkout, passes and kernels stand beside this folder and not in it. A wheel that is imported in the repository's
+# root finds this folder first.
+if not _Path(__file__).with_name("passes").is_dir():
+    if not (_Path(__file__).parents[1] / "passes" / "base.py").is_file():
+        raise ImportError(f"{_Path(__file__).parent} is fxgrow without its passes and kernels; install the whole of it")
+    __path__.append(str(_Path(__file__).parents[1]))
+
 from fxgrow import passes
 from fxgrow.capture import Program, capture
 from fxgrow.checkpoint import Loaded, load, save
