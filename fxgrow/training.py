@@ -750,6 +750,10 @@ def _alike(theirs: Any, mine: Any) -> bool:
         return isinstance(theirs, int | float | Tensor) and not isinstance(theirs, bool)
     if isinstance(mine, tuple | list):
         return isinstance(theirs, tuple | list) and len(theirs) == len(mine) and all(map(_alike, theirs, mine))
+    if isinstance(mine, dict):
+        return (
+            isinstance(theirs, dict) and theirs.keys() == mine.keys() and all(_alike(theirs[k], mine[k]) for k in mine)
+        )
     return isinstance(theirs, type(mine))
 
 
