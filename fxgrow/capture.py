@@ -1021,6 +1021,8 @@ def _meta(node: fx.Node) -> dict[str, Any]:
         "module_call": calls,
         "source": source_line(node.meta.get("stack_trace") or ""),
         **{key: node.meta[key] for key in ("sizes", "result_sizes") if key in node.meta},
+        # activation checkpointing leaves no trace in the graph but the line that calls it
+        **({"checkpointed": True} if re.search(r"checkpoint\w*\(", node.meta.get("stack_trace") or "") else {}),
     }
 
 

@@ -252,4 +252,9 @@ def _caveats(program: Program) -> list[str]:
             "mask of its own, so that what is read through them varies less, and behind anything that is not linear "
             "the mean moves, too"
         )
+    if any(n.meta.get("checkpointed") for n in program.graph.nodes):
+        notes.append(
+            "activation checkpointing is traced away: the grown module keeps every activation for its backward; apply "
+            "torch.utils.checkpoint to its blocks again"
+        )
     return notes

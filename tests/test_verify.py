@@ -440,3 +440,19 @@ def test_a_receipt_prints_and_round_trips() -> None:
     assert len(found.inputs) == 2 and "times 1, 100, -100, 0.01" in found.inputs[0]
     assert found.limits == {"native": 1e-10, "float64": 1e-10, "gradients": 1e-7}
     assert "in float64" in found.summary()
+
+
+def test_activation_checkpointing_is_named() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def f(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.out(torch.tanh(x))
+
+    class Net(M):
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.f(self, checkpoint(self.up, x, use_reentrant=False))
+
+    spec = {"op": "widen", "axis": "up.weight:0", "factor": 2}
+    notes = fxgrow.grow(Net(f).double(), spec, (example(),), verify=False).receipt.notes
+    assert any("activation checkpointing is traced away" in n for n in notes)
+    assert not any("checkpointing" in n for n in receipt(plain).notes)
