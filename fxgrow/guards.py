@@ -142,9 +142,20 @@ def weigh(guards: Sequence[Guard], replica: Replica) -> list[Guard]:
             if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                 symbols.setdefault(f"{node.name}.shape[{i}]", size.node.expr)
 
+    known = {  # the example's own sizes
+        symbol: examples[text.partition(".")[0]][int(text.rpartition("[")[2][:-1])] for text, symbol in symbols.items()
+    }
+
     def run_at(values: Mapping[Any, int]) -> Callable[[Any, int], int]:
         def size(symbolic: Any, n: int) -> int:
-            return int(symbolic.node.expr.xreplace(values)) if _moves(symbolic, values) else n
+            if not isinstance(symbolic, torch.SymInt):
+                return n
+            expression = symbolic.node.expr
+            if expression.is_Symbol:
+                return values.get(expression, n)
+            if not expression.free_symbols & values.keys() or expression.free_symbols - known.keys():
+                return n
+            return int(expression.xreplace({**known, **values}))
 
         return size
 
@@ -152,10 +163,11 @@ def weigh(guards: Sequence[Guard], replica: Replica) -> list[Guard]:
         names = list(dict.fromkeys(re.findall(r"\w+\.shape\[\d+\]", guard.condition)))
         if not set(names) <= symbols.keys() or len(names) > 3:
             return False
-        found = []
+        found: list[Callable[[Any, int], int]] = []
         for sizes in itertools.product(range(1, 9), repeat=len(names)):
-            values = {symbols[n]: v for n, v in zip(names, sizes, strict=True)}
-            at = run_at(values)
+            if len(found) == 3:
+                break
+            at = run_at({symbols[n]: v for n, v in zip(names, sizes, strict=True)})
             shapes = {
                 node.name: tuple(at(s, n) for s, n in zip(node.meta["val"].shape, examples[node.name], strict=True))
                 for node in inputs
@@ -163,7 +175,7 @@ def weigh(guards: Sequence[Guard], replica: Replica) -> list[Guard]:
             }
             if broken([guard], shapes) is not None and broken(others, shapes) is None:
                 found.append(at)
-        return all(replica.agrees(at) for at in found[:3])
+        return all(replica.agrees(at) for at in found)
 
     def is_edge(guard: Guard) -> bool:
         bound = _BOUND.fullmatch(guard.condition)
@@ -193,10 +205,6 @@ def weigh(guards: Sequence[Guard], replica: Replica) -> list[Guard]:
             if does_not_matter(guard, others):
                 kept = others
     return [replace(g, edge=True) if is_edge(g) else g for g in kept]
-
-
-def _moves(symbolic: Any, values: Mapping[Any, int]) -> bool:
-    return isinstance(symbolic, torch.SymInt) and bool(symbolic.node.expr.free_symbols & values.keys())
 
 
 def settle_sizes(exported: torch.export.ExportedProgram) -> None:
