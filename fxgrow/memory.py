@@ -105,8 +105,14 @@ class Memory:
         self._groups: dict[fx.Node, list[fx.Node]] = {}
         self._writers: dict[fx.Node, list[fx.Node]] = {}
         writers = []
+        attributes: dict[str, fx.Node] = {}
         for node in graph.nodes:
             self._parent[node] = node
+            if node.op == "get_attr":  # one tensor may be read by several nodes
+                first = attributes.setdefault(str(node.target), node)
+                self._parent[node] = self._root(first)
+                self._whole[node] = self._whole.get(first, first)
+                continue
             operands = viewed(node)
             for operand in operands:
                 self._parent[self._root(operand)] = self._root(node)

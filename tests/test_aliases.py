@@ -160,3 +160,13 @@ def test_a_batch_norm_writes_its_running_statistics() -> None:
     (norm,) = (n for n in graph.nodes if str(n.target) == "aten.batch_norm.default")
     assert writes(norm) == [norm.args[3], norm.args[4]]
     assert not returns_what_it_writes(norm)
+
+
+def test_several_nodes_that_read_one_buffer_are_one_tensor() -> None:
+    graph = fx.Graph()
+    first, second, other = graph.get_attr("m"), graph.get_attr("m"), graph.get_attr("n")
+    graph.call_function(aten.add_.Tensor, (first, 1))
+    memory = Memory(graph)
+    assert memory.written(second)
+    assert memory.same(first, second)
+    assert not memory.written(other)
