@@ -489,7 +489,7 @@ def _export(
             warnings.catch_warnings(),
             quiet(),
             _traceable_forward(model, kwargs, left_out),
-            experimental.patch(backed_size_oblivious=oblivious),
+            experimental.patch(backed_size_oblivious=oblivious),  # type: ignore[attr-defined]
             watch,
         ):
             warnings.simplefilter("ignore")
@@ -1119,7 +1119,8 @@ def _inline(
         if n.op == "placeholder":
             value = next(inputs)
             inner[n] = env[value] if isinstance(value, fx.Node) else value
-            if not enabled and value in learns and isinstance(value.meta.get("val"), torch.Tensor):
+            learned = isinstance(value, fx.Node) and value in learns and isinstance(value.meta.get("val"), torch.Tensor)
+            if learned and not enabled:
                 inner[n] = _detached(graph, inner[n])
         elif n.op == "output":
             results = pytree.tree_map_only(fx.Node, lambda x: inner[x], list(n.args[0]))

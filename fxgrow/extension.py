@@ -369,9 +369,9 @@ def lookups_of(node: fx.Node, ranges: Ranges) -> Iterator[Lookup]:
                 if i != at and not same_size(mine, theirs):
                     yield Lookup(node, args["self"], i, theirs)
     elif name == "aten.index.Tensor":
-        for index, covered in indexed_dims(args["indices"]):
+        for numbers, covered in indexed_dims(args["indices"]):
             for i in covered:
-                yield Lookup(node, args["self"], i, need(index))
+                yield Lookup(node, args["self"], i, need(numbers))
 
 
 def longest(need: Bound, size: int) -> tuple[sympy.Symbol, int] | None:

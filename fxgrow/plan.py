@@ -47,7 +47,7 @@ def _decode_index(value: Any) -> np.ndarray:
     return np.concatenate(runs).astype(np.int64) if runs else np.zeros(0, np.int64)
 
 
-def _runs(value: Any, kind: type) -> list[tuple[Any, int]]:
+def _runs(value: Any, kind: type[int] | type[float]) -> list[tuple[Any, int]]:
     """Pairs [value, count] as JSON has them, checked before anything is made of them."""
     if not isinstance(value, list) or not all(isinstance(run, list) and len(run) == 2 for run in value):
         raise ValueError("expected a list of pairs [value, count]")

@@ -32,6 +32,8 @@ def read_text(path: Path, limit: int, error: type[FxgrowError]) -> str:
             raise error(f"{path} is not an ordinary file")
         with path.open("rb") as file:
             data = file.read(limit + 1)
+    except FxgrowError:  # a SpecError is a ValueError as well
+        raise
     except (OSError, ValueError) as problem:  # ValueError: a zero byte in the name
         raise error(f"{str(path)[:200]!r} cannot be read: {problem}") from problem
     if len(data) > limit:

@@ -516,7 +516,8 @@ class GrowthScheduler:
         if optimizer is not None:
             check_optimizer(optimizer, growth.optimizer.policy)  # before hours of work, not after
         model = getattr(model, "_orig_mod", model)
-        grown = fxgrow.grow(model, growth.spec, *self._inputs(), **self._ways(), **how)
+        args, kwargs = self._inputs()
+        grown = fxgrow.grow(model, growth.spec, args, kwargs, **self._ways(), **how)
         if optimizer is None:
             return grown, None
         policy = growth.optimizer

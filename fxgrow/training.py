@@ -735,7 +735,8 @@ def _state_kinds(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> 
     scratch.grad = torch.zeros(2, 2)
     options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
     try:
-        fresh = type(optimizer)([{**options, "params": [scratch]}])
+        make: Any = type(optimizer)
+        fresh = make([{**options, "params": [scratch]}])
         fresh.step()
     except Exception:  # somebody's own optimizer, which asks for more
         return {}

@@ -221,7 +221,9 @@ def rescale(node: fx.Node, factor: float, name: str, user: str | None = None) ->
 def apply_rescale(graph: fx.Graph, change: Rescale, nodes: dict[str, fx.Node] | None = None) -> fx.Node:
     """Insert ``node * factor`` after a node and send its users, or the one that is named, there."""
     node = nodes[change.node] if nodes is not None else node_named(graph, change.node)
-    target, args, kwargs = torch.ops.aten.mul.Tensor, (node, change.factor), {}
+    target: Any = torch.ops.aten.mul.Tensor
+    args: tuple[Any, ...] = (node, change.factor)
+    kwargs: dict[str, Any] = {}
     if change.divisor is not None:
         target, args, kwargs = torch.ops.aten.div.Tensor_mode, (node, change.divisor), {"rounding_mode": "floor"}
     with graph.inserting_after(node):

@@ -144,7 +144,7 @@ class RowDistance(Rule):
         if not a or not b:
             raise Conflict("an operand has no dims")
         rank = max(len(a), len(b))
-        return [tuple(d[i] if -i <= len(d) else UNIT for d in (a, b)) for i in range(-rank, 0)]
+        return [(a[i] if -i <= len(a) else UNIT, b[i] if -i <= len(b) else UNIT) for i in range(-rank, 0)]
 
 
 register_rule("aten.pairwise_distance.default", RowDistance())
