@@ -53,6 +53,7 @@ from fxgrow.rules.base import (
     nodes_among,
     op_name,
 )
+from fxgrow.ties import Ties
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Axes
@@ -131,6 +132,7 @@ class Grow:
 
     def _interpret(self) -> None:
         self.env, self.outcome = {}, Outcome(self.growth)
+        ties = Ties(self.results)
         call = 0
         for node in self.axes.uses.get(self.axis.id, []):
             if node.op == "get_attr":
@@ -155,6 +157,12 @@ class Grow:
                     raise
                 except Exception as error:  # a proof that fails is no proof
                     raise self.refuse(f"fxgrow's rule fails here ({type(error).__name__}: {error})") from error
+                if self.growth.counts.max() > 1 and not ties.follow(node, rule, result):
+                    raise self.refuse(
+                        "it tells numbers apart that are equal by construction, such as a maximum and the entries that "
+                        "it is taken of; between copies they are equal up to rounding only. With a margin it grows: "
+                        "torch.isclose, or x >= maximum - 1e-6"
+                    )
                 passes = rule.moves and rule.linear(node)
                 self._carry_rest(node, result if passes else None)
                 self.env[node] = self._settle(self.axes.dims.get(node), result if passes else _values(result))

@@ -154,6 +154,17 @@ class Rule:
     def resize(self, ctx: Resize) -> None:
         """Re-emit the literal arguments that depend on sizes. The default changes nothing."""
 
+    def selects(self, node: fx.Node) -> bool:
+        """Whether every entry of the result is one of the operand's, chosen by size: an extremum."""
+        return False
+
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        """The operands in which the result jumps somewhere: comparisons, roundings, places of an extremum, poles.
+
+        There, numbers that are equal up to rounding may give quite different results.
+        """
+        return []
+
 
 RULES: dict[str, Rule] = {}
 
@@ -654,7 +665,7 @@ class Pointwise(Rule):
             ``any`` (nothing is kept).
         zero: f(0) = 0 for the op with one tensor operand and its literals.
         mean: the op is affine, so that the mean of the results is the result of the mean.
-        operands: schema names of the tensor operands; None: all of them.
+        jumps: see :meth:`Rule.jumps`.
     """
 
     def __init__(
@@ -665,9 +676,13 @@ class Pointwise(Rule):
         mean: bool | Callable[[dict[str, Any]], bool] = False,
         cast: bool = False,
         in_place: bool = False,
+        jumps: bool = False,
     ) -> None:
         self.combine, self.zero, self.mean, self.moves = combine, zero, mean, cast
-        self.in_place = in_place
+        self.in_place, self._jumps = in_place, jumps
+
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes if self._jumps else []
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         shape = ctx.shape

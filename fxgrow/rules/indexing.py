@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxgrow.axes.expr import Conflict, is_static, resolve, same_size, size_of
-from fxgrow.rules.base import Content, Dims, Info, Opaque, Resize, Rule, annotate, infos, register_rule
+from fxgrow.rules.base import Content, Dims, Info, Opaque, Resize, Rule, annotate, bound_arguments, infos, register_rule
 
 if TYPE_CHECKING:
     from fxgrow.axes.analysis import Relate
@@ -245,6 +245,9 @@ register_rule("aten.take_along_dim.default", TakeAlongDim())
 class Bucketize(Rule):
     """The number of the bucket that each entry falls into; the buckets' edges are numbered."""
 
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes
+
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         for d in ctx.dims("boundaries") or []:
             ctx.freeze(d, "its entries are edges of numbered buckets")
@@ -268,6 +271,9 @@ BAG_MAX = 2
 
 class EmbeddingBag(Rule):
     """Sums, means or maxima of rows picked by number: the rows' axis is an index, the columns pass."""
+
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes if bound_arguments(node)["mode"] == BAG_MAX else []  # which row is largest
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         weight = ctx.dims("weight")

@@ -28,7 +28,8 @@ from fxgrow.dtypes import is_fine
 from fxgrow.errors import GrowthRefused
 from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan
 from fxgrow.propagate import Grow, Outcome, UnequalCopies, dim_plan, size_edits
-from fxgrow.rules.base import RULES, Content, Site, implied_arguments, op_name, set_argument
+from fxgrow.rules.base import RULES, Content, Opaque, Site, implied_arguments, op_name, set_argument
+from fxgrow.ties import NUDGE, equal_almost
 
 #: largest relative error of a claim that holds, in float64; in a coarser dtype it is that dtype's rounding
 LIMIT = 1e-9
@@ -309,6 +310,8 @@ class _Judge:
                 self._check_linear(node)
             if rule.implied:
                 self._check_implied(node)
+            if not isinstance(rule, Opaque) and not rule.jumps(node):
+                self._check_smooth(node)
 
     def _check_linear(self, node: fx.Node) -> None:
         first, second = self._operands(node), self._operands(node)
@@ -320,6 +323,26 @@ class _Judge:
                 self._fact_wrong(node, "said to be linear, and is not")
             if not _real_or_complex(z) and not torch.equal(x, z):
                 self._fact_wrong(node, "said to be linear, with a result that counts and depends on values")
+
+    def _check_smooth(self, node: fx.Node) -> None:
+        """Numbers many of which are equal, or whole, give almost the same results when they are nudged."""
+        for _ in range(10):
+            operands = self._operands(node)
+            near = dict(operands)
+            places = torch.randint(0, 5, (64,), generator=self.random)  # one draw for all operands, which so meet
+            for n, v in operands.items():
+                if _real_or_complex(v):
+                    values = torch.tensor([0.0, 0.5, 1.0, -1.0, 2.0])[places].to(v.dtype)
+                    operands[n] = values.repeat(-(-v.numel() // 64))[: v.numel()].view(v.shape)
+                    near[n] = operands[n] + (NUDGE * self._drawn_like(v).real.sign()).to(v.dtype)
+            if not any(map(_real_or_complex, operands.values())):
+                return
+            results = (_tensors(_call(node, x)) for x in (operands, operands, near))
+            for a, same, b in zip(*results, strict=True):
+                unset = not equal_almost(a, same)  # memory that the op leaves as it was
+                if not unset and not equal_almost(a, b):
+                    self._fact_wrong(node, "its result jumps where numbers are equal, and its rule does not say so")
+                    return
 
     def _check_implied(self, node: fx.Node) -> None:
         """Spelled out or not, in every dtype, for small numbers, large ones, and ones that are not finite."""

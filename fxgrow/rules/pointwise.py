@@ -39,7 +39,7 @@ class Finite(Pointwise):
     """An element-wise op that is not finite everywhere: newborn entries of unknown value may become NaN or infinite."""
 
     def __init__(self, everywhere: bool = False) -> None:
-        super().__init__()
+        super().__init__(jumps=True)
         self.everywhere = everywhere  # every operand has a domain, not the last one alone
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
@@ -108,20 +108,23 @@ FREE = (
 )
 DOMAIN = "log log2 log10 log1p rsqrt sqrt reciprocal acos asin acosh atanh erfinv logit lgamma digamma special_ndtri"
 
+JUMPS = "sign sgn signbit frac hardshrink angle round floor ceil trunc atan2 heaviside logical_not isinf isfinite"
+
 for _name in ZERO.split():
     _affine = _name in ("neg", "rad2deg", "deg2rad")
-    register_rule(_with_in_place(_name), Pointwise(zero=True, mean=_affine))
+    register_rule(_with_in_place(_name), Pointwise(zero=True, mean=_affine, jumps=_name in JUMPS.split()))
 register_rule(_with_in_place("nan_to_num"), NanToNum(zero=True))
 for _name in FREE.split():
-    register_rule(_with_in_place(_name), Pointwise())
+    register_rule(_with_in_place(_name), Pointwise(jumps=_name in JUMPS.split()))
 for _name in DOMAIN.split():
     register_rule(_with_in_place(_name), Finite())
 register_rule(
     _with_in_place("hardtanh clamp") + ["aten.clamp.Tensor"],
     Pointwise(zero=lambda a: (a.get("min_val", a.get("min")) or 0) <= 0 <= (a.get("max_val", a.get("max")) or 0)),
 )
-register_rule(_with_in_place("clamp_min clamp_max threshold round.decimals"), Pointwise())
-register_rule("aten.fake_quantize_per_tensor_affine.default", Pointwise(zero=True))
+register_rule(_with_in_place("clamp_min clamp_max"), Pointwise())
+register_rule(_with_in_place("threshold round.decimals"), Pointwise(jumps=True))
+register_rule("aten.fake_quantize_per_tensor_affine.default", Pointwise(zero=True, jumps=True))
 register_rule(["aten.positive.default"], Pointwise(zero=True, mean=True))
 register_rule(_with_in_place("rrelu"), Pointwise(zero=True))
 register_rule(["aten.special_entr.default", "aten.polygamma.default", "aten.mvlgamma.default"], Finite())
@@ -148,6 +151,9 @@ register_rule(_with_in_place("mul.Tensor mul.Scalar"), Pointwise("mul", zero=Tru
 
 class Quotient(Pointwise):
     """``a / b``: like a product where b does not vary along the axis, refused where newborn entries of b may be 0."""
+
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return [n for n in node.all_input_nodes[1:] if n is node.args[1]]
 
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         if isinstance(ctx.args["other"], int | float):
@@ -190,6 +196,11 @@ def _positive_power(args: dict[str, Any]) -> bool:
 class Power(Pointwise):
     """``x ** p``: smooth everywhere for whole p >= 1 only."""
 
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        exponent = node.args[1]
+        whole = isinstance(exponent, int | float) and exponent > 0 and float(exponent).is_integer()
+        return [] if whole else node.all_input_nodes
+
     def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
         exponent = ctx.args["exponent"]
         if ctx.newborn and not (isinstance(exponent, int | float) and exponent >= 1 and float(exponent).is_integer()):
@@ -204,9 +215,10 @@ register_rule("aten.pow.Tensor_Tensor", Finite(everywhere=True))
 register_rule("aten.pow.Scalar", Pointwise())
 register_rule(
     [f"aten.{n}.default" for n in ("maximum", "minimum", "fmax", "fmin", "hypot", "complex")]
-    + [f"aten.{n}" for n in ("max.other", "min.other", "clamp_min.Tensor", "clamp_max.Tensor", "copysign.Tensor")],
+    + [f"aten.{n}" for n in ("max.other", "min.other", "clamp_min.Tensor", "clamp_max.Tensor")],
     Pointwise("zero"),
 )
+register_rule("aten.copysign.Tensor", Pointwise("zero", jumps=True))
 register_rule(["aten.copysign.Scalar"], Pointwise(zero=True))
 
 
@@ -250,7 +262,7 @@ register_rule(
     + [f"aten.{n}.default" for n in ("logical_and", "logical_or", "logical_xor")]
     + [f"aten.bitwise_{n}.{o}" for n in ("and", "or", "xor") for o in ("Tensor", "Scalar")]
     + [f"aten.__{n}__.{o}" for n in ("and", "or", "xor") for o in ("Tensor", "Scalar")],
-    Pointwise(),
+    Pointwise(jumps=True),
 )
 register_rule(_with_in_place("lerp.Tensor lerp.Scalar addcmul.default"), Pointwise())
 register_rule(_with_in_place("addcdiv"), Finite())
@@ -289,6 +301,9 @@ class Cast(Structural):
 
     def __init__(self) -> None:
         super().__init__(_same)
+
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return [] if _fine(node.meta.get("val")) else node.all_input_nodes
 
     def linear(self, node: fx.Node) -> bool:
         source = node.all_input_nodes[0]

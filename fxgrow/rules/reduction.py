@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import fx
+
 from fxgrow.axes.expr import UNIT, Size, is_static, is_unit, product, quotient, resolve, size_of
 from fxgrow.rules.base import Content, Dims, Info, Opaque, Rule, Structural, annotate, infos, register_rule, used
 
@@ -32,6 +35,14 @@ class Reduce(Rule):
 
     def __init__(self, kind: str, operand: str = "self") -> None:
         self.kind, self.operand = kind, operand
+
+    def selects(self, node: fx.Node) -> bool:
+        return self.kind == "extremum"
+
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        value = node.meta.get("val")
+        whole = not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex())
+        return node.all_input_nodes if whole or self.kind == "blocked" else []
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         dims = ctx.dims(self.operand)
@@ -264,7 +275,12 @@ class Pool(Structural):
 
     moves = False
 
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes if self.results > 1 else []
+
     def __init__(self, n: int, linear: bool, results: int = 1) -> None:
+        self.results = results
+
         def f(ctx: Any, dims: Dims) -> Any:
             why = "pooling runs over it"
             for d in dims[-n:]:

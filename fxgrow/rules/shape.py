@@ -741,6 +741,9 @@ class Blocked(Structural):
 
         super().__init__(f)
 
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return [] if self.linear(node) else node.all_input_nodes
+
     def linear(self, node: fx.Node) -> bool:
         return self._linear(bound_arguments(node)) if callable(self._linear) else self._linear
 

@@ -120,6 +120,12 @@ def test_the_judge_finds_a_rule_that_is_wrong(
     assert any(complaint in f.detail for f in report.wrong), report
 
 
+@pytest.mark.parametrize("op", ["aten.floor.default", "aten.ge.Tensor", "aten.sort.default", "aten.reciprocal.default"])
+def test_the_judge_finds_a_rule_that_is_silent_about_jumps(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(RULES[op]), "jumps", lambda rule, node: [])
+    assert any("jumps where numbers are equal" in f.detail for f in check(op, SAMPLES[op]).wrong)
+
+
 def test_the_judge_finds_a_rule_that_is_wrong_about_what_an_op_implies(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"eps": lambda dtype: torch.finfo(dtype).eps}  # half precision takes float32's
     monkeypatch.setattr(RULES["aten.rms_norm.default"], "implied", wrong)

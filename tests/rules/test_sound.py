@@ -362,3 +362,52 @@ def test_an_index_computed_from_the_axis_freezes_it() -> None:
 
 def test_an_operand_that_only_lends_its_dtype_freezes_nothing() -> None:
     check_exact(Odd(lambda s, x: s.out(x[:, :1].type_as(s.up(x)) * s.up(x) + s.up(x).new_ones(1))), DOUBLE)
+
+
+# numbers that are equal by construction, and between copies up to rounding only --------------------------------------
+
+
+def top(h: Tensor) -> Tensor:
+    return h.amax(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("operation", [DOUBLE, MORE])
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda h: torch.where(h == top(h), h, 0),
+        lambda h: h * (h >= h.max(-1, keepdim=True).values),
+        lambda h: h * ((h - top(h)) >= 0),
+        lambda h: h * (h * 2 != top(h) * 2).to(h.dtype),
+        lambda h: (h / top(h)).floor() * h,
+        lambda h: (h / top(h)).to(torch.int32) * h,
+        lambda h: (h * (7.5 / top(h.abs()))).round() * top(h.abs()),
+        lambda h: torch.where(h <= h.min(), 0.0, h),
+        lambda h: h * (h.abs() == top(h.abs()).expand_as(h)),
+        lambda h: (h.unsqueeze(-1) >= h.unsqueeze(-2)).to(h.dtype).mean(-1) * h,
+        lambda h: (h - top(h)).argmax(0) * h,
+        lambda h: (1 / (top(h) - h)).nan_to_num(posinf=0.0) * h,
+    ],
+)
+def test_what_tells_copies_apart_is_refused(f: Callable[[Tensor], Tensor], operation: dict[str, Any]) -> None:
+    check_refused(Odd(lambda s, x: s.out(f(s.up(x)))), operation, "equal by construction")
+
+
+def test_margins_and_comparisons_with_other_numbers_grow() -> None:
+    """Rounding to a grid that the largest number meets exactly is safe: a rounding jumps between the steps."""
+
+    def steps(h: Tensor) -> Tensor:
+        scale = 127 / top(h.abs()).clamp(min=1e-5)
+        return (h * scale).round().clamp(-128, 127) / scale
+
+    def use(s: Any, x: Tensor) -> tuple[Tensor, ...]:
+        h = s.up(x)
+        return (
+            *(s.out(steps(h)), s.out(steps(steps(h) * h))),
+            *(s.out(h * (h >= top(h) - 0.1)), s.out(h * (h > 0.5 * top(h))), s.out(h * torch.isclose(h, top(h)))),
+            *(s.out(h * (h > 0.3)), s.out(h * (h > h.mean(-1, keepdim=True))), s.out(h * (top(h) > 1))),
+            *(s.out((h - top(h)).exp()), s.out(F.rms_norm(h / top(h.abs()), h.shape[-1:], eps=1e-6))),
+        )
+
+    for operation in (DOUBLE, FACTOR_3):
+        check_exact(Odd(use), operation)
