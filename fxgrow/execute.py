@@ -31,7 +31,9 @@ def op_of(node: fx.Node) -> str:
 def _dropout_argument(target: Any) -> tuple[int, str] | None:
     """Place and name of an op's dropout probability; None where it has none."""
     schema = getattr(target, "_schema", None)
-    for place, argument in enumerate(schema.arguments if schema is not None else ()):
+    if schema is None:
+        return None
+    for place, argument in enumerate(schema.arguments):
         if argument.name in ("dropout_p", "dropout") or (argument.name == "p" and "dropout" in schema.name):
             return place, str(argument.name)
     return None
@@ -126,7 +128,7 @@ class Runner:
                     args[place] = 0.0
                 if key in kwargs:
                     kwargs[key] = 0.0
-            result = op(*args, **kwargs)  # type: ignore[operator]
+            result = op(*args, **kwargs)
             if not chance and (name in _DRAWS or name in _KEEPS):
                 result.fill_(1.0 if name in _KEEPS else 0.5)
             env[node] = result if after is None else after(node, tuple(args), kwargs, result)

@@ -174,7 +174,7 @@ def grow(
         receipt = Receipt(exactness=plan.exactness, notes=[f"not measured: {unmeasured}"])
     else:
         large = plan.parameters_after > AUTO_FLOAT64_PARAMETERS
-        level = ("streamed" if large else "float64") if verify in ("auto", False) else verify
+        level = verify if verify and verify != "auto" else "streamed" if large else "float64"
         source = model if isinstance(model, nn.Module) else None
         receipt = _verify(program, grown_program, plan, source, module, level)
     receipt.params_before, receipt.params_after = plan.parameters_before, plan.parameters_after

@@ -445,7 +445,7 @@ class Verification:
                     error = judged(
                         error,
                         suspicious,
-                        lambda r, k=(number, call), p=place: _tensors(r.outputs[k])[p] if k in r.outputs else None,
+                        _output((number, call), place),
                         lambda found, base, a=a, b=b: slice_error(a, b, limit, found, base),
                     )
                     worst = max(worst, error)
@@ -460,7 +460,7 @@ class Verification:
                 error = judged(
                     slice_error(a, b, limit),
                     suspicious,
-                    lambda r, p=plan, b=new.state[name]: _mapped(p, r.state[str(p.source)], b)[0],
+                    _mapped_state(plan, new.state[name]),
                     lambda found, base, a=a, b=b: slice_error(a, b, limit, found, base),
                 )
                 state = max(state or 0.0, error)
@@ -479,7 +479,7 @@ class Verification:
                 error = judged(
                     slice_error(a, b, gradient_limit),
                     gradient_limit.relative / 100,
-                    lambda r, n=name, g=found: (self._gradient_pair(n, r.gradients, g) or (None,))[0],
+                    self._expected_gradient(name, found),
                     lambda moves, base, a=a, b=b: slice_error(a, b, gradient_limit, moves, base),
                 )
                 gradient = max(gradient or 0.0, error)
@@ -487,6 +487,15 @@ class Verification:
 
     def _amplified(self, value: float) -> None:
         self.receipt.amplification = max(self.receipt.amplification or 0.0, value)
+
+    def _expected_gradient(self, name: str, found: torch.Tensor | None) -> Callable[[Results], torch.Tensor | None]:
+        """What the plan makes of a parameter's gradient, picked from results."""
+
+        def expected(results: Results) -> torch.Tensor | None:
+            pair = self._gradient_pair(name, results.gradients, found)
+            return None if pair is None else pair[0]
+
+        return expected
 
     def _gradient_pair(
         self, name: str, small: Mapping[str, torch.Tensor | None], gradient: torch.Tensor | None
@@ -752,7 +761,7 @@ class Verification:
                 rounds.append({})
                 for call in self._served(training):
                     if (slot, call) not in self._sought:
-                        self._look(slot, call, lambda t, call=call: both(t, call))
+                        self._look(slot, call, functools.partial(both, call=call))
                     elif call in self._found[slot]:
                         both(self._found[slot][call], call)
             old.state, new.state = _values(module, small.written), _values(grown, large)
@@ -876,6 +885,16 @@ def _mapped(plan: TensorPlan, old: torch.Tensor, new: torch.Tensor) -> tuple[tor
             rows = torch.from_numpy(np.flatnonzero(dim.index >= 0)).to(new.device)
             old, new = old.index_select(i, rows), new.index_select(i, rows)
     return old, new
+
+
+def _output(key: tuple[int, int], place: int) -> Callable[[Results], torch.Tensor | None]:
+    """One tensor that a model returned, picked from its results."""
+    return lambda results: _tensors(results.outputs[key])[place] if key in results.outputs else None
+
+
+def _mapped_state(plan: TensorPlan, new: torch.Tensor) -> Callable[[Results], torch.Tensor]:
+    """What the plan makes of a buffer after the calls, picked from results."""
+    return lambda results: _mapped(plan, results.state[str(plan.source)], new)[0]
 
 
 def _full(t: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor:
