@@ -452,7 +452,8 @@ def _check_example(model: nn.Module, call: Call) -> None:
     """
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
     try:
-        with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng():
+        # with gradients, as it is trained: forwards that differentiate need them
+        with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             torch.func.functional_call(model, buffers, _distinct(call.args), _distinct(call.kwargs))
     except Exception as error:
