@@ -294,7 +294,11 @@ class WeightNorm(Rule):
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         dims, g = ctx.dims("v"), ctx.dims("g")
         assert dims is not None and g is not None
-        for mine, theirs in zip(dims, g, strict=False):
+        if len(g) != len(dims):  # it broadcasts from the right, along dims that the norm takes no heed of
+            for dim in (*dims, *g):
+                ctx.freeze(dim, "a weight norm whose scale has another rank than the weight")
+            return [resolve(d) for d in dims]
+        for mine, theirs in zip(dims, g, strict=True):
             if not is_unit(theirs) and not is_unit(mine):
                 ctx.unify(mine, theirs)
         return [resolve(d) for d in dims]

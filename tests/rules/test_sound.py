@@ -411,3 +411,20 @@ def test_margins_and_comparisons_with_other_numbers_grow() -> None:
 
     for operation in (DOUBLE, FACTOR_3):
         check_exact(Odd(use), operation)
+
+
+class WeightNormed(nn.Module):
+    """What a layer gives, normalised as a weight is, with a scale that broadcasts from the right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.g, self.o = nn.Linear(5, 16), nn.Parameter(torch.rand(1, 4) + 0.5), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch._weight_norm(self.a(x).unflatten(-1, (4, 4)), self.g, 1)
+        return self.o(weight.movedim(1, -1))  # type: ignore[no-any-return]
+
+
+def test_a_weight_norm_whose_scale_has_another_rank_is_refused() -> None:
+    with pytest.raises(GrowthRefused, match="another rank"):
+        grow(WeightNormed().double(), {"op": "widen", "axis": "g:1", **DOUBLE}, (r(3, 5),))
