@@ -994,7 +994,7 @@ def _memory_that_holds_nothing(graph: fx.Graph) -> None:
             source = node.args[0]
             with graph.inserting_before(node):
                 laid_out = graph.call_function(torch.ops.aten.contiguous.default, (source,))
-            laid_out.meta = {**node.meta, "val": source.meta["val"]}
+            laid_out.meta = {**_without_sizes(node), "val": source.meta["val"]}
             node.args = (laid_out,)
 
 
@@ -1068,6 +1068,11 @@ def _structure(call: Call, flat: list[Any], spec: Any) -> Any:
     return tuple(flat)
 
 
+def _without_sizes(node: fx.Node) -> dict[str, Any]:
+    """A node's metadata for another value at its place."""
+    return {k: v for k, v in node.meta.items() if k not in ("sizes", "result_sizes")}
+
+
 def _rewire(graph: fx.Graph, node: fx.Node, path: tuple[Any, ...], eval_value: Any) -> None:
     """Replace a literal that differs between the modes by a choice on the module's ``training`` flag."""
     holder: Any = node.args if path[0] == "args" else node.kwargs
@@ -1076,7 +1081,7 @@ def _rewire(graph: fx.Graph, node: fx.Node, path: tuple[Any, ...], eval_value: A
         literal = literal[key]
     with graph.inserting_before(node):
         flag = graph.get_attr("training")
-        flag.meta = {**node.meta, "val": None, "is_flag": True}
+        flag.meta = {**_without_sizes(node), "val": None, "is_flag": True}
         if literal is True and eval_value is False:
             value = flag
         elif isinstance(literal, int | float) and eval_value in (0, False):
