@@ -47,6 +47,7 @@ import fxgrow
 from fxgrow.checkpoint import read_tensors
 from fxgrow.compile import compile_regions
 from fxgrow.errors import CheckpointError, FxgrowError, SpecError
+from fxgrow.rates import KEY, STEPS, all_rates
 from fxgrow.reading import read_json, read_text
 from fxgrow.schedule import GrowthEvent, GrowthScheduler
 
@@ -670,6 +671,7 @@ def restore(run: Run) -> None:
         saved = unpack(state.optimizer, optimizer_tensors)
         _check_optimizer(saved, run.optimizer)
         run.optimizer.load_state_dict(saved)
+        all_rates(run.optimizer)  # reads what stands in the groups
         _set_random_state(optimizer_tensors)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {path}: the optimizer's state does not fit: {error}") from error
@@ -703,9 +705,11 @@ def _check_optimizer(saved: Any, optimizer: torch.optim.Optimizer) -> None:
     if not isinstance(groups, list) or len(groups) != len(own):
         raise ValueError(f"it has not the {len(own)} parameter groups of this optimizer")
     for number, (theirs, mine) in enumerate(zip(groups, own, strict=True)):
-        if not isinstance(theirs, dict) or set(theirs) != set(mine) or theirs["params"] != mine["params"]:
+        # per-slice rates come and go: a warm-up that the replay begins may have ended before the checkpoint
+        own_keys = set(mine) - {KEY, STEPS}
+        if not isinstance(theirs, dict) or set(theirs) - {KEY, STEPS} != own_keys or theirs["params"] != mine["params"]:
             raise ValueError(f"parameter group {number} is not like this optimizer's")
-        odd = [k for k in mine if not _alike(theirs[k], mine[k])]
+        odd = [k for k in mine if k in own_keys and not _alike(theirs[k], mine[k])]
         if odd:
             raise ValueError(f"{odd[0]} of parameter group {number} is {str(theirs[odd[0]])[:40]!r}")
     parameters: dict[int, Tensor] = {}
@@ -733,7 +737,7 @@ def _state_kinds(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> 
     """What the optimizer keeps for a parameter after a step: by name, whether it is a tensor. Empty where not known."""
     scratch = nn.Parameter(torch.zeros(2, 2))
     scratch.grad = torch.zeros(2, 2)
-    options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    options = {k: v for k, v in group.items() if k not in ("params", "param_names", KEY, STEPS)}
     try:
         make: Any = type(optimizer)
         fresh = make([{**options, "params": [scratch]}])

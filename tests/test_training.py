@@ -231,7 +231,7 @@ def test_resume_across_a_compiled_growth_equals_uninterrupted(tmp_path: Path, po
     line = next(line for line in read_log(tmp_path / "whole" / "log.jsonl") if line["event"] == "growth")
     assert line["moved"] < 1e-6
     assert line["error_float64"] < 1e-12
-    for stop in (4, 7):  # just before the growth, and while the newborn entries warm up
+    for stop in (4, 7, 11):  # just before the growth, while the newborn entries warm up, and after that
         out = tmp_path / str(stop)
         run(make(schedule=[growth]), out, stop_at=stop)
         rest = run(make(schedule=[growth]), out, resume=True)
