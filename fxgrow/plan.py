@@ -52,6 +52,7 @@ def _runs(value: Any, kind: type[int] | type[float]) -> list[tuple[Any, int]]:
     if not isinstance(value, list) or not all(isinstance(run, list) and len(run) == 2 for run in value):
         raise ValueError("expected a list of pairs [value, count]")
     total = 0
+    start: Any
     for start, count in value:
         whole = type(count) is int or (type(count) is float and count.is_integer())
         if not whole or count < 1 or (type(start) is not int and type(start) is not kind):
