@@ -139,12 +139,12 @@ def slice_error(
     moved: Sequence[torch.Tensor] = (),
     plain: torch.Tensor | None = None,
 ) -> float:
-    """The largest relative error of a slice, such that ``limit.relative`` is what rounding may reach.
+    """The largest relative error of a slice; what rounding explains counts as none.
 
     Args:
         old, new: of one shape.
-        moved: ``plain`` as it comes out where every value was moved by a few units in the last place; what moves by
-            more than the limit allows is held to that instead.
+        moved: ``plain`` as it comes out where every value was moved by a few units in the last place; up to
+            ``limit.amplified`` times what that moves a slice by is rounding.
         plain: the result that ``moved`` is of; ``old`` where None.
     """
     if old.numel() == 0:
@@ -156,13 +156,12 @@ def slice_error(
     jitters = [torch.where(j.isfinite(), j, torch.zeros_like(j)) for j in jitters]
     if not old.is_floating_point() and not old.is_complex():
         return 0.0 if any(bool(j.any()) for j in jitters) else 1.0
-    scales = sizes(old)
+    explained = [torch.zeros_like(e) for e in slices(gap)]
     for jitter in jitters:
-        allowed = [j * (limit.amplified / limit.relative) for j in slices(jitter)]
-        scales = [torch.maximum(s, j) for s, j in zip(scales, allowed, strict=True)]
+        explained = [torch.maximum(e, limit.amplified * j) for e, j in zip(explained, slices(jitter), strict=True)]
     worst = 0.0
-    for error, scale in zip(slices(gap), scales, strict=True):
-        ratio = torch.where(error == 0, torch.zeros_like(error), error / scale)
+    for error, scale, rounding in zip(slices(gap), sizes(old), explained, strict=True):
+        ratio = torch.where(error <= rounding, torch.zeros_like(error), error / scale)
         worst = max(worst, float(ratio.max()))
     return worst
 

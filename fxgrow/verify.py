@@ -478,7 +478,7 @@ class Verification:
                     continue  # zero but for rounding: key biases, biases before a batch norm
                 error = judged(
                     slice_error(a, b, gradient_limit),
-                    gradient_limit.relative / 100,
+                    gradient_limit.relative / 1000,
                     self._expected_gradient(name, found),
                     lambda moves, base, a=a, b=b: slice_error(a, b, gradient_limit, moves, base),
                 )
