@@ -36,7 +36,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxgrow.errors import CaptureError
 from fxgrow.foreign import Watch, check_backward, check_ops, custom_backwards, in_words
-from fxgrow.guards import Guard, broken, find_guards, settle_sizes, weigh
+from fxgrow.guards import Guard, broken, find_guards, has_mixed_sizes, settle_sizes, weigh
 from fxgrow.materialise import check_readable
 from fxgrow.memory import Memory, writes
 from fxgrow.quiet import quiet
@@ -504,6 +504,10 @@ def _export(
     left_out: set[str] = set()
     try:
         exported = export(True)
+        if has_mixed_sizes(exported):  # the plain trace may pin them
+            with contextlib.suppress(Exception):
+                plain = export(False)
+                exported = exported if has_mixed_sizes(plain) else plain
     except Exception as error:
         try:
             if watch.reason or isinstance(error, _ON_DATA):

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.sym_node import SymNode
-from torch.utils._sympy.functions import Max, Min
+from torch.utils._sympy.functions import FloorDiv, Max, Min
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
@@ -254,6 +254,19 @@ def settle_sizes(exported: torch.export.ExportedProgram) -> None:
             size = settle(value)
             hint = value.node.hint
             node.meta["val"] = size if isinstance(size, int) else torch.SymInt(SymNode(size, environment, int, hint))
+
+
+def has_mixed_sizes(exported: torch.export.ExportedProgram) -> bool:
+    """Whether a size divides a product of several dynamic ones, so that it belongs to no dim of theirs."""
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        for one in value if isinstance(value, list | tuple) else [value]:
+            for size in one.shape if isinstance(one, torch.Tensor) else ():
+                if isinstance(size, torch.SymInt):
+                    parts = size.node.expr.atoms(FloorDiv)
+                    if any(len(part.args[0].free_symbols) > 1 for part in parts):
+                        return True
+    return False
 
 
 def _simple(condition: Any) -> Any:

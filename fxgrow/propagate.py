@@ -777,7 +777,7 @@ class Grow:
         if self.outcome.silenced and not self.outcome.readers:
             raise GrowthRefused(
                 f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: two activations are multiplied "
-                "over it, and both would be zero in new units, which then never get a gradient"
+                "or compared over it, and both would be zero in new units, which then never get a gradient"
             )
         paired = self.growth.ids < self.growth.newborn and bool(self.outcome.readers)
         if not weights or paired or not (self.outcome.readers or self.outcome.multiplied):

@@ -29,6 +29,7 @@ def _zero_together(ctx: Grow, exprs: list[Expr]) -> int:
             if info.content is not Content.ZERO:
                 ctx.demand(info, Content.ZERO, "a distance is taken over the axis")
     ctx.outcome.multiplied = True
+    ctx.outcome.silenced |= ctx.newborn  # where both are zero, so is the gradient of either
     return n
 
 

@@ -72,6 +72,7 @@ class ElementLoss(Pointwise):
         for info in (x for dim in first for x in infos(dim)):
             if info.content is not Content.ZERO:
                 ctx.demand(info, Content.ZERO, "the loss runs over it")
+        ctx.outcome.multiplied = ctx.outcome.silenced = True  # where both are zero, so is the gradient of either
         factor = 1.0 / n
         if ctx.args["reduction"] == MEAN:
             factor = ctx.growth.new / (ctx.growth.copies * ctx.growth.old)
