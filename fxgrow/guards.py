@@ -256,17 +256,45 @@ def settle_sizes(exported: torch.export.ExportedProgram) -> None:
             node.meta["val"] = size if isinstance(size, int) else torch.SymInt(SymNode(size, environment, int, hint))
 
 
+_RESHAPES = ("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default")
+
+
 def has_mixed_sizes(exported: torch.export.ExportedProgram) -> bool:
-    """Whether a size divides a product of several dynamic ones, so that it belongs to no dim of theirs."""
+    """Whether a size divides a product of several dynamic ones, or a reshape is right for some sizes only.
+
+    Such sizes belong to no dim of the input's, so that nothing can be proved of them while they are dynamic.
+    """
     for node in exported.graph.nodes:
         value = node.meta.get("val")
         for one in value if isinstance(value, list | tuple) else [value]:
             for size in one.shape if isinstance(one, torch.Tensor) else ():
-                if isinstance(size, torch.SymInt):
-                    parts = size.node.expr.atoms(FloorDiv)
-                    if any(len(part.args[0].free_symbols) > 1 for part in parts):
-                        return True
+                if isinstance(size, torch.SymInt) and any(
+                    _is_product(f.args[0]) for f in size.node.expr.atoms(FloorDiv)
+                ):
+                    return True
+        if str(node.target) in _RESHAPES and not _same_count(node.args[0].meta["val"].shape, value.shape):
+            return True
     return False
+
+
+def _same_count(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    """Whether two shapes have as many entries, whatever their dynamic sizes."""
+    old, new = ([s.node.expr if isinstance(s, torch.SymInt) else s for s in shape] for shape in (before, after))
+    for size in list(old):
+        if size in new:
+            old.remove(size)
+            new.remove(size)
+    return bool(sympy.expand(sympy.prod(old) - sympy.prod(new)) == 0)
+
+
+def _is_product(size: sympy.Expr) -> bool:
+    """Whether a size has a term of several dynamic factors."""
+
+    def degree(factor: sympy.Expr) -> int:
+        power = factor.exp if factor.is_Pow else sympy.Integer(1)
+        return 0 if not factor.free_symbols else int(power) if power.is_Integer else 2
+
+    return any(sum(map(degree, sympy.Mul.make_args(t))) > 1 for t in sympy.Add.make_args(sympy.expand(size)))
 
 
 def _simple(condition: Any) -> Any:

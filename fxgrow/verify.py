@@ -473,7 +473,7 @@ class Verification:
                     continue
                 a, b = pair
                 gap = float(difference(a, b).max()) / (largest or 1.0)
-                if gap <= 8 * torch.finfo(torch.float64).eps:
+                if gap <= 1024 * torch.finfo(torch.float64).eps:
                     gradient = max(gradient or 0.0, gap)
                     continue  # zero but for rounding: key biases, biases before a batch norm
                 error = judged(

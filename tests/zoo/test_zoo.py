@@ -37,6 +37,7 @@ SILENT = {
     "adversarial-where": "the axis only decides a comparison, which has no gradient",
     "adversarial-vq": "an argmax lets no gradient through to the writers",
     "cross-attention": "softmax lets no gradient through to a key's bias, here a part of a fused one",
+    "stranger-complex-rotary": "softmax lets no gradient through to a key's bias, old or new, where it is not turned",
     "adversarial-instnorm": "a mean of a normalised map, as in gn-c",
     "adversarial-gn-c": "the mean of a normalised map is its bias alone, which starts at 0 as its reader does",
     "mlp-norm=layer-residual=True": "new units normalise to 0, where ReLU has gradient 0 at first",
