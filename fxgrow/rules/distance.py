@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from torch import fx
+
 from fxgrow.axes.expr import UNIT, Conflict, Expr, is_unit, resolve
 from fxgrow.rules.base import Content, Dims, Info, Rule, annotate, infos, register_rule
 
@@ -153,6 +155,9 @@ register_rule("aten.pairwise_distance.default", RowDistance())
 
 class PairsOfRows(Rule):
     """``pdist``: a norm of the difference of every two rows."""
+
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")

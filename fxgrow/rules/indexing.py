@@ -346,6 +346,9 @@ register_rule(
 class ClassLoss(Rule):
     """Losses over classes: the class dim is what the targets number, the result is a scalar or per sample."""
 
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes
+
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import fx
+
 from fxgrow.axes.expr import is_unit
 from fxgrow.rules.base import Content, Dims, Pointwise, annotate, infos, register_rule
 
@@ -27,6 +29,9 @@ class ElementLoss(Pointwise):
     def __init__(self, *, zero: bool = False, domain: bool = False) -> None:
         super().__init__(zero=zero)
         self.domain = domain
+
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes if not self.zero else []
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         operands = [dims for _, dims in ctx.tensor_operands()]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import fx
 
 from fxgrow.axes.expr import UNIT, Concat, Conflict, Expr, is_unit, resolve
 from fxgrow.rules.base import Content, Dims, Info, Pattern, Rule, annotate, implied_arguments, infos, register_rule
@@ -290,6 +291,9 @@ class WeightNorm(Rule):
 
     n whole copies along another dim make every norm larger by the root of n; newborn entries must be zero.
     """
+
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes
 
     def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
         dims, g = ctx.dims("v"), ctx.dims("g")
