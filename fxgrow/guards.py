@@ -417,7 +417,15 @@ def compile_condition(text: str) -> Callable[[Shapes], bool]:
     if text not in _COMPILED:
         body = _Sizes().visit(_checked(text)).body
         code = f"lambda shapes: {ast.unparse(body)}"
-        _COMPILED[text] = eval(code, {**_FUNCTIONS, "math": math, "__builtins__": {}})
+        value = eval(code, {**_FUNCTIONS, "math": math, "__builtins__": {}})
+
+        def holds(shapes: Shapes) -> bool:
+            try:
+                return bool(value(shapes))
+            except ZeroDivisionError:  # a size that another is to be a multiple of is zero
+                return False
+
+        _COMPILED[text] = holds
     return _COMPILED[text]
 
 

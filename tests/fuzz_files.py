@@ -547,13 +547,13 @@ def run(files: int, seed: int, *, limit: float = 20.0, only: int | None = None, 
     with tempfile.TemporaryDirectory(prefix="fxgrow-fuzz-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         seeds = Seeds(Path(folder))
-        base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         number, last = (only, only + 1) if only is not None else (0, files)
         while number < last:
             reading, writing = os.pipe()
             process = os.fork()
             if process == 0:
                 os.close(reading)
+                base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process: not what the other once had
                 try:
                     for n in range(number, last):
                         start = time.process_time()
