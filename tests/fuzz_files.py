@@ -553,7 +553,7 @@ def run(files: int, seed: int, *, limit: float = 20.0, only: int | None = None, 
             process = os.fork()
             if process == 0:
                 os.close(reading)
-                base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of this process: not what the other once had
+                base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # not what the parent once had
                 try:
                     for n in range(number, last):
                         start = time.process_time()

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fxgrow import capture, propagate
+from fxgrow import capture, propagate, ties
 from fxgrow.axes.analysis import Relate
 from fxgrow.passes import base as passes
 from fxgrow.rules import norm, pointwise
@@ -80,6 +80,11 @@ def _scales() -> None:
     propagate._keeps_scale = keeps
 
 
+def _ties() -> None:
+    """Ops that jump where copies are equal by construction are taken to keep them equal."""
+    ties.Ties.follow = lambda *_: True  # type: ignore[method-assign]
+
+
 def _unseen_operands() -> None:
     """Operands that a rule never asked for do not freeze."""
     Relate.freeze_unseen = lambda *_: None  # type: ignore[method-assign]
@@ -91,6 +96,7 @@ MENDS: dict[str, Callable[[], None]] = {
     "implied constants": _implied_constants,
     "guards": _guards,
     "whole numbers": _whole_numbers,
+    "ties": _ties,
     "mode literals": _mode_literals,
     "state": _state,
     "casts": _casts,
