@@ -8,6 +8,7 @@ cannot see.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import sys
@@ -20,11 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fxgrow import capture, propagate, ties
+from fxgrow import propagate, ties
 from fxgrow.axes.analysis import Relate
 from fxgrow.passes import base as passes
 from fxgrow.rules import norm, pointwise
 from fxgrow.rules.base import RULES, op_name
+
+capture = importlib.import_module("fxgrow.capture")  # the module: the package has a function of its name
 
 
 def _implied_constants() -> None:
