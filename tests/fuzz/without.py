@@ -1,7 +1,7 @@
 """``python -m tests.fuzz.without``: does the fuzzer find a fault again when its mend is taken back?
 
-Each entry of :data:`MENDS` undoes one mend of the compiler in this process. The search that follows stops at the first
-finding; the table says after how many models, and what it was. A mend that is never missed is one that the fuzzer
+Each entry of :data:`MENDS` undoes one mend of the compiler in this process. The search that follows, through models
+that all have the feature in which it tells (``--anywhere``: through all), stops at the first finding; the table says after how many models, and what it was. A mend that is never missed is one that the fuzzer
 cannot see.
 """
 
@@ -14,6 +14,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,24 +95,31 @@ def _unseen_operands() -> None:
     propagate.Grow._grow = lambda self, rule: rule.grow(self)  # type: ignore[method-assign]
 
 
-#: name to what takes the mend back
-MENDS: dict[str, Callable[[], None]] = {
-    "implied constants": _implied_constants,
-    "guards": _guards,
-    "whole numbers": _whole_numbers,
-    "ties": _ties,
-    "mode literals": _mode_literals,
-    "state": _state,
-    "casts": _casts,
-    "scales": _scales,
-    "unseen operands": _unseen_operands,
+@dataclass(frozen=True)
+class Mend:
+    """What takes a mend back, and the feature of models in which it tells."""
+
+    undo: Callable[[], None]
+    feature: str
+
+
+MENDS: dict[str, Mend] = {
+    "implied constants": Mend(_implied_constants, "casts.computed_coarse"),
+    "guards": Mend(_guards, "sizes.guard"),
+    "whole numbers": Mend(_whole_numbers, "casts.counts"),
+    "ties": Mend(_ties, "indexing.equality"),
+    "mode literals": Mend(_mode_literals, "modes.literal"),
+    "state": Mend(_state, "state.fast_weight"),
+    "casts": Mend(_casts, "casts.weights"),
+    "scales": Mend(_scales, "sharing.head"),
+    "unseen operands": Mend(_unseen_operands, "indexing.neighbours"),
 }
 
 
 def _search(name: str, options: dict[str, Any], out: Any) -> None:
     from tests.fuzz.__main__ import search
 
-    MENDS[name]()
+    MENDS[name].undo()
     report = search(**options, stop=True)
     first = report.findings[0] if report.findings else None
     out.send((report.models, report.seconds, None if first is None else (first.kind, first.detail, first.script)))
@@ -127,6 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--growths", type=int, default=14, help="growths of each model")
     parser.add_argument("--jobs", type=int, default=2, help="worker processes")
+    parser.add_argument(
+        "--anywhere", action="store_true", help="random models as they come, not those with the mend's feature"
+    )
     parser.add_argument("--json", type=Path, default=None, help="a file for the figures")
     options = parser.parse_args(argv)
     unknown = [m for m in options.mends if m not in MENDS]
@@ -137,7 +148,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.mends or MENDS:
         given, pipe = multiprocessing.Pipe(duplex=False)
         search = {k: getattr(options, k) for k in ("models", "seconds", "seed", "growths", "jobs")} | {
-            "shrink_for": 20.0
+            "shrink_for": 20.0,
+            "focus": "" if options.anywhere else MENDS[name].feature,
         }
         process = multiprocessing.get_context("fork").Process(target=_search, args=(name, search, pipe))
         start = time.monotonic()
