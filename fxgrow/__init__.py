@@ -14,56 +14,8 @@ if not _Path(__file__).with_name("passes").is_dir():
         raise ImportError(f"{_Path(__file__).parent} is fxgrow without its passes and kernels; install the whole of it")
     __path__.append(str(_Path(__file__).parents[1]))
 
-from fxgrow import passes
-from fxgrow.capture import Program, capture
-from fxgrow.checkpoint import Loaded, load, save
-from fxgrow.errors import (
-    CaptureError,
-    CheckpointError,
-    ExactnessError,
-    FxgrowError,
-    GrowthRefused,
-    InputError,
-    SpecError,
-)
-from fxgrow.expand import expand
-from fxgrow.growth import Growth, grow, plan_growth
-from fxgrow.plan import GrowthPlan
-from fxgrow.rules import register_rule
-from fxgrow.schedule import GrowthScheduler, Schedule
-from fxgrow.spec import Deepen, Extend, GrowthSpec, Insert, Noise, Widen, register_operation
-from fxgrow.verify import Receipt
+from fxgrow.lazy import attach as _attach
+from fxgrow.version import __version__ as __version__
 
-__version__ = "0.1.0"
-
-__all__ = [
-    "CaptureError",
-    "CheckpointError",
-    "Deepen",
-    "Extend",
-    "ExactnessError",
-    "FxgrowError",
-    "Growth",
-    "GrowthPlan",
-    "GrowthRefused",
-    "GrowthScheduler",
-    "GrowthSpec",
-    "InputError",
-    "Insert",
-    "Loaded",
-    "Noise",
-    "Program",
-    "Receipt",
-    "Schedule",
-    "SpecError",
-    "Widen",
-    "capture",
-    "expand",
-    "grow",
-    "load",
-    "passes",
-    "plan_growth",
-    "register_operation",
-    "register_rule",
-    "save",
-]
+# The public names stand in __init__.pyi and load on first use; fxgrow.lazy says why.
+__getattr__, __dir__, __all__ = _attach(__name__, __file__)

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder::
 
-    manifest.json            versions, plan, receipt, names, ties, the flat graph: see :class:`Manifest`
+    manifest.json            versions, plan, receipt, names, ties, the flat graph: see :class:`fxgrow.manifest.Manifest`
     model.safetensors        every parameter, buffer and constant once, under its own name
     examples.safetensors     the example inputs and what the model gave for them (left out with ``examples=False``)
 
@@ -17,105 +17,43 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import fx, nn
 
-import fxgrow
 from fxgrow.capture import Call, Program
 from fxgrow.errors import CheckpointError, DiskError
 from fxgrow.growth import Growth
 from fxgrow.guards import Guard, compile_condition, inputs_of
+from fxgrow.manifest import (
+    EXAMPLES,
+    MANIFEST,
+    MODEL,
+    CallRecord,
+    GuardRecord,
+    Manifest,
+    TensorRecord,
+    first_problem,
+    read_manifest,
+)
 from fxgrow.materialise import check_readable
 from fxgrow.plan import GrowthPlan
 from fxgrow.publish import find, new_id, publish
-from fxgrow.reading import read_json
 from fxgrow.regenerate import code_of, regenerate
 from fxgrow.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name
 from fxgrow.structure import check as check_structure
 from fxgrow.verify import Receipt, relative_errors
+from fxgrow.version import __version__
 
-FORMAT: Final = "fxgrow-checkpoint"
-VERSION = 2  # 1: saves had no id
 _UNREADABLE = "its plan or receipt cannot be read"
 Result = TypeVar("Result")
-MANIFEST, MODEL, EXAMPLES = "manifest.json", "model.safetensors", "examples.safetensors"
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class TensorRecord(_Model):
-    """One stored tensor."""
-
-    kind: Literal["parameter", "buffer", "constant"]
-    shape: list[int]
-    dtype: str
-    requires_grad: bool = False
-    persistent: bool = True
-    channels_last: bool = False
-
-
-class CallRecord(_Model):
-    """One way of calling the model; ``args`` and ``kwargs`` are its example, None where it was not stored."""
-
-    name: str
-    inputs: list[str] = Field(default_factory=list)
-    constants: dict[str, Any] = Field(default_factory=dict)
-    training: bool | None = None
-    structure: str | None = None
-    nested: dict[str, tuple[str, list[str]]] = Field(default_factory=dict)
-    sizes: dict[str, list[int | None]] = Field(default_factory=dict)
-    guards: list[Guard] = Field(default_factory=list)
-    args: Any = None
-    kwargs: Any = None
-
-
-class Manifest(_Model):
-    """What ``manifest.json`` holds.
-
-    Attributes:
-        format, version: of the checkpoint; a newer version than :data:`VERSION` is refused.
-        saved: id of the save, which its tensor files carry too (see :mod:`fxgrow.publish`); None in version 1.
-        fxgrow, torch: versions that wrote it, for people.
-        plan, receipt: of the growth that made the model, where there was one.
-        training: the module's mode; ``mode_reason`` says why train and eval have graphs of their own, if they have.
-        containers: module path to class name, the whole tree.
-        ties: further names of a tied tensor to the name it is stored under.
-        tensors: what ``model.safetensors`` holds.
-        graph: see :func:`fxgrow.serialize.graph_to_json`.
-        calls: the ways of calling the model, with example arguments, tensors by their names in
-            ``examples.safetensors``.
-        signature: the forward method's parameters in order.
-    """
-
-    format: Literal["fxgrow-checkpoint"] = FORMAT
-    version: int = VERSION
-    saved: str | None = Field(None, pattern=r"^[0-9a-f]{32}$")
-    fxgrow: str
-    torch: str
-    class_name: str
-    parameters: int = Field(description="elements of all parameters, tied ones once")
-    training: bool
-    mode_reason: str = ""
-    containers: dict[str, str]
-    module_types: dict[str, str] = Field(default_factory=dict)
-    ties: dict[str, str] = Field(default_factory=dict)
-    tensors: dict[str, TensorRecord]
-    plan: dict[str, Any] | None = None
-    receipt: dict[str, Any] | None = None
-    calls: list[CallRecord] = Field(default_factory=list)
-    signature: list[str] = Field(default_factory=list)
-    defaults: dict[str, Any] = Field(default_factory=dict)
-    graph: list[dict[str, Any]]
 
 
 @dataclass
@@ -208,7 +146,7 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
     tensors, records = _collect(program, module)
     manifest = Manifest(
         saved=new_id(),
-        fxgrow=fxgrow.__version__,
+        fxgrow=__version__,
         torch=torch.__version__,
         class_name=program.class_name,
         parameters=sum(p.numel() for p in module.parameters()),
@@ -229,7 +167,7 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
     for number, call in enumerate(program.calls):
         record = CallRecord(name=call.name, inputs=call.inputs, training=call.training)
         record.structure, record.nested, record.sizes = call.structure, call.nested, call.sizes
-        record.guards = list(call.guards)
+        record.guards = [GuardRecord(**asdict(guard)) for guard in call.guards]
         record.constants = {n: encode_value(v, f"input {n}") for n, v in call.constants.items()}
         if examples and not on_meta:
             device = next(iter(tensors.values()), torch.empty(0)).device
@@ -423,39 +361,6 @@ def _write_text(path: Path, text: str) -> None:
 # loading --------------------------------------------------------------------------------------------------------------
 
 
-def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of a checkpoint folder.
-
-    Raises:
-        CheckpointError: there is none, it is not one, or it was written by a newer version.
-    """
-    file = Path(path) / MANIFEST
-    try:
-        found = file.is_file()
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise CheckpointError(f"{str(path)[:200]!r} cannot be read: {error}") from error
-    if not found:
-        raise CheckpointError(
-            f"{path} is not a checkpoint folder (of fxgrow.save or fxgrow grow): it has no {MANIFEST}"
-        )
-    try:
-        data = read_json(file)
-    except CheckpointError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error.__cause__
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is not the manifest of a checkpoint: it does not say format {FORMAT!r}")
-    version = data.get("version")
-    if type(version) is not int or not 1 <= version <= VERSION:
-        raise CheckpointError(
-            f"{file} has version {version!r}, written by fxgrow {data.get('fxgrow', '?')}; this is fxgrow "
-            f"{fxgrow.__version__}, which reads up to {VERSION}. Update fxgrow"
-        )
-    try:
-        return Manifest.model_validate(data)
-    except ValidationError as error:
-        raise CheckpointError(f"{file} is damaged: {_first(error)}") from error
-
-
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> Loaded:
     """Read a checkpoint folder and regenerate its module. Runs none of the stored graph.
 
@@ -496,7 +401,7 @@ def _load(path: Path, manifest: Manifest, device: str | torch.device) -> Loaded:
     except CheckpointError as error:
         raise CheckpointError(f"{path / MANIFEST}: {error}") from error
     except (ValidationError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: {_UNREADABLE}: {_first(error)}") from error
+        raise CheckpointError(f"{path / MANIFEST}: {_UNREADABLE}: {first_problem(error)}") from error
     _check_names(manifest, graph, path / MANIFEST)
     calls, outputs = _read_calls(manifest, path, device)
     args, kwargs = (calls[0].args, calls[0].kwargs) if calls else ((), {})
@@ -529,7 +434,9 @@ def _load(path: Path, manifest: Manifest, device: str | torch.device) -> Loaded:
     try:
         module = regenerate(program, {n: tensors[n] for n in manifest.tensors})
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError, SyntaxError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: the module cannot be made of its graph: {_first(error)}") from error
+        raise CheckpointError(
+            f"{path / MANIFEST}: the module cannot be made of its graph: {first_problem(error)}"
+        ) from error
     own = dict(module.named_parameters(remove_duplicate=False))
     program.parameters = {n: own[n] for n in program.parameters}
     return Loaded(module, plan, receipt, program, args, kwargs, outputs, manifest)
@@ -554,7 +461,7 @@ def _read_calls(
                 check_structure(text)
         call = Call(record.name, args, kwargs, list(record.inputs), constants)
         call.training, call.structure, call.nested = record.training, record.structure, dict(record.nested)
-        call.sizes, call.guards = dict(record.sizes), list(record.guards)
+        call.sizes, call.guards = dict(record.sizes), [Guard(**guard.model_dump()) for guard in record.guards]
         for guard in call.guards:
             try:
                 unknown = set(inputs_of(guard.condition)) - set(call.inputs)
@@ -629,13 +536,6 @@ def _check_names(manifest: Manifest, graph: fx.Graph, path: Path) -> None:
                 f"{where}: the graph expects {node.target} to be {list(sizes)}, it is {record.shape}: "
                 "graph and tensors are of different models"
             )
-
-
-def _first(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        item = error.errors()[0]
-        return f"{'.'.join(map(str, item['loc'])) or '(top)'}: {item['msg']}"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _some(mistakes: list[str], most: int = 6) -> str:

@@ -14,9 +14,10 @@ from torch import fx, nn
 
 from fxgrow import kernels
 from fxgrow.capture import Program, capture, program_of
+from fxgrow.devices import check_memory
 from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.execute import drops_out
-from fxgrow.limits import check_elements, check_memory
+from fxgrow.limits import check_elements
 from fxgrow.materialise import check_finite, check_readable, materialise_all
 from fxgrow.passes.base import State, run_operation
 from fxgrow.plan import GrowthPlan

@@ -1,4 +1,4 @@
-"""How large a thing may be: stated bounds on files, sizes and depths, and whether memory suffices.
+"""How large a thing may be: stated bounds on files, sizes and depths.
 
 A bound is far above what anybody asks for on purpose, and below what would keep a machine busy for hours or fill its
 memory before the mistake shows.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Final
-
-import torch
 
 from fxgrow.errors import SpecError
 
@@ -40,12 +38,8 @@ def bytes_in_words(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that a device has left, swap included; None where it is not known."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu":
-        return None
+def host_bytes() -> int | None:
+    """Memory that this machine has left for the CPU, swap included; None where it is not known."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         fields = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
@@ -62,7 +56,7 @@ def check_units(what: str, old: int, new: float) -> None:
     """
     if new > UNITS:
         raise SpecError(f"{what} has {old} units; {new:g} are more than the {UNITS:,} that an axis may have")
-    free = available_bytes(torch.device("cpu"))
+    free = host_bytes()
     if free is not None and new * _PLANNING_BYTES > free:
         raise SpecError(
             f"{what} has {old} units; planning {new:,.0f} takes {bytes_in_words(new * _PLANNING_BYTES)}, and "
@@ -88,18 +82,3 @@ def check_elements(name: str, shape: list[int]) -> None:
     """
     if math.prod(shape) > ELEMENTS:
         raise SpecError(f"{name} would have the shape {shape}: more than the {ELEMENTS:,} elements a tensor may have")
-
-
-def check_memory(needed: dict[torch.device, int]) -> None:
-    """Whether tensors of so many bytes fit, by device.
-
-    Raises:
-        SpecError: they do not.
-    """
-    for device, count in needed.items():
-        free = available_bytes(device)
-        if free is not None and count > free:
-            raise SpecError(
-                f"the grown model needs {bytes_in_words(count)} on {device}, where {bytes_in_words(free)} are "
-                "available. fxgrow.plan_growth and `fxgrow plan` work without the memory"
-            )

@@ -15,17 +15,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerializer, PlainValidator, ValidationError
 
-from fxgrow import kernels
 from fxgrow.errors import CheckpointError, GrowthRefused, SpecError
 from fxgrow.limits import UNITS, check_elements
 from fxgrow.reading import parse_json
 
-FILL_ZERO, FILL_RANDOM, FILL_MEAN, FILL_CONSTANT = (
-    kernels.FILL_ZERO,
-    kernels.FILL_RANDOM,
-    kernels.FILL_MEAN,
-    kernels.FILL_CONSTANT,
-)
+# What a plan's file says; the kernels use the same numbers.
+FILL_ZERO, FILL_RANDOM, FILL_MEAN, FILL_CONSTANT = 0, 1, 2, 3
 
 
 def _encode_index(index: np.ndarray) -> list[list[int]]:
@@ -566,7 +561,3 @@ def resolve_references(value: Any, nodes: dict[str, Any], times: Callable[[Any, 
     if isinstance(value, list):
         return [resolve_references(v, nodes, times) for v in value]
     return value
-
-
-def count_parameters(shapes: Iterable[list[int]]) -> int:
-    return int(sum(int(np.prod(s)) for s in shapes))

@@ -1,4 +1,4 @@
-"""When to grow: a schedule of growths, and the scheduler that carries it out inside anybody's training loop.
+"""When to grow: a schedule of growths, as one pydantic model. :class:`fxgrow.GrowthScheduler` carries it out.
 
 A schedule is a list of growths; each has a trigger, the operations of a :class:`~fxgrow.spec.GrowthSpec`, and what
 happens to the optimizer, the learning rate and the gradient accumulation at that moment::
@@ -12,47 +12,30 @@ happens to the optimizer, the learning rate and the gradient accumulation at tha
         optimizer: {policy: asymmetric, warmup: 100}
         learning_rate: {policy: rewarm, steps: 50, from: 0.2}
         accumulation: 2                           # multiply the micro-batches per step
-
-In a loop of your own::
-
-    scheduler = GrowthScheduler("schedule.yaml", args=(idx[:2], targets[:2]))
-    for step in range(steps):
-        while event := scheduler.step(model, optimizer, step=step, metrics={"val_loss": val_loss}):
-            model, optimizer = event.module, event.optimizer
-        lr = base_lr(step) * scheduler.lr_factor(step)
-        ...
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-import torch.distributed as dist
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-import fxgrow
-from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.errors import SpecError
 from fxgrow.limits import OPERATIONS
-from fxgrow.optimizer import check_optimizer
 from fxgrow.reading import read_yaml
 from fxgrow.spec import Count, GrowthSpec
 from fxgrow.spec import json_schema as spec_schema
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
-class Plateau(_Strict):
+class Plateau(Strict):
     """Fires when ``metric`` has not fallen by ``min_delta`` for ``patience`` reports in a row since the last growth."""
 
     metric: str = Field("val_loss", description="a key of the metrics that the training loop reports; lower is better")
@@ -60,7 +43,7 @@ class Plateau(_Strict):
     min_delta: float = Field(0.0, ge=0, description="a smaller fall than this is no improvement")
 
 
-class Trigger(_Strict):
+class Trigger(Strict):
     """When a growth happens: exactly one of the fields. Counts are those of *completed* steps, tokens and epochs."""
 
     model_config = ConfigDict(
@@ -94,7 +77,7 @@ class Trigger(_Strict):
         return f"{self.kind} {getattr(self, self.kind or 'step'):g}"
 
 
-class OptimizerPolicy(_Strict):
+class OptimizerPolicy(Strict):
     """What happens to the optimizer's state (RECIPES: SPARKLING 2026 for ``asymmetric``, Shen 2022 for ``exact``)."""
 
     policy: Literal["exact", "asymmetric", "copy", "reset"] = Field(
@@ -107,13 +90,13 @@ class OptimizerPolicy(_Strict):
     ramp: Count | None = Field(None, ge=1, description="exact: steps after which all entries learn alike; none: never")
 
 
-class Unchanged(_Strict):
+class Unchanged(Strict):
     """The learning-rate schedule goes on as if nothing had happened."""
 
     policy: Literal["none"] = "none"
 
 
-class Rewarm(_Strict):
+class Rewarm(Strict):
     """The learning rate restarts at ``from`` times the schedule's and returns to it linearly over ``steps``."""
 
     policy: Literal["rewarm"] = "rewarm"
@@ -121,14 +104,14 @@ class Rewarm(_Strict):
     from_: float = Field(0.0, ge=0, le=1e6, alias="from", description="factor at the growth itself")
 
 
-class Scale(_Strict):
+class Scale(Strict):
     """The learning rate is multiplied by ``factor`` from the growth on."""
 
     policy: Literal["scale"] = "scale"
     factor: float = Field(gt=0, le=1e6)
 
 
-class Growth(_Strict):
+class ScheduledGrowth(Strict):
     """One growth of a schedule."""
 
     name: str | None = Field(None, description="a label for logs and pictures")
@@ -162,7 +145,7 @@ class Growth(_Strict):
         return 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data without defaults; ``Growth.model_validate`` reads it back."""
+        """Plain data without defaults; ``ScheduledGrowth.model_validate`` reads it back."""
         data = self.model_dump(exclude_defaults=True, by_alias=True, exclude={"operations", "learning_rate"})
         data["operations"] = self.spec.to_dict()["operations"]
         if not isinstance(self.learning_rate, Unchanged):
@@ -170,11 +153,11 @@ class Growth(_Strict):
         return data
 
 
-class Schedule(_Strict):
+class Schedule(Strict):
     """A list of growths that fire once each, in order. See the module's docstring for the file form."""
 
     version: Literal[1] = 1
-    growths: list[Growth] = Field(max_length=OPERATIONS)
+    growths: list[ScheduledGrowth] = Field(max_length=OPERATIONS)
 
     @model_validator(mode="after")
     def _in_order(self) -> Schedule:
@@ -218,7 +201,7 @@ class Schedule(_Strict):
         try:
             parsed = cls.model_validate(dict(schedule))
         except ValidationError as error:
-            raise SpecError(_explain(where, error)) from None
+            raise SpecError(explain(where, error)) from None
         growths, mistakes = [], []
         for number, growth in enumerate(parsed.growths):
             try:
@@ -243,7 +226,7 @@ class Schedule(_Strict):
 # Where each model stands in a schedule, list indices left out; needed to name the nearest valid field.
 _PLACES: dict[tuple[str, ...], type[BaseModel]] = {
     (): Schedule,
-    ("growths",): Growth,
+    ("growths",): ScheduledGrowth,
     ("growths", "trigger"): Trigger,
     ("growths", "trigger", "plateau"): Plateau,
     ("growths", "optimizer"): OptimizerPolicy,
@@ -254,7 +237,7 @@ _PLACES: dict[tuple[str, ...], type[BaseModel]] = {
 _LR_POLICIES = ["none", "rewarm", "scale"]
 
 
-def _explain(where: str, error: ValidationError) -> str:
+def explain(where: str, error: ValidationError) -> str:
     """One line per mistake: the field, what is wrong, and the nearest valid names."""
     lines = []
     for item in error.errors():
@@ -287,9 +270,9 @@ def json_schema() -> dict[str, Any]:
     schema = Schedule.model_json_schema()
     spec = spec_schema()
     schema["$defs"] |= spec["$defs"]
-    schema["$defs"]["Growth"]["properties"]["operations"] = spec["properties"]["operations"]
+    schema["$defs"]["ScheduledGrowth"]["properties"]["operations"] = spec["properties"]["operations"]
     for name in ("optimizer", "learning_rate"):  # a bare policy name is enough
-        field = schema["$defs"]["Growth"]["properties"][name]
+        field = schema["$defs"]["ScheduledGrowth"]["properties"][name]
         field.setdefault("anyOf", []).append({"type": "string"})
         for form in ("$ref", "oneOf"):
             if form in field:
@@ -297,289 +280,3 @@ def json_schema() -> dict[str, Any]:
         field.pop("discriminator", None)  # OpenAPI only
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
-
-
-def dumps_schema() -> str:
-    return json.dumps(json_schema(), indent=2)
-
-
-@dataclass(frozen=True)
-class GrowthEvent:
-    """A growth that has just happened; ``module`` and ``optimizer`` replace the ones that were passed to ``step``."""
-
-    index: int
-    """Which growth of the schedule, from 0."""
-    name: str
-    module: torch.nn.Module
-    optimizer: torch.optim.Optimizer | None
-    growth: Any
-    """The :class:`fxgrow.Growth`, with its plan and receipt."""
-    step: int
-    lr_factor: float
-    """The scheduler's factor on the learning rate from here, all growths so far included."""
-    accumulation: float
-    """Multiply the micro-batches per step by this."""
-
-
-class _Fired(_Strict):
-    growth: dict[str, Any]
-    step: Count = Field(ge=0)
-
-
-class _State(_Strict):
-    """What :meth:`GrowthScheduler.state_dict` returns."""
-
-    version: Literal[1]
-    fired: list[_Fired] = Field(max_length=OPERATIONS)
-    best: float | None
-    bad: Count = Field(ge=0)
-    reported: Count | None
-
-
-class GrowthScheduler:
-    """Carries out a schedule inside a training loop.
-
-    Args:
-        schedule: anything :meth:`Schedule.parse` takes.
-        args, kwargs: example inputs for :func:`fxgrow.grow`, or a callable that returns ``(args, kwargs)`` anew
-            at each growth. Use a batch of at least 2, on the model's device.
-        calls: further ways of calling the model, by name, as :func:`fxgrow.grow` takes them, or a callable that returns
-            them; a model that is sampled from, say, is also called without targets.
-        verify, consume: passed to :func:`fxgrow.grow`.
-    """
-
-    def __init__(
-        self,
-        schedule: Schedule | Mapping[str, Any] | list[Any] | str | Path | None,
-        args: tuple[Any, ...] | Callable[[], tuple[tuple[Any, ...], dict[str, Any]]] = (),
-        kwargs: dict[str, Any] | None = None,
-        *,
-        calls: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
-        verify: Any = "auto",
-        consume: bool = False,
-    ) -> None:
-        self.schedule = Schedule.parse(schedule)
-        self._args, self._kwargs, self._calls = args, kwargs, calls
-        self._verify, self._consume = verify, consume
-        self._fired: list[tuple[Growth, int]] = []
-        self._best = math.inf
-        self._bad = 0
-        self._reported: int | None = None
-
-    @property
-    def fired(self) -> list[Growth]:
-        """The growths that have happened, in order."""
-        return [growth for growth, _ in self._fired]
-
-    @property
-    def next(self) -> Growth | None:
-        """The growth that is waited for; None when all have happened."""
-        return self.schedule.growths[len(self._fired)] if len(self._fired) < len(self.schedule.growths) else None
-
-    def step(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        *,
-        step: int,
-        tokens: int | None = None,
-        epoch: float | None = None,
-        metrics: Mapping[str, float] | None = None,
-    ) -> GrowthEvent | None:
-        """Grow if the next growth is due: call it before each training step with the counts completed so far.
-
-        Pass ``metrics`` at the steps where they were measured, and only then. One call makes at most one growth; call
-        again until it returns None where several may fall due together (metrics count once per step). A model wrapped
-        by ``torch.compile`` is unwrapped; the grown module comes back uncompiled.
-
-        Returns:
-            The event, or None when nothing happened.
-
-        Raises:
-            SpecError: the trigger needs a count or a metric that was not passed.
-            FxgrowError: the growth was refused or failed; ``model``, ``optimizer`` and this scheduler are unchanged.
-        """
-        growth = self.next
-        counters = (self._best, self._bad, self._reported)
-        if growth is None or not self._due(growth.trigger, step, tokens, epoch, metrics):
-            return None
-        index = len(self._fired)
-        try:
-            grown, new_optimizer = self._apply(growth, model, optimizer, verify=self._verify, consume=self._consume)
-        except BaseException:
-            self._best, self._bad, self._reported = counters
-            raise
-        self._fired.append((growth, step))
-        self._best, self._bad, self._reported = math.inf, 0, step
-        return GrowthEvent(
-            index=index,
-            name=growth.name or f"growth {index + 1}",
-            module=grown.module,
-            optimizer=new_optimizer,
-            growth=grown,
-            step=step,
-            lr_factor=self.lr_factor(step),
-            accumulation=growth.accumulation,
-        )
-
-    def check(self, model: torch.nn.Module) -> list[int]:
-        """Plan every growth that is still to come, without making any: a mistake shows before hours of training do.
-
-        Returns:
-            The numbers of parameters: now, and after each growth.
-
-        Raises:
-            CaptureError, SpecError, GrowthRefused: of the first growth that would fail, with its place.
-        """
-        program = fxgrow.capture(getattr(model, "_orig_mod", model), *self._inputs(), **self._ways())
-        sizes = [sum(p.numel() for p in program.parameters.values())]
-        operations: list[Any] = []
-        for number, growth in enumerate(self.schedule.growths[len(self._fired) :], len(self._fired)):
-            first = len(operations)
-            operations += growth.spec.operations
-            try:  # all growths so far as one: a plan has no tensors that the next could start from
-                plan, _ = fxgrow.plan_growth(program, GrowthSpec(operations=operations))
-            except FxgrowError as error:
-                found = re.fullmatch(r"operations\.(\d+) (\(.*)", str(error), re.DOTALL)
-                where = f"operations.{int(found[1]) - first} {found[2]}" if found else str(error)
-                raise type(error)(f"growths.{number} ({growth.name or growth.trigger}): {where}") from error
-            sizes.append(plan.parameters_after)
-        return sizes
-
-    def lr_factor(self, step: int) -> float:
-        """Factor on the base learning rate at ``step``: the product over the growths that have happened."""
-        return math.prod(growth.lr_factor(step - at) for growth, at in self._fired)
-
-    def accumulation(self, initial: int) -> int:
-        """Micro-batches per step after the growths so far, from ``initial``; never below 1."""
-        value = initial
-        for growth, _ in self._fired:
-            value = max(1, int(value * growth.accumulation))
-        return value
-
-    def replay(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
-    ) -> tuple[torch.nn.Module, torch.optim.Optimizer | None]:
-        """Rebuild what the growths so far make of the original model, so that a checkpoint's tensors can be loaded.
-
-        Args:
-            model: the model as it was before the first growth; its values do not matter.
-            optimizer: a fresh optimizer over it, or None.
-
-        Returns:
-            The grown module and the optimizer over it, with values and state to be overwritten by the checkpoint.
-        """
-        for growth, _ in self._fired:
-            grown, optimizer = self._apply(growth, model, optimizer, verify=False, consume=False)
-            model = grown.module
-        return model, optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        """Which growths have fired, with their specs, and the plateau's counters; plain JSON-able data."""
-        return {
-            "version": 1,
-            "fired": [{"growth": growth.to_dict(), "step": step} for growth, step in self._fired],
-            "best": None if math.isinf(self._best) else self._best,
-            "bad": self._bad,
-            "reported": self._reported,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`. What is still to come follows this scheduler's own schedule.
-
-        Raises:
-            SpecError: the growths that have already happened are not those of this schedule; nothing is changed.
-        """
-        version = state.get("version") if isinstance(state, Mapping) else None
-        if version != 1:
-            raise SpecError(f"scheduler state: version {repr(version)[:40]} is not known here; expected 1")
-        try:
-            read = _State.model_validate(dict(state))
-        except ValidationError as error:
-            raise SpecError(_explain("scheduler state", error)) from None
-        past = Schedule.parse([item.growth for item in read.fired]).growths
-        for number, growth in enumerate(past):
-            ours = self.schedule.growths[number].to_dict() if number < len(self.schedule.growths) else None
-            if ours != growth.to_dict():
-                raise SpecError(
-                    f"growths.{number} of the schedule is not the one that this run has already made: "
-                    f"it was {json.dumps(growth.to_dict())}; growths that have happened must stay as they were"
-                )
-        self._fired = [(growth, item.step) for growth, item in zip(past, read.fired, strict=True)]
-        self._best = math.inf if read.best is None else read.best
-        self._bad, self._reported = read.bad, read.reported
-
-    def _apply(
-        self, growth: Growth, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, **how: Any
-    ) -> tuple[Any, torch.optim.Optimizer | None]:
-        """Grow, and carry the optimizer over; neither the model nor the optimizer passed in is changed."""
-        if optimizer is not None:
-            check_optimizer(optimizer, growth.optimizer.policy)  # before hours of work, not after
-        model = getattr(model, "_orig_mod", model)
-        args, kwargs = self._inputs()
-        grown = fxgrow.grow(model, growth.spec, args, kwargs, **self._ways(), **how)
-        if optimizer is None:
-            return grown, None
-        policy = growth.optimizer
-        options = {"warmup": policy.warmup, "peak": policy.peak, "ramp": policy.ramp}
-        given = {name: value for name, value in options.items() if value is not None}
-        return grown, grown.carry(optimizer, policy.policy, **given)
-
-    def _ways(self) -> dict[str, Any]:
-        if self._calls is None:
-            return {}
-        return {"calls": self._calls() if callable(self._calls) else self._calls}
-
-    def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
-        return self._args() if callable(self._args) else (self._args, self._kwargs)
-
-    def _due(
-        self,
-        trigger: Trigger,
-        step: int,
-        tokens: int | None,
-        epoch: float | None,
-        metrics: Mapping[str, float] | None,
-    ) -> bool:
-        kind, number = trigger.kind, len(self._fired)
-        if trigger.plateau is not None:
-            return self._plateaued(trigger.plateau, step, metrics)
-        value = {"step": step, "tokens": tokens, "epoch": epoch}[str(kind)]
-        if value is None:
-            raise SpecError(f"growths.{number} waits for {kind}, but the training loop passes no {kind}= to step()")
-        return value >= getattr(trigger, str(kind))
-
-    def _plateaued(self, plateau: Plateau, step: int, metrics: Mapping[str, float] | None) -> bool:
-        _agree(None if not metrics or step == self._reported else metrics.get(plateau.metric), plateau.metric)
-        if not metrics or step == self._reported:
-            return False
-        if plateau.metric not in metrics:
-            near = difflib.get_close_matches(plateau.metric, list(metrics), n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"reported are {', '.join(sorted(metrics))}"
-            raise SpecError(
-                f"growths.{len(self._fired)} watches the metric {plateau.metric!r}, which is not reported; {hint}"
-            )
-        self._reported = step
-        value = float(metrics[plateau.metric])
-        if value < self._best - plateau.min_delta:
-            self._best, self._bad = value, 0
-        else:  # NaN compares false and counts as no improvement
-            self._bad += 1
-        return self._bad >= plateau.patience
-
-
-def _agree(value: float | None, metric: str) -> None:
-    """Ranks that train one model together must grow it together.
-
-    Raises:
-        SpecError: on all of them, where they report different values.
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    values: list[float | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, None if value is None else float(value))
-    if len({repr(v) for v in values}) > 1:
-        raise SpecError(
-            f"the ranks report different values of the metric {metric!r} ({', '.join(map(str, values[:4]))}): some "
-            "would grow and others not. Average it over the ranks first, and report it on each of them"
-        )

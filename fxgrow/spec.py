@@ -15,7 +15,6 @@ Operations are members of a discriminated union on ``op``. Packages extend the u
 from __future__ import annotations
 
 import functools
-import json
 import operator
 from collections.abc import Mapping
 from pathlib import Path
@@ -373,7 +372,3 @@ def json_schema() -> dict[str, Any]:
     schema["$defs"] = {**schema.get("$defs", {}), **defs}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
-
-
-def dumps_schema() -> str:
-    return json.dumps(json_schema(), indent=2)

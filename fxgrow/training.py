@@ -49,7 +49,7 @@ from fxgrow.compile import compile_regions
 from fxgrow.errors import CheckpointError, FxgrowError, SpecError
 from fxgrow.rates import KEY, STEPS, all_rates
 from fxgrow.reading import read_json, read_text
-from fxgrow.schedule import GrowthEvent, GrowthScheduler
+from fxgrow.scheduler import GrowthEvent, GrowthScheduler
 
 Batch = tuple[Any, ...]
 

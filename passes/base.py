@@ -21,8 +21,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from fxgrow.axes.analysis import Axes, AxisInfo, analyse, sizes_of
 from fxgrow.axes.expr import axes_of, size_of
 from fxgrow.capture import Program
+from fxgrow.devices import check_memory
 from fxgrow.errors import GrowthRefused
-from fxgrow.limits import check_elements, check_memory, check_units
+from fxgrow.limits import check_elements, check_units
 from fxgrow.plan import Change, DimPlan, Edit, Rescale, Step, TensorPlan, resolve_references
 from fxgrow.spec import Operation
 

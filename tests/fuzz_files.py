@@ -38,7 +38,8 @@ from fxgrow import training
 from fxgrow.checkpoint import load_weights
 from fxgrow.errors import FxgrowError
 from fxgrow.plan import GrowthPlan
-from fxgrow.schedule import GrowthScheduler, Schedule
+from fxgrow.schedule import Schedule
+from fxgrow.scheduler import GrowthScheduler
 from fxgrow.serialize import graph_from_json
 from fxgrow.spec import GrowthSpec
 

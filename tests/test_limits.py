@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fxgrow
-from fxgrow import limits
+from fxgrow import devices, limits
 from fxgrow.errors import SpecError
 from tests.models import small_cnn, small_gpt, tokens
 
@@ -53,7 +53,8 @@ def test_blocks_are_counted_over_all_operations(program: fxgrow.Program, monkeyp
 
 
 def test_memory_is_checked_before_anything_is_made(program: fxgrow.Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "available_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(limits, "host_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(devices, "host_bytes", lambda: 1 << 20)
     with pytest.raises(SpecError, match=r"the grown model needs .* on cpu, where 1\.0 MiB are available"):
         fxgrow.grow(program, {"op": "widen", "axis": "*/hidden", "to": 8192}, verify=False)
     with pytest.raises(SpecError, match=r"planning 100,000 takes 6\.1 MiB, and 1\.0 MiB are available"):
@@ -87,9 +88,9 @@ def test_depth_costs_what_it_adds(program: fxgrow.Program) -> None:
 
 
 def test_what_is_available() -> None:
-    free = limits.available_bytes(torch.device("cpu"))
+    free = devices.available_bytes(torch.device("cpu"))
     assert free is None or free > 1 << 20
-    assert limits.available_bytes(torch.device("meta")) is None
+    assert devices.available_bytes(torch.device("meta")) is None
     assert [limits.bytes_in_words(n) for n in (10, 1536, 3 << 20, 5 << 30, 7 << 40)] == [
         "10 bytes",
         "1.5 KiB",

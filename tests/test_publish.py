@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 import fxgrow
-from fxgrow import checkpoint, publish
+from fxgrow import checkpoint, manifest, publish
 from fxgrow.errors import CheckpointError, DiskError
 from tests import kills
 
@@ -240,7 +240,7 @@ def test_checkpoints_of_version_1(tmp_path: Path, made: fxgrow.Growth) -> None:
     expected = {n: p.detach().clone() for n, p in loaded.module.named_parameters()}
     fxgrow.save(loaded, path)
     again = fxgrow.load(path)
-    assert again.manifest.version == checkpoint.VERSION and again.manifest.saved
+    assert again.manifest.version == manifest.VERSION and again.manifest.saved
     assert all(torch.equal(p, expected[n]) for n, p in again.module.named_parameters())
     shutil.copy(path / "model.safetensors", tmp_path / "new.safetensors")
     shutil.copytree(FIXTURES / "checkpoint-v1", path, dirs_exist_ok=True)

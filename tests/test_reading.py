@@ -14,7 +14,8 @@ import fxgrow
 from fxgrow.errors import CheckpointError, SpecError
 from fxgrow.plan import GrowthPlan
 from fxgrow.reading import parse_json, read_yaml
-from fxgrow.schedule import GrowthScheduler, Schedule
+from fxgrow.schedule import Schedule
+from fxgrow.scheduler import GrowthScheduler
 from fxgrow.spec import GrowthSpec, Widen
 
 LAUGHS = "a0: &a0 [lol]\n" + "".join(

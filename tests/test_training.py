@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxgrow
-from fxgrow import training
+from fxgrow import scheduler, training
 from fxgrow.errors import CheckpointError, FxgrowError, SpecError
 from fxgrow.training import Copies, Hyper, Run, Task, cosine, read_log, train
 
@@ -79,7 +79,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return SimpleNamespace(module=new, carry=carry, receipt=SimpleNamespace(error_float64=0.0))
 
-    monkeypatch.setattr(fxgrow, "grow", grow, raising=False)
+    monkeypatch.setattr(scheduler, "grow", grow)
 
 
 def close(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -329,7 +329,7 @@ def test_a_refused_growth_ends_the_run_and_leaves_a_usable_checkpoint(
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise fxgrow.errors.GrowthRefused("not exact")
 
-    monkeypatch.setattr(fxgrow, "grow", refuse, raising=False)
+    monkeypatch.setattr(scheduler, "grow", refuse)
     with pytest.raises(fxgrow.errors.GrowthRefused):
         run(make(schedule=GROWTHS[:1], checkpoint_every=2), tmp_path)
     last = read_log(tmp_path / "log.jsonl")[-1]
