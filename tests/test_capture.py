@@ -249,7 +249,7 @@ def test_source_lines_are_of_the_model_wherever_it_is_installed() -> None:
         (installed / "torchvision/models/resnet.py", "x = self.layer1(x)"),
         (Path(torch.__file__).parent / "nn/modules/conv.py", "return F.conv2d(input, weight)"),
         (Path(contextlib.__file__), "return func(*args, **kwds)"),
-        (Path(fxgrow.__file__).parent / "modelref.py", "return self.module(x)"),
+        (Path(fxgrow.__file__).parent / "cli" / "models.py", "return self.module(x)"),
     ]
     trace = "\n".join(f'  File "{file}", line {i}, in forward\n    {code}' for i, (file, code) in enumerate(frames))
     assert source_line(trace) == f"{frames[1][0]}:1: x = self.layer1(x)"

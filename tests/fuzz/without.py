@@ -1,8 +1,8 @@
 """``python -m tests.fuzz.without``: does the fuzzer find a fault again when its mend is taken back?
 
 Each entry of :data:`MENDS` undoes one mend of the compiler in this process. The search that follows, through models
-that all have the feature in which it tells (``--anywhere``: through all), stops at the first finding; the table says after how many models, and what it was. A mend that is never missed is one that the fuzzer
-cannot see.
+that all have the feature in which it tells (``--anywhere``: through all), stops at the first finding; the table says
+after how many models, and what it was. A mend that is never missed is one that the fuzzer cannot see.
 """
 
 from __future__ import annotations

@@ -186,10 +186,10 @@ def test_without_a_compiler_it_falls_back_with_one_warning(tmp_path: Path) -> No
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU two backends are in use")
-def test_version_lists_the_backends_and_which_is_used(environment: dict[str, str], used: str, tmp_path: Path) -> None:
+def test_env_lists_the_backends_and_which_is_used(environment: dict[str, str], used: str, tmp_path: Path) -> None:
     if "CXX" in environment:
         environment = {**environment, "FXGROW_CACHE": str(tmp_path)}
-    done = _run("from fxgrow.cli import app; app(['--version'])", **environment)
+    done = _run("from fxgrow.cli import app; app(['env'])", **environment)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("kernels: ")]
     assert [line.split()[1] for line in lines] == ["torch", "cpu", "triton"]

@@ -7,21 +7,29 @@ kwargs)`` or a :class:`fxgrow.training.Task`; a folder that :func:`fxgrow.save` 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import inspect
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 import yaml
 from torch import nn
 
+from fxgrow.capture import Program, capture
+from fxgrow.checkpoint import Loaded, load, load_weights
+from fxgrow.cli.console import working
 from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.training.batches import seeded
+from fxgrow.training.task import Task
 
 INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d,\s]*)\](?:<(?P<limit>\d+))?")
 INPUT_HELP = (
@@ -38,8 +46,8 @@ class Named:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     label: str
-    checkpoint: Any = None
-    """The :class:`fxgrow.checkpoint.Loaded`, where the model is one."""
+    checkpoint: Loaded | None = None
+    """Where the model is one."""
 
 
 def parse_input(text: str, device: str = "cpu") -> tuple[str | None, Any]:
@@ -121,8 +129,6 @@ def find_callable(reference: str) -> Any:
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            import difflib
-
             own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
             near = ", ".join(difflib.get_close_matches(part, own, n=3, cutoff=0.3) or own[:6])
             raise SpecError(f"{reference!r}: {module_name} has no {part!r}" + (f"; it has {near}" if near else ""))
@@ -192,8 +198,6 @@ def load_model(
     """
     torch.manual_seed(seed)
     if ":" not in reference and Path(reference).is_dir():
-        from fxgrow.checkpoint import load, load_weights
-
         loaded = load(reference, device=device)
         args, kwargs = _given(inputs, device) if inputs else (loaded.args, loaded.kwargs)
         if weights is not None:
@@ -213,8 +217,6 @@ def load_model(
         made = _unpack(call(reference, settings), reference)
     module, args, kwargs = made
     if weights is not None:
-        from fxgrow.checkpoint import load_weights
-
         load_weights(module, weights)
     if inputs:
         args, kwargs = _given(inputs, device)
@@ -235,14 +237,10 @@ def _given(inputs: Sequence[str], device: str) -> tuple[tuple[Any, ...], dict[st
 
 
 def _moved(value: Any, device: str) -> Any:
-    import torch.utils._pytree as pytree
-
     return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
 
 
 def _unpack(result: Any, reference: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    from fxgrow.training import Task, seeded
-
     if isinstance(result, Task):
         args, kwargs = result.example(result.batches("train", seeded(result.hyper.seed, "train", 0)))
         return result.model, args, kwargs
@@ -255,3 +253,18 @@ def _unpack(result: Any, reference: str) -> tuple[nn.Module, tuple[Any, ...], di
         f"{reference!r} returned {type(result).__name__}; a model's callable returns a module, (module, args), "
         "(module, args, kwargs) or a fxgrow.training.Task"
     )
+
+
+def named_model(reference: str, **options: Any) -> Named:
+    """:func:`load_model`, with a spinner."""
+    with working(f"building {reference}"):
+        return load_model(reference, **options)
+
+
+def captured(named: Named) -> Program:
+    """The program of a model, its axes analysed, with a spinner."""
+    with working(f"capturing {named.label}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said in the output itself
+        program = capture(named.module, named.args, named.kwargs)
+        len(program.axes)
+    return program

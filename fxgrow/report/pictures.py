@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fxgrow.capture import Program
 from fxgrow.errors import FxgrowError
+from fxgrow.regenerate import stacks_of
+from fxgrow.report.axes import axis_groups, collapsed
 
 _GREY = "#9a9a9a"
 _MOST = 60
 
 
-def draw_axes(program: Program, groups: Sequence[dict[str, Any]], path: str | Path) -> None:
+def draw_axes(program: Program, path: str | Path) -> None:
     """Axes on the left, parameters with their dims in words on the right, a line wherever a dim carries an axis.
 
     Repeated blocks are drawn once. Frozen axes are grey and dotted.
 
     Args:
         program: the model.
-        groups: rows of :func:`fxgrow.cli.axis_groups`.
         path: of the picture; the suffix says its format (png, svg, pdf).
 
     Raises:
         FxgrowError: the format is unknown or the file cannot be written.
     """
-    import matplotlib
+    import matplotlib  # an import of half a second, for pictures only
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    groups = axis_groups(program)
     tensors: dict[str, list[tuple[int, int]]] = {}  # name -> (dim, number of the axis group)
     for number, group in enumerate(groups):
         for member in group["members"]:
             name, _, dim = member.rpartition(":")
             tensors.setdefault(name, []).append((int(dim), number))
-    described = _descriptions(program, groups)
+    described = _descriptions(program)
     order = {name: i for i, name in enumerate(described)}
     names = sorted(tensors, key=lambda n: order.get(n, len(order)))
     left_out = max(0, len(names) - _MOST)
@@ -88,11 +89,8 @@ def draw_axes(program: Program, groups: Sequence[dict[str, Any]], path: str | Pa
         plt.close(figure)
 
 
-def _descriptions(program: Program, groups: Sequence[dict[str, Any]]) -> dict[str, str]:
+def _descriptions(program: Program) -> dict[str, str]:
     """Tensor names as they are drawn, in the model's order, with their dims in words."""
-    from fxgrow.cli import collapsed
-    from fxgrow.regenerate import stacks_of
-
     stacks = stacks_of(program)
     dims = program.axes.tensor_dims()
     out: dict[str, str] = {}

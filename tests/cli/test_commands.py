@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ from torch import nn
 import fxgrow
 from fxgrow import cli
 from fxgrow.errors import SpecError
-from fxgrow.modelref import find_callable, parse_input, parse_settings
 from tests.models import small_cnn, small_gpt, tokens
 
-GPT, NET = "tests.test_cli:gpt", "tests.test_cli:Net"
+GPT, NET = "tests.cli.test_commands:gpt", "tests.cli.test_commands:Net"
 HIDDEN = '{op: widen, axis: "*/hidden", factor: 2}'
-IMAGE = "float32[2,3,12,12]"
+CNN, IMAGE = "tests.cli.test_commands:cnn", "float32[2,3,12,12]"
 
 
 class Net(nn.Module):
@@ -104,28 +104,18 @@ def test_why(run: Any) -> None:
 
 
 def test_picture(run: Any, tmp_path: Path) -> None:
-    run("inspect", "tests.test_cli:cnn", "-i", IMAGE, "--picture", str(tmp_path / "axes.png"))
+    run("inspect", CNN, "-i", IMAGE, "--picture", str(tmp_path / "axes.png"))
     from matplotlib.image import imread
 
     picture = imread(tmp_path / "axes.png")
     assert picture.shape[1] > 300 and picture[..., :3].std() > 0.01
-    _, err = run(*("inspect", "tests.test_cli:cnn", "-i", IMAGE, "--picture", str(tmp_path / "axes.docx")), code=2)
+    _, err = run(
+        *("inspect", "tests.cli.test_commands:cnn", "-i", IMAGE, "--picture", str(tmp_path / "axes.docx")), code=2
+    )
     assert "the picture" in err and "docx" in err
 
 
-def test_example_inputs(run: Any) -> None:
-    torch.manual_seed(0)
-    name, value = parse_input("x=int64[2,16]<65")
-    assert (
-        name == "x" and value.dtype == torch.int64 and value.shape == (2, 16) and 0 <= value.min() <= value.max() < 65
-    )
-    name, value = parse_input("bfloat16[3, 4]")
-    assert name is None and value.dtype == torch.bfloat16 and value.shape == (3, 4)
-    assert parse_input("bool[2]")[1].dtype == torch.bool and parse_input("float32[]")[1].shape == ()
-    assert parse_input("scale=0.5") == ("scale", 0.5) and parse_input("none") == (None, None)
-    for bad in ("float[2", "floaty[2]", "float32[2]<3", "tensor[2]", "hello"):
-        with pytest.raises(SpecError, match=r"--input"):
-            parse_input(bad)
+def test_a_model_without_inputs_says_which_to_give(run: Any) -> None:
     _, err = run("inspect", NET, code=2)
     assert "without example inputs for forward(x)" in err and '--input "int64[2,16]<65"' in err
     assert json.loads(run("inspect", NET, "-i", "float32[2,4]", "-c", "width=16", "--json")[0])["parameters"] == 131
@@ -134,7 +124,7 @@ def test_example_inputs(run: Any) -> None:
 def test_a_dry_run_builds_nothing(run: Any) -> None:
     """A model of 40 GB is planned on the meta device."""
     spec = '{op: widen, axis: "0.weight:0", factor: 2}'
-    out, _ = run("plan", "tests.test_cli:square", spec, "-i", "float32[2,4]", "-c", "width=100000")
+    out, _ = run("plan", "tests.cli.test_commands:square", spec, "-i", "float32[2,4]", "-c", "width=100000")
     assert "parameters 10,000,900,003 → 20,001,400,003" in out and "37.3 GiB → 74.5 GiB" in out
 
 
@@ -199,9 +189,9 @@ def test_refusals_are_one_message_and_change_nothing(run: Any, tmp_path: Path) -
         (("grow", GPT, '{op: widen, axis: "./residual", factor: 0.5}', "--out"), "would shrink"),
         (("grow", GPT, "{op: wide}", "--out"), "did you mean widen?"),
         (("grow", GPT, "nothing.yaml", "--out"), "spec file nothing.yaml does not exist"),
-        (("grow", "tests.test_cli:broken", HIDDEN, "--out"), "fails: ValueError: no such luck"),
-        (("grow", "tests.test_cli:wrong", HIDDEN, "--out"), "returned int"),
-        (("grow", "tests.test_cli:Net2", HIDDEN, "--out"), "has no 'Net2'; it has Net"),
+        (("grow", "tests.cli.test_commands:broken", HIDDEN, "--out"), "fails: ValueError: no such luck"),
+        (("grow", "tests.cli.test_commands:wrong", HIDDEN, "--out"), "returned int"),
+        (("grow", "tests.cli.test_commands:Net2", HIDDEN, "--out"), "has no 'Net2'; it has Net"),
         (("grow", "tests.no_such:x", HIDDEN, "--out"), "cannot import tests.no_such"),
         (("grow", "gpt", HIDDEN, "--out"), "names no model"),
         (("grow", GPT, HIDDEN, "-c", "n_layers=2", "--out"), "unexpected keyword argument 'n_layers'"),
@@ -244,7 +234,7 @@ def make_task(width: int = 8) -> Any:
 def test_train(run: Any, tmp_path: Path) -> None:
     from fxgrow.training import read_log
 
-    task, out = "tests.test_cli:make_task", str(tmp_path / "run")
+    task, out = "tests.cli.test_commands:make_task", str(tmp_path / "run")
     text, _ = run("train", task, "--out", out, "--hyper", "steps=10", "--stop-at", "8")
     assert "stopped after 8 steps" in text
     text, _ = run("train", task, "--out", out, "--hyper", "steps=10", "--resume")
@@ -287,7 +277,7 @@ def test_as_a_program_elsewhere(tmp_path: Path) -> None:
 
     def program(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "fxgrow.cli", *argv],
+            [sys.executable, "-m", "fxgrow", *argv],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -298,22 +288,14 @@ def test_as_a_program_elsewhere(tmp_path: Path) -> None:
     done = program("grow", "mine:model", '{op: widen, axis: "./hidden", by: 3}', "--out", "big")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "\x1b" not in done.stdout and "written to big" in done.stdout
-    versions = program("--version", NO_COLOR="1").stdout
-    assert f"fxgrow           {fxgrow.__version__}" in versions and torch.__version__ in versions
-    assert "kernels: torch" in versions and "triton" in versions
+    versions = program("--version").stdout
+    assert f"fxgrow           {fxgrow.__version__}" in versions and f"torch            {version('torch')}" in versions
+    environment = program("env").stdout
+    assert torch.__version__ in environment and "kernels: torch" in environment and "triton" in environment
+    assert json.loads(program("env", "--json").stdout)["torch"] == torch.__version__
 
 
-@pytest.mark.parametrize("command", ["inspect", "plan", "grow", "verify", "train", "schema"])
+@pytest.mark.parametrize("command", ["inspect", "plan", "grow", "verify", "train", "schema", "env"])
 def test_help_teaches_by_example(run: Any, command: str) -> None:
     out, _ = run(command, "--help")
     assert f"fxgrow {command} " in out.partition("Options")[0]
-
-
-def test_settings_and_references() -> None:
-    parsed = parse_settings(["a=4", "b=false", "c=[1, 2]", "d=gelu", "e=1e-3", "f="])
-    assert parsed == {"a": 4, "b": False, "c": [1, 2], "d": "gelu", "e": 1e-3, "f": None}
-    with pytest.raises(SpecError, match="--hyper 'x'"):
-        parse_settings(["x"], "--hyper")
-    assert find_callable("tests/test_cli.py:Net") is find_callable(NET)
-    with pytest.raises(SpecError, match="cannot be called"):
-        find_callable("tests.test_cli:IMAGE")

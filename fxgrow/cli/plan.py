@@ -1,0 +1,49 @@
+"""``fxgrow plan``: a growth on paper."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+from fxgrow.cli.console import amount, out, working
+from fxgrow.cli.options import Config, Input, Json, Model, Seed, Spec
+from fxgrow.spec import GrowthSpec
+
+
+def plan(
+    model: Model,
+    spec: Spec,
+    config: Config = None,
+    input: Input = None,
+    json_: Json = False,
+    seed: Seed = 0,
+) -> None:
+    """Dry run of a growth: what grows, by how much, what it costs. Needs no weights and computes nothing.
+
+    \b
+    fxgrow plan examples.gpt.train:task spec.yaml
+    fxgrow plan examples.gpt.train:task '{op: widen, axis: "*/hidden", factor: 1.5}'
+    fxgrow plan examples.gpt.train:task '{op: extend, axis: "*/positions", factor: 2}'
+    fxgrow plan examples.gpt.train:task '[{op: deepen, stack: transformer.h, factor: 2}]' --json > plan.json
+    """
+    from fxgrow.cli.models import captured, named_model
+    from fxgrow.cli.tables import show_plan
+    from fxgrow.growth import plan_growth
+    from fxgrow.report.plans import parameter_bytes
+
+    parsed = GrowthSpec.parse(spec)
+    named = named_model(model, config=config or (), inputs=input or (), seed=seed, dry=True)
+    program = captured(named)
+    with working("planning"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made, grown = plan_growth(program, parsed)
+    if json_:
+        sys.stdout.write(made.to_json(indent=2) + "\n")
+        return
+    console = out()
+    show_plan(console, made, program)
+    before, after = parameter_bytes(program, made, grown)
+    console.print(
+        f"parameters {made.parameters_before:,} → {made.parameters_after:,} "
+        f"(×{made.parameters_after / max(1, made.parameters_before):.2f}), {amount(before)} → {amount(after)}"
+    )

@@ -1,0 +1,71 @@
+"""The training loop: a model trains, grows by a schedule while it runs, and goes on training.
+
+One loop, meant to be read from top to bottom: :func:`train` in ``loop.py``. What it trains is a :class:`Task`; how long
+and how fast is a :class:`Hyper`. ``fxgrow train package.module:callable`` and the examples both end up here.
+
+In the folder of a run::
+
+    log.jsonl                     one JSON object a line: start, step, eval, growth, checkpoint, resume, end
+    checkpoints/latest            the name of the newest complete checkpoint
+    checkpoints/step-00000100.0/  model.safetensors, optimizer.safetensors, state.json
+
+A checkpoint holds no pickle. A run that has grown is resumed by replaying its growths on the original model, which
+gives modules and optimizers of the right shapes, and then loading the tensors into them.
+
+Caveat, also for loops of your own: clipping by the *global* gradient norm is not invariant under growth. A writer's
+copies share its gradient, a reader's copies each have all of it, so the norm of the grown model's gradient differs from
+the small model's although both compute the same function. Clipping then scales the first updates after a growth
+differently. It does not touch the exactness of the growth itself; turn it off (``clip=0``) to compare trajectories.
+"""
+
+from __future__ import annotations
+
+from fxgrow.training.batches import seeded, to_device
+from fxgrow.training.checkpoints import compare, load_model, restore, save, shapes, sync, untied
+from fxgrow.training.copies import Copies
+from fxgrow.training.counting import count_parameters, flop_counter
+from fxgrow.training.display import describe, describe_growth, human, progress_bar
+from fxgrow.training.hyper import Hyper, cosine
+from fxgrow.training.log import Log, growth_line, read_log, standing
+from fxgrow.training.loop import compiled, due, evaluate, train
+from fxgrow.training.packing import pack, unpack
+from fxgrow.training.run import Run
+from fxgrow.training.task import Batch, Task, adamw, first_numel, model_loss, whole_batch
+
+__all__ = [
+    "Batch",
+    "Copies",
+    "Hyper",
+    "Log",
+    "Run",
+    "Task",
+    "adamw",
+    "compare",
+    "compiled",
+    "cosine",
+    "count_parameters",
+    "describe",
+    "describe_growth",
+    "due",
+    "evaluate",
+    "first_numel",
+    "flop_counter",
+    "growth_line",
+    "human",
+    "load_model",
+    "model_loss",
+    "pack",
+    "progress_bar",
+    "read_log",
+    "restore",
+    "save",
+    "seeded",
+    "shapes",
+    "standing",
+    "sync",
+    "to_device",
+    "train",
+    "unpack",
+    "untied",
+    "whole_batch",
+]

@@ -1,0 +1,20 @@
+"""Micro-batches: each drawn by a generator of its own, so that a resumed run draws what it would have drawn."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from fxgrow.training.task import Batch
+
+
+def seeded(seed: int, split: str, number: int) -> torch.Generator:
+    """The generator of one micro-batch: a function of the run's seed, the split and the micro-batch's number."""
+    digest = hashlib.blake2b(f"{seed}/{split}/{number}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return tuple(item.to(device) if isinstance(item, Tensor) else item for item in batch)

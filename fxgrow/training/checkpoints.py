@@ -1,0 +1,204 @@
+"""Checkpoints of a run: model, optimizer, schedule and random numbers, so that it goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fxgrow.checkpoint import read_tensors
+from fxgrow.errors import CheckpointError
+from fxgrow.rates import all_rates
+from fxgrow.reading import read_json, read_text
+from fxgrow.training.optimizer_state import check_optimizer_state
+from fxgrow.training.packing import pack, unpack
+from fxgrow.training.run import Run
+from fxgrow.version import __version__
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint of ``run`` and make it the newest; a crash at any moment leaves a complete one behind.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = run.out / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    for leftover in folder.glob(".new-*"):
+        shutil.rmtree(leftover)
+    number = 0
+    while (target := folder / f"step-{run.step:08d}.{number}").exists():
+        number += 1
+    new = folder / f".new-{target.name}"
+    new.mkdir()
+    model_tensors, aliases = untied(run.model.state_dict())
+    optimizer_tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+    if torch.device(run.task.hyper.device).type == "cuda":
+        optimizer_tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    state = {
+        "format": 2,
+        "fxgrow": __version__,
+        "task": run.task.name,
+        **{name: getattr(run, name) for name in _COUNTERS},
+        "val_loss": None if math.isnan(run.val_loss) else run.val_loss,
+        "scheduler": run.scheduler.state_dict(),
+        "original": shapes(run.task.model),
+        "aliases": aliases,
+        "optimizer": pack(run.optimizer.state_dict(), "optimizer", optimizer_tensors),
+        "hyper": asdict(run.task.hyper),
+    }
+    save_file(model_tensors, new / "model.safetensors")
+    save_file(optimizer_tensors, new / "optimizer.safetensors")
+    (new / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for file in new.iterdir():
+        sync(file)
+    new.rename(target)
+    pointer = folder / "latest.new"
+    pointer.write_text(target.name, encoding="utf-8")
+    sync(pointer)
+    os.replace(pointer, folder / "latest")
+    kept = sorted(folder.glob("step-*"), key=lambda path: path.stat().st_mtime_ns)
+    for old in kept[: -run.task.hyper.keep_checkpoints]:
+        shutil.rmtree(old)
+    return target
+
+
+_COUNTERS = ("step", "batches", "tokens", "flops", "flops_per_batch", "seconds", "loss_sum", "losses")
+
+
+class _Saved(BaseModel):
+    """What ``state.json`` holds."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[2]
+    fxgrow: str
+    task: str
+    step: int = Field(ge=0)
+    batches: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    flops: int = Field(ge=0)
+    flops_per_batch: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    loss_sum: float
+    losses: int = Field(ge=0)
+    val_loss: float | None
+    scheduler: dict[str, Any]
+    original: dict[str, list[int]]
+    aliases: dict[str, str]
+    optimizer: Any
+    hyper: dict[str, Any]
+
+
+def restore(run: Run) -> None:
+    """Bring a fresh ``run`` to its newest checkpoint: replay the growths, then load every tensor, strictly.
+
+    Raises:
+        CheckpointError: something is missing, superfluous, or of another shape or dtype. The run is not usable then.
+        SpecError: the schedule's past is not this run's.
+    """
+    folder = run.out / "checkpoints"
+    newest = read_text(folder / "latest", 1000, CheckpointError).strip()
+    if not re.fullmatch(r"step-\d+\.\d+", newest):
+        raise CheckpointError(f"{folder / 'latest'} does not name a checkpoint: {newest[:80]!r}")
+    path = folder / newest
+    state = _read_state(path / "state.json")
+    model_tensors = read_tensors(path / "model.safetensors")
+    optimizer_tensors = read_tensors(path / "optimizer.safetensors")
+    compare(state.original, shapes(run.task.model), f"checkpoint {path}: the original model")
+    run.scheduler.load_state_dict(state.scheduler)
+    run.model, optimizer = run.scheduler.replay(run.model, run.optimizer)
+    assert optimizer is not None
+    run.optimizer = optimizer
+    run.model.train()
+    load_model(run.model, model_tensors, state.aliases, f"checkpoint {path}: the model")
+    try:
+        saved = unpack(state.optimizer, optimizer_tensors)
+        check_optimizer_state(saved, run.optimizer)
+        run.optimizer.load_state_dict(saved)
+        all_rates(run.optimizer)  # reads what stands in the groups
+        _set_random_state(optimizer_tensors)
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {path}: the optimizer's state does not fit: {error}") from error
+    for name in _COUNTERS:
+        setattr(run, name, getattr(state, name))
+    run.val_loss = math.nan if state.val_loss is None else state.val_loss
+
+
+def _read_state(file: Path) -> _Saved:
+    data = read_json(file, finite=False)
+    if not isinstance(data, dict) or data.get("format") != 2:
+        found = data.get("format") if isinstance(data, dict) else None
+        raise CheckpointError(f"checkpoint {file.parent} has format {repr(found)[:40]}; this version reads 2")
+    try:
+        return _Saved.model_validate(data)
+    except ValidationError as error:
+        item = error.errors()[0]
+        raise CheckpointError(f"{file} is damaged: {'.'.join(map(str, item['loc']))}: {item['msg']}") from error
+
+
+def _set_random_state(tensors: Mapping[str, Tensor]) -> None:
+    saved, own = tensors["rng.cpu"], torch.get_rng_state()
+    if saved.dtype != own.dtype or saved.shape != own.shape:
+        raise ValueError("the state of the random numbers is not one of this PyTorch's")
+    torch.set_rng_state(saved)
+    if "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+def untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors as safetensors wants them, each once; and for the other names of tied ones, whose alias they are."""
+    seen: dict[Any, str] = {}
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        owner = seen.setdefault(key, name) if tensor.numel() else name
+        if owner != name:
+            aliases[name] = owner
+        else:
+            kept[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return kept, aliases
+
+
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], what: str) -> None:
+    """Copy ``tensors`` into ``model``; names, shapes and dtypes must all be its own."""
+    every = {**tensors, **{name: tensors[owner] for name, owner in aliases.items() if owner in tensors}}
+    own = model.state_dict()
+    compare(
+        {name: [*tensor.shape, str(tensor.dtype)] for name, tensor in every.items()},
+        {name: [*tensor.shape, str(tensor.dtype)] for name, tensor in own.items()},
+        what,
+    )
+    model.load_state_dict(every, strict=True)
+
+
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def compare(saved: Mapping[str, Any], own: Mapping[str, Any], what: str) -> None:
+    """Raise unless both say the same of the same names."""
+    mistakes = [f"{name} is missing in the checkpoint" for name in own if name not in saved]
+    mistakes += [f"{name} is not in the model" for name in saved if name not in own]
+    for name in own:
+        if name in saved and saved[name] != own[name]:
+            mistakes.append(f"{name} is {saved[name]} in the checkpoint, {own[name]} in the model")
+    if mistakes:
+        more = f"; and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
+        raise CheckpointError(f"{what} is another one: {'; '.join(mistakes[:5])}{more}")
+
+
+def sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,72 @@
+"""Copies: which weights a growth made equal, and how far apart they are later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Copies:
+    """Which slices of the weights are equal to the bit right after a growth, and how far apart they are later.
+
+    A copy that never parts from its original is wasted. ``pairs`` maps a parameter and a dim to the index vectors of
+    equal slices; ``zeros`` are the weights that were born zero (last projections of inserted blocks).
+    """
+
+    pairs: dict[tuple[str, int], tuple[Tensor, Tensor]]
+    zeros: list[str]
+
+    @classmethod
+    def none(cls) -> Copies:
+        return cls({}, [])
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Copies:
+        """Find them in the matrices of ``model`` by comparing values, without asking the compiler."""
+        pairs, zeros = {}, []
+        for name, parameter in model.named_parameters():
+            if parameter.dim() != 2:
+                continue
+            weight = parameter.detach().cpu()
+            if not weight.any():
+                zeros.append(name)
+                continue
+            for dim in (0, 1):
+                slices = weight if dim == 0 else weight.t()
+                first: dict[bytes, int] = {}
+                found = []
+                for index, row in enumerate(slices.contiguous()):
+                    if row.any():
+                        other = first.setdefault(row.numpy().tobytes(), index)
+                        if other != index:
+                            found.append((other, index))
+                if found:
+                    left, right = torch.tensor(found).t().to(parameter.device)
+                    pairs[name, dim] = (left, right)
+        return cls(pairs, zeros)
+
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """How far the copies have parted.
+
+        Returns:
+            ``copies``: number of pairs, ``apart_max``: largest difference of any weight of any two copies,
+            ``apart_min``: the same for the two copies that are still nearest to each other; ``born_zero_max``: the
+            smallest over the weights born zero of their now largest element. Keys without an object are left out.
+        """
+        weights = dict(model.named_parameters())
+        result: dict[str, Any] = {}
+        with torch.no_grad():
+            apart = [
+                (weights[name].index_select(dim, left) - weights[name].index_select(dim, right)).abs().amax(1 - dim)
+                for (name, dim), (left, right) in self.pairs.items()
+            ]
+            if apart:
+                every = torch.cat(apart)
+                result = {"copies": every.numel(), "apart_max": float(every.max()), "apart_min": float(every.min())}
+            if self.zeros:
+                result["born_zero_max"] = min(float(weights[name].abs().max()) for name in self.zeros)
+        return result

@@ -1,0 +1,81 @@
+"""Whether a stored state is that of an optimizer: torch takes any, and fails at the next step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxgrow.rates import KEY, STEPS
+
+
+def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Whether an optimizer's state is of its kind: torch takes any, and fails at the next step.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(saved, dict) or set(saved) != {"state", "param_groups"} or not isinstance(saved["state"], dict):
+        raise ValueError("it is no optimizer's state")
+    own = optimizer.state_dict()["param_groups"]
+    groups = saved["param_groups"]
+    if not isinstance(groups, list) or len(groups) != len(own):
+        raise ValueError(f"it has not the {len(own)} parameter groups of this optimizer")
+    for number, (theirs, mine) in enumerate(zip(groups, own, strict=True)):
+        # per-slice rates come and go: a warm-up that the replay begins may have ended before the checkpoint
+        own_keys = set(mine) - {KEY, STEPS}
+        if not isinstance(theirs, dict) or set(theirs) - {KEY, STEPS} != own_keys or theirs["params"] != mine["params"]:
+            raise ValueError(f"parameter group {number} is not like this optimizer's")
+        odd = [k for k in mine if k in own_keys and not _alike(theirs[k], mine[k])]
+        if odd:
+            raise ValueError(f"{odd[0]} of parameter group {number} is {str(theirs[odd[0]])[:40]!r}")
+    parameters: dict[int, Tensor] = {}
+    kinds: dict[int, dict[str, bool]] = {}
+    for mine, group in zip(own, optimizer.param_groups, strict=True):
+        parameters |= dict(zip(mine["params"], group["params"], strict=True))
+        kinds |= dict.fromkeys(mine["params"], _state_kinds(optimizer, group))
+    for number, entries in saved["state"].items():
+        if number not in parameters or not isinstance(entries, dict):
+            raise ValueError(f"state of parameter {str(number)[:40]!r}, which this optimizer has not")
+        shape = parameters[number].shape
+        lost = kinds[number].keys() - entries.keys()
+        if lost and entries:
+            raise ValueError(f"state of parameter {number} lacks {min(lost)}")
+        for key, value in entries.items():
+            if not isinstance(key, str):
+                raise ValueError(f"state of parameter {number} has the key {key!r}")
+            if kinds[number].get(key, isinstance(value, Tensor)) != isinstance(value, Tensor) and value is not None:
+                raise ValueError(f"{key} of parameter {number} is {str(value)[:40]!r}")
+            if isinstance(value, Tensor) and value.dim() == len(shape) and value.numel() > 1 and value.shape != shape:
+                raise ValueError(f"{key} of parameter {number} is {list(value.shape)}, the parameter {list(shape)}")
+
+
+def _state_kinds(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, bool]:
+    """What the optimizer keeps for a parameter after a step: by name, whether it is a tensor. Empty where not known."""
+    scratch = nn.Parameter(torch.zeros(2, 2))
+    scratch.grad = torch.zeros(2, 2)
+    options = {k: v for k, v in group.items() if k not in ("params", "param_names", KEY, STEPS)}
+    try:
+        make: Any = type(optimizer)
+        fresh = make([{**options, "params": [scratch]}])
+        fresh.step()
+    except Exception:  # somebody's own optimizer, which asks for more
+        return {}
+    return {k: isinstance(v, Tensor) for k, v in fresh.state[scratch].items() if v is not None}
+
+
+def _alike(theirs: Any, mine: Any) -> bool:
+    """Whether two hyper-parameters are of one kind; numbers may be of any."""
+    if isinstance(mine, bool) or mine is None or theirs is None:
+        return theirs is None or mine is None or isinstance(theirs, bool)
+    if isinstance(mine, int | float):
+        return isinstance(theirs, int | float | Tensor) and not isinstance(theirs, bool)
+    if isinstance(mine, tuple | list):
+        return isinstance(theirs, tuple | list) and len(theirs) == len(mine) and all(map(_alike, theirs, mine))
+    if isinstance(mine, dict):
+        return (
+            isinstance(theirs, dict) and theirs.keys() == mine.keys() and all(_alike(theirs[k], mine[k]) for k in mine)
+        )
+    return isinstance(theirs, type(mine))

@@ -1,0 +1,70 @@
+"""What is trained: a task, and what its callables are unless it says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxgrow.training.hyper import Hyper
+
+Batch = tuple[Any, ...]
+
+
+def adamw(model: nn.Module, hyper: Hyper) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices and embeddings only, as in nanoGPT."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": hyper.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=hyper.learning_rate, betas=hyper.betas)
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean loss of a model that computes it itself and returns it alone, last in a tuple, or under ``loss``."""
+    output = model(*batch)
+    if isinstance(output, Mapping):
+        output = output["loss"]
+    elif isinstance(output, list | tuple):
+        output = output[-1]
+    return output
+
+
+def whole_batch(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs for the compiler: the batch as positional arguments."""
+    return batch, {}
+
+
+def first_numel(batch: Batch) -> int:
+    """Tokens in a batch: the elements of its first tensor."""
+    return int(batch[0].numel())
+
+
+@dataclass
+class Task:
+    """What to train. Every callable is a plain function, so a task is written in one screenful."""
+
+    model: nn.Module
+    batches: Callable[[str, torch.Generator], Batch]
+    """``batches(split, generator)`` draws one micro-batch of ``"train"`` or ``"val"``, a tuple of CPU tensors. It must
+    depend on the generator alone: that is what makes a resumed run equal to an uninterrupted one."""
+    hyper: Hyper = field(default_factory=Hyper)
+    schedule: Any = None
+    """Anything :meth:`fxgrow.schedule.Schedule.parse` takes."""
+    loss: Callable[[nn.Module, Batch], Tensor] = model_loss
+    """``loss(model, batch)``: the micro-batch's mean loss, a scalar."""
+    example: Callable[[Batch], tuple[tuple[Any, ...], dict[str, Any]]] = whole_batch
+    """``example(batch)``: the arguments the model is captured with; a batch of at least 2."""
+    calls: Callable[[Batch], Mapping[str, Any]] | None = None
+    """``calls(batch)``: further ways of calling the model, by name, see :func:`fxgrow.grow`; to sample from it, say."""
+    optimizer: Callable[[nn.Module, Hyper], torch.optim.Optimizer] = adamw
+    tokens: Callable[[Batch], int] = first_numel
+    epoch_tokens: int | None = None
+    """Tokens in one pass over the data; needed for ``epoch`` triggers only."""
+    verify: Any = "auto"
+    """Passed to :func:`fxgrow.grow`."""
+    name: str = "run"

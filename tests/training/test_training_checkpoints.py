@@ -1,0 +1,182 @@
+"""Checkpoints of a run: resume as if nothing had been, ties, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxgrow
+from fxgrow import scheduler, training
+from fxgrow.errors import CheckpointError, SpecError
+from fxgrow.training import Task, read_log
+from tests.training.toy import GROWTHS, WIDEN, Net, assert_same_losses, assert_same_optimizer, make, run, same
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_resume_equals_uninterrupted(tmp_path: Path, stop: int) -> None:
+    whole = run(make(dropout=0.3), tmp_path / "whole")
+    part = run(make(dropout=0.3), tmp_path / "parts", stop_at=stop)
+    assert part.step == stop
+    task = make(dropout=0.3)
+    with torch.no_grad():  # a resumed run must not depend on the values it starts from
+        for parameter in task.model.parameters():
+            parameter.normal_()
+    rest = run(task, tmp_path / "parts", resume=True)
+    assert same(whole.model, rest.model)
+    assert (whole.tokens, whole.flops) == (rest.tokens, rest.flops)
+    assert whole.val_loss == pytest.approx(rest.val_loss, rel=1e-9)
+    assert_same_losses(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize("stop", [3, 5, 6, 8, 10])
+def test_resume_across_growths_equals_uninterrupted(tmp_path: Path, stop: int) -> None:
+    schedule = [GROWTHS[0], {**GROWTHS[1], "trigger": {"tokens": 24 * 11}}]
+    whole = run(make(schedule=schedule), tmp_path / "whole")
+    assert [growth.trigger.kind for growth in whole.scheduler.fired] == ["step", "tokens"]
+    run(make(schedule=schedule), tmp_path / "parts", stop_at=stop)
+    rest = run(make(schedule=schedule), tmp_path / "parts", resume=True)
+    assert isinstance(rest.model, Net)
+    assert rest.model.up.out_features == 16
+    assert same(whole.model, rest.model)
+    assert rest.tokens == whole.tokens
+    assert_same_losses(tmp_path / "whole", tmp_path / "parts")
+    assert_same_optimizer(whole.optimizer, rest.optimizer)
+
+
+@pytest.mark.parametrize("policy", ["asymmetric", "exact", "copy", "reset"])
+def test_resume_across_a_compiled_growth_equals_uninterrupted(tmp_path: Path, policy: str) -> None:
+    growth = {
+        "trigger": {"step": 4},
+        "operations": [{**WIDEN, "axis": "*/hidden", "noise": {"scale": 0.1}}],
+        "optimizer": {"policy": policy, "warmup": 6, "ramp": 5},
+    }
+    whole = run(make(schedule=[growth]), tmp_path / "whole")
+    line = next(line for line in read_log(tmp_path / "whole" / "log.jsonl") if line["event"] == "growth")
+    assert line["moved"] < 1e-6
+    assert line["error_float64"] < 1e-12
+    for stop in (4, 7, 11):  # just before the growth, while the newborn entries warm up, and after that
+        out = tmp_path / str(stop)
+        run(make(schedule=[growth]), out, stop_at=stop)
+        rest = run(make(schedule=[growth]), out, resume=True)
+        assert same(whole.model, rest.model)
+        assert_same_losses(tmp_path / "whole", out)
+        assert_same_optimizer(whole.optimizer, rest.optimizer)
+
+
+def test_a_refused_growth_ends_the_run_and_leaves_a_usable_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise fxgrow.errors.GrowthRefused("not exact")
+
+    monkeypatch.setattr(scheduler, "grow", refuse)
+    with pytest.raises(fxgrow.errors.GrowthRefused):
+        run(make(schedule=GROWTHS[:1], checkpoint_every=2), tmp_path)
+    last = read_log(tmp_path / "log.jsonl")[-1]
+    assert (last["event"], last["step"], last["error"]) == ("refused", 5, "not exact")
+    assert run(make(), tmp_path, stop_at=6).step == 6
+
+
+def test_checkpoints_keep_ties_and_only_the_newest(tmp_path: Path) -> None:
+    class Tied(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.also = nn.Linear(3, 4)
+            self.also.weight = self.up.weight
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            out = self.down(torch.tanh(self.up(x)) + self.also(x))
+            return out, F.mse_loss(out, y)
+
+    def tied() -> Task:
+        task = make(checkpoint_every=2, keep_checkpoints=2)
+        torch.manual_seed(1)
+        task.model = Tied().double()
+        return task
+
+    whole = run(tied(), tmp_path / "whole")
+    run(tied(), tmp_path / "parts", stop_at=7)
+    folder = tmp_path / "parts" / "checkpoints"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000006.0", "step-00000007.0"]
+    state = json.loads((folder / "step-00000007.0" / "state.json").read_text())
+    assert state["aliases"] == {"also.weight": "up.weight"}
+    rest = run(tied(), tmp_path / "parts", resume=True)
+    assert isinstance(rest.model, Tied)
+    assert rest.model.also.weight is rest.model.up.weight
+    assert same(whole.model, rest.model)
+
+
+def test_a_half_written_checkpoint_is_ignored_and_cleared(tmp_path: Path) -> None:
+    run(make(), tmp_path, stop_at=3)
+    broken = tmp_path / "checkpoints" / ".new-step-00000005.0"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+    assert run(make(), tmp_path, resume=True).step == 12
+    assert not broken.exists()
+
+
+def test_checkpoints_of_another_model_are_refused(tmp_path: Path) -> None:
+    run(make(), tmp_path, stop_at=3)
+    with pytest.raises(CheckpointError, match=r"up\.weight is \[4, 3\] in the checkpoint, \[5, 3\] in the model"):
+        run(make(hidden=5), tmp_path, resume=True)
+    tensors, _ = training.untied(Net().state_dict())
+    del tensors["up.bias"]
+    with pytest.raises(CheckpointError, match=r"up\.bias is missing"):
+        training.load_model(Net(), tensors, {}, "it")
+    with pytest.raises(CheckpointError, match=r"torch\.float64"):
+        training.load_model(Net().double(), Net().state_dict(), {}, "it")
+    with pytest.raises(CheckpointError, match=r"extra is not in the model"):
+        training.load_model(Net(), {**Net().state_dict(), "extra": torch.zeros(1)}, {}, "it")
+    path = tmp_path / "checkpoints" / (tmp_path / "checkpoints" / "latest").read_text()
+    (path / "model.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run(make(), tmp_path, resume=True)
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_resuming_under_another_past_is_refused(tmp_path: Path) -> None:
+    run(make(schedule=GROWTHS[:1]), tmp_path, stop_at=7)
+    with pytest.raises(SpecError, match=r"growths\.0"):
+        run(make(schedule=[{**GROWTHS[0], "optimizer": "reset"}]), tmp_path, resume=True)
+
+
+def test_a_new_run_in_the_same_folder_does_not_resume_the_old_one(tmp_path: Path) -> None:
+    run(make(), tmp_path, stop_at=6)
+
+    def fail(model: nn.Module, batch: Any) -> Tensor:
+        raise RuntimeError("power cut")
+
+    task = make()
+    task.loss = fail
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(task, tmp_path)
+    run(make(), tmp_path, resume=True, stop_at=2)
+    assert next(line["event"] for line in read_log(tmp_path / "log.jsonl")) == "start"
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path: Path) -> None:
+    assert run(make(), tmp_path, resume=True).step == 12
+
+
+def test_pack_round_trips_and_refuses_what_needs_pickle() -> None:
+    value = {
+        "state": {0: {"step": torch.tensor(3.0), "m": torch.arange(6).view(2, 3)}, 1: {}},
+        "groups": [{"betas": (0.9, 0.95), "lr": 1e-3, "flag": None, "inf": math.inf, "name": "a"}],
+    }
+    tensors: dict[str, Tensor] = {}
+    back = training.unpack(json.loads(json.dumps(training.pack(value, "o", tensors))), tensors)
+    assert back["groups"] == value["groups"]
+    assert isinstance(back["groups"][0]["betas"], tuple)
+    assert list(back["state"]) == [0, 1]
+    assert torch.equal(back["state"][0]["m"], torch.arange(6).view(2, 3))
+    assert back["state"][0]["m"].dtype == torch.int64
+    with pytest.raises(CheckpointError, match=r"o\.f is a .*, which a checkpoint without pickle"):
+        training.pack({"f": print}, "o", {})

@@ -1,0 +1,86 @@
+"""The parts of the loop: learning rate, floating-point operations, copies, losses, hyper-parameters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fxgrow import training
+from fxgrow.errors import SpecError
+from fxgrow.training import Copies, Hyper, cosine
+from tests.training.toy import Net, make, run
+
+
+def test_cosine_values() -> None:
+    hyper = Hyper(steps=110, warmup=10, learning_rate=1.0, min_learning_rate=0.1)
+    assert cosine(0, hyper) == pytest.approx(0.1)
+    assert cosine(9, hyper) == pytest.approx(1.0)
+    assert cosine(10, hyper) == pytest.approx(1.0)
+    assert cosine(60, hyper) == pytest.approx(0.55)  # halfway
+    assert cosine(35, hyper) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert cosine(110, hyper) == cosine(10**6, hyper) == pytest.approx(0.1)
+    assert cosine(60, replace(hyper, decay_steps=60)) == pytest.approx(0.1)
+    assert cosine(0, replace(hyper, warmup=0)) == pytest.approx(1.0)
+
+
+def test_flops_are_counted_exactly(tmp_path: Path) -> None:
+    final = run(make(), tmp_path)
+    # (8 × 3) · (3 × 4) and (8 × 4) · (4 × 1), two operations per multiply-add; backward needs no gradient of the input
+    forward = 2 * 8 * 3 * 4 + 2 * 8 * 4
+    backward = 2 * 8 * 3 * 4 + 2 * (2 * 8 * 4)
+    assert final.flops_per_batch == forward + backward
+    assert final.flops == 12 * (forward + backward)
+
+
+def test_fused_attention_is_counted_on_the_cpu() -> None:
+    q = torch.randn(2, 3, 5, 7, requires_grad=True)
+    with training.flop_counter() as counter:
+        F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+    one = 2 * 2 * 3 * 5 * 5 * 7  # one matrix product of scores or values
+    assert counter.get_total_flops() == 2 * one + 5 * one  # 2 forward; backward 4 and the scores again
+
+
+def test_copies_are_found_by_value_and_their_parting_measured() -> None:
+    net = Net(4)
+    assert not Copies.of(net).pairs
+    with torch.no_grad():
+        net.up.weight[3] = net.up.weight[1]
+        net.down.weight[0, 2] = net.down.weight[0, 0]
+        found = Copies.of(net)
+        assert found.measure(net) == {"copies": 2, "apart_max": 0.0, "apart_min": 0.0}
+        net.up.weight[3, 0] += 0.5
+        measured = found.measure(net)
+        assert measured["apart_max"] == pytest.approx(0.5)
+        assert measured["apart_min"] == 0.0
+        net.down.weight.zero_()
+        zeros = Copies.of(net)
+        assert zeros.measure(net) == {"born_zero_max": 0.0}
+        net.down.weight[0, 1] = -2
+        assert zeros.measure(net) == {"born_zero_max": 2.0}
+
+
+def test_losses_come_from_tuples_mappings_and_tensors() -> None:
+    x = torch.tensor(2.0)
+
+    class Returns(nn.Module):
+        def __init__(self, value: Any) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self) -> Any:
+            return self.value
+
+    for value in (x, (None, x), {"loss": x, "logits": None}):
+        assert training.model_loss(Returns(value), ()) is x
+
+
+def test_hyper_parameters_are_checked() -> None:
+    with pytest.raises(SpecError, match="accumulation: 0 must be at least 1"):
+        Hyper(accumulation=0)
