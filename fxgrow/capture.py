@@ -792,7 +792,8 @@ def _program(
         mode_reason="",
         args=calls[0].args,
         kwargs=calls[0].kwargs,
-        containers={n: type(m).__name__ for n, m in model.named_modules()},
+        # a module that stands at several places has several paths: a shared block has a number at each of them
+        containers={n: type(m).__name__ for n, m in model.named_modules(remove_duplicate=False)},
         calls=calls,
         signature=_positional(model),
         defaults=_defaults(model),

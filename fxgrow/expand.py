@@ -33,7 +33,7 @@ def spec_between(small: Program, big: Program, **how: Any) -> list[dict[str, Any
     for stack, numbers in stacks.items():
         more = len(larger.get(stack, [])) - len(numbers)
         if more < 0:
-            raise SpecError(f"{stack} has {len(numbers)} blocks, the larger model {len(larger.get(stack, []))}")
+            raise SpecError(f"{stack or '.'} has {len(numbers)} blocks, the larger model {len(larger.get(stack, []))}")
         if more:
             operations.append({"op": "deepen", "stack": stack, "by": more})
     sizes = {a.name: a.size for a in big.axes}

@@ -297,13 +297,25 @@ def stacks_of(program: Program) -> dict[str, list[int]]:
     return {k: sorted(v) for k, v in out.items()}
 
 
+def block_path(stack: str, number: int | str) -> str:
+    """Module path of a block; the model itself may be the stack."""
+    return f"{stack}.{number}" if stack else str(number)
+
+
+def children_of(program: Program, stack: str) -> list[int]:
+    """The numbers that stand in a container: its blocks, and the plain layers among them."""
+    prefix = f"{stack}." if stack else ""
+    names = {p.removeprefix(prefix) for p in program.containers if p.startswith(prefix)}
+    return sorted(int(n) for n in names if n.isdigit())
+
+
 def block_of(path: str, stacks: Mapping[str, Any], inside: str = "") -> str | None:
     """The outermost block a module path lies in, as ``stack.number``."""
     parts = path.split(".")
-    for i in range(1, len(parts)):
+    for i in range(len(parts)):
         stack = ".".join(parts[:i])
         if stack in stacks and parts[i].isdigit() and int(parts[i]) in stacks[stack]:
-            found = f"{stack}.{parts[i]}"
+            found = block_path(stack, parts[i])
             if found != inside:
                 return found
     return None
@@ -327,11 +339,11 @@ class Region:
 def block_regions(program: Program, graph: fx.Graph, stack: str | None = None) -> list[Region]:
     """The blocks whose nodes form one run; parameters of their own and training flags belong to them.
 
-    The outermost blocks, or those of one ``stack``, which may lie inside another's.
+    The outermost blocks, or those of one ``stack``, which may lie inside another's. What stands in the model itself is
+    taken for blocks only where that is the stack asked for: its children are often stages, with blocks of their own.
     """
     stacks = stacks_of(program)
-    if stack is not None:
-        stacks = {stack: stacks[stack]}
+    stacks = {s: n for s, n in stacks.items() if (s if stack is None else s == stack)}
     runs: list[tuple[tuple[int, str | None], list[fx.Node]]] = []
     for node in graph.nodes:
         if node.op != "call_function":

@@ -19,7 +19,7 @@ from fxgrow.memory import Memory, writes
 from fxgrow.passes.base import GrowthPass, State, register_pass
 from fxgrow.passes.identity import IDEMPOTENT, Identity, Values, merged, same_value
 from fxgrow.plan import Change, CloneBlock, Renumber, Step, TensorPlan
-from fxgrow.regenerate import Region, block_regions, stacks_of
+from fxgrow.regenerate import Region, block_path, block_regions, children_of, stacks_of
 from fxgrow.rules.base import op_name
 from fxgrow.spec import Deepen
 
@@ -47,10 +47,10 @@ def plan_deepen(state: State, op: Deepen) -> list[Step]:
         GrowthRefused: a block is not one piece of the graph, or no identity of it exists.
     """
     stacks = stacks_of(state.program)
-    names = [s for s in stacks if fnmatch.fnmatchcase(s, op.stack)]
+    names = [s for s in stacks if fnmatch.fnmatchcase(s or ".", op.stack) or s == op.stack]
     if not names:
         raise SpecError(
-            f"no repeated stack matches {op.stack!r}; the model has: {', '.join(stacks) or 'none'} "
+            f"no repeated stack matches {op.stack!r}; the model has: {', '.join(s or '.' for s in stacks) or 'none'} "
             "(a stack is a ModuleList or Sequential whose numbered children have modules of their own)"
         )
     step = Step(
@@ -69,14 +69,16 @@ def places(op: Deepen, numbers: list[int], stack: str) -> list[tuple[int, int]]:
     if op.after is not None:
         wrong = [a for a in op.after if a not in numbers]
         if wrong:
-            raise SpecError(f"{stack} has blocks {numbers[0]} to {numbers[-1]}, no block {wrong[0]}")
+            raise SpecError(f"{stack or '.'} has blocks {numbers[0]} to {numbers[-1]}, no block {wrong[0]}")
         check_blocks(stack, n, len(op.after))
         return [(a, a) for a in sorted(op.after)]
     if op.factor is not None:
         check_blocks(stack, n, n * op.factor - n)
         total = round(n * op.factor)
         if abs(total - n * op.factor) > 1e-6:
-            raise SpecError(f"{stack} has {n} blocks; factor {op.factor:g} gives {n * op.factor:g}, no whole number")
+            raise SpecError(
+                f"{stack or '.'} has {n} blocks; factor {op.factor:g} gives {n * op.factor:g}, no whole number"
+            )
         extra = total - n
     else:
         assert op.by is not None
@@ -97,26 +99,26 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     program = state.program
     new_blocks = places(op, numbers, stack)
     if not new_blocks:
-        step.notes.append(f"{stack} keeps its {len(numbers)} blocks")
+        step.notes.append(f"{stack or '.'} keeps its {len(numbers)} blocks")
         return
     blocks = _Blocks(program, state.graph, stack, block_regions(program, state.graph, stack), Memory(state.graph))
     numbering: dict[int, int] = {}
     order: list[tuple[int, int | None]] = []  # (old number, number in new_blocks)
-    for number in numbers:
+    for number in children_of(program, stack):  # a layer among the blocks moves on with them
         order.append((number, None))
         order += [(source, i) for i, (source, after) in enumerate(new_blocks) if after == number]
     clones: list[CloneBlock] = []
     zeros: dict[int, Values] = {}
     for position, (number, i) in enumerate(order):
         if i is None:
-            numbering[number] = numbers[0] + position
+            numbering[number] = order[0][0] + position
             continue
         source, after = new_blocks[i]
         try:
             init, zeroed = blocks.identity(source, after, op.init)
         except GrowthRefused as refusal:
             raise GrowthRefused(f"{refusal}{blocks.others(numbers, op.init)}") from None
-        new_number = numbers[0] + position
+        new_number = order[0][0] + position
         zeros[len(clones)] = zeroed
         clones.append(
             CloneBlock(
@@ -125,11 +127,12 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
                 after=after,
                 number=new_number,
                 init=init,
-                gate=f"{stack}.{new_number}.alpha" if init == "gate" else None,
+                gate=f"{block_path(stack, new_number)}.alpha" if init == "gate" else None,
             )
         )
-    prefixes = {f"{stack}.{a}": f"{stack}.{b}" for a, b in numbering.items() if a != b}
-    tensors = _clone_tensors(state, clones, zeros)
+    prefixes = {block_path(stack, a): block_path(stack, b) for a, b in numbering.items() if a != b}
+    shared = blocks.shared()
+    tensors = _clone_tensors(state, clones, zeros, shared)
     changes: list[Change] = [*clones, Renumber(prefixes=prefixes)]
     # from the last to the first, so that no clone moves the input of a block that is still to be copied: what is known
     # of the blocks stays true
@@ -137,7 +140,7 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
         clone_block(program, state.graph, change, blocks.regions)
     DeepenPass(step, program).apply(state.graph, changes[-1])
     state.rename(lambda name: renamed_path(name, prefixes))
-    _add_tensors(state, clones, numbering, tensors)
+    _add_tensors(state, clones, numbering, tensors, [renamed_path(n, prefixes) for n in shared])
     state.order_blocks(stack)
     step.changes.extend(changes)
     state.structure_changed()
@@ -165,7 +168,7 @@ class _Blocks:
         return self.found[source, after]
 
     def _identity(self, source: int, after: int, init: str) -> tuple[Any, Values]:
-        path = f"{self.stack}.{source}"
+        path = block_path(self.stack, source)
         mine = [r for r in self.regions if r.path == path]
         ran = {
             n.meta.get("call", 0)
@@ -181,6 +184,18 @@ class _Blocks:
             self._check_gate(region)
         return "gate", {}
 
+    def shared(self) -> list[str]:
+        """Tensors of a block that are read outside it too: a copy of the block reads them as the block does."""
+        read: dict[str, list[list[str]]] = {}
+        for r in self.regions:
+            read.setdefault(r.path, []).append([str(n.target) for n in r.inputs if n.op == "get_attr"])
+        return [
+            n
+            for path, (first, *rest) in read.items()
+            for n in first
+            if n.startswith(path + ".") and all(n in names for names in rest)
+        ]
+
     def others(self, numbers: list[int], init: str) -> str:
         """The blocks of the stack that a copy could be made of, in words."""
         able = []
@@ -188,10 +203,14 @@ class _Blocks:
             with contextlib.suppress(GrowthRefused):
                 self.identity(number, number, init)
                 able.append(number)
-        return f"\n(blocks of {self.stack} that can be copied: use `after: {able}`, or some of them)" if able else ""
+        return (
+            f"\n(blocks of {self.stack or '.'} that can be copied: use `after: {able}`, or some of them)"
+            if able
+            else ""
+        )
 
     def refuse(self, why: str, instead: str) -> GrowthRefused:
-        return GrowthRefused(f"cannot deepen {self.stack}: {why}. {instead}")
+        return GrowthRefused(f"cannot deepen {self.stack or '.'}: {why}. {instead}")
 
     def _in_one_call(self, region: Region, after: int, init: str) -> Values | None:
         """What to set so that the copy's branches are zero; None where only a gate can make it the identity."""
@@ -199,7 +218,7 @@ class _Blocks:
         source = stream_input(region, self.stack, regions)
         if init == "stack":
             return {}
-        before = next((r for r in regions if r.path == f"{self.stack}.{after}"), None)
+        before = next((r for r in regions if r.path == block_path(self.stack, after)), None)
         if before is None:
             raise self.refuse(
                 f"a call runs {region.path} but not block {after}", "Place the new block after one it runs"
@@ -254,21 +273,21 @@ def stream_input(region: Region, stack: str, regions: list[Region]) -> fx.Node:
 
     if len(region.outputs) != 1:
         raise GrowthRefused(
-            f"cannot deepen {stack}: {len(region.outputs)} values that {region.path} computes are used outside it "
-            f"({'; '.join(map(_at, region.outputs))}), and a copy that follows it can take up one only"
+            f"cannot deepen {stack or '.'}: {len(region.outputs)} values that {region.path} computes are used outside "
+            f"it ({'; '.join(map(_at, region.outputs))}), and a copy that follows it can take up one only"
         )
     (out,) = region.outputs
     same = [n for n in region.inputs if sizes_of(n) is not None and sizes_of(n) == sizes_of(out)]
     if len(same) > 1:
-        before = [r.outputs[0] for r in regions if r.path.startswith(stack + ".") and len(r.outputs) == 1]
+        before = [r.outputs[0] for r in regions if len(r.outputs) == 1]
         linked = [n for n in same if n in before]
         chain = [n for n in same if _adds_to(out, n, region)]
         same = linked if len(linked) == 1 else chain if len(chain) == 1 else same
     if len(same) != 1:
         what = "none of its inputs has" if not same else f"{len(same)} of its inputs have"
         raise GrowthRefused(
-            f"cannot deepen {stack}: the output of block {region.path} has the shape {sizes_of(out)}, and {what} that "
-            "shape, so that no copy of it can follow it"
+            f"cannot deepen {stack or '.'}: the output of block {region.path} has the shape {sizes_of(out)}, and "
+            f"{what} that shape, so that no copy of it can follow it"
         )
     return same[0]
 
@@ -291,7 +310,7 @@ _NEW = "+"
 
 
 def _temporary(clone: CloneBlock) -> str:
-    return f"{clone.stack}.{_NEW}{clone.number}"
+    return block_path(clone.stack, f"{_NEW}{clone.number}")
 
 
 def clone_block(program: Program, graph: fx.Graph, change: CloneBlock, regions: list[Region] | None = None) -> None:
@@ -301,12 +320,12 @@ def clone_block(program: Program, graph: fx.Graph, change: CloneBlock, regions: 
     """
     if regions is None:
         regions = block_regions(program, graph, change.stack)
-    for region in [r for r in regions if r.path == f"{change.stack}.{change.source}"]:
+    for region in [r for r in regions if r.path == block_path(change.stack, change.source)]:
         _clone_region(graph, change, region, [r for r in regions if r.call == region.call])
 
 
 def _clone_region(graph: fx.Graph, change: CloneBlock, region: Region, regions: list[Region]) -> None:
-    predecessor = next(r for r in regions if r.path == f"{change.stack}.{change.after}")
+    predecessor = next(r for r in regions if r.path == block_path(change.stack, change.after))
     before = predecessor.outputs[0]
     source = stream_input(region, change.stack, regions)
     path, new_path = region.path, _temporary(change)
@@ -377,14 +396,18 @@ def renamed_path(name: str, prefixes: dict[str, str]) -> str:
 # tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _clone_tensors(state: State, clones: list[CloneBlock], zeros: dict[int, Values]) -> dict[str, TensorPlan]:
-    """Plans of the new blocks' tensors, by their new names."""
+def _clone_tensors(
+    state: State, clones: list[CloneBlock], zeros: dict[int, Values], shared: list[str]
+) -> dict[str, TensorPlan]:
+    """Plans of the new blocks' own tensors, by their new names."""
     out: dict[str, TensorPlan] = {}
-    sources = _by_block(state.tensors, {f"{c.stack}.{c.source}" for c in clones})
+    sources = _by_block(state.tensors, {block_path(c.stack, c.source) for c in clones})
     for i, clone in enumerate(clones):
-        old = f"{clone.stack}.{clone.source}"
+        old = block_path(clone.stack, clone.source)
         for name in sources.get(old, ()):
-            new = f"{clone.stack}.{clone.number}{name[len(old) :]}"
+            if name in shared:
+                continue
+            new = block_path(clone.stack, clone.number) + name[len(old) :]
             copied = state.tensors[name].model_copy(deep=True)
             copied.fresh = clone.init != "stack"
             copied.key = zlib.crc32(new.encode())
@@ -407,23 +430,30 @@ def _by_block(names: Iterable[str], paths: set[str]) -> dict[str, list[str]]:
 
 
 def _add_tensors(
-    state: State, clones: list[CloneBlock], numbering: dict[int, int], tensors: dict[str, TensorPlan]
+    state: State,
+    clones: list[CloneBlock],
+    numbering: dict[int, int],
+    tensors: dict[str, TensorPlan],
+    shared: list[str],
 ) -> None:
-    """Enter the new blocks' names, each like those of the block it was copied from, which has its new number by now."""
+    """Enter the new blocks' names, each like those of the block it was copied from, which has its new number by now.
+
+    What the block shares with others is tied to it, as it is between them.
+    """
     program = state.program
     state.tensors.update(tensors)
-    likes = {f"{c.stack}.{numbering[c.source]}" for c in clones}
+    likes = {block_path(c.stack, numbering[c.source]) for c in clones}
 
     def under(table: Iterable[str]) -> dict[str, list[str]]:
         return _by_block(table, likes)
 
     tables: list[dict[str, Any]] = [program.parameters, program.buffers, program.requires_grad]
     tables += [program.containers, program.module_types]
-    theirs = [under(t) for t in tables]
-    persistent, aliases = under(program.persistent), under(program.aliases)
+    theirs = [under(n for n in t if n not in shared) for t in tables]
+    persistent, aliases, tied = under(program.persistent), under(program.aliases), under(shared)
     for clone in clones:
-        path = f"{clone.stack}.{clone.number}"
-        like = f"{clone.stack}.{numbering[clone.source]}"
+        path = block_path(clone.stack, clone.number)
+        like = block_path(clone.stack, numbering[clone.source])
 
         def moved(name: str, like: str = like, path: str = path) -> str:
             return path + name[len(like) :] if name.startswith(like + ".") or name == like else name
@@ -432,6 +462,7 @@ def _add_tensors(
             table.update({moved(n): table[n] for n in names.get(like, ())})
         program.persistent |= {moved(n) for n in persistent.get(like, ())}
         program.aliases.update({moved(a): moved(program.aliases[a]) for a in aliases.get(like, ())})
+        program.aliases.update({moved(n): n for n in tied.get(like, ())})
         if clone.gate is not None:
             dtype = next((p.dtype for p in program.parameters.values() if p.is_floating_point()), torch.float32)
             device = next((p.device for p in program.parameters.values()), torch.device("cpu"))

@@ -7,7 +7,7 @@ from typing import Any
 
 from fxgrow.axes.analysis import AxisInfo
 from fxgrow.capture import Program
-from fxgrow.regenerate import stacks_of
+from fxgrow.regenerate import block_path, stacks_of
 
 
 def collapsed(name: str, stacks: dict[str, list[int]]) -> str:
@@ -72,7 +72,7 @@ def inspection(program: Program) -> dict[str, Any]:
             for i in program.axes
         ],
         "stacks": [
-            {"stack": s, "blocks": len(numbers), "kind": containers.get(f"{s}.{numbers[0]}", "")}
+            {"stack": s or ".", "blocks": len(numbers), "kind": containers.get(block_path(s, numbers[0]), "")}
             for s, numbers in stacks_of(program).items()
         ],
         "ties": dict(program.aliases),

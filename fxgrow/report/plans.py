@@ -7,7 +7,7 @@ from typing import Any
 
 from fxgrow.capture import Program
 from fxgrow.plan import GrowthPlan
-from fxgrow.regenerate import stacks_of
+from fxgrow.regenerate import block_path, stacks_of
 from fxgrow.report.axes import collapsed
 
 
@@ -23,8 +23,8 @@ def step_rows(plan: GrowthPlan, program: Program | None = None) -> list[tuple[tu
         for change in step.changes:
             if change.kind == "clone":
                 text = {"zero": "last projections zero", "gate": "gate at zero", "stack": "plain copy"}[change.init]
-                how = f"copy of {change.stack}.{change.source}, {text}"
-                rows[(step.op, f"block {change.stack}.{change.number}", "", "new", how)] = 1
+                how = f"copy of {block_path(change.stack, change.source)}, {text}"
+                rows[(step.op, f"block {block_path(change.stack, change.number)}", "", "new", how)] = 1
             elif change.kind == "insert":
                 rows[(step.op, change.path, "", "new", f"identity {change.layer} after {change.after}")] = 1
         out += rows.items()

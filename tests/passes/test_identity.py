@@ -222,3 +222,84 @@ def test_minus_one_stays_where_the_block_is_widened_later() -> None:
     ]
     growth = fxgrow.grow(model, spec, (r(4, 5),), verify=False)
     same(model, growth.module, [r(4, 5), r(7, 5)])
+
+
+# blocks that share modules, and layers among the blocks -------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Stacked(nn.Module):
+    def __init__(self, blocks: nn.Sequential) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+def twice() -> nn.Sequential:
+    """One block that stands at two places."""
+    a, b = Residual(), Residual()
+    return nn.Sequential(a, b, a)
+
+
+def part() -> nn.Sequential:
+    """Two blocks that share a layer."""
+    blocks = nn.Sequential(Residual(), Residual(), Residual())
+    blocks[1].down = blocks[0].down
+    return blocks
+
+
+@pytest.mark.parametrize("how", [{"after": [0]}, {"by": 1}, {"factor": 2}, {"by": 4, "order": "append"}])
+@pytest.mark.parametrize("blocks", [twice, part])
+def test_a_copy_of_a_block_shares_what_the_block_shares(
+    blocks: Callable[[], nn.Sequential], how: dict[str, Any], tmp_path: Any
+) -> None:
+    model = trained(Stacked(blocks())).double()
+    growth = deepened(model, "blocks", r(3, 8), **how)
+    same(model, growth.module, [r(3, 8), r(5, 8, seed=1)])
+    out = growth.module(r(3, 8)).sum()
+    out.backward()
+    assert not [n for n, p in growth.module.named_parameters() if p.grad is None]  # none that nothing reads
+    fxgrow.save(growth, tmp_path / "big")
+    loaded = fxgrow.load(tmp_path / "big").module
+    same(model, deepened(loaded, "blocks", r(3, 8), by=1).module, [r(3, 8)])
+
+
+@pytest.mark.parametrize("how", [{"by": 1}, {"factor": 2}, {"by": 3, "order": "append"}])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: [Residual(), Residual(), nn.Linear(8, 8), nn.Linear(8, 3)],
+        lambda: [nn.Linear(8, 8), Residual(), Residual(), nn.Linear(8, 8)],
+        lambda: [Residual(), nn.Linear(8, 8), Residual(), nn.ReLU(), nn.Linear(8, 3)],
+    ],
+)
+def test_layers_among_the_blocks_move_on_with_them(layers: Callable[[], list[nn.Module]], how: dict[str, Any]) -> None:
+    model = trained(Stacked(nn.Sequential(*layers()))).double()
+    growth = deepened(model, "blocks", r(3, 8), **how)
+    same(model, growth.module, [r(3, 8), r(5, 8, seed=1)])
+    kept = [type(m) for m in model.blocks if not isinstance(m, Residual)]
+    numbers = {n.split(".")[1]: 0 for n in growth.module.state_dict()}
+    names = [{n.split(".", 2)[2] for n in growth.module.state_dict() if n.split(".")[1] == k} for k in numbers]
+    assert names.count({"weight", "bias"}) == kept.count(nn.Linear)
+    assert all(n in ({"weight", "bias"}, set(Residual().state_dict())) for n in names)
+
+
+@pytest.mark.parametrize("how", [{"by": 1}, {"factor": 2, "init": "gate"}, {"after": [2]}])
+def test_the_model_itself_may_be_the_stack(how: dict[str, Any]) -> None:
+    model = trained(nn.Sequential(nn.Linear(8, 8), Residual(), Residual(), nn.Linear(8, 3))).double()
+    growth = deepened(model, ".", r(3, 8), **how)
+    same(model, growth.module, [r(3, 8), r(5, 8, seed=1)])
+    added = 2 if how.get("factor") else 1
+    assert len({n.split(".")[0] for n in growth.module.state_dict()}) == 4 + added
+    with pytest.raises(fxgrow.SpecError, match=r"the model has: \."):
+        deepened(model, "blocks", r(3, 8), by=1)
