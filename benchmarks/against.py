@@ -64,8 +64,8 @@ QUICK: dict[str, dict[str, Any]] = {
 def measure(model: str, quick: bool) -> dict[str, Any]:
     """CPU seconds of each stage of doubling a model's axis, in this process; ``package``: of the fxgrow it imports."""
     import fxgrow
+    from fxgrow.emit.module import regenerate
     from fxgrow.growth import build
-    from fxgrow.regenerate import regenerate
     from fxgrow.spec import GrowthSpec
 
     torch.set_num_threads(1)

@@ -1,7 +1,5 @@
 # What fxgrow offers. Type checkers read this file in place of __init__.py, and so does fxgrow.lazy at run time.
 from fxgrow import passes as passes
-from fxgrow.capture import Program as Program
-from fxgrow.capture import capture as capture
 from fxgrow.checkpoint import Loaded as Loaded
 from fxgrow.checkpoint import load as load
 from fxgrow.checkpoint import save as save
@@ -13,10 +11,13 @@ from fxgrow.errors import GrowthRefused as GrowthRefused
 from fxgrow.errors import InputError as InputError
 from fxgrow.errors import SpecError as SpecError
 from fxgrow.expand import expand as expand
+from fxgrow.explanation import explain as explain
 from fxgrow.growth import Growth as Growth
 from fxgrow.growth import grow as grow
 from fxgrow.growth import plan_growth as plan_growth
 from fxgrow.plan import GrowthPlan as GrowthPlan
+from fxgrow.program import Program as Program
+from fxgrow.program import capture as capture
 from fxgrow.rules import register_rule as register_rule
 from fxgrow.schedule import Schedule as Schedule
 from fxgrow.scheduler import GrowthScheduler as GrowthScheduler
@@ -27,7 +28,7 @@ from fxgrow.spec import Insert as Insert
 from fxgrow.spec import Noise as Noise
 from fxgrow.spec import Widen as Widen
 from fxgrow.spec import register_operation as register_operation
-from fxgrow.verify import Receipt as Receipt
+from fxgrow.verify.verification import Receipt as Receipt
 
 __version__: str
 __all__: list[str]

@@ -28,10 +28,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import fx, nn
 
-from fxgrow.capture import Call, Program
+from fxgrow.emit.module import regenerate
 from fxgrow.errors import CheckpointError, DiskError
 from fxgrow.growth import Growth
-from fxgrow.guards import Guard, compile_condition, inputs_of
+from fxgrow.ir.guards import Guard, compile_condition, inputs_of
+from fxgrow.ir.provenance import code_of
+from fxgrow.ir.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name
+from fxgrow.ir.structure import check as check_structure
+from fxgrow.ir.traced import Call
 from fxgrow.manifest import (
     EXAMPLES,
     MANIFEST,
@@ -43,14 +47,12 @@ from fxgrow.manifest import (
     first_problem,
     read_manifest,
 )
-from fxgrow.materialise import check_readable
 from fxgrow.plan import GrowthPlan
+from fxgrow.program import Program
 from fxgrow.publish import find, new_id, publish
-from fxgrow.regenerate import code_of, regenerate
-from fxgrow.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name
-from fxgrow.structure import check as check_structure
-from fxgrow.verify import Receipt, relative_errors
+from fxgrow.verify.verification import Receipt, relative_errors
 from fxgrow.version import __version__
+from fxgrow.weights.materialise import check_readable
 
 _UNREADABLE = "its plan or receipt cannot be read"
 Result = TypeVar("Result")

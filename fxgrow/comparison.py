@@ -10,12 +10,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from fxgrow.capture import capture
 from fxgrow.checkpoint import Loaded
+from fxgrow.emit.module import regenerate
 from fxgrow.errors import CheckpointError, ExactnessError
 from fxgrow.plan import GrowthPlan
-from fxgrow.regenerate import regenerate
-from fxgrow.verify import output_numbers, relative_errors, widen_float
+from fxgrow.program import capture
+from fxgrow.verify.verification import output_numbers, relative_errors, widen_float
 
 #: largest relative error by dtype of the weights, when a stored model is compared with what it was grown from
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}

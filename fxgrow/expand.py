@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.capture import Program, capture
 from fxgrow.errors import GrowthRefused, SpecError
 from fxgrow.growth import Growth, Verify, grow
-from fxgrow.regenerate import stacks_of
-from fxgrow.verify import relative_errors
+from fxgrow.ir.stacks import stacks_of
+from fxgrow.program import Program, capture
+from fxgrow.verify.verification import relative_errors
 
 #: the larger class must compute what the grown module does, up to rounding in its own dtype
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}

@@ -13,17 +13,20 @@ import torch
 from torch import fx, nn
 
 from fxgrow import kernels
-from fxgrow.capture import Program, capture, program_of
+from fxgrow.compile import compile_regions
 from fxgrow.devices import check_memory
+from fxgrow.emit.module import regenerate
 from fxgrow.errors import FxgrowError, SpecError
-from fxgrow.execute import drops_out
+from fxgrow.ir.traced import Traced, program_of
 from fxgrow.limits import check_elements
-from fxgrow.materialise import check_finite, check_readable, materialise_all
+from fxgrow.optim.carry import carry
 from fxgrow.passes.base import State, run_operation
 from fxgrow.plan import GrowthPlan
-from fxgrow.regenerate import regenerate
+from fxgrow.program import Program, capture
 from fxgrow.spec import GrowthSpec
-from fxgrow.verify import Receipt, verify
+from fxgrow.verify.execute import drops_out
+from fxgrow.verify.verification import Receipt, verify
+from fxgrow.weights.materialise import check_finite, check_readable, materialise_all
 
 Verify = Literal["auto", "float64", "native"]
 
@@ -57,19 +60,16 @@ class Growth:
     ) -> torch.optim.Optimizer:
         """A new optimizer of the same class over the grown parameters, with the old one's state carried over.
 
-        See :func:`fxgrow.optimizer.carry` for the policies and options.
+        See :func:`fxgrow.optim.carry.carry` for the policies and options.
         """
-        from fxgrow.optimizer import carry
-
-        return carry(self, optimizer, policy, **options)
+        new = dict(self.module.named_parameters(remove_duplicate=True))
+        return carry(self.plan, self.source_names(), new, optimizer, policy, **options)
 
     def compile(self, **options: Any) -> fx.GraphModule:
         """Compile the grown module region by region: blocks that are alike are compiled once.
 
         Options go to ``torch.compile``. Returns the module itself.
         """
-        from fxgrow.compile import compile_regions
-
         return compile_regions(self.module, **options)
 
     def __repr__(self) -> str:
@@ -106,10 +106,10 @@ def plan_growth(program: Program, spec: GrowthSpec) -> tuple[GrowthPlan, Program
     plan.parameters_after = sum(
         int(torch.Size(t.shape).numel()) for n, t in state.tensors.items() if n in state.program.parameters
     )
-    return plan, _grown_shapes(state.program, plan)
+    return plan, Program.of(_grown_shapes(state.program, plan))
 
 
-def _grown_shapes(program: Program, plan: GrowthPlan) -> Program:
+def _grown_shapes(program: Traced, plan: GrowthPlan) -> Traced:
     def shaped(table: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {n: torch.empty(plan.tensors[n].shape, dtype=t.dtype, device="meta") for n, t in table.items()}
 
@@ -134,10 +134,10 @@ def grow(
     """Grow a model by a spec.
 
     Args:
-        model: any module that ``torch.export`` can trace, or a :class:`~fxgrow.capture.Program` of it.
+        model: any module that ``torch.export`` can trace, or a :class:`~fxgrow.program.Program` of it.
         spec: a dict, a list of operations, YAML or JSON text, a path, or a :class:`~fxgrow.spec.GrowthSpec`.
         args, kwargs: example inputs, at least two in every dynamic dim (batch, sequence).
-        calls: further ways of calling the model, by name, see :func:`~fxgrow.capture.capture`.
+        calls: further ways of calling the model, by name, see :func:`~fxgrow.program.capture`.
         verify: ``"float64"`` compares both models in float64 (a second, wider copy of both); ``"native"`` in the
             model's own dtype; ``"auto"`` chooses by size; False measures nothing, and the receipt says so.
         consume: free each old tensor as soon as its successors are made. The original model is destroyed, so nothing
@@ -185,7 +185,7 @@ def grow(
     receipt.notes.extend(plan.notes)
     receipt.notes.extend(_caveats(program))
     source_module = model if isinstance(model, nn.Module) else _Names(program)
-    return Growth(module, plan, receipt, program_of(module, grown_program), source_module)
+    return Growth(module, plan, receipt, Program.of(program_of(module, grown_program)), source_module)
 
 
 _verify = verify

@@ -1,6 +1,6 @@
 """Public names that load on first use, so that ``import fxgrow`` costs next to nothing.
 
-What a package offers stands in its stub, ``__init__.pyi``, as ordinary imports (``from fxgrow.capture import capture as
+What a package offers stands in its stub, ``__init__.pyi``, as ordinary imports (``from fxgrow.program import capture as
 capture``). Type checkers and editors read a stub in place of ``__init__.py``, so they see the real objects; at run time
 the same lines are read once as a table of names (PEP 562). One list, no ``TYPE_CHECKING``, nothing that could drift
 apart. It is what Scientific Python recommends (SPEC 1).

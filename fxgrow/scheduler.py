@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, ValidationError
 
-from fxgrow.capture import capture
 from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.growth import Growth, grow, plan_growth
 from fxgrow.limits import OPERATIONS
-from fxgrow.optimizer import check_optimizer
+from fxgrow.optim.carry import check_optimizer
+from fxgrow.program import capture
 from fxgrow.schedule import Plateau, Schedule, ScheduledGrowth, Strict, Trigger, explain
 from fxgrow.spec import Count, GrowthSpec
 

@@ -6,25 +6,29 @@ step's changes to a flat ATen graph. The pass alone can run inside another compi
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fxgrow.axes.analysis import Axes, AxisInfo, analyse, sizes_of
-from fxgrow.axes.expr import axes_of, size_of
-from fxgrow.capture import Program
+from fxgrow.algebra import axes_of, size_of
+from fxgrow.analysis.axes import Axes, AxisInfo
+from fxgrow.analysis.relate import analyse
 from fxgrow.devices import check_memory
 from fxgrow.errors import GrowthRefused
+from fxgrow.ir.graphs import copy_graph
+from fxgrow.ir.ops import operator_named, set_argument
+from fxgrow.ir.sizes import sizes_of
+from fxgrow.ir.traced import Traced
 from fxgrow.limits import check_elements, check_units
 from fxgrow.plan import Change, DimPlan, Edit, Rescale, Step, TensorPlan, resolve_references
+from fxgrow.plugins import load_plugins
 from fxgrow.spec import Operation
 
 
@@ -35,17 +39,14 @@ class State:
     ``graph`` is a copy; the program it came from stays as it is.
     """
 
-    program: Program
+    program: Traced
     tensors: dict[str, TensorPlan]
     _axes: Axes | None = None
     counter: int = 0
-    changed_structure: bool = field(default=False)
 
     @classmethod
-    def start(cls, program: Program) -> State:
-        work = copy.copy(program)
-        work.graph = copy_graph(program.graph)
-        work._axes = None
+    def start(cls, program: Traced) -> State:
+        work = replace(program, graph=copy_graph(program.graph))
         for table in ("parameters", "buffers", "requires_grad", "aliases", "containers", "module_types"):
             setattr(work, table, dict(getattr(program, table)))
         work.calls = [replace(c) for c in program.calls]
@@ -135,27 +136,17 @@ def _ordered(table: dict[str, Any], stack: str) -> dict[str, Any]:
     return {n: table[n] for n in (next(queue) if number(name) is not None else name for name in list(table))}
 
 
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy with the same node names and shallow copies of the metadata."""
-    out = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        env[node] = out.node_copy(node, lambda n: env[n])
-        env[node].name = node.name
-    return out
-
-
 class GrowthPass(PassBase):
     """Applies the changes of one planned step to a graph module.
 
     ``call`` edits ``graph_module.graph`` in place and reports whether anything changed. Parameters that do not exist
     yet are left as dangling ``get_attr`` targets, to be materialised from the plan's tensors. Passes that move modules
-    need the graph's :class:`~fxgrow.capture.Program`, which ``graph_module.meta["fxgrow"]`` holds.
+    need the graph's :class:`~fxgrow.ir.traced.Traced`, which ``graph_module.meta["fxgrow"]`` holds.
     """
 
     op = ""
 
-    def __init__(self, step: Step, program: Program | None = None) -> None:
+    def __init__(self, step: Step, program: Traced | None = None) -> None:
         self.step, self.program = step, program
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -183,8 +174,6 @@ def node_named(graph: fx.Graph, name: str) -> fx.Node:
 
 def apply_edit(graph: fx.Graph, edit: Edit, nodes: dict[str, fx.Node] | None = None) -> None:
     """Set arguments of a call, and its target where the plan changes it."""
-    from fxgrow.rules.base import set_argument
-
     nodes = nodes if nodes is not None else {n.name: n for n in graph.nodes}
     node = nodes.get(edit.node)
     if node is None:
@@ -238,19 +227,6 @@ def apply_rescale(graph: fx.Graph, change: Rescale, nodes: dict[str, fx.Node] | 
     return new
 
 
-def operator_named(name: str) -> Any:
-    """``aten.split_with_sizes.default`` to the op overload."""
-    target: Any = torch.ops
-    try:
-        for part in name.split("."):
-            target = getattr(target, part)
-    except (AttributeError, RuntimeError):
-        target = None
-    if not isinstance(target, torch._ops.OpOverload):
-        raise GrowthRefused(f"there is no operator {name!r} here; the plan was made elsewhere")
-    return target
-
-
 def update_sizes(axes: Axes, touched: list[fx.Node]) -> None:
     """Write the dims' current sizes into the nodes' metadata."""
     for node in touched:
@@ -281,8 +257,6 @@ def register_pass(op: str, planner: Planner, growth_pass: type[GrowthPass]) -> N
 
 def run_operation(state: State, operation: Operation) -> list[Step]:
     """Plan one operation of a spec and apply it to the working graph."""
-    from fxgrow.plugins import load_plugins
-
     load_plugins("fxgrow.passes")
     name = operation.op  # type: ignore[attr-defined]
     if name not in PASSES:

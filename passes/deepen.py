@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxgrow.capture import Program
+from fxgrow.emit.blocks import Region, block_regions
 from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.ir.memory import Memory, writes
+from fxgrow.ir.ops import op_name
+from fxgrow.ir.sizes import sizes_of
+from fxgrow.ir.stacks import block_path, children_of, stacks_of
+from fxgrow.ir.traced import Traced
 from fxgrow.limits import check_blocks
-from fxgrow.memory import Memory, writes
 from fxgrow.passes.base import GrowthPass, State, register_pass
 from fxgrow.passes.identity import IDEMPOTENT, Identity, Values, merged, same_value
 from fxgrow.plan import Change, CloneBlock, Renumber, Step, TensorPlan
-from fxgrow.regenerate import Region, block_path, block_regions, children_of, stacks_of
-from fxgrow.rules.base import op_name
 from fxgrow.spec import Deepen
 
 
@@ -150,7 +152,7 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
 class _Blocks:
     """The blocks of one stack, in every captured call."""
 
-    program: Program
+    program: Traced
     graph: fx.Graph
     stack: str
     regions: list[Region]
@@ -269,8 +271,6 @@ def stream_input(region: Region, stack: str, regions: list[Region]) -> fx.Node:
     Raises:
         GrowthRefused: no input or no single output has the right shape.
     """
-    from fxgrow.axes.analysis import sizes_of
-
     if len(region.outputs) != 1:
         raise GrowthRefused(
             f"cannot deepen {stack or '.'}: {len(region.outputs)} values that {region.path} computes are used outside "
@@ -313,7 +313,7 @@ def _temporary(clone: CloneBlock) -> str:
     return block_path(clone.stack, f"{_NEW}{clone.number}")
 
 
-def clone_block(program: Program, graph: fx.Graph, change: CloneBlock, regions: list[Region] | None = None) -> None:
+def clone_block(program: Traced, graph: fx.Graph, change: CloneBlock, regions: list[Region] | None = None) -> None:
     """Copy a block's nodes in every call, feed the copy with the output of the block before, and pass its result on.
 
     ``regions`` are the stack's blocks in the graph as it is; looked up where None.
@@ -372,7 +372,7 @@ def _renamed_meta(node: fx.Node, renamed: Callable[[str], str]) -> dict[str, Any
     return meta
 
 
-def rename_modules(program: Program, graph: fx.Graph, prefixes: dict[str, str]) -> None:
+def rename_modules(program: Traced, graph: fx.Graph, prefixes: dict[str, str]) -> None:
     """Rename module paths in targets and metadata; temporary names of new blocks become their numbers."""
     for node in graph.nodes:
         if node.op == "get_attr":

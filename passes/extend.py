@@ -1,7 +1,7 @@
 """``extend``: append entries to vocabularies, positions and classes; old inputs keep their outputs.
 
 ``widen`` copies units and shares them out, which makes no sense where entries are picked by number: token 7 has to stay
-token 7. ``extend`` appends, and proves (:mod:`fxgrow.extension`) that no old entry of any output sees the new ones::
+token 7. ``extend`` appends, and proves (:mod:`fxgrow.proof.extension`) that old entries do not see new ones::
 
     - {op: extend, axis: "*/vocab", by: 64}                        # tokens: embedding and head, tied or not
     - {op: extend, axis: "*/positions", factor: 2}                 # longer inputs: tables, masks, position numbers
@@ -22,19 +22,19 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from fxgrow.axes.analysis import AxisInfo, Member
-from fxgrow.axes.expr import Axis
-from fxgrow.continuation import recognise
+from fxgrow.algebra import Axis
+from fxgrow.analysis.axes import AxisInfo, Member
+from fxgrow.analysis.ranges import Ranges
 from fxgrow.errors import GrowthRefused, SpecError
-from fxgrow.extension import Extension, limits, longest, members
-from fxgrow.guards import moved
+from fxgrow.ir.guards import moved
 from fxgrow.passes.base import GrowthPass, State, register_pass, update_sizes
 from fxgrow.passes.widen import apply_changes, changes_of, new_size
 from fxgrow.plan import FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisGrowth, DimPlan, OutputGrowth, Step
-from fxgrow.propagate import Outcome, dim_plan, size_edits
-from fxgrow.ranges import Ranges
-from fxgrow.rules.base import Site
+from fxgrow.proof.extension import Extension, limits, longest, members
+from fxgrow.proof.growth import Outcome, dim_plan, size_edits
+from fxgrow.rules.annotation import Site
 from fxgrow.spec import Extend
+from fxgrow.weights.continuation import recognise
 
 
 class ExtendPass(GrowthPass):

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from fxgrow.memory import Memory, viewed, writes
-from fxgrow.regenerate import Region
-from fxgrow.rules.base import RULES, Pointwise, bound_arguments, op_name
+from fxgrow.emit.blocks import Region
+from fxgrow.ir.memory import Memory, viewed, writes
+from fxgrow.ir.ops import bound_arguments, op_name
+from fxgrow.rules.base import RULES, Pointwise
 
 #: f(f(x)) = f(x): repeating one of these changes nothing
 IDEMPOTENT = (

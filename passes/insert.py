@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxgrow.axes.analysis import sizes_of
-from fxgrow.capture import Program
 from fxgrow.errors import GrowthRefused, SpecError
-from fxgrow.passes.base import GrowthPass, State, node_named, operator_named, register_pass
+from fxgrow.ir.ops import op_name, operator_named
+from fxgrow.ir.sizes import sizes_of
+from fxgrow.ir.traced import Traced
+from fxgrow.passes.base import GrowthPass, State, node_named, register_pass
 from fxgrow.passes.deepen import rename_modules, renamed_path
 from fxgrow.passes.identity import IDEMPOTENT
 from fxgrow.plan import Change, InsertLayer, Renumber, Step, TensorPlan
-from fxgrow.rules.base import op_name
 from fxgrow.spec import Insert
 
 BATCH_NORM_EPS = 1e-5
@@ -148,7 +148,7 @@ def _layer_after(op: Insert, name: str, node: fx.Node) -> InsertLayer:
     )
 
 
-def _place(program: Program, name: str, width: int) -> tuple[str, dict[str, str]]:
+def _place(program: Traced, name: str, width: int) -> tuple[str, dict[str, str]]:
     """Path of the new layer; in a Sequential the layers after it move up, elsewhere it gets a name of its own."""
     parent, _, last = name.rpartition(".")
     if last.isdigit() and program.containers.get(parent) in ("Sequential", "ModuleList"):

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 from torch import fx
 
-from fxgrow.axes.analysis import AxisInfo
-from fxgrow.dtypes import is_fine
+from fxgrow.analysis.axes import AxisInfo
 from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.ir.dtypes import is_fine
 from fxgrow.limits import check_units
 from fxgrow.passes.base import GrowthPass, State, apply_edit, apply_rescale, register_pass, rescale, update_sizes
 from fxgrow.plan import (
@@ -27,8 +27,8 @@ from fxgrow.plan import (
     Rescale,
     Step,
 )
-from fxgrow.propagate import Grow, Outcome, dim_plan, size_edits
-from fxgrow.rules.base import Content, Site
+from fxgrow.proof.growth import Grow, Outcome, dim_plan, size_edits
+from fxgrow.rules.annotation import Content, Site
 from fxgrow.spec import Extend, Widen
 
 

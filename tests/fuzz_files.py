@@ -37,10 +37,10 @@ import fxgrow
 from fxgrow import training
 from fxgrow.checkpoint import load_weights
 from fxgrow.errors import FxgrowError
+from fxgrow.ir.serialize import graph_from_json
 from fxgrow.plan import GrowthPlan
 from fxgrow.schedule import Schedule
 from fxgrow.scheduler import GrowthScheduler
-from fxgrow.serialize import graph_from_json
 from fxgrow.spec import GrowthSpec
 
 SPEC: dict[str, Any] = {

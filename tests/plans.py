@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 import fxgrow
+from fxgrow.emit.module import regenerate
 from fxgrow.plan import DimPlan, GrowthPlan, Step, TensorPlan
-from fxgrow.regenerate import regenerate
 from tests.models import small_cnn, small_gpt, tokens
 from tests.zoo.zoo import NORMS, ZOO, floats, rotate_half, trained
 

@@ -16,9 +16,9 @@ from torch import nn
 
 import fxgrow
 from fxgrow import checkpoint
+from fxgrow.emit.module import regenerate
 from fxgrow.errors import CheckpointError
-from fxgrow.regenerate import regenerate
-from fxgrow.serialize import decode_size, decode_value, encode_size, encode_value, graph_from_json
+from fxgrow.ir.serialize import decode_size, decode_value, encode_size, encode_value, graph_from_json
 from tests.models import ROUNDING, assert_same, small_cnn, small_gpt, tokens
 from tests.zoo.zoo import ZOO
 

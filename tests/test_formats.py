@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import fxgrow
-from fxgrow.materialise import materialise_all
 from fxgrow.schedule import Schedule
+from fxgrow.weights.materialise import materialise_all
 from tests import formats
 from tests.models import ROUNDING
 

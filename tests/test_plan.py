@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import fxgrow
 from fxgrow.growth import plan_growth
-from fxgrow.materialise import materialise_all
 from fxgrow.plan import AxisMap, DimPlan, GrowthPlan, _decode_index, _decode_values, _encode_index, _encode_values
+from fxgrow.weights.materialise import materialise_all
 from tests.models import small_gpt, tokens
 from tests.test_growth import ALL
 

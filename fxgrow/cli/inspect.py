@@ -38,6 +38,7 @@ def inspect(
     fxgrow inspect my.models:cnn -c width=16 -i "float32[2,3,32,32]" --picture axes.png
     """
     from fxgrow.cli.models import captured, named_model
+    from fxgrow.explanation import explain
     from fxgrow.report.axes import axis_groups, inspection
     from fxgrow.report.pictures import draw_axes
 
@@ -49,7 +50,7 @@ def inspect(
         say().print(f"picture  {picture}", soft_wrap=True)
     if why is not None:
         infos = program.axes.find(why)
-        texts = [program.axes.explain(i.name) for i in infos]
+        texts = [explain(program, i.name) for i in infos]
         if json_:
             print_json({i.name: text for i, text in zip(infos, texts, strict=True)})
         else:

@@ -24,10 +24,10 @@ import torch.utils._pytree as pytree
 import yaml
 from torch import nn
 
-from fxgrow.capture import Program, capture
 from fxgrow.checkpoint import Loaded, load, load_weights
 from fxgrow.cli.console import working
 from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.program import Program, capture
 from fxgrow.training.batches import seeded
 from fxgrow.training.task import Task
 

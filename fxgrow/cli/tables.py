@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fxgrow.capture import Program
 from fxgrow.cli.console import amount
 from fxgrow.plan import GrowthPlan
+from fxgrow.program import Program
 from fxgrow.report.plans import graph_lines, step_rows
-from fxgrow.verify import Receipt
+from fxgrow.verify.verification import Receipt
 
 
 def show_plan(console: Console, made: GrowthPlan, program: Program | None = None) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fxgrow.axes.analysis import AxisInfo
-from fxgrow.capture import Program
-from fxgrow.regenerate import block_path, stacks_of
+from fxgrow.analysis.axes import AxisInfo
+from fxgrow.ir.stacks import block_path, stacks_of
+from fxgrow.program import Program
 
 
 def collapsed(name: str, stacks: dict[str, list[int]]) -> str:

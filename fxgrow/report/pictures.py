@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fxgrow.capture import Program
 from fxgrow.errors import FxgrowError
-from fxgrow.regenerate import stacks_of
+from fxgrow.ir.stacks import stacks_of
+from fxgrow.program import Program
 from fxgrow.report.axes import axis_groups, collapsed
 
 _GREY = "#9a9a9a"

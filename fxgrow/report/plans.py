@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fxgrow.capture import Program
+from fxgrow.ir.stacks import block_path, stacks_of
 from fxgrow.plan import GrowthPlan
-from fxgrow.regenerate import block_path, stacks_of
+from fxgrow.program import Program
 from fxgrow.report.axes import collapsed
 
 

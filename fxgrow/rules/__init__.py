@@ -18,6 +18,7 @@ from fxgrow.rules import (  # noqa: F401 - importing them registers their rules
     shape,
     spectral,
 )
-from fxgrow.rules.base import RULES, Content, Opaque, Pattern, Pointwise, Rule, Structural, register_rule
+from fxgrow.rules.annotation import Content
+from fxgrow.rules.base import RULES, Opaque, Pattern, Pointwise, Rule, Structural, register_rule
 
 __all__ = ["RULES", "Content", "Opaque", "Pattern", "Pointwise", "Rule", "Structural", "register_rule"]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fxgrow.axes.expr import Conflict, Expr, is_unit, resolve, size_of
-from fxgrow.rules.base import Content, Dims, Info, Rule, annotate, infos, register_rule
-
-if TYPE_CHECKING:
-    from fxgrow.axes.analysis import Relate
-    from fxgrow.propagate import Grow
+from fxgrow.algebra import Conflict, Expr, is_unit, resolve, size_of
+from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
+from fxgrow.rules.base import Rule, register_rule
+from fxgrow.rules.context import Context, GrowthContext
 
 
 class ScaledDotProductAttention(Rule):
@@ -22,7 +20,7 @@ class ScaledDotProductAttention(Rule):
     kv_heads x group.
     """
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         q, k, v = (ctx.dims(x) for x in ("query", "key", "value"))
         assert q is not None and k is not None and v is not None
         if ctx.args.get("dropout_p") is not None and len({len(q), len(k), len(v)}) != 1:
@@ -56,11 +54,11 @@ class ScaledDotProductAttention(Rule):
         return [*lead, resolve(q[-2]), resolve(v[-1])]
 
     @staticmethod
-    def _pair(ctx: Relate, a: Expr, b: Expr) -> None:
+    def _pair(ctx: Context, a: Expr, b: Expr) -> None:
         if not is_unit(a) and not is_unit(b):
             ctx.unify(a, b)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         q, k, v = (ctx.dims(x) for x in ("query", "key", "value"))
         assert q is not None and k is not None and v is not None
         scale = ctx.args.get("scale")

@@ -13,109 +13,32 @@ outputs.
 
 from __future__ import annotations
 
-import enum
-import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
-from fxgrow.axes.expr import (
+from fxgrow.algebra import (
     UNIT,
     Conflict,
     Expr,
-    Leaf,
     Size,
-    factors_of,
-    is_static,
+    Unifier,
     is_unit,
-    leaves,
-    map_leaves,
     product,
     quotient,
     resolve,
     same_size,
     size_of,
 )
-
-if TYPE_CHECKING:
-    from fxgrow.axes.analysis import Relate
-    from fxgrow.plan import Edit
-    from fxgrow.propagate import Grow
-
-Dims = list[Expr]
-
-
-class Content(enum.Enum):
-    """What is known of the newborn entries of an axis in one tensor."""
-
-    CONST = "const"  # the tensor does not vary along the axis (broadcast): the value every old entry has
-    ZERO = "zero"
-    MEAN = "mean"  # the mean of the old entries
-    FREE = "free"  # anything finite
-
-    @staticmethod
-    def join(a: Content, b: Content) -> Content:
-        return a if a is b else Content.FREE
-
-
-Site = tuple[str, int, int]  # parameter name, dim, number of the axis's occurrence in that dim
-
-
-@dataclass(frozen=True)
-class Info:
-    """Annotation of one occurrence of the growing axis in a tensor.
-
-    ``sources`` are the parameter sites that decide the newborn content; ``site`` is set while the tensor is still the
-    parameter itself, seen through views and casts only, so that its use decides how the parameter grows.
-    ``zeroable``: the entries would be zero if all the sources were.
-    """
-
-    content: Content
-    sources: frozenset[Site] = frozenset()
-    site: Site | None = None
-    zeroable: bool = True
-
-    def join(self, other: Info) -> Info:
-        return Info(
-            Content.join(self.content, other.content),
-            self.sources | other.sources,
-            zeroable=self.zeroable and other.zeroable,
-        )
-
-    def closed(self) -> Info:
-        return replace(self, site=None) if self.site is not None else self
-
-    def becomes(self, content: Content, zeroable: bool = True) -> Info:
-        """The same entries after an op that leaves ``content`` of them; ``zeroable``: the op maps zero to zero."""
-        return Info(content, self.sources, zeroable=self.zeroable and zeroable)
-
-
-def _add(a: Content, b: Content) -> Content:
-    if Content.CONST in (a, b):
-        other = b if a is Content.CONST else a
-        return other if other in (Content.CONST, Content.MEAN) else Content.FREE
-    return a if a is b else Content.FREE
-
-
-def _mul(a: Content, b: Content) -> Content:
-    if Content.ZERO in (a, b):
-        return Content.ZERO
-    if Content.CONST in (a, b):
-        return b if a is Content.CONST else a
-    return Content.FREE
-
-
-COMBINE: dict[str, Callable[[Content, Content], Content]] = {
-    "add": _add,
-    "mul": _mul,
-    "any": lambda a, b: a if a is b and a in (Content.CONST,) else Content.FREE,
-    "zero": lambda a, b: a if a is b and a in (Content.CONST, Content.ZERO) else Content.FREE,
-}
+from fxgrow.ir.ops import bound_arguments, op_name
+from fxgrow.ir.sizes import literal_size
+from fxgrow.rules.annotation import Content, Dims, Info, add_contents, annotate
+from fxgrow.rules.context import Context, GrowthContext, Matches, Regroups
+from fxgrow.rules.resize import Resize
 
 
 class Rule:
@@ -139,11 +62,11 @@ class Rule:
         """
         return self.moves
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         """Dims of the result(s), after unifying the dims of the operands. None: the result is not a tensor."""
         raise NotImplementedError
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         """Annotated dims of the result(s) when ``ctx.axis`` grows.
 
         Raises:
@@ -169,14 +92,6 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-@functools.cache
-def op_name(target: Any) -> str:
-    """``aten.add.Tensor`` for an op overload, the plain name for a Python builtin."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    return getattr(target, "__name__", str(target))
-
-
 def register_rule(ops: str | Iterable[str], rule: Rule, *, override: bool = False) -> None:
     """Add a rule for one op or several.
 
@@ -191,31 +106,6 @@ def register_rule(ops: str | Iterable[str], rule: Rule, *, override: bool = Fals
         RULES[name] = rule
 
 
-@functools.cache
-def _signature(target: Any) -> tuple[tuple[str, bool, Any], ...] | None:
-    """An op's arguments: name, whether by keyword only, default. Reading them off a schema takes time."""
-    schema = getattr(target, "_schema", None)
-    if schema is None:
-        return None
-    return tuple((a.name, a.kwarg_only, a.default_value if a.has_default_value() else None) for a in schema.arguments)
-
-
-def used(node: fx.Node, result: int) -> bool:
-    """Whether anything uses one result of an op with several."""
-    return any(op_name(u.target) == "getitem" and u.args[1] == result and u.users for u in node.users)
-
-
-def bound_arguments(node: fx.Node) -> dict[str, Any]:
-    """The node's arguments by the names of the op's schema, defaults filled in."""
-    signature, args, kwargs = _signature(node.target), node.args, node.kwargs
-    if signature is None:
-        return {str(i): a for i, a in enumerate(args)} | dict(kwargs)
-    out: dict[str, Any] = {}
-    for i, (name, by_keyword, default) in enumerate(signature):
-        out[name] = args[i] if i < len(args) and not by_keyword else kwargs.get(name, default)
-    return out
-
-
 def implied_arguments(node: fx.Node) -> dict[str, float]:
     """The arguments of a call that are left to the op, which chooses them by dtype, and what it chooses.
 
@@ -228,139 +118,6 @@ def implied_arguments(node: fx.Node) -> dict[str, float]:
     if not dtype.is_floating_point:
         return {}
     return {name: value(dtype) for name, value in rule.implied.items() if given.get(name) is None}
-
-
-def nodes_among(arguments: Mapping[str, Any]) -> list[tuple[str, fx.Node]]:
-    """The nodes among a call's arguments by name, those inside lists included."""
-    out: list[tuple[str, fx.Node]] = []
-    for name, value in arguments.items():
-        found = value if isinstance(value, list | tuple) else [value]
-        out += [(name, item) for item in found if isinstance(item, fx.Node)]
-    return out
-
-
-def set_argument(node: fx.Node, name: str, value: Any) -> None:
-    """Set one argument of an op by its schema name, in place."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    names = [a.name for a in schema.arguments if not a.kwarg_only]
-    if name in names:
-        i = names.index(name)
-        args = list(node.args)
-        if i < len(args):
-            args[i] = value
-            node.args = tuple(args)
-            return
-        if all(schema.arguments[j].has_default_value() for j in range(len(args), i)):
-            if i == len(args):
-                node.args = (*args, value)
-            else:
-                node.kwargs = {**node.kwargs, name: value}
-            return
-    node.kwargs = {**node.kwargs, name: value}
-
-
-class Resize:
-    """What :meth:`Rule.resize` sees: the node, and the dims of operands and results with their sizes before and after.
-
-    Changes are recorded as an :class:`~fxgrow.plan.Edit`; the graph itself is left alone.
-    """
-
-    def __init__(
-        self,
-        node: fx.Node,
-        dims: Callable[[Any], Any],
-        new_size: Callable[[Expr], Size],
-        refuse: Callable[[str], Exception],
-    ) -> None:
-        self.node, self.dims, self.new_size, self.refuse = node, dims, new_size, refuse
-        self.args = bound_arguments(node)
-        self.edit: Edit | None = None
-
-    def changed(self, dim: Expr) -> bool:
-        return not same_size(self.new_size(dim), size_of(dim))
-
-    def set(self, name: str, value: Any) -> None:
-        """Give an argument a new value: numbers, and ops of the graph; a dynamic size becomes the op that gives it.
-
-        Raises:
-            GrowthRefused: no op gives the size.
-        """
-        from fxgrow.plan import Edit, node_references
-
-        if self.edit is None:
-            self.edit = Edit(node=self.node.name, why="size")
-        self.edit.arguments[name] = node_references(self._emitted(value))
-
-    def _emitted(self, value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return [self._emitted(v) for v in value]
-        if isinstance(value, fx.Node) or not isinstance(value, torch.SymInt | sympy.Basic):
-            return value
-        size = value.node.expr if isinstance(value, torch.SymInt) else value
-        if size.is_Integer:
-            return int(size)
-        for node in reversed(self._before()):
-            known = node.meta.get("val")
-            if isinstance(known, torch.SymInt):
-                times = sympy.cancel(size / known.node.expr)
-                if times.is_Integer:
-                    return node if times == 1 else {"$node": node.name, "$times": int(times)}
-        raise self.refuse(f"a literal of it becomes {size}, a dynamic size that no op gives")
-
-    def _before(self) -> list[fx.Node]:
-        """The nodes of the same call that run before this one."""
-        call, out = self.node.meta.get("call", 0), []
-        for node in self.node.graph.nodes:
-            if node is self.node:
-                break
-            if node.meta.get("call", 0) == call:
-                out.append(node)
-        return out
-
-    def retarget(self, target: str, arguments: dict[str, Any]) -> None:
-        """Replace the op by another one, with all its arguments."""
-        for name, value in arguments.items():
-            self.set(name, value)
-        assert self.edit is not None
-        self.edit.target = target
-
-    def _known_size(self, size: Size) -> Any:
-        """The size as a number, or as the op before this one that reads it off a tensor."""
-        if is_static(size):
-            return int(size)
-        for node in self._before():
-            if op_name(node.target) == "aten.sym_size.int" and same_size(node.meta.get("val"), size):
-                return node
-        return None
-
-    def set_shape(self, name: str, dims: Dims, infer: bool = True) -> None:
-        """Re-emit a list of sizes: ints of grown dims change, -1 and dynamic entries stay.
-
-        ``infer``: a -1 among the sizes stands for what is left over.
-        """
-        old = list(self.args[name])
-        if len(old) != len(dims):
-            if any(self.changed(d) for d in dims):
-                raise self.refuse(f"cannot re-emit {name}={old}")
-            return
-        new = list(old)
-        for i, dim in enumerate(dims):
-            if self.changed(dim) and old[i] != -1:
-                if isinstance(old[i], int):
-                    new[i] = self.new_size(dim)
-                    continue
-                if not infer:
-                    new[i] = self.new_size(dim)
-                    continue
-                if -1 in new:  # only one entry can be left open: spell the other out
-                    j = new.index(-1)
-                    known = self._known_size(size_of(dims[j]))
-                    if known is None or self.changed(dims[j]):
-                        raise self.refuse("a grown dim is computed from a dynamic size")
-                    new[j] = known
-                new[i] = -1
-        if new != old:
-            self.set(name, new)
 
 
 class Structural(Rule):
@@ -379,10 +136,10 @@ class Structural(Rule):
     ) -> None:
         self.f, self._resize, self.operand = f, resize, operand
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self.f(ctx, ctx.dims(self.operand or ctx.first) or [])
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self.f(ctx, ctx.dims(self.operand or ctx.first) or [])
 
     def resize(self, ctx: Resize) -> None:
@@ -498,7 +255,7 @@ class Pattern(Rule):
 
     # analysis ----------------------------------------------------------------------------------------------------
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         letters = self._match(ctx)
         for letter, exprs in letters.exprs.items():
             for other in exprs[1:]:
@@ -509,7 +266,7 @@ class Pattern(Rule):
                 ctx.role(exprs[0], self.roles[letter])
         return self._emit(ctx, {k: v[0] for k, v in letters.exprs.items()})
 
-    def _match(self, ctx: Any) -> Letters:
+    def _match(self, ctx: Matches) -> Letters:
         out = Letters()
         known = self._known(ctx.args)
         for operand, name in zip(self.inputs, self.operands, strict=True):
@@ -535,8 +292,6 @@ class Pattern(Rule):
         return out
 
     def _known(self, args: dict[str, Any]) -> dict[str, Size]:
-        from fxgrow.axes.analysis import literal_size
-
         found = {k: literal_size(v) for k, v in self.letter_sizes(args).items()} if self.letter_sizes else {}
         return {k: v for k, v in found.items() if v is not None}
 
@@ -560,7 +315,7 @@ class Pattern(Rule):
             i += width
 
     @staticmethod
-    def _pieces(ctx: Any, token: tuple[str, ...], expr: Expr, known: dict[str, Size], out: Letters) -> list[Expr]:
+    def _pieces(ctx: Regroups, token: tuple[str, ...], expr: Expr, known: dict[str, Size], out: Letters) -> list[Expr]:
         if len(token) == 1:
             return [expr]
         sizes: list[Size | None] = [known.get(x, size_of(out.exprs[x][0]) if x in out.exprs else None) for x in token]
@@ -580,7 +335,7 @@ class Pattern(Rule):
             raise Conflict(f"size {total} is not a product of {token}")
         return list(ctx.regroup([expr], sizes))
 
-    def _emit(self, ctx: Any, exprs: dict[str, Expr]) -> Dims | list[Dims]:
+    def _emit(self, ctx: Context, exprs: dict[str, Expr]) -> Dims | list[Dims]:
         results = []
         for operand in self.outputs:
             rank = len(ctx.shape) if len(self.outputs) == 1 else None
@@ -600,7 +355,7 @@ class Pattern(Rule):
 
     # growth ------------------------------------------------------------------------------------------------------
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         letters = self._match(ctx)
         ctx.newborn_constants(self.newborn)
         result: dict[str, Expr] = {}
@@ -623,7 +378,9 @@ class Pattern(Rule):
                 total = ctx.combine(total, e, "add")
             total = ctx.close(total)
             if products and any(b not in owners and ctx.dims(b) is not None for b in self.bias & set(self.operands)):
-                total = annotate(total, lambda info: info.becomes(_add(info.content, Content.CONST), zeroable=False))
+                total = annotate(
+                    total, lambda info: info.becomes(add_contents(info.content, Content.CONST), zeroable=False)
+                )
             result[letter] = total
         if factor != 1.0:
             operand = next(o for o in self.operands if o not in self.bias)
@@ -644,7 +401,6 @@ class _Static:
     """The part of a context that matching a pattern needs, over resolved dims (nothing is refined any more)."""
 
     def __init__(self, ctx: Resize) -> None:
-        from fxgrow.axes.expr import Unifier
 
         self._ctx, self._unifier = ctx, Unifier()
         self.args = ctx.args
@@ -684,7 +440,7 @@ class Pointwise(Rule):
     def jumps(self, node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes if self._jumps else []
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         shape = ctx.shape
         out: Dims = []
         operands = ctx.tensor_operands()
@@ -695,7 +451,7 @@ class Pointwise(Rule):
             out.append(resolve(exprs[0]) if exprs else ctx.sized(shape[i]))
         return out
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         operands = ctx.tensor_operands()
         out: Dims = []
         rank = max((len(d) for _, d in operands), default=0)
@@ -717,7 +473,7 @@ class Pointwise(Rule):
             out.append(ctx.close(total))
         return out
 
-    def _unary(self, ctx: Grow, expr: Expr) -> Expr:
+    def _unary(self, ctx: GrowthContext, expr: Expr) -> Expr:
         if self.moves:
             return expr
         zero = self.zero(ctx.args) if callable(self.zero) else self.zero
@@ -737,72 +493,36 @@ class Pointwise(Rule):
         """Nothing to re-emit: no literal of a point-wise op is a size."""
 
 
-def annotate(expr: Expr, f: Callable[[Info], Info]) -> Expr:
-    """Change the annotations of a dim's leaves."""
-    return map_leaves(expr, lambda x: Leaf(x.axis, f(x.info)) if isinstance(x, Leaf) else x)
-
-
-def infos(expr: Expr) -> list[Info]:
-    """Annotations of the growing axis's occurrences in a dim, in memory order."""
-    return [x.info for x in leaves(expr) if isinstance(x, Leaf)]
-
-
 class Opaque(Rule):
     """An op nothing is known of: its operands' axes are frozen, its results have axes of their own, frozen too."""
 
     def __init__(self, why: str) -> None:
         self.why = why
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         for _, dims in ctx.tensor_operands():
             for dim in dims:
                 ctx.freeze(dim, self.why)
         return ctx.opaque_results(self.why)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         raise ctx.refuse(self.why)
 
 
 class GetItem(Rule):
     """``operator.getitem`` on an op with several results."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self._pick(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._pick(ctx)
 
-    def _pick(self, ctx: Any) -> Dims | None:
+    def _pick(self, ctx: Context) -> Dims | None:
         source, index = ctx.node.args
+        assert isinstance(source, fx.Node)
         value = ctx.results(source)
         return value[index] if value is not None else None
 
 
 register_rule(op_name(operator.getitem), GetItem())
-
-__all__ = [
-    "COMBINE",
-    "RULES",
-    "Content",
-    "Dims",
-    "GetItem",
-    "Info",
-    "Letters",
-    "Opaque",
-    "Pattern",
-    "Pointwise",
-    "Resize",
-    "Rule",
-    "Site",
-    "Structural",
-    "annotate",
-    "bound_arguments",
-    "implied_arguments",
-    "factors_of",
-    "infos",
-    "op_name",
-    "parse_pattern",
-    "register_rule",
-    "set_argument",
-    "nodes_among",
-]

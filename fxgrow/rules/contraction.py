@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import fx
 
-from fxgrow.axes.expr import Conflict, factors_of, is_static, is_unit, size_of
-from fxgrow.rules.base import RULES, Dims, Pattern, Resize, Rule, op_name, register_rule
-
-if TYPE_CHECKING:
-    from fxgrow.axes.analysis import Relate
-    from fxgrow.propagate import Grow
+from fxgrow.algebra import Conflict, factors_of, is_static, is_unit, size_of
+from fxgrow.ir.ops import op_name
+from fxgrow.rules.annotation import Dims
+from fxgrow.rules.base import RULES, Pattern, Rule, register_rule
+from fxgrow.rules.context import Context, GrowthContext
+from fxgrow.rules.resize import Resize
 
 register_rule("aten.linear.default", Pattern("... i, o i, o? -> ... o", ["input", "weight", "bias"], sum="i"))
 register_rule("aten.mm.default", Pattern("m k, k n -> m n", ["self", "mat2"], sum="k"))
@@ -31,14 +31,14 @@ def _bias_letters(bias: Dims, letters: Sequence[str]) -> str:
 class AddMM(Rule):
     """``beta * bias + alpha * a @ b``; the bias broadcasts."""
 
-    def _pattern(self, ctx: Any) -> Pattern:
-        bias = _bias_letters(ctx.dims("self"), "mn")
+    def _pattern(self, ctx: Context) -> Pattern:
+        bias = _bias_letters(ctx.operand("self"), "mn")
         return Pattern(f"{bias}, m k, k n -> m n", ["self", "mat1", "mat2"], sum="k", bias=("self",))
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self._pattern(ctx).relate(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._pattern(ctx).grow(ctx)
 
 
@@ -51,30 +51,30 @@ class Matched(Rule):
     def __init__(self, pattern: Callable[[Any], Pattern]) -> None:
         self.pattern = pattern
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self.pattern(ctx).relate(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self.pattern(ctx).grow(ctx)
 
 
-def _addmv(ctx: Any) -> Pattern:
-    bias = _bias_letters(ctx.dims("self"), "m")
+def _addmv(ctx: Context) -> Pattern:
+    bias = _bias_letters(ctx.operand("self"), "m")
     return Pattern(f"{bias}, m k, k -> m", ["self", "mat", "vec"], sum="k", bias=("self",))
 
 
-def _addr(ctx: Any) -> Pattern:
-    return Pattern(f"{_bias_letters(ctx.dims('self'), 'mn')}, m, n -> m n", ["self", "vec1", "vec2"], bias=("self",))
+def _addr(ctx: Context) -> Pattern:
+    return Pattern(f"{_bias_letters(ctx.operand('self'), 'mn')}, m, n -> m n", ["self", "vec1", "vec2"], bias=("self",))
 
 
-def _addbmm(ctx: Any) -> Pattern:
-    bias = _bias_letters(ctx.dims("self"), "mn")
+def _addbmm(ctx: Context) -> Pattern:
+    bias = _bias_letters(ctx.operand("self"), "mn")
     return Pattern(f"{bias}, b m k, b k n -> m n", ["self", "batch1", "batch2"], sum="b k", bias=("self",))
 
 
-def _tensordot(ctx: Any) -> Pattern:
+def _tensordot(ctx: Context) -> Pattern:
     """Pairs of dims are contracted; what is left of the first operand comes before what is left of the second."""
-    a, b = (len(ctx.dims(x)) for x in ("self", "other"))
+    a, b = (len(ctx.operand(x)) for x in ("self", "other"))
     pairs = [(i % a, j % b) for i, j in zip(ctx.args["dims_self"], ctx.args["dims_other"], strict=True)]
     left = [f"a{i}" for i in range(a)]
     right = [f"b{j}" for j in range(b)]
@@ -85,9 +85,9 @@ def _tensordot(ctx: Any) -> Pattern:
     return Pattern(f"{' '.join(left)}, {' '.join(right)} -> {' '.join(out)}", ["self", "other"], sum=summed)
 
 
-def _inner(ctx: Any) -> Pattern:
+def _inner(ctx: Context) -> Pattern:
     """The last dims are contracted."""
-    ranks = [len(ctx.dims(x)) for x in ("self", "other")]
+    ranks = [len(ctx.operand(x)) for x in ("self", "other")]
     if 0 in ranks:
         raise Conflict("an inner product with a scalar")
     left, right = ([f"{x}{i}" for i in range(n - 1)] for x, n in zip("ab", ranks, strict=True))
@@ -96,12 +96,12 @@ def _inner(ctx: Any) -> Pattern:
     )
 
 
-def _vecdot(ctx: Any) -> Pattern:
-    ranks = [len(ctx.dims(x)) for x in ("x", "y")]
+def _vecdot(ctx: Context) -> Pattern:
+    ranks = [len(ctx.operand(x)) for x in ("x", "y")]
     rank = max(ranks)
     at = int(ctx.args["dim"]) % rank
     letters = ["k" if i == at else f"d{i}" for i in range(rank)]
-    terms = [_bias_letters(ctx.dims(x), letters) for x in ("x", "y")]
+    terms = [_bias_letters(ctx.operand(x), letters) for x in ("x", "y")]
     out = [
         f"{x}1" if all(f"{x}1" in t.split() or x not in t.split() for t in terms) else x for x in letters if x != "k"
     ]
@@ -110,9 +110,9 @@ def _vecdot(ctx: Any) -> Pattern:
     return Pattern(f"{', '.join(terms)} -> {' '.join(out)}", ["x", "y"], sum="k")
 
 
-def _kron(ctx: Any) -> Pattern:
+def _kron(ctx: Context) -> Pattern:
     """Every dim is the product of the operands' dims."""
-    a, b = (len(ctx.dims(x)) for x in ("self", "other"))
+    a, b = (len(ctx.operand(x)) for x in ("self", "other"))
     rank = max(a, b)
     left, right = ([f"{x}{i}" for i in range(rank - n, rank)] for x, n in (("a", a), ("b", b)))
     pairs = [[x for x in (f"a{i}", f"b{i}") if x in (*left, *right)] for i in range(rank)]
@@ -121,15 +121,15 @@ def _kron(ctx: Any) -> Pattern:
     )
 
 
-def _multi_dot(ctx: Any) -> Pattern:
+def _multi_dot(ctx: Context) -> Pattern:
     """A chain of matrices, whose ends may be vectors."""
     nodes = list(ctx.args["tensors"])
     names = [f"tensors{i}" for i in range(len(nodes))]
     ctx.args = {**ctx.args, **dict(zip(names, nodes, strict=True))}
     terms = [f"k{i} k{i + 1}" for i in range(len(nodes))]
-    if len(ctx.dims("tensors0")) == 1:
+    if len(ctx.operand("tensors0")) == 1:
         terms[0] = "k1"
-    if len(ctx.dims(names[-1])) == 1:
+    if len(ctx.operand(names[-1])) == 1:
         terms[-1] = f"k{len(nodes) - 1}"
     ends = [x for x in ("k0", f"k{len(nodes)}") if any(x in t.split() for t in terms)]
     inner = " ".join(f"k{i}" for i in range(1, len(nodes)))
@@ -152,7 +152,7 @@ for _name, _of in (
 class BAddBMM(Rule):
     """``beta * bias + alpha * a @ b`` over a batch; the bias broadcasts."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         a, b = ctx.dims("batch1"), ctx.dims("batch2")
         assert a is not None and b is not None
         for dim in factors_of(a[0])[1:]:
@@ -161,12 +161,12 @@ class BAddBMM(Rule):
             ctx.role(a[-1], "head_dim")
         return self._pattern(ctx).relate(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._pattern(ctx).grow(ctx)
 
     @staticmethod
-    def _pattern(ctx: Any) -> Pattern:
-        bias = _bias_letters(ctx.dims("self"), "bmn")
+    def _pattern(ctx: Context) -> Pattern:
+        bias = _bias_letters(ctx.operand("self"), "bmn")
         return Pattern(f"{bias}, b m k, b k n -> b m n", ["self", "batch1", "batch2"], sum="k", bias=("self",))
 
 
@@ -205,14 +205,14 @@ class MatMul(Rule):
 
     operands = ("self", "other")
 
-    def _pattern(self, ctx: Any) -> Pattern:
-        a, b = (len(ctx.dims(x)) for x in self.operands)
+    def _pattern(self, ctx: Context) -> Pattern:
+        a, b = (len(ctx.operand(x)) for x in self.operands)
         left = "k" if a == 1 else ("m k" if a == 2 and b <= 2 else "... m k")
         right = "k" if b == 1 else ("k n" if b == 2 else "... k n")
         out = " ".join((["..."] if "..." in left + right else []) + (["m"] if a > 1 else []) + (["n"] if b > 1 else []))
         return Pattern(f"{left}, {right} -> {out}", list(self.operands), sum="k")
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         a, b = (ctx.dims(x) for x in self.operands)
         assert a is not None and b is not None
         left, right = (ctx.args[x] for x in self.operands)
@@ -228,7 +228,7 @@ class MatMul(Rule):
                     ctx.role(dim, "heads")
         return self._pattern(ctx).relate(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._pattern(ctx).grow(ctx)
 
 
@@ -243,12 +243,12 @@ register_rule("aten.bmm.default", BatchMatMul())
 class Einsum(Rule):
     """``torch.einsum``: its equation is the rule; between two activations it is attention, and names its axes so."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         self._name(ctx)
         return self._run(ctx, "relate")
 
     @staticmethod
-    def _name(ctx: Relate) -> None:
+    def _name(ctx: Context) -> None:
         left, _, right = str(ctx.args["equation"]).replace(" ", "").partition("->")
         terms, nodes = left.split(","), list(ctx.args["tensors"])
         if len(terms) != 2 or "." in left or not right or any(map(ctx.from_parameter, nodes)):
@@ -268,10 +268,10 @@ class Einsum(Rule):
         elif is_static(size_of(dims[0][summed[0]])):
             ctx.role(dims[0][summed[0]], "head_dim")
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._run(ctx, "grow")
 
-    def _run(self, ctx: Any, method: str) -> Dims | list[Dims] | None:
+    def _run(self, ctx: Context, method: str) -> Dims | list[Dims] | None:
         equation = str(ctx.args["equation"]).replace(" ", "")
         left, arrow, right = equation.partition("->")
         if not arrow:
@@ -324,7 +324,7 @@ class Convolution(Rule):
     def _pattern(self, rank: int, weight: int) -> Pattern:
         return self.batched if rank == weight else self.single
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         x, weight = ctx.dims("input") or [], ctx.dims("weight") or []
         pattern = self._pattern(len(x), len(weight))
         for dims, role in ((x, "spatial"), (weight, "kernel")):
@@ -336,7 +336,7 @@ class Convolution(Rule):
             ctx.role(dim, "spatial", 100)
         return out
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._pattern(len(ctx.dims("input") or []), len(ctx.dims("weight") or [])).grow(ctx)
 
     def resize(self, ctx: Resize) -> None:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from fxgrow.axes.expr import UNIT, Conflict, Expr, is_unit, resolve
-from fxgrow.rules.base import Content, Dims, Info, Rule, annotate, infos, register_rule
-
-if TYPE_CHECKING:
-    from fxgrow.axes.analysis import Relate
-    from fxgrow.propagate import Grow
+from fxgrow.algebra import UNIT, Conflict, Expr, is_unit, resolve
+from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
+from fxgrow.rules.base import Rule, register_rule
+from fxgrow.rules.context import Context, GrowthContext
 
 
 def _nonlinear(info: Info) -> Info:
     return info.becomes(info.content if info.content is Content.CONST else Content.FREE, zeroable=False)
 
 
-def _zero_together(ctx: Grow, exprs: list[Expr]) -> int:
+def _zero_together(ctx: GrowthContext, exprs: list[Expr]) -> int:
     """Copies of each term of a sum over a dim of two operands, whose new entries must be zero in both."""
     for e in exprs:
         if len(infos(e)) != len(infos(exprs[0])):
@@ -30,15 +27,14 @@ def _zero_together(ctx: Grow, exprs: list[Expr]) -> int:
         for info in infos(e):
             if info.content is not Content.ZERO:
                 ctx.demand(info, Content.ZERO, "a distance is taken over the axis")
-    ctx.outcome.multiplied = True
-    ctx.outcome.silenced |= ctx.newborn  # where both are zero, so is the gradient of either
+    ctx.multiplies(silenced=ctx.newborn)  # where both are zero, so is the gradient of either
     return n
 
 
 class CosineSimilarity(Rule):
     """The angle between two vectors: copies in both leave it; ``eps``, the least norm, grows like the norms."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         a, b, at = self._operands(ctx)
         out = []
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
@@ -50,7 +46,7 @@ class CosineSimilarity(Rule):
                 out.append(resolve(y if is_unit(x) else x))
         return out
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         a, b, at = self._operands(ctx)
         out = [
             annotate(ctx.close(ctx.combine(x, y, "any")), _nonlinear)
@@ -64,7 +60,7 @@ class CosineSimilarity(Rule):
         return out
 
     @staticmethod
-    def _operands(ctx: Any) -> tuple[Dims, Dims, int]:
+    def _operands(ctx: Context) -> tuple[Dims, Dims, int]:
         a, b = ctx.dims("x1"), ctx.dims("x2")
         if not a or not b or len(a) != len(b):
             raise Conflict("its operands differ in rank")
@@ -77,7 +73,7 @@ register_rule("aten.cosine_similarity.default", CosineSimilarity())
 class PairwiseDistances(Rule):
     """``cdist``: "... p m, ... r m -> ... p r"; over m, a 2-norm of differences."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         a, b = self._operands(ctx)
         ctx.unify(a[-1], b[-1])
         if ctx.args["p"] != 2:
@@ -86,7 +82,7 @@ class PairwiseDistances(Rule):
             ctx.unify(x, y)
         return [*map(resolve, a[:-1]), resolve(b[-2])]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         a, b = self._operands(ctx)
         lead = [ctx.close(ctx.combine(x, y, "any")) for x, y in zip(a[:-2], b[:-2], strict=True)]
         out = [annotate(d, _nonlinear) for d in (*lead, ctx.close(a[-2]), ctx.close(b[-2]))]
@@ -97,7 +93,7 @@ class PairwiseDistances(Rule):
         return out
 
     @staticmethod
-    def _operands(ctx: Any) -> tuple[Dims, Dims]:
+    def _operands(ctx: Context) -> tuple[Dims, Dims]:
         a, b = ctx.dims("x1"), ctx.dims("x2")
         if not a or not b or len(a) != len(b) or any(is_unit(x) != is_unit(y) for x, y in zip(a[:-2], b[:-2])):  # noqa: B905
             raise Conflict("its operands differ in rank")
@@ -117,7 +113,7 @@ def _copies_root(n: int, order: float) -> float:
 class RowDistance(Rule):
     """``pairwise_distance``: a norm of ``x1 - x2 + eps`` over the last dim, row by row."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         out = []
         for x, y in self._pairs(ctx):
             if not is_unit(x) and not is_unit(y):
@@ -125,7 +121,7 @@ class RowDistance(Rule):
             out.append(resolve(y if is_unit(x) else x))
         return [*out[:-1], UNIT] if ctx.args["keepdim"] else out[:-1]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         *lead, last = self._pairs(ctx)
         out = [annotate(ctx.close(ctx.combine(x, y, "any")), _nonlinear) for x, y in lead]
         over = [d for d in last if not is_unit(d)]
@@ -142,7 +138,7 @@ class RowDistance(Rule):
         return [*out, UNIT] if ctx.args["keepdim"] else out
 
     @staticmethod
-    def _pairs(ctx: Any) -> list[tuple[Expr, Expr]]:
+    def _pairs(ctx: Context) -> list[tuple[Expr, Expr]]:
         a, b = ctx.dims("x1"), ctx.dims("x2")
         if not a or not b:
             raise Conflict("an operand has no dims")
@@ -159,20 +155,20 @@ class PairsOfRows(Rule):
     def jumps(self, node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
         ctx.freeze(dims[0], "every two of its entries make a pair")
         return [ctx.opaque(ctx.shape[0], "its entries are pairs")]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
         if ctx.grows(dims[1]):
             factor = _copies_root(_zero_together(ctx, [dims[1]]), float(ctx.args["p"]))
             if factor != 1.0:
                 ctx.rescale_output(1.0 / factor)
-        return ctx.axes.dims[ctx.node]
+        return ctx.result_dims
 
 
 register_rule("aten.pdist.default", PairsOfRows())

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from fxgrow.axes.expr import Conflict, is_static, resolve, same_size, size_of
-from fxgrow.rules.base import Content, Dims, Info, Opaque, Resize, Rule, annotate, bound_arguments, infos, register_rule
-
-if TYPE_CHECKING:
-    from fxgrow.axes.analysis import Relate
-    from fxgrow.propagate import Grow
+from fxgrow.algebra import Conflict, is_static, resolve, same_size, size_of
+from fxgrow.ir.ops import bound_arguments
+from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
+from fxgrow.rules.base import Opaque, Rule, register_rule
+from fxgrow.rules.context import Context, GrowthContext
+from fxgrow.rules.resize import Resize
 
 
 class Embedding(Rule):
@@ -23,7 +23,7 @@ class Embedding(Rule):
     def linear(self, node: fx.Node) -> bool:
         return True
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         weight, index = ctx.dims("weight"), ctx.dims("indices")
         assert weight is not None and index is not None
         role = "vocab" if ctx.from_input(ctx.args["indices"]) else "positions"
@@ -31,7 +31,7 @@ class Embedding(Rule):
         ctx.freeze(weight[0], "its entries are looked up by number")
         return [*index, *weight[1:]]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         weight, index = ctx.dims("weight"), ctx.dims("indices")
         assert weight is not None and index is not None
         return [*index, *map(ctx.close, weight[1:])]
@@ -43,7 +43,7 @@ register_rule("aten.embedding.default", Embedding())
 class OneHot(Rule):
     """A number as a unit vector: the classes' axis is numbered; no old number sets a new class's entry."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         index = ctx.dims("self")
         assert index is not None
         classes = ctx.sized(ctx.shape[-1])
@@ -51,7 +51,7 @@ class OneHot(Rule):
         ctx.freeze(classes, "its entries are picked by number")
         return [*index, classes]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         index = ctx.dims("self")
         assert index is not None
         classes = ctx.born(len(index))
@@ -72,14 +72,14 @@ class Index(Rule):
     def linear(self, node: fx.Node) -> bool:
         return True
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self._run(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._run(ctx)
 
-    def _run(self, ctx: Any) -> Dims:
-        dims = ctx.dims("self")
+    def _run(self, ctx: Context) -> Dims:
+        dims = ctx.operand("self")
         part = self._part(ctx, dims)
         if part is not None:
             return part
@@ -103,7 +103,7 @@ class Index(Rule):
         return [*kept[:place], *fresh, *kept[place:]]
 
     @staticmethod
-    def _part(ctx: Any, dims: Dims) -> Dims | None:
+    def _part(ctx: Context, dims: Dims) -> Dims | None:
         """``x[..., [-2], ...]``: a constant list of consecutive numbers, counted from the end, is a slice."""
         found = [(i, x) for i, x in enumerate(ctx.args["indices"]) if x is not None]
         if len(found) != 1 or not is_static(size_of(dims[found[0][0]])):
@@ -146,7 +146,7 @@ def indexed_dims(indices: Sequence[fx.Node | None]) -> list[tuple[fx.Node, range
     return out
 
 
-def _looked_up(ctx: Any, indices: list[Any], dims: Dims) -> str:
+def _looked_up(ctx: Context, indices: list[Any], dims: Dims) -> str:
     """What a parameter's entries are that are picked by number."""
     if not ctx.from_parameter(ctx.args["self"]):
         return ""
@@ -161,14 +161,14 @@ class IndexSelect(Rule):
     def linear(self, node: fx.Node) -> bool:
         return True
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self._run(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._run(ctx)
 
-    def _run(self, ctx: Any) -> Dims:
-        dims = ctx.dims("self")
+    def _run(self, ctx: Context) -> Dims:
+        dims = ctx.operand("self")
         i = ctx.args["dim"] % max(len(dims), 1)  # a scalar counts as one dim
         why = "its entries are looked up by number"
         for d in dims[i : i + 1]:
@@ -188,7 +188,7 @@ class Gather(Rule):
     def linear(self, node: fx.Node) -> bool:
         return True
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims, index, at = self._operands(ctx)
         why = "its entries are looked up by number"
         ctx.freeze(dims[at], why)
@@ -202,7 +202,7 @@ class Gather(Rule):
                 ctx.freeze(theirs, "only its first entries are looked up")
         return [resolve(d) for d in index]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims, index, at = self._operands(ctx)
         ctx.freeze(dims[at], "its entries are looked up by number")
         out = []
@@ -213,8 +213,8 @@ class Gather(Rule):
         return out
 
     @staticmethod
-    def _operands(ctx: Any) -> tuple[Dims, Dims, int]:
-        dims, index = ctx.dims("self"), ctx.dims("index")
+    def _operands(ctx: Context) -> tuple[Dims, Dims, int]:
+        dims, index = ctx.operand("self"), ctx.operand("index")
         if not dims:
             raise Conflict("a gather from a scalar")
         return dims, index, int(ctx.args["dim"]) % len(dims)
@@ -227,8 +227,8 @@ class TakeAlongDim(Gather):
     """``take_along_dim``: a gather of tensors that broadcast; only those of one shape are followed."""
 
     @staticmethod
-    def _operands(ctx: Any) -> tuple[Dims, Dims, int]:
-        dims, index = ctx.dims("self"), ctx.dims("indices")
+    def _operands(ctx: Context) -> tuple[Dims, Dims, int]:
+        dims, index = ctx.operand("self"), ctx.operand("indices")
         at = ctx.args["dim"]
         if not dims or at is None:
             raise Conflict("takes entries of a flattened tensor")
@@ -248,12 +248,12 @@ class Bucketize(Rule):
     def jumps(self, node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         for d in ctx.dims("boundaries") or []:
             ctx.freeze(d, "its entries are edges of numbered buckets")
         return list(ctx.dims("self") or [])
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         if any(ctx.grows(d) for d in ctx.dims("boundaries") or []):
             raise ctx.refuse("its entries are edges of numbered buckets")
 
@@ -275,7 +275,7 @@ class EmbeddingBag(Rule):
     def jumps(self, node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes if bound_arguments(node)["mode"] == BAG_MAX else []  # which row is largest
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         weight = ctx.dims("weight")
         assert weight is not None
         ctx.role(weight[0], "vocab" if ctx.from_input(ctx.args["indices"]) else "positions", 100)
@@ -288,10 +288,10 @@ class EmbeddingBag(Rule):
             rest[-1] = [rest[-1][0], weight[1]]
         return [[first[0], weight[1]], *rest]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         weight = ctx.dims("weight")
         assert weight is not None
-        (bags, _), *rest = ctx.axes.dims[ctx.node]
+        (bags, _), *rest = ctx.result_dims
         columns = ctx.close(weight[1])
         if ctx.args.get("mode") == BAG_MAX:
             columns = annotate(columns, lambda i: i.becomes(Content.FREE) if i.content is Content.MEAN else i)
@@ -308,13 +308,13 @@ class Renorm(Rule):
     It divides by the norm plus 1e-7, a constant that no argument sets. Zeros leave a row's norm, copies do not.
     """
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
         ctx.freeze(dims[0], "its entries are looked up by number")
         return dims
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
         columns = [d for d in dims[1:] if ctx.grows(d)]
@@ -349,7 +349,7 @@ class ClassLoss(Rule):
     def jumps(self, node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
         classes = dims[1] if len(dims) > 1 else dims[0]
@@ -360,7 +360,7 @@ class ClassLoss(Rule):
                 ctx.freeze(d, "the loss runs over it")
         return ctx.opaque_results("the loss runs over it")
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         raise ctx.refuse("the loss runs over it")
 
 
@@ -383,10 +383,10 @@ class Create(Rule):
     def __init__(self, shape_argument: str = "size") -> None:
         self.name = shape_argument
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return [ctx.sized(s) for s in ctx.shape]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return [ctx.born(i) for i in range(len(ctx.shape))]
 
     def resize(self, ctx: Resize) -> None:
@@ -408,11 +408,11 @@ class Own(Rule):
     def __init__(self, why: str) -> None:
         self.why = why
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return [ctx.opaque(s, self.why) for s in ctx.shape]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
-        return ctx.axes.dims[ctx.node]
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
+        return ctx.result_dims
 
 
 register_rule(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import fx
 
-from fxgrow.axes.expr import is_unit
-from fxgrow.rules.base import Content, Dims, Pointwise, annotate, infos, register_rule
-
-if TYPE_CHECKING:
-    from fxgrow.axes.analysis import Relate
-    from fxgrow.propagate import Grow
+from fxgrow.algebra import is_unit
+from fxgrow.rules.annotation import Content, Dims, annotate, infos
+from fxgrow.rules.base import Pointwise, register_rule
+from fxgrow.rules.context import Context, GrowthContext
 
 NONE, MEAN, SUM = 0, 1, 2
 
@@ -33,7 +29,7 @@ class ElementLoss(Pointwise):
     def jumps(self, node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes if not self.zero else []
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         operands = [dims for _, dims in ctx.tensor_operands()]
         rank = max(map(len, operands), default=0)
         if ctx.args["reduction"] == NONE:
@@ -44,7 +40,7 @@ class ElementLoss(Pointwise):
                 ctx.unify(exprs[0], other)
         return []
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         if ctx.args["reduction"] == NONE:
             if ctx.newborn and self.domain and any(ctx.grows(d) for _, dims in ctx.tensor_operands() for d in dims):
                 raise ctx.refuse("new units may lie outside of 0 to 1, where the loss is not defined")
@@ -68,7 +64,7 @@ class ElementLoss(Pointwise):
             ctx.rescale_output(1.0 / n)
         return []
 
-    def _check_new(self, ctx: Grow, over: list[Dims], n: int) -> None:
+    def _check_new(self, ctx: GrowthContext, over: list[Dims], n: int) -> None:
         (first, *others) = over
         if not self.zero or others or not ctx.is_factor(first[0], False):
             raise ctx.refuse("the loss runs over it, and new units would add to it; grow by whole copies instead")
@@ -77,7 +73,7 @@ class ElementLoss(Pointwise):
         for info in (x for dim in first for x in infos(dim)):
             if info.content is not Content.ZERO:
                 ctx.demand(info, Content.ZERO, "the loss runs over it")
-        ctx.outcome.multiplied = ctx.outcome.silenced = True  # where both are zero, so is the gradient of either
+        ctx.multiplies(silenced=True)  # where both are zero, so is the gradient of either
         factor = 1.0 / n
         if ctx.args["reduction"] == MEAN:
             factor = ctx.growth.new / (ctx.growth.copies * ctx.growth.old)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 import torch
 from torch import fx
 
-from fxgrow.axes.expr import UNIT, Concat, Conflict, Expr, is_unit, resolve
-from fxgrow.rules.base import Content, Dims, Info, Pattern, Rule, annotate, implied_arguments, infos, register_rule
-
-if TYPE_CHECKING:
-    from fxgrow.axes.analysis import Relate
-    from fxgrow.propagate import Grow
+from fxgrow.algebra import UNIT, Concat, Conflict, Expr, Unifier, is_unit, resolve, size_of
+from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
+from fxgrow.rules.base import Pattern, Rule, implied_arguments, register_rule
+from fxgrow.rules.context import Context, GrowthContext, Regroups
+from fxgrow.rules.resize import Resize
 
 
 class LastDimsNorm(Rule):
@@ -28,7 +27,7 @@ class LastDimsNorm(Rule):
     def __init__(self, needed: Content, implied: Mapping[str, Callable[[torch.dtype], float]] | None = None) -> None:
         self.needed, self.implied = needed, implied or {}
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims("input")
         assert dims is not None
         lead = len(dims) - len(ctx.args["normalized_shape"])
@@ -37,7 +36,7 @@ class LastDimsNorm(Rule):
                 ctx.unify(mine, theirs)
         return [resolve(d) for d in dims]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims = ctx.dims("input")
         assert dims is not None
         lead = len(dims) - len(ctx.args["normalized_shape"])
@@ -68,17 +67,17 @@ class LastDimsNorm(Rule):
                 ctx.rescale_output(eta)
         return out
 
-    def _eps(self, ctx: Grow) -> float:
+    def _eps(self, ctx: GrowthContext) -> float:
         eps = implied_arguments(ctx.node).get("eps", ctx.args.get("eps"))
         assert eps is not None
         return float(eps)
 
-    def resize(self, ctx: Any) -> None:
+    def resize(self, ctx: Resize) -> None:
         dims = ctx.dims(ctx.args["input"])
         ctx.set_shape("normalized_shape", dims[len(dims) - len(ctx.args["normalized_shape"]) :])
 
 
-def _check_eps(ctx: Grow, dims: Dims, eps: float, over: Sequence[Expr] = ()) -> None:
+def _check_eps(ctx: GrowthContext, dims: Dims, eps: float, over: Sequence[Expr] = ()) -> None:
     """Statistics of new units, or ones over a dim along which the tensor does not vary, must not be divided by zero."""
     alone = any(i.content is not Content.CONST for d in dims for i in infos(d))
     flat = any(i.content is Content.CONST for d in over for i in infos(d))
@@ -118,7 +117,7 @@ class BatchNorm(Pattern):
             newborn={"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0},
         )
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims("input")
         assert dims is not None
         if ctx.dims("running_var") is not None:
@@ -126,7 +125,7 @@ class BatchNorm(Pattern):
                 ctx.freeze(dim, "batch norm takes statistics over it")
         return super().relate(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims = ctx.dims("input")
         assert dims is not None
         over = [d for d in (dims[0], *dims[2:]) if ctx.grows(d)]
@@ -155,7 +154,7 @@ class InstanceNorm(Pattern):
             why="instance norm takes statistics over it",
         )
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims("input")
         assert dims is not None
         for dim in dims[2:]:
@@ -164,7 +163,7 @@ class InstanceNorm(Pattern):
             ctx.freeze(dims[0], "running statistics average over it")
         return super().relate(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims = ctx.dims("input")
         assert dims is not None
         _check_eps(ctx, dims[:2], float(ctx.args["eps"]))
@@ -179,7 +178,7 @@ register_rule("aten.instance_norm.default", InstanceNorm())
 class GroupNorm(Rule):
     """Group norm: groups are independent, a group's channels are normalised together with the spatial dims."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims("input")
         assert dims is not None
         g = ctx.args["num_groups"]
@@ -189,7 +188,6 @@ class GroupNorm(Rule):
             other = ctx.dims(name)
             if other is not None:
                 ctx.unify(channels, other[0])
-        from fxgrow.axes.expr import size_of
 
         try:
             ctx.regroup([channels], [g, size_of(channels) // g])
@@ -206,7 +204,7 @@ class GroupNorm(Rule):
             ctx.freeze(dim, "group norm takes statistics over it")
         return [resolve(d) for d in dims]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
 
         dims = ctx.dims("input")
         assert dims is not None
@@ -236,7 +234,7 @@ class GroupNorm(Rule):
         return out
 
     @staticmethod
-    def _one_group(ctx: Grow, dims: Dims) -> Dims:
+    def _one_group(ctx: GrowthContext, dims: Dims) -> Dims:
         """One group and no positions: layer norm, whose new channels may hold the mean of the others."""
         weight, bias = ctx.dims("weight"), ctx.dims("bias")
         _check_eps(ctx, [dims[0]], float(ctx.args["eps"]), [dims[1]])
@@ -258,10 +256,8 @@ class GroupNorm(Rule):
         return [first, ctx.close(result), *dims[2:]]
 
     @staticmethod
-    def _groups(ctx: Any, channels: Expr, g: int) -> tuple[Expr, Expr]:
+    def _groups(ctx: Regroups, channels: Expr, g: int) -> tuple[Expr, Expr]:
         """Groups, and channels inside a group; what stands outside a factor that divides both does not grow."""
-        from fxgrow.axes.expr import size_of
-
         try:
             groups, inner = ctx.regroup([channels], [g, size_of(channels) // g])
         except Conflict:
@@ -273,9 +269,7 @@ class GroupNorm(Rule):
             groups = UNIT
         return groups, inner
 
-    def resize(self, ctx: Any) -> None:
-        from fxgrow.axes.expr import Unifier
-
+    def resize(self, ctx: Resize) -> None:
         channels = ctx.dims(ctx.args["input"])[1]
         g = ctx.args["num_groups"]
         groups, _ = self._groups(Unifier(), channels, g)
@@ -295,7 +289,7 @@ class WeightNorm(Rule):
     def jumps(self, node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims, g = ctx.dims("v"), ctx.dims("g")
         assert dims is not None and g is not None
         if len(g) != len(dims):  # it broadcasts from the right, along dims that the norm takes no heed of
@@ -307,7 +301,7 @@ class WeightNorm(Rule):
                 ctx.unify(mine, theirs)
         return [resolve(d) for d in dims]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims, g = ctx.dims("v"), ctx.dims("g")
         assert dims is not None and g is not None
         keep = ctx.args["dim"] % len(dims) if ctx.args["dim"] != -1 else None

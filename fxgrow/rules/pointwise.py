@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-from fxgrow.axes.expr import UNIT, is_unit
-from fxgrow.dtypes import is_fine
-from fxgrow.rules.base import (
-    RULES,
-    Content,
-    Dims,
-    Info,
-    Opaque,
-    Pointwise,
-    Structural,
-    annotate,
-    infos,
-    op_name,
-    register_rule,
-)
-
-if TYPE_CHECKING:
-    from fxgrow.propagate import Grow
+from fxgrow.algebra import UNIT, is_unit
+from fxgrow.ir.dtypes import is_fine
+from fxgrow.ir.ops import op_name
+from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
+from fxgrow.rules.base import RULES, Opaque, Pointwise, Structural, register_rule
+from fxgrow.rules.context import Context, GrowthContext
 
 
 def _with_in_place(names: str) -> list[str]:
@@ -42,7 +30,7 @@ class Finite(Pointwise):
         super().__init__(jumps=True)
         self.everywhere = everywhere  # every operand has a domain, not the last one alone
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         risky = {Content.FREE, Content.ZERO, Content.MEAN}
         operands = ctx.tensor_operands()
         for name, dims in operands if self.everywhere else operands[-1:]:
@@ -58,7 +46,7 @@ class Finite(Pointwise):
 class Sum(Pointwise):
     """``a + b``; where one of them is a tensor of zeros, new entries are those of the other."""
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         out = super().grow(ctx)
         for name, other in (("self", "other"), ("other", "self")):
             kept = ctx.dims(name)
@@ -73,7 +61,7 @@ class Sum(Pointwise):
 class Difference(Sum):
     """``a - b``; ``x - mean(x)`` is known to be zero where newborn entries hold the mean."""
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         out = super().grow(ctx)
         a, b = ctx.args["self"], ctx.args["other"]
         reduced = ctx.mean_of(b)
@@ -155,7 +143,7 @@ class Quotient(Pointwise):
     def jumps(self, node: fx.Node) -> list[fx.Node]:
         return [n for n in node.all_input_nodes[1:] if n is node.args[1]]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         if isinstance(ctx.args["other"], int | float):
             return super().grow(ctx)
         for dim in ctx.dims("other") or []:
@@ -171,7 +159,7 @@ register_rule(_with_in_place("div.Tensor div.Scalar"), Quotient("mul", zero=True
 class QuotientInto(Quotient):
     """``torch.div(a, b, out=...)``: what ``out`` held is gone."""
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         super().grow(ctx)  # refuses what may divide by zero
         a, b = ctx.dims("self"), ctx.dims("other") or []
         assert a is not None
@@ -201,7 +189,7 @@ class Power(Pointwise):
         whole = isinstance(exponent, int | float) and exponent > 0 and float(exponent).is_integer()
         return [] if whole else node.all_input_nodes
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         exponent = ctx.args["exponent"]
         if ctx.newborn and not (isinstance(exponent, int | float) and exponent >= 1 and float(exponent).is_integer()):
             raise ctx.refuse(f"the new units' values may be outside the domain of x ** {exponent}")
@@ -229,7 +217,7 @@ class Choice(Pointwise):
         super().__init__()
         self.branches = branches
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         out = super().grow(ctx)
         for i in range(-len(out or []), 0):
             found = [self._at(ctx, name, i) for name in self.branches]
@@ -239,7 +227,7 @@ class Choice(Pointwise):
         return out
 
     @staticmethod
-    def _at(ctx: Grow, name: str, i: int) -> Any:
+    def _at(ctx: GrowthContext, name: str, i: int) -> Any:
         """A branch's dim; None for one of zeros."""
         if ctx.is_zero(ctx.args[name]):
             return None
@@ -271,7 +259,7 @@ register_rule(_with_in_place("addcdiv"), Finite())
 class Like(Pointwise):
     """A tensor of one value in the shape of another."""
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
         return [ctx.constant_like(d) for d in dims]
@@ -286,7 +274,7 @@ register_rule(
 )
 
 
-def _same(ctx: Any, dims: Dims) -> Dims:
+def _same(ctx: Context, dims: Dims) -> Dims:
     return dims
 
 
@@ -322,7 +310,7 @@ class Cast(Structural):
             node = source
         return False
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
         return dims if _fine(ctx.node.meta.get("val")) else [annotate(d, _truncated) for d in dims]
@@ -375,13 +363,13 @@ register_rule(
 class PReLU(Pointwise):
     """``x`` where positive, else ``weight * x``, one weight per entry of dim 1 (or one for all)."""
 
-    def relate(self, ctx: Any) -> Dims | list[Dims] | None:
-        dims, weight = ctx.dims("self"), ctx.dims("weight")
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
+        dims, weight = ctx.operand("self"), ctx.operand("weight")
         if weight and not is_unit(weight[0]):
             ctx.unify(dims[1 if len(dims) > 1 else 0], weight[0])
         return list(dims)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims, weight = ctx.dims("self"), ctx.dims("weight")
         assert dims is not None
         ctx.newborn_constants({"weight": 0.25})
@@ -398,7 +386,7 @@ register_rule("aten.prelu.default", PReLU(zero=True))
 class Overwrite(Pointwise):
     """``self.copy_(src)`` and ``self.fill_(value)``: what ``self`` held is gone."""
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
         source = ctx.dims("src") or []
@@ -415,14 +403,14 @@ register_rule(["aten.copy_.default", "aten.fill_.Tensor", "aten.fill_.Scalar", "
 class Glu(Pointwise):
     """``glu(x, dim)``: the first half times the sigmoid of the second."""
 
-    def relate(self, ctx: Any) -> Dims | list[Dims] | None:
-        dims = ctx.dims("self")
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
+        dims = ctx.operand("self")
         i = ctx.args["dim"] % len(dims)
         half = ctx.shape[i]
         a, b = ctx.split(dims[i], [half, half])
         return [*dims[:i], ctx.merge([a, b]), *dims[i + 1 :]]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
         i = ctx.args["dim"] % len(dims)

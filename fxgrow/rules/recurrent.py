@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
-from fxgrow.axes.expr import Conflict, Expr, concat, is_unit, resolve, size_of
-from fxgrow.rules.base import Content, Dims, Info, Rule, annotate, infos, register_rule
-
-if TYPE_CHECKING:
-    from fxgrow.axes.analysis import Relate
-    from fxgrow.propagate import Grow
+from fxgrow.algebra import Conflict, Expr, concat, is_unit, resolve, size_of
+from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
+from fxgrow.rules.base import Rule, register_rule
+from fxgrow.rules.context import Context, GrowthContext
 
 
 def _opened(expr: Expr) -> Expr:
@@ -30,7 +28,7 @@ class _Gates(Rule):
     def __init__(self, gates: int) -> None:
         self.gates = gates
 
-    def _relate(self, ctx: Relate, x: Expr, hidden: Expr, weights: list[Any]) -> None:
+    def _relate(self, ctx: Context, x: Expr, hidden: Expr, weights: list[Any]) -> None:
         w_ih, w_hh, *biases = [ctx.dims(w) for w in weights]
         assert w_ih is not None and w_hh is not None
         ctx.unify(x, w_ih[1])
@@ -40,7 +38,7 @@ class _Gates(Rule):
             for gate in ctx.split(rows, [size_of(hidden)] * self.gates):
                 ctx.unify(gate, hidden)
 
-    def _grow(self, ctx: Grow, x: Expr, hidden: Expr, weights: list[Any]) -> Expr:
+    def _grow(self, ctx: GrowthContext, x: Expr, hidden: Expr, weights: list[Any]) -> Expr:
         """The hidden state after the step, annotated."""
         w_ih, w_hh, *biases = [ctx.dims(w) for w in weights]
         assert w_ih is not None and w_hh is not None
@@ -59,7 +57,7 @@ class Layers(_Gates):
     The states share one hidden axis, so all layers do.
     """
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         x, hidden, states = self._operands(ctx)
         for i, dims in enumerate(states):
             if i:
@@ -78,7 +76,7 @@ class Layers(_Gates):
             feature = concat([resolve(hidden)] * len(layer))
         return [[*lead, resolve(feature)], *([*map(resolve, d)] for d in states)]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         x, hidden, states = self._operands(ctx)
         for dims in states:
             ctx.close(dims[-1])
@@ -90,24 +88,22 @@ class Layers(_Gates):
         return [[*lead, feature], *([_opened(ctx.close(e)) for e in d] for d in states)]
 
     @staticmethod
-    def _safe(ctx: Grow, state: Expr) -> None:
+    def _safe(ctx: GrowthContext, state: Expr) -> None:
         """New units start from what the state holds; it does not matter what, as long as nobody else supplies it."""
         if ctx.newborn and any(i.content is Content.FREE and not i.sources for i in infos(state)):
             raise ctx.refuse("the initial state of new units is not known")
 
-    def _operands(self, ctx: Any) -> tuple[Dims, Expr, list[Dims]]:
-        x = ctx.dims("input")
+    def _operands(self, ctx: Context) -> tuple[Dims, Expr, list[Dims]]:
+        x = ctx.operand("input")
         value = ctx.args["hx"]
-        states = [ctx.dims(s) for s in (value if isinstance(value, list | tuple) else [value])]
-        if x is None or any(s is None for s in states):
-            raise Conflict("its operands are not known")
-        weights = ctx.dims(ctx.args["params"][1])
+        states = [ctx.operand(s) for s in (value if isinstance(value, list | tuple) else [value])]
+        weights = ctx.operand(ctx.args["params"][1])
         if is_unit(states[0][-1]) or size_of(weights[0]) != self.gates * size_of(states[0][-1]):
             raise Conflict("a recurrence with projections, or of one unit")
         return x, states[0][-1], states
 
     @staticmethod
-    def _layers(ctx: Any) -> list[list[list[fx.Node]]]:
+    def _layers(ctx: Context) -> list[list[list[fx.Node]]]:
         """Weights by layer and direction."""
         params = list(ctx.args["params"])
         width = 4 if ctx.args["has_biases"] else 2
@@ -126,7 +122,7 @@ register_rule(["aten.rnn_tanh.input", "aten.rnn_relu.input"], Layers(1))
 class Cell(_Gates):
     """``nn.LSTMCell`` and its like: one step."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         x, states, weights = self._operands(ctx)
         for other in states[1:]:
             ctx.unify(states[0][-1], other[-1])
@@ -137,7 +133,7 @@ class Cell(_Gates):
         out = [[*x[:-1], resolve(s[-1])] for s in states]
         return out if ctx.result_count is not None else out[0]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         x, states, weights = self._operands(ctx)
         for s in states:
             ctx.close(s[-1])
@@ -147,11 +143,11 @@ class Cell(_Gates):
         return out if ctx.result_count is not None else out[0]
 
     @staticmethod
-    def _operands(ctx: Any) -> tuple[Dims, list[Dims], list[Any]]:
-        x, value = ctx.dims("input"), ctx.args["hx"]
-        states = [ctx.dims(s) for s in (value if isinstance(value, list | tuple) else [value])]
-        if x is None or any(s is None or is_unit(s[-1]) for s in states):
-            raise Conflict("a recurrence of one unit, or of operands that are not known")
+    def _operands(ctx: Context) -> tuple[Dims, list[Dims], list[Any]]:
+        x, value = ctx.operand("input"), ctx.args["hx"]
+        states = [ctx.operand(s) for s in (value if isinstance(value, list | tuple) else [value])]
+        if any(is_unit(s[-1]) for s in states):
+            raise Conflict("a recurrence of one unit")
         weights = [ctx.args[n] for n in ("w_ih", "w_hh", "b_ih", "b_hh")]
         return x, states, [w for w in weights if w is not None]
 

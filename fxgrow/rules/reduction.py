@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from fxgrow.axes.expr import UNIT, Size, is_static, is_unit, product, quotient, resolve, size_of
-from fxgrow.rules.base import Content, Dims, Info, Opaque, Rule, Structural, annotate, infos, register_rule, used
-
-if TYPE_CHECKING:
-    from fxgrow.axes.analysis import Relate
-    from fxgrow.propagate import Grow
+from fxgrow.algebra import UNIT, Size, is_static, is_unit, product, quotient, resolve, size_of
+from fxgrow.ir.ops import used
+from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
+from fxgrow.rules.base import Opaque, Rule, Structural, register_rule
+from fxgrow.rules.context import Context, GrowthContext
 
 
 def reduced_dims(args: dict[str, Any], rank: int) -> list[int]:
@@ -44,7 +43,7 @@ class Reduce(Rule):
         whole = not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex())
         return node.all_input_nodes if whole or self.kind == "blocked" else []
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims(self.operand)
         assert dims is not None
         over = reduced_dims(ctx.args, len(dims))
@@ -58,7 +57,7 @@ class Reduce(Rule):
         out = [UNIT if i in over else d for i, d in enumerate(dims) if keep or i not in over]
         return out if ctx.result_count is None else [list(out) for _ in range(ctx.result_count)]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims = ctx.dims(self.operand)
         assert dims is not None
         over = reduced_dims(ctx.args, len(dims))
@@ -77,14 +76,13 @@ class Reduce(Rule):
                 out.append(annotate(ctx.close(dim), _nonlinear))
         return out if ctx.result_count is None else [list(out) for _ in range(ctx.result_count)]
 
-    def _statistic(self, ctx: Grow, grown: Dims, over: Dims) -> None:
+    def _statistic(self, ctx: GrowthContext, grown: Dims, over: Dims) -> None:
         contents = {i.content for d in grown for i in infos(d)}
         growth = ctx.growth
         for d in grown:
             ctx.close(d)
         if self.kind == "extremum":
-            ctx.outcome.statistics = True  # amax shares a gradient evenly among equal copies
-            ctx.outcome.uneven_gradients |= ctx.result_count is not None  # max gives it to one of them
+            ctx.selects_among(one=ctx.result_count is not None)  # amax shares a gradient evenly among equal copies
             if ctx.newborn and contents != {Content.CONST} and contents != {Content.MEAN}:
                 raise ctx.refuse("an extremum over new units")
             return
@@ -133,7 +131,7 @@ class Variance(Reduce):
         super().__init__("variance")
         self.root = root
 
-    def _statistic(self, ctx: Grow, grown: Dims, over: Dims) -> None:
+    def _statistic(self, ctx: GrowthContext, grown: Dims, over: Dims) -> None:
         for d in grown:
             ctx.close(d)
         if ctx.newborn:
@@ -155,7 +153,7 @@ class Variance(Reduce):
             ctx.rescale_output(factor**0.5 if self.root else factor)
 
     @staticmethod
-    def _check_new(ctx: Grow, grown: Dims, over: Dims) -> None:
+    def _check_new(ctx: GrowthContext, grown: Dims, over: Dims) -> None:
         if len(grown) != 1 or len(infos(grown[0])) != 1 or not ctx.is_whole(grown[0]):
             raise ctx.refuse("a statistic over a dim of which the growing axis is only a part")
         if len(over) != 1:
@@ -179,14 +177,14 @@ class VectorNorm(Reduce):
     def __init__(self) -> None:
         super().__init__("square")
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self._kind(ctx).relate(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._kind(ctx).grow(ctx)
 
     @staticmethod
-    def _kind(ctx: Any) -> Reduce:
+    def _kind(ctx: Context) -> Reduce:
         order = ctx.args.get("ord", ctx.args.get("p", 2))
         return Reduce("square" if order in (2, 2.0, None) else "blocked")
 
@@ -223,14 +221,14 @@ class Softmax(Rule):
     def __init__(self, logarithm: bool = False) -> None:
         self.logarithm = logarithm
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
         if dims and self.logarithm:
             ctx.freeze(dims[ctx.args["dim"] % len(dims)], "softmax runs over it")
         return dims
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
         over = dims[ctx.args["dim"] % len(dims)]
@@ -251,7 +249,7 @@ register_rule(["aten.log_softmax.int", "aten._log_softmax.default"], Softmax(log
 class Sampled(Rule):
     """``grid_sample``: channels pass, pixels are interpolated at places that another tensor names."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims, grid = ctx.dims("input"), ctx.dims("grid")
         assert dims is not None and grid is not None
         why = "its entries are interpolated"
@@ -260,7 +258,7 @@ class Sampled(Rule):
         ctx.unify(dims[0], grid[0])
         return [dims[0], dims[1], *(ctx.opaque(s, why) for s in ctx.shape[2:])]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims, grid = ctx.dims("input"), ctx.dims("grid")
         assert dims is not None and grid is not None
         batch = ctx.close(ctx.combine(dims[0], grid[0], "mul_first"))
@@ -281,7 +279,7 @@ class Pool(Structural):
     def __init__(self, n: int, linear: bool, results: int = 1) -> None:
         self.results = results
 
-        def f(ctx: Any, dims: Dims) -> Any:
+        def f(ctx: Context, dims: Dims) -> Any:
             why = "pooling runs over it"
             for d in dims[-n:]:
                 ctx.freeze(d, why)
@@ -311,7 +309,7 @@ class Unpool(Rule):
     def __init__(self, n: int) -> None:
         self.n = n
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims, indices = ctx.dims("self"), ctx.dims("indices")
         assert dims is not None and indices is not None
         why = "unpooling runs over it"
@@ -324,11 +322,11 @@ class Unpool(Rule):
             ctx.role(d, "spatial", 100)
         return [*map(resolve, dims[: -self.n]), *space]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims, indices = ctx.dims("self"), ctx.dims("indices")
         assert dims is not None and indices is not None
         lead = zip(dims[: -self.n], indices[: -self.n], strict=True)
-        own = ctx.axes.dims[ctx.node]
+        own = ctx.result_dims
         return [*(ctx.close(ctx.combine(a, b, "any")) for a, b in lead), *own[-self.n :]]
 
 
@@ -336,7 +334,7 @@ for _n in (2, 3):
     register_rule(f"aten.max_unpool{_n}d.default", Unpool(_n))
 
 
-def _patches(ctx: Any, dims: Dims) -> Dims:
+def _patches(ctx: Context, dims: Dims) -> Dims:
     """``unfold``: every window of an image laid out beside its channel."""
     *lead, channels, height, width = dims
     size = math.prod(ctx.args["kernel_size"])
@@ -350,7 +348,7 @@ def _patches(ctx: Any, dims: Dims) -> Dims:
     return [*map(ctx.close, lead), product([ctx.close(channels), window]), windows]
 
 
-def _folded(ctx: Any, dims: Dims) -> Dims:
+def _folded(ctx: Context, dims: Dims) -> Dims:
     """``fold``: windows summed into an image, channel by channel."""
     *lead, columns, windows = dims
     size = math.prod(ctx.args["kernel_size"])

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
-from fxgrow.axes.expr import Conflict, is_unit, resolve, same_size, size_of
-from fxgrow.rules.base import Content, Dims, Opaque, Rule, annotate, infos, register_rule
+from fxgrow.algebra import Conflict, is_unit, resolve, same_size, size_of
+from fxgrow.rules.annotation import Content, Dims, annotate, infos
+from fxgrow.rules.base import Opaque, Rule, register_rule
+from fxgrow.rules.context import Context, GrowthContext
 from fxgrow.rules.indexing import indexed_dims
-
-if TYPE_CHECKING:
-    from fxgrow.axes.analysis import Relate
-    from fxgrow.propagate import Grow
 
 WHY = "its entries are written by number"
 
@@ -27,7 +25,7 @@ def _both(base: str) -> list[str]:
 class Scatter(Rule):
     """``scatter(x, dim, index, src)``: entry by entry along every other dim, a write by number along ``dim``."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims, index, source, at = self._operands(ctx)
         for i, (mine, theirs) in enumerate(zip(dims, index, strict=True)):
             column = [mine, theirs, *([source[i]] if source is not None else [])]
@@ -39,7 +37,7 @@ class Scatter(Rule):
                 ctx.unify(mine, other)
         return [resolve(d) for d in dims]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims, index, source, at = self._operands(ctx)
         out = []
         for i, (mine, theirs) in enumerate(zip(dims, index, strict=True)):
@@ -59,7 +57,7 @@ class Scatter(Rule):
         return out
 
     @staticmethod
-    def _operands(ctx: Any) -> tuple[Dims, Dims, Dims | None, int]:
+    def _operands(ctx: Context) -> tuple[Dims, Dims, Dims | None, int]:
         dims, index, source = ctx.dims("self"), ctx.dims("index"), ctx.dims("src")
         if not dims or not index:
             raise Conflict("writes into a scalar")
@@ -76,7 +74,7 @@ register_rule(
 class IndexWrite(Rule):
     """``index_add(x, dim, index, source)`` and its like: along ``dim`` a write by number, else entry by entry."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims, source, at = self._operands(ctx)
         for d in (dims[at], *(ctx.dims("index") or []), *([source[at]] if source is not None else [])):
             ctx.freeze(d, WHY)
@@ -85,7 +83,7 @@ class IndexWrite(Rule):
                 ctx.unify(mine, theirs)
         return [resolve(d) for d in dims]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims, source, at = self._operands(ctx)
         if ctx.grows(dims[at]):
             raise ctx.refuse(WHY)
@@ -103,7 +101,7 @@ class IndexWrite(Rule):
         return [d if i == at else ctx.close(ctx.combine(d, source[i], "add")) for i, d in enumerate(dims)]
 
     @staticmethod
-    def _operands(ctx: Any) -> tuple[Dims, Dims | None, int]:
+    def _operands(ctx: Context) -> tuple[Dims, Dims | None, int]:
         dims, source = ctx.dims("self"), ctx.dims("source")
         if not dims or (source is not None and len(source) != len(dims)):
             raise Conflict("writes into a scalar, or of one")
@@ -119,7 +117,7 @@ register_rule(
 class IndexPut(Rule):
     """``x[..., idx, ...] = values``: the indexed dims are written by number, the others entry by entry."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims, at, values = self._operands(ctx)
         for i in at:
             ctx.freeze(dims[i], WHY)
@@ -134,7 +132,7 @@ class IndexPut(Rule):
                 ctx.unify(kept[k], theirs)
         return [resolve(d) for d in dims]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims, at, values = self._operands(ctx)
         if any(ctx.grows(dims[i]) for i in at):
             raise ctx.refuse(WHY)
@@ -148,9 +146,9 @@ class IndexPut(Rule):
         return out
 
     @staticmethod
-    def _operands(ctx: Any) -> tuple[Dims, list[int], dict[int, Any]]:
+    def _operands(ctx: Context) -> tuple[Dims, list[int], dict[int, Any]]:
         """Dims, places of the indexed ones, and the dims of the values by the number of the kept dim they belong to."""
-        dims, values = ctx.dims("self"), ctx.dims("values")
+        dims, values = ctx.operand("self"), ctx.operand("values")
         at: list[int] = []
         groups: list[int] = []  # where runs of indexed dims start
         rank = 0
@@ -179,14 +177,14 @@ register_rule(_both("index_put.default"), IndexPut())
 class SelectScatter(Rule):
     """One entry of a dim replaced."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims, rest, source, at = self._operands(ctx)
         ctx.freeze(dims[at], WHY)
         for mine, theirs in zip(rest, source, strict=True):
             ctx.unify(mine, theirs)
         return [resolve(d) for d in dims]
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims, rest, source, at = self._operands(ctx)
         if ctx.grows(dims[at]):
             raise ctx.refuse(WHY)
@@ -194,8 +192,8 @@ class SelectScatter(Rule):
         return [*out[:at], dims[at], *out[at:]]
 
     @staticmethod
-    def _operands(ctx: Any) -> tuple[Dims, Dims, Dims, int]:
-        dims, source = ctx.dims("self"), ctx.dims("src")
+    def _operands(ctx: Context) -> tuple[Dims, Dims, Dims, int]:
+        dims, source = ctx.operand("self"), ctx.operand("src")
         at = int(ctx.args["dim"]) % len(dims)
         return dims, [*dims[:at], *dims[at + 1 :]], source, at
 
@@ -207,8 +205,8 @@ class SliceScatter(SelectScatter):
     """A range of entries of a dim replaced."""
 
     @staticmethod
-    def _operands(ctx: Any) -> tuple[Dims, Dims, Dims, int]:
-        dims, source = ctx.dims("self"), ctx.dims("src")
+    def _operands(ctx: Context) -> tuple[Dims, Dims, Dims, int]:
+        dims, source = ctx.operand("self"), ctx.operand("src")
         at = int(ctx.args["dim"]) % len(dims)
         ctx.freeze(source[at], WHY)
         return dims, [*dims[:at], *dims[at + 1 :]], [*source[:at], *source[at + 1 :]], at

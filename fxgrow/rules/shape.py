@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
-from fxgrow.axes.expr import (
+from fxgrow.algebra import (
     UNIT,
     Concat,
     Conflict,
@@ -24,32 +24,22 @@ from fxgrow.axes.expr import (
     same_size,
     size_of,
 )
-from fxgrow.rules.base import (
-    Content,
-    Dims,
-    Info,
-    Opaque,
-    Resize,
-    Rule,
-    Structural,
-    annotate,
-    bound_arguments,
-    register_rule,
-)
-
-if TYPE_CHECKING:
-    from fxgrow.axes.analysis import Relate
-    from fxgrow.propagate import Grow
+from fxgrow.ir.ops import bound_arguments
+from fxgrow.ir.sizes import literal_size
+from fxgrow.rules.annotation import Content, Dims, Info, annotate
+from fxgrow.rules.base import Opaque, Rule, Structural, register_rule
+from fxgrow.rules.context import Context, GrowthContext
+from fxgrow.rules.resize import Resize
 
 
-def _dim(ctx: Any, dims: Dims, name: str = "dim", extra: int = 0) -> int:
+def _dim(ctx: Context, dims: Dims, name: str = "dim", extra: int = 0) -> int:
     return int(ctx.args[name]) % (len(dims) + extra)
 
 
 # reshape -----------------------------------------------------------------------------------------------------------
 
 
-def _reshape(ctx: Any, dims: Dims) -> Dims:
+def _reshape(ctx: Context, dims: Dims) -> Dims:
     """Common refinement; where that fails, of the equal dims at both ends alone: what lies between is frozen."""
     shape = ctx.shape
     try:
@@ -93,7 +83,7 @@ register_rule("aten.unflatten.int", Structural(_reshape, _resize_unflatten))
 # permute -----------------------------------------------------------------------------------------------------------
 
 
-def _transpose(ctx: Any, dims: Dims) -> Dims:
+def _transpose(ctx: Context, dims: Dims) -> Dims:
     if not dims:
         return dims
     a, b = (v % len(dims) for k, v in ctx.args.items() if k in ("dim0", "dim1", "axis0", "axis1"))
@@ -102,7 +92,7 @@ def _transpose(ctx: Any, dims: Dims) -> Dims:
     return out
 
 
-def _movedim(ctx: Any, dims: Dims) -> Dims:
+def _movedim(ctx: Context, dims: Dims) -> Dims:
     source, target = ctx.args["source"], ctx.args["destination"]
     if not dims:
         return dims
@@ -125,12 +115,12 @@ register_rule(["aten.movedim.int", "aten.movedim.intlist"], Structural(_movedim)
 # dims of size 1 ----------------------------------------------------------------------------------------------------
 
 
-def _unsqueeze(ctx: Any, dims: Dims) -> Dims:
+def _unsqueeze(ctx: Context, dims: Dims) -> Dims:
     i = _dim(ctx, dims, extra=1)
     return [*dims[:i], UNIT, *dims[i:]]
 
 
-def _squeeze(ctx: Any, dims: Dims) -> Dims:
+def _squeeze(ctx: Context, dims: Dims) -> Dims:
     which = ctx.args.get("dim")
     if which is None:
         return [d for d in dims if not is_unit(d)]
@@ -145,7 +135,7 @@ register_rule(["aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims"],
 def _at_least(rank: int) -> Callable[[Any, Dims], Dims]:
     """``atleast_1d`` and its like: dims of size 1 in front, and behind the second one where there are three."""
 
-    def f(ctx: Any, dims: Dims) -> Dims:
+    def f(ctx: Context, dims: Dims) -> Dims:
         if rank == 3 and len(dims) == 2:
             return [*dims, UNIT]
         lead = [UNIT] if rank > 1 and len(dims) == 1 else []
@@ -161,7 +151,7 @@ for _n in (1, 2, 3):
 # broadcasts --------------------------------------------------------------------------------------------------------
 
 
-def _expand(ctx: Any, dims: Dims) -> Dims:
+def _expand(ctx: Context, dims: Dims) -> Dims:
     shape = ctx.shape
     lead = len(shape) - len(dims)
     out: Dims = []
@@ -192,8 +182,8 @@ def _resize_expand(ctx: Resize) -> None:
 register_rule(["aten.expand.default", "aten.broadcast_to.default"], Structural(_expand, _resize_expand))
 
 
-def _expand_as(ctx: Any, dims: Dims) -> Dims:
-    other = ctx.dims("other")
+def _expand_as(ctx: Context, dims: Dims) -> Dims:
+    other = ctx.operand("other")
     lead = len(other) - len(dims)
     out: Dims = []
     for i, like in enumerate(other):
@@ -207,9 +197,9 @@ def _expand_as(ctx: Any, dims: Dims) -> Dims:
 register_rule("aten.expand_as.default", Structural(_expand_as))
 
 
-def _view_as(ctx: Any, dims: Dims) -> Dims:
+def _view_as(ctx: Context, dims: Dims) -> Dims:
     out = list(ctx.regroup(dims, ctx.shape))
-    for mine, theirs in zip(out, ctx.dims("other"), strict=True):
+    for mine, theirs in zip(out, ctx.operand("other"), strict=True):
         ctx.unify(mine, theirs)
     return out
 
@@ -217,13 +207,13 @@ def _view_as(ctx: Any, dims: Dims) -> Dims:
 class BroadcastTensors(Rule):
     """Every operand expanded to their common shape."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self._join(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._join(ctx)
 
-    def _join(self, ctx: Any) -> list[Dims]:
+    def _join(self, ctx: Context) -> list[Dims]:
         operands = [d for _, d in ctx.tensor_operands()]
         rank = max(map(len, operands))
         operands = [[UNIT] * (rank - len(d)) + d for d in operands]
@@ -246,7 +236,7 @@ register_rule("aten.broadcast_tensors.default", BroadcastTensors())
 register_rule(["aten.view_as.default", "aten.reshape_as.default"], Structural(_view_as))
 
 
-def _repeat(ctx: Any, dims: Dims) -> Dims:
+def _repeat(ctx: Context, dims: Dims) -> Dims:
     """The tensor laid end to end: a new outer factor along every dim that is repeated."""
     repeats = list(ctx.args["repeats"])
     repeats = [1] * (len(dims) - len(repeats)) + repeats  # tile may name fewer dims
@@ -284,7 +274,7 @@ def _resize_repeat(ctx: Resize) -> None:
 register_rule("aten.repeat.default", Structural(_repeat, _resize_repeat))
 
 
-def _tile(ctx: Any, dims: Dims) -> Dims:
+def _tile(ctx: Context, dims: Dims) -> Dims:
     ctx.args = {**ctx.args, "repeats": ctx.args["dims"]}
     return _repeat(ctx, dims)
 
@@ -299,7 +289,7 @@ def _resize_tile(ctx: Resize) -> None:
 register_rule("aten.tile.default", Structural(_tile, _resize_tile))
 
 
-def _repeat_interleave(ctx: Any, dims: Dims) -> Dims:
+def _repeat_interleave(ctx: Context, dims: Dims) -> Dims:
     """Each entry repeated in place: a new inner factor."""
     repeats, dim = ctx.args["repeats"], ctx.args["dim"]
     if not isinstance(repeats, int) or dim is None:
@@ -324,10 +314,8 @@ register_rule("aten.repeat_interleave.self_int", Structural(_repeat_interleave, 
 # windows, diagonals and triangles of dims ----------------------------------------------------------------------------
 
 
-def _channel_shuffle(ctx: Any, dims: Dims) -> Dims:
+def _channel_shuffle(ctx: Context, dims: Dims) -> Dims:
     """Channels as (groups, each) become (each, groups)."""
-    from fxgrow.axes.expr import product
-
     groups = int(ctx.args["groups"])
     outer, inner = ctx.regroup([dims[1]], [groups, quotient(size_of(dims[1]), groups)])
     return [dims[0], product([inner, outer]), *dims[2:]]
@@ -345,7 +333,7 @@ register_rule("aten.channel_shuffle.default", Structural(_channel_shuffle, _resi
 register_rule("aten.native_channel_shuffle.default", Structural(_channel_shuffle, _resize_channel_shuffle))
 
 
-def _pixel_shuffle(ctx: Any, dims: Dims) -> Dims:
+def _pixel_shuffle(ctx: Context, dims: Dims) -> Dims:
     """``(c r r) h w -> c (h r) (w r)``: channels pass, what is spread over space does not."""
     why = "pixel_shuffle spreads it over space"
     block = int(ctx.args["upscale_factor"]) ** 2
@@ -355,10 +343,8 @@ def _pixel_shuffle(ctx: Any, dims: Dims) -> Dims:
     return [*dims[:-3], channels, *(ctx.opaque(s, why) for s in ctx.shape[-2:])]
 
 
-def _pixel_unshuffle(ctx: Any, dims: Dims) -> Dims:
+def _pixel_unshuffle(ctx: Context, dims: Dims) -> Dims:
     """``c (h r) (w r) -> (c r r) h w``."""
-    from fxgrow.axes.expr import product
-
     why = "pixel_unshuffle gathers it from space"
     for d in dims[-2:]:
         ctx.freeze(d, why)
@@ -370,7 +356,7 @@ register_rule("aten.pixel_shuffle.default", Structural(_pixel_shuffle))
 register_rule("aten.pixel_unshuffle.default", Structural(_pixel_unshuffle))
 
 
-def _unfold(ctx: Any, dims: Dims) -> Dims:
+def _unfold(ctx: Context, dims: Dims) -> Dims:
     """Windows along one dim; their entries stand in a new last dim."""
     i = int(ctx.args["dimension"]) % max(len(dims), 1)
     why = "windows slide over it"
@@ -380,7 +366,7 @@ def _unfold(ctx: Any, dims: Dims) -> Dims:
     return [ctx.opaque(s, why) if j in (i, len(dims)) or not dims else dims[j] for j, s in enumerate(shape)]
 
 
-def _diagonal(ctx: Any, dims: Dims) -> Dims:
+def _diagonal(ctx: Context, dims: Dims) -> Dims:
     a, b = (int(ctx.args[n]) % len(dims) for n in ("dim1", "dim2"))
     why = "a diagonal is taken of it"
     for i in (a, b):
@@ -388,7 +374,7 @@ def _diagonal(ctx: Any, dims: Dims) -> Dims:
     return [*(d for i, d in enumerate(dims) if i not in (a, b)), ctx.opaque(ctx.shape[-1], why)]
 
 
-def _diag_embed(ctx: Any, dims: Dims) -> Dims:
+def _diag_embed(ctx: Context, dims: Dims) -> Dims:
     shape, why = ctx.shape, "it becomes a diagonal"
     at = {int(ctx.args[n]) % len(shape) for n in ("dim1", "dim2")}
     ctx.freeze(dims[-1], why)
@@ -401,11 +387,11 @@ register_rule("aten.diagonal.default", Structural(_diagonal))
 register_rule("aten.diag_embed.default", Structural(_diag_embed))
 
 
-def _view_as_real(ctx: Any, dims: Dims) -> Dims:
+def _view_as_real(ctx: Context, dims: Dims) -> Dims:
     return [*dims, ctx.opaque(2, "real and imaginary parts")]
 
 
-def _view_as_complex(ctx: Any, dims: Dims) -> Dims:
+def _view_as_complex(ctx: Context, dims: Dims) -> Dims:
     ctx.freeze(dims[-1], "real and imaginary parts")
     return dims[:-1]
 
@@ -419,14 +405,14 @@ class MeshGrid(Rule):
 
     moves = True
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self._lay(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._lay(ctx)
 
     @staticmethod
-    def _lay(ctx: Any) -> list[Dims]:
+    def _lay(ctx: Context) -> list[Dims]:
         vectors = [d[0] if d else UNIT for _, d in ctx.tensor_operands()]
         order = list(range(len(vectors)))
         if ctx.args.get("indexing") == "xy" and len(order) > 1:
@@ -446,16 +432,14 @@ def _part_sizes(total: Size, size: int) -> list[int]:
     return [min(size, total - s) for s in range(0, total, size)]
 
 
-def _split_into(ctx: Any, dims: Dims, sizes: list[int]) -> list[Dims]:
+def _split_into(ctx: Context, dims: Dims, sizes: list[int]) -> list[Dims]:
     i = _dim(ctx, dims)
     parts = [p for p in sizes if p > 0]
     pieces = iter(ctx.split(dims[i], parts))
     return [[*dims[:i], next(pieces), *dims[i + 1 :]] for _ in parts]
 
 
-def _split(ctx: Any, dims: Dims) -> list[Dims]:
-    from fxgrow.axes.analysis import literal_size
-
+def _split(ctx: Context, dims: Dims) -> list[Dims]:
     i = _dim(ctx, dims)
     dim, size = dims[i], literal_size(ctx.args["split_size"])
     if is_static(size_of(dim)) and isinstance(size, int):
@@ -466,14 +450,14 @@ def _split(ctx: Any, dims: Dims) -> list[Dims]:
     raise Conflict("splits a dim of dynamic size")
 
 
-def _split_with_sizes(ctx: Any, dims: Dims) -> list[Dims]:
-    sizes = ctx.args.get("split_sizes", ctx.args.get("split_size"))
+def _split_with_sizes(ctx: Context, dims: Dims) -> list[Dims]:
+    sizes = ctx.args["split_sizes" if "split_sizes" in ctx.args else "split_size"]
     if not all(isinstance(s, int) and s > 0 for s in sizes):
         raise Conflict("splits into parts of dynamic or empty size")
     return _split_into(ctx, dims, list(sizes))
 
 
-def _chunk(ctx: Any, dims: Dims) -> list[Dims]:
+def _chunk(ctx: Context, dims: Dims) -> list[Dims]:
     total = size_of(dims[_dim(ctx, dims)])
     n = int(ctx.args["chunks"])
     return _split_into(ctx, dims, _part_sizes(total, -(-total // n) if is_static(total) else 1))
@@ -504,7 +488,7 @@ def _tensor_split(along: int | None) -> Structural:
         i = args["dim"] if along is None else (0 if along == 1 and rank == 1 else along)
         return int(i) % rank
 
-    def f(ctx: Any, dims: Dims) -> list[Dims]:
+    def f(ctx: Context, dims: Dims) -> list[Dims]:
         ctx.args = {**ctx.args, "dim": dim(ctx.args, len(dims))}
         total = size_of(dims[ctx.args["dim"]])
         places = ctx.args.get("indices")
@@ -532,7 +516,7 @@ for _name, _along in (("hsplit", 1), ("vsplit", 0), ("dsplit", 2)):
     register_rule([f"aten.{_name}.int", f"aten.{_name}.array"], _tensor_split(_along))
 
 
-def _unbind(ctx: Any, dims: Dims) -> list[Dims]:
+def _unbind(ctx: Context, dims: Dims) -> list[Dims]:
     i = _dim(ctx, dims)
     units = ctx.units(dims[i])
     if units is None:
@@ -548,13 +532,13 @@ class Cat(Rule):
 
     moves = True
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self._join(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._join(ctx)
 
-    def _join(self, ctx: Any) -> Dims:
+    def _join(self, ctx: Context) -> Dims:
         operands = [d for _, d in ctx.tensor_operands()]
         operands = [d for d in operands if not (len(d) == 1 and same_size(size_of(d[0]), 0))]
         i = int(ctx.args.get("dim") or 0) % len(operands[0])
@@ -574,7 +558,7 @@ class StackedCat(Cat):
     def __init__(self, widen: Callable[[Any, Dims], Dims], dim: Callable[[int], int]) -> None:
         self.widen, self.dim = widen, dim
 
-    def _join(self, ctx: Any) -> Dims:
+    def _join(self, ctx: Context) -> Dims:
         operands = [self.widen(ctx, d) for _, d in ctx.tensor_operands()]
         i = self.dim(len(operands[0]))
         columns = zip(*operands, strict=True)
@@ -593,13 +577,13 @@ register_rule(
 class Stack(Rule):
     moves = True
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self._join(ctx)
 
-    def grow(self, ctx: Grow) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         return self._join(ctx)
 
-    def _join(self, ctx: Any) -> Dims:
+    def _join(self, ctx: Context) -> Dims:
         operands = [d for _, d in ctx.tensor_operands()]
         i = int(ctx.args.get("dim") or 0) % (len(operands[0]) + 1)
         out = [ctx.merge([d[j] for d in operands]) for j in range(len(operands[0]))]
@@ -627,13 +611,13 @@ def _slice_range(args: dict[str, Any], total: Size) -> tuple[Any, Any, int]:
     return start, end, int(args.get("step") or 1)
 
 
-def _cut(ctx: Any, dim: Expr, start: int, end: int) -> Expr:
+def _cut(ctx: Context, dim: Expr, start: int, end: int) -> Expr:
     total = size_of(dim)
     sizes = [s for s in (start, end - start, total - end) if s > 0]
     return list(ctx.split(dim, sizes))[1 if start > 0 else 0] if len(sizes) > 1 else dim
 
 
-def _slice(ctx: Any, dims: Dims) -> Dims:
+def _slice(ctx: Context, dims: Dims) -> Dims:
     i = _dim(ctx, dims)
     total = size_of(dims[i])
     start, end, step = _slice_range(ctx.args, total)
@@ -679,7 +663,7 @@ def _resize_slice(ctx: Resize) -> None:
 register_rule("aten.slice.Tensor", Structural(_slice, _resize_slice))
 
 
-def _narrow(ctx: Any, dims: Dims) -> Dims:
+def _narrow(ctx: Context, dims: Dims) -> Dims:
     i = _dim(ctx, dims)
     start, length = ctx.args["start"], ctx.args["length"]
     if not isinstance(start, int) or not isinstance(length, int) or not is_static(size_of(dims[i])):
@@ -701,7 +685,7 @@ def _resize_narrow(ctx: Resize) -> None:
 register_rule("aten.narrow.default", Structural(_narrow, _resize_narrow))
 
 
-def _select(ctx: Any, dims: Dims) -> Dims:
+def _select(ctx: Context, dims: Dims) -> Dims:
     i = _dim(ctx, dims)
     if ctx.units(dims[i]) is None:
         ctx.freeze(dims[i], f"entry {ctx.args['index']} is picked by its number")
@@ -726,7 +710,7 @@ class Blocked(Structural):
     ) -> None:
         self._linear = linear
 
-        def f(ctx: Any, dims: Dims) -> Dims:
+        def f(ctx: Context, dims: Dims) -> Dims:
             blocked = {w % max(len(dims), 1) for w in which(ctx.args, len(dims))}
             out: Dims = []
             for i, dim in enumerate(dims):
@@ -776,7 +760,7 @@ register_rule(
 )
 
 
-def _diff(ctx: Any, dims: Dims) -> Dims:
+def _diff(ctx: Context, dims: Dims) -> Dims:
     """Differences of neighbours, those of other tensors before and behind among them."""
     i, why = _dim(ctx, dims), "neighbouring entries are subtracted"
     operands = [dims, *(d for d in (ctx.dims("prepend"), ctx.dims("append")) if d is not None)]
@@ -792,7 +776,7 @@ register_rule("aten.diff.default", Structural(_diff))
 class Top(Blocked):
     """The largest entries of a dim: which they are depends on all of them. Routers pick experts so."""
 
-    def relate(self, ctx: Relate) -> Dims | list[Dims] | None:
+    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         if dims:
             ctx.role(dims[int(ctx.args["dim"]) % len(dims)], "experts", 100)

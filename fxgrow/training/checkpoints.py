@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fxgrow.checkpoint import read_tensors
 from fxgrow.errors import CheckpointError
-from fxgrow.rates import all_rates
+from fxgrow.optim.rates import all_rates
 from fxgrow.reading import read_json, read_text
 from fxgrow.training.optimizer_state import check_optimizer_state
 from fxgrow.training.packing import pack, unpack

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxgrow.rates import KEY, STEPS
+from fxgrow.optim.rates import KEY, STEPS
 
 
 def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -12,9 +12,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fxgrow.ir.ops import op_name
 from fxgrow.rules import RULES
-from fxgrow.rules.base import op_name
-from fxgrow.rules.judge import Sample
+from fxgrow.testing.judge import Sample
 from tests.rules.samples import SAMPLES
 
 _BASES = ("rand", "randn", "rand_like", "randn_like", "randint", "randperm", "bernoulli", "bernoulli_", "uniform_")

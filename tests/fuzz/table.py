@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fxgrow.rules.judge import Sample
+from fxgrow.testing.judge import Sample
 from tests.fuzz import calls, supply
 from tests.fuzz.compose import Composer, Dim, Rejected, Value
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import fxgrow
 from fxgrow.errors import CaptureError, FxgrowError
-from fxgrow.rules.base import op_name
+from fxgrow.ir.ops import op_name
 from tests.fuzz import specs
 from tests.fuzz.compose import Rejected
 from tests.fuzz.generate import generate

@@ -1,14 +1,13 @@
 """``python -m tests.fuzz.without``: does the fuzzer find a fault again when its mend is taken back?
 
-Each entry of :data:`MENDS` undoes one mend of the compiler in this process. The search that follows, through models
-that all have the feature in which it tells (``--anywhere``: through all), stops at the first finding; the table says
+Each entry of :data:`MENDS` undoes one mend of the compiler in this process. The search that follows goes through models
+that all have the feature in which it tells (``--anywhere``: through all) and stops at the first finding; the table says
 after how many models, and what it was. A mend that is never missed is one that the fuzzer cannot see.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import multiprocessing
 import sys
@@ -22,13 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fxgrow import propagate, ties
-from fxgrow.axes.analysis import Relate
+from fxgrow.analysis.relate import Relate
+from fxgrow.ir.ops import op_name
 from fxgrow.passes import base as passes
+from fxgrow.proof import growth, ties
 from fxgrow.rules import norm, pointwise
-from fxgrow.rules.base import RULES, op_name
-
-capture = importlib.import_module("fxgrow.capture")  # the module: the package has a function of its name
+from fxgrow.rules.base import RULES
+from fxgrow.trace import export, modes
 
 
 def _implied_constants() -> None:
@@ -43,12 +42,12 @@ def _implied_constants() -> None:
 
 def _guards() -> None:
     """The conditions of the trace on sizes are dropped."""
-    capture.find_guards = lambda *_: []
+    export.find_guards = lambda *_: []
 
 
 def _whole_numbers() -> None:
     """Sums of whole numbers over copies are multiplied by a fraction."""
-    propagate.Grow._check_whole = lambda *_: None  # type: ignore[method-assign]
+    growth.Grow._check_whole = lambda *_: None  # type: ignore[method-assign]
     exact = passes.rescale
 
     def rescale(*args: Any, **kwargs: Any) -> Any:
@@ -61,12 +60,12 @@ def _whole_numbers() -> None:
 
 def _mode_literals() -> None:
     """Literals that differ between train and eval are all taken to be flags."""
-    capture._is_mode = lambda *_: True
+    modes._is_mode = lambda *_: True
 
 
 def _state() -> None:
     """What a call leaves in a buffer is not held against what the next one assumes."""
-    propagate.Grow._check_state = lambda _: None  # type: ignore[method-assign]
+    growth.Grow._check_state = lambda _: None  # type: ignore[method-assign]
 
 
 def _casts() -> None:
@@ -81,7 +80,7 @@ def _scales() -> None:
         rule = RULES.get(op_name(node.target)) if node.op == "call_function" else None
         return bool(getattr(rule, "moves", False)) and isinstance(node.args[0], torch.fx.Node)
 
-    propagate._keeps_scale = keeps
+    growth._keeps_scale = keeps
 
 
 def _ties() -> None:
@@ -92,7 +91,7 @@ def _ties() -> None:
 def _unseen_operands() -> None:
     """Operands that a rule never asked for do not freeze."""
     Relate.freeze_unseen = lambda *_: None  # type: ignore[method-assign]
-    propagate.Grow._grow = lambda self, rule: rule.grow(self)  # type: ignore[method-assign]
+    growth.Grow._grow = lambda self, rule: rule.grow(self)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

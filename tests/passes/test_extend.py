@@ -579,7 +579,7 @@ def test_a_plan_without_values_does_not_guess() -> None:
     )
     mask = plan.tensors["transformer.h.0.attn.mask"]
     assert mask.shape == [1, 1, 16, 16]
-    from fxgrow.materialise import materialise_tensor
+    from fxgrow.weights.materialise import materialise_tensor
 
     with pytest.raises(fxgrow.GrowthRefused, match="plan again"):
         materialise_tensor(mask, torch.ones(1, 1, 12, 12))
@@ -612,12 +612,12 @@ def test_inputs_are_refused() -> None:
 
 def test_inspect_says_that_extend_can() -> None:
     model, (x, y) = small_gpt(), tokens()
-    assert "widen cannot grow it; extend can:" in fxgrow.capture(model, (x,)).axes.explain("*/vocab")
-    said = fxgrow.capture(model, (x, y)).axes.explain("*/vocab")
+    assert "widen cannot grow it; extend can:" in fxgrow.explain(fxgrow.capture(model, (x,)), "*/vocab")
+    said = fxgrow.explain(fxgrow.capture(model, (x, y)), "*/vocab")
     assert "extend can with preserve: approximate" in said and "cross_entropy_loss" in said
     linear = build(nn.Sequential(nn.Linear(4, D), nn.ReLU(), nn.Linear(D, 5)))
     program = fxgrow.capture(linear, (torch.randn(3, 4).double(),))
-    assert "extend cannot grow it either" in program.axes.explain("0/inputs")
+    assert "extend cannot grow it either" in fxgrow.explain(program, "0/inputs")
 
 
 def test_probabilities_as_targets_cannot_follow() -> None:

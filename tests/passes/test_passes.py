@@ -10,8 +10,8 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 import fxgrow
 from fxgrow.growth import plan_growth
+from fxgrow.ir.graphs import copy_graph
 from fxgrow.passes import PASSES, GrowthPass
-from fxgrow.passes.base import copy_graph
 from tests.models import small_gpt, tokens
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import fxgrow
 from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.growth import plan_growth
-from fxgrow.materialise import materialise_all, materialise_tensor
 from fxgrow.plan import AxisMap, DimPlan, GrowthPlan, NoisePlan, TensorPlan
+from fxgrow.weights.materialise import materialise_all, materialise_tensor
 from tests.models import trained
 
 

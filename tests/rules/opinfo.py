@@ -24,9 +24,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxgrow.ir.ops import op_name
 from fxgrow.rules import RULES
-from fxgrow.rules.base import op_name
-from fxgrow.rules.judge import Finding, Sample, check
+from fxgrow.testing.judge import Finding, Sample, check
 from tests.rules.database import Entry, entries
 from tests.rules.reasons import explained
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxgrow.rules.judge import Sample
+from fxgrow.testing.judge import Sample
 
 _generator = torch.Generator().manual_seed(0)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow.rules.base import Opaque, Pointwise, op_name
+from fxgrow.ir.ops import op_name
+from fxgrow.rules.base import Opaque, Pointwise
 
 pytest.importorskip("expecttest")  # the database's module needs it
 

@@ -10,12 +10,13 @@ import torch
 from reasons import explained
 from samples import SAMPLES
 
-from fxgrow.capture import capture
 from fxgrow.errors import GrowthRefused
-from fxgrow.passes.base import operator_named
+from fxgrow.ir.ops import operator_named
+from fxgrow.program import capture
 from fxgrow.rules import RULES
-from fxgrow.rules.base import Content, Opaque, Pattern, Pointwise, Structural, parse_pattern, register_rule
-from fxgrow.rules.judge import Sample, check, unjudged
+from fxgrow.rules.annotation import Content
+from fxgrow.rules.base import Opaque, Pattern, Pointwise, Structural, parse_pattern, register_rule
+from fxgrow.testing.judge import Sample, check, unjudged
 
 
 def exists(name: str) -> bool:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxgrow import GrowthRefused, grow
-from fxgrow.rules.base import bound_arguments
+from fxgrow.ir.ops import bound_arguments
 from tests.models import trained
 
 DOUBLE, FACTOR_3 = {"factor": 2}, {"factor": 3}

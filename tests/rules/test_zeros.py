@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.errors import GrowthRefused
-from fxgrow.rules.judge import Sample, check
+from fxgrow.testing.judge import Sample, check
 from tests.models import trained
 
 

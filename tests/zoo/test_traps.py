@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxgrow.capture import Program, capture
 from fxgrow.errors import GrowthRefused, SpecError
 from fxgrow.growth import grow
-from fxgrow.verify import relative_errors
+from fxgrow.program import Program, capture
+from fxgrow.verify.verification import relative_errors
 
 from .adversarial import Fn
 from .zoo import ZOO, floats, tokens, trained
@@ -258,7 +258,7 @@ def test_equal_sizes_do_not_make_one_axis() -> None:
 
 def test_names_do_not_depend_on_hashing() -> None:
     code = (
-        "from zoo.zoo import ZOO; from fxgrow.capture import capture; e = ZOO['llama'](); "
+        "from zoo.zoo import ZOO; from fxgrow.program import capture; e = ZOO['llama'](); "
         "print([(a.name, a.size, a.role, list(map(str, a.members))) for a in capture(e.model, e.args).axes])"
     )
     elsewhere = subprocess.run(

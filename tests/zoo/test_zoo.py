@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from fxgrow.capture import Program, capture
 from fxgrow.errors import GrowthRefused
 from fxgrow.growth import Growth, grow
-from fxgrow.verify import relative_errors
+from fxgrow.program import Program, capture
+from fxgrow.verify.verification import relative_errors
 
 from .adversarial import ADVERSARIAL
 from .strangers import STRANGERS

@@ -1,0 +1,1 @@
+"""Analysis: the axes of a traced program, their names, and what values look-ups can take."""

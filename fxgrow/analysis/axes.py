@@ -1,0 +1,228 @@
+"""The axes of a program: their names, what they are in, what ties them and what freezes them."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+from torch import fx
+
+from fxgrow.algebra import Axis, Concat, Expr, Frozen, Leaf, Product, Unifier, axes_of, resolve, same_size, size_of
+from fxgrow.errors import SpecError
+from fxgrow.ir.memory import Memory
+from fxgrow.ir.traced import Traced
+from fxgrow.rules.annotation import Dims, flat_dims
+
+
+@dataclass(frozen=True)
+class Member:
+    """One place where an axis appears in a parameter or buffer: ``mlp.c_fc.weight:0``."""
+
+    tensor: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.tensor}:{self.dim}"
+
+
+@dataclass
+class AxisInfo:
+    """One named axis of the model.
+
+    Attributes:
+        name: ``<module path>/<role>``, unique and the same from run to run.
+        size: number of units.
+        role: what the axis is (hidden, heads, residual ...).
+        members: the parameter and buffer dims it appears in.
+        growable: nothing found pins it.
+        reason: why it is frozen, else None.
+    """
+
+    name: str
+    size: int
+    role: str
+    members: list[Member]
+    reason: Frozen | None
+    axis: Axis = field(repr=False)
+
+    @property
+    def growable(self) -> bool:
+        return self.reason is None
+
+
+class Axes:
+    """The axes of a program; iterates :class:`AxisInfo`, and answers what is tied to what and why.
+
+    ``graph`` is a bipartite networkx graph of axes and ops: an edge says that the op handles the axis; the node of
+    each axis carries its name, size and frozen reason.
+    """
+
+    def __init__(
+        self,
+        program: Traced,
+        unifier: Unifier,
+        dims: dict[fx.Node, Any],
+        unknown: dict[str, list[str]],
+        freezes: Sequence[tuple[Expr, fx.Node, str]] = (),
+    ):
+        self.program, self.unifier, self.unknown_ops, self._freezes = program, unifier, unknown, freezes
+        self.dims: dict[fx.Node, Any] = {n: resolve_all(d) for n, d in dims.items()}
+        #: filled in by naming, the last step of analysis
+        self.by_name: dict[str, AxisInfo] = {}
+
+    def __iter__(self) -> Iterator[AxisInfo]:
+        return iter(self.by_name.values())
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    def __getitem__(self, name: str) -> AxisInfo:
+        return self.by_name[name]
+
+    def tensor_dims(self) -> dict[str, Dims]:
+        """The dims of every parameter, buffer and constant that the graph reads."""
+        return {str(n.target): d for n, d in self.dims.items() if n.op == "get_attr" and isinstance(d, list)}
+
+    @cached_property
+    def uses(self) -> dict[int, list[fx.Node]]:
+        """Axis id to the nodes whose operands or results carry it, in graph order."""
+        out: dict[int, list[fx.Node]] = {}
+        carried: dict[fx.Node, set[int]] = {}
+        for node in self.program.graph.nodes:
+            own = {a.id for d in flat_dims(self.dims.get(node)) for a in axes_of(d)}
+            carried[node] = own
+            touched = set(own)
+            for source in node.all_input_nodes:
+                touched |= carried.get(source, set())
+            for axis in touched:
+                out.setdefault(axis, []).append(node)
+        return out
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Which values share memory, and which ops write into it."""
+        return Memory(self.program.graph)
+
+    @cached_property
+    def blockers(self) -> dict[int, dict[fx.Node, str]]:
+        """Axis id to every op whose rule froze it, with the first reason of each; ``frozen`` has the first op alone."""
+        out: dict[int, dict[fx.Node, str]] = {}
+        for expr, node, why in self._freezes:
+            for axis in axes_of(expr):
+                out.setdefault(axis.id, {}).setdefault(node, why)
+        return out
+
+    def find(self, pattern: str) -> list[AxisInfo]:
+        """Axes by a glob over names, or by a parameter's dim (``mlp.c_fc.weight:0``, the name may be a glob).
+
+        Raises:
+            SpecError: nothing matches (the nearest names are listed), or a dim carries several axes.
+        """
+        names = [n for n in self.by_name if fnmatch.fnmatchcase(n, pattern)]
+        if names:
+            return [self.by_name[n] for n in names]
+        tensor, colon, dim = pattern.rpartition(":")
+        if colon and dim.lstrip("-").isdigit():
+            return self._by_dim(tensor, int(dim), pattern)
+        raise SpecError(f"no axis matches {pattern!r}. Nearest names: {', '.join(self._nearest(pattern)) or '(none)'}")
+
+    def _nearest(self, pattern: str) -> list[str]:
+        """Names whose role is spelled almost like the pattern's; else whole names that are."""
+        role = pattern.rpartition("/")[2].strip("*")
+        roles = difflib.get_close_matches(role, {i.role for i in self}, n=2)
+        near = [i.name for i in self if i.role in roles][:4]
+        return near or difflib.get_close_matches(pattern, list(self.by_name), n=4, cutoff=0.4) or list(self.by_name)[:6]
+
+    def _by_dim(self, tensor: str, dim: int, pattern: str) -> list[AxisInfo]:
+        table = self.tensor_dims()
+        aliases = self.program.aliases
+        matching = [n for n in [*table, *aliases] if fnmatch.fnmatchcase(n, tensor)]
+        if not matching:
+            near = difflib.get_close_matches(tensor, list(table), n=3, cutoff=0.3)
+            raise SpecError(f"{pattern!r}: no parameter matches {tensor!r}; nearest: {', '.join(near) or 'none'}")
+        found: dict[str, AxisInfo] = {}
+        for name in matching:
+            dims = table[aliases.get(name, name)]
+            if not -len(dims) <= dim < len(dims):
+                raise SpecError(f"{pattern!r}: {name} has {len(dims)} dims")
+            ids = {a.id for a in axes_of(dims[dim])}
+            infos = [i for i in self if i.axis.id in ids]
+            if len(infos) > 1:
+                names = ", ".join(i.name for i in infos)
+                raise SpecError(
+                    f"{pattern!r} is ambiguous: dim {dim} of {name} is {self.describe(dims[dim])}; "
+                    f"name one of its axes instead: {names}"
+                )
+            if not infos and not same_size(size_of(dims[dim]), 1):
+                raise SpecError(
+                    f"{pattern!r}: the entries of dim {dim} of {name} are used one by one, so that it is no axis"
+                )
+            if not infos:
+                raise SpecError(f"{pattern!r}: dim {dim} of {name} has size 1 and no axis of its own")
+            found[infos[0].name] = infos[0]
+        return list(found.values())
+
+    def name_of(self, axis: Axis) -> str:
+        for info in self:
+            if info.axis is axis:
+                return info.name
+        return f"(unnamed axis of size {axis.size})"
+
+    def describe(self, dim: Expr) -> str:
+        """A dim in words: ``heads 4 x head_dim 8 + ...``."""
+        names = {i.axis.id: i.name.rpartition("/")[2] for i in self}
+        dim = resolve(dim)
+        if isinstance(dim, Leaf):
+            dim = dim.axis
+        if isinstance(dim, Axis):
+            return f"{names.get(dim.id, 'size')} {dim.size}"
+        if isinstance(dim, Product):
+            return " x ".join(self.describe(f) for f in dim.factors) or "1"
+        assert isinstance(dim, Concat)
+        return "(" + " + ".join(self.describe(p) for p in dim.parts) + ")"
+
+    @cached_property
+    def graph(self) -> nx.Graph:
+        out: nx.Graph[str] = nx.Graph()
+        infos = {i.axis.id: i for i in self}
+        for info in self:
+            out.add_node(info.name, kind="axis", size=info.size, role=info.role, frozen=str(info.reason or ""))
+        for ident, nodes in self.uses.items():
+            if ident not in infos:
+                continue
+            for node in nodes:
+                if node.op == "get_attr":
+                    out.add_node(str(node.target), kind="tensor")
+                    out.add_edge(infos[ident].name, str(node.target))
+                elif node.op == "call_function":
+                    out.add_node(node.name, kind="op", target=str(node.target), source=node.meta.get("source", ""))
+                    out.add_edge(infos[ident].name, node.name)
+        return out
+
+    def explain(self, name: str) -> str:
+        """Why an axis is frozen, or what grows with it: tensors, and the ops that tie them, with source lines."""
+        (info, *_) = self.find(name)
+        lines = [f"{info.name}  size {info.size}, {'growable' if info.growable else 'frozen'}"]
+        if info.reason is not None:
+            lines.append(f"  frozen by {info.reason}")
+        lines.append("  in " + ", ".join(map(str, info.members)) if info.members else "  in no parameter")
+        seen: set[tuple[str, str]] = set()
+        for node in self.uses.get(info.axis.id, []):
+            if node.op != "call_function":
+                continue
+            key = (str(node.target), node.meta.get("source", ""))
+            if key not in seen:
+                seen.add(key)
+                lines.append(f"  => {node.target}" + (f"  {key[1]}" if key[1] else ""))
+        return "\n".join(lines)
+
+
+def resolve_all(dims: Any) -> Any:
+    if dims is None:
+        return None
+    return [resolve_all(d) if isinstance(d, list) or d is None else resolve(d) for d in dims]

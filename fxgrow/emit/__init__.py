@@ -1,0 +1,1 @@
+"""From a graph and its tensors back to a module."""

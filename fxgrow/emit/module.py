@@ -1,0 +1,266 @@
+"""From a flat graph and its tensors to a hierarchical GraphModule.
+
+Repeated blocks become child modules at their own paths. Blocks whose graphs are equal share one generated class, and so
+one code object: compiling block by region compiles one of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxgrow.emit.blocks import identifier, share_classes, split_blocks
+from fxgrow.emit.checks import check_inputs
+from fxgrow.emit.graphs import call_graphs, clean_graph
+from fxgrow.errors import CheckpointError, InputError
+from fxgrow.ir.provenance import code_of
+from fxgrow.ir.serialize import graph_from_json, graph_to_json
+from fxgrow.ir.structure import check, rebuild
+from fxgrow.ir.traced import Call, Traced, matching_calls
+
+
+def regenerate(
+    program: Traced,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    hierarchical: bool = True,
+    double: bool = False,
+) -> fx.GraphModule:
+    """Build a module that runs ``program.graph`` with the given tensors.
+
+    Args:
+        program: graph, names, ties; its own tensors are not used.
+        tensors: parameters, buffers and constants by name, in the shapes the graph expects.
+        hierarchical: one child module per repeated block; else one flat graph.
+        double: replace the floating-point dtypes baked into the graph by float64, to verify in float64.
+
+    Returns:
+        A GraphModule in the program's train or eval mode, with the original parameter names, ties, ``requires_grad``
+        and buffer persistence. Hooks of the original are not carried over.
+    """
+    graphs = call_graphs(program, clean_graph(program.graph, double))
+    own: dict[str, nn.Module] = {}
+    targets = [split_blocks(program, g, own) if hierarchical else g for g in graphs]
+    for call, graph in zip(program.calls, targets, strict=False):
+        if call.structure is not None:
+            _restructure(graph, call.structure)
+    for call, graph in zip(program.calls, targets, strict=False):
+        check_inputs(graph, call)
+    plain = len(graphs) == 1 and not any(c.nested or c.constants or c.training is not None for c in program.calls)
+    kind = RegeneratedModule if plain else CallsModule
+    module = kind(nn.Module(), fx.Graph(), class_name=identifier(program.class_name))
+    for path, child in own.items():
+        _attach(module, program, path, child)
+    holders = {**own, "": module}
+    for name, tensor in tensors.items():
+        if name in program.constants:
+            _register(module, program, holders, name, tensor, constant=True)
+        else:
+            _register(module, program, holders, name, tensor)
+    for alias, name in program.aliases.items():
+        _register_alias(module, program, holders, alias, name)
+    _order_children(module, program)
+    module.meta["fxgrow"] = program.without_tensors()
+    if isinstance(module, CallsModule):
+        module.meta["fxgrow_graphs"] = targets
+    module.graph = targets[0]
+    share_classes(own)
+    module.train(program.training)
+    module.meta["fxgrow_code"] = code_of(module)
+    return module
+
+
+class RegeneratedModule(fx.GraphModule):
+    """A GraphModule that can be pickled, though its ``meta`` holds a graph."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduce(self) if "fxgrow" in self.meta else super().__reduce_ex__(protocol)
+
+
+class CallsModule(RegeneratedModule):
+    """A GraphModule with a graph for each of several ways of calling it; ``graph`` is that of the first.
+
+    ``forward`` takes lists and dicts of tensors apart, and chooses by which tensor arguments are given, by the values
+    of the others, and by the module's mode.
+    """
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        meta = self.__dict__.get("meta", {})  # not there yet while the constructor runs
+        graphs, program = meta.get("fxgrow_graphs"), meta.get("fxgrow")
+        if graphs is None or program is None:
+            return code
+        cls = type(self)
+        functions = [cls.forward]
+        for graph in graphs[1:]:
+            helper = fx.GraphModule(nn.Module(), fx.Graph())
+            helper.graph = graph
+            functions.append(type(helper).forward)
+        signature, calls = program.signature, program.calls
+        taken = [[str(n.target) for n in graph.nodes if n.op == "placeholder"] for graph in graphs]
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            served = [n for n, c in enumerate(calls) if c.serves(self.training)]
+            if not served:
+                now, other = ("train", "eval") if self.training else ("eval", "train")
+                raise InputError(
+                    f"the module is in {now} mode, and was captured in the other mode only ({program.mode_reason}); "
+                    f"call .{other}() on it first"
+                )
+            plain = not any(calls[n].nested or calls[n].constants for n in served)
+            if len(served) == 1 and (plain or len(args) > len(signature)):  # as a GraphModule of that graph would
+                return functions[served[0]](self, *args, **kwargs)
+            found = matching_calls(program, args, kwargs, self.training)
+            if not found:
+                known = "; ".join(_signature(c) for c in calls)
+                raise TypeError(f"no call with these arguments was captured; captured: {known}")
+            together = {**dict(zip(signature, args, strict=False)), **kwargs}
+            chosen = found[0]
+            if len(found) > 1:  # sizes decide; where none is for them, the first says why not
+                chosen = next((n for n in found if _fits(calls[n], together)), chosen)
+            call, given = calls[chosen], calls[chosen].leaves(together) or {}
+            # a plain value has no default where a tensor comes after it
+            values = {n: given[n] if n in call.inputs else call.constants.get(n) for n in taken[chosen]}
+            return functions[chosen](self, **values)
+
+        cls.forward = forward
+        return code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        out = super().__deepcopy__(memo)
+        out.recompile()
+        return out
+
+
+def _fits(call: Call, given: Mapping[str, Any]) -> bool:
+    leaves = call.leaves(given) or {}
+    return call.fits({n: leaves[n].shape for n in call.inputs})
+
+
+def _signature(call: Call) -> str:
+    inside = {n for _, names in call.nested.values() for n in names}
+    constants = [f"{n}={v!r}" for n, v in call.constants.items() if n not in inside]
+    return f"{call.label}({', '.join([*(n for n in call.inputs if n not in inside), *call.nested, *constants])})"
+
+
+def _restructure(graph: fx.Graph, structure: str) -> None:
+    """Return the model's own kind of output instead of its leaves."""
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        output.args = (graph.call_function(rebuild, (list(output.args[0]), structure)),)  # type: ignore[arg-type]
+
+
+# graph ------------------------------------------------------------------------------------------------------------
+
+
+# blocks -----------------------------------------------------------------------------------------------------------
+
+
+# modules ----------------------------------------------------------------------------------------------------------
+
+
+def _parent(module: nn.Module, program: Traced, path: str) -> nn.Module:
+    """The container at ``path``, made where it is missing; lists stay lists."""
+    here = ""
+    for part in path.split(".") if path else []:
+        here = f"{here}.{part}" if here else part
+        if part not in module._modules:
+            kind = program.containers.get(here, "")
+            module.add_module(part, nn.ModuleList() if kind in ("ModuleList", "Sequential") else nn.Module())
+        child = module._modules[part]
+        assert child is not None
+        module = child
+    return module
+
+
+def _order_children(module: nn.Module, program: Traced) -> None:
+    """Children in the original's order, so that tied parameters are listed first under the same name as there."""
+    order = {path: i for i, path in enumerate(program.containers)}
+    for path, parent in list(module.named_modules()):
+        prefix = f"{path}." if path else ""
+        children = sorted(parent._modules.items(), key=lambda c: order.get(prefix + c[0], len(order)))
+        parent._modules.clear()
+        parent._modules.update(children)
+
+
+def _attach(module: nn.Module, program: Traced, path: str, child: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    _parent(module, program, parent).add_module(name, child)
+
+
+def _register(
+    module: nn.Module,
+    program: Traced,
+    holders: Mapping[str, nn.Module],
+    name: str,
+    tensor: torch.Tensor,
+    constant: bool = False,
+) -> None:
+    path, _, leaf = name.rpartition(".")
+    holder = _parent(module, program, path)
+    if name in program.parameters:
+        holder.register_parameter(leaf, nn.Parameter(tensor, requires_grad=program.requires_grad.get(name, True)))
+    else:
+        holder.register_buffer(leaf, tensor, persistent=not constant and name in program.persistent)
+
+
+def _register_alias(
+    module: nn.Module, program: Traced, holders: Mapping[str, nn.Module], alias: str, name: str
+) -> None:
+    path, _, leaf = name.rpartition(".")
+    tensor = getattr(_parent(module, program, path), leaf)
+    path, _, leaf = alias.rpartition(".")
+    holder = _parent(module, program, path)
+    if isinstance(tensor, nn.Parameter):
+        holder.register_parameter(leaf, tensor)
+    else:
+        holder.register_buffer(leaf, tensor, persistent=alias in program.persistent)
+
+
+# pickling ------------------------------------------------------------------------------------------------------------
+
+
+def reduce(module: fx.GraphModule) -> tuple[Callable[..., fx.GraphModule], tuple[Any, ...]]:
+    """What ``__reduce__`` returns.
+
+    Raises:
+        pickle.PicklingError: the module's graph was edited, or holds something that cannot be stored.
+    """
+    program: Traced = module.meta["fxgrow"]
+    if code_of(module) != module.meta["fxgrow_code"]:
+        raise pickle.PicklingError(
+            "the graph of this grown module was edited after the growth, and the edits would be lost; pickle its state "
+            "dict, or grow the edited module once more"
+        )
+    own: dict[str, torch.Tensor] = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    fields = {f.name: getattr(program, f.name) for f in dataclasses.fields(program)}
+    try:
+        fields["graph"] = graph_to_json(program.graph)
+    except CheckpointError as error:
+        raise pickle.PicklingError(f"this grown module cannot be pickled: {error}") from error
+    modes = {name: m.training for name, m in module.named_modules()}
+    return restore, (fields, {n: own[n] for n in program.tensors}, modes)
+
+
+def restore(
+    fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], modes: Mapping[str, bool]
+) -> fx.GraphModule:
+    """The inverse of :func:`reduce`."""
+    for call in fields["calls"]:
+        for text in (call.structure, *(t for t, _ in call.nested.values())):
+            if text is not None:
+                check(text)
+    program = Traced(**{**fields, "graph": graph_from_json(fields["graph"])})
+    program.requires_grad = {**program.requires_grad, **{n: t.requires_grad for n, t in tensors.items()}}
+    module = regenerate(program, tensors)
+    for name, m in module.named_modules():
+        m.training = modes.get(name, module.training)
+    return module

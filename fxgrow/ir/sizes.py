@@ -1,0 +1,62 @@
+"""Sizes of the values of a graph: numbers, or sympy expressions where a trace left them dynamic."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fxgrow.algebra import Size
+
+
+def sizes_of(node: fx.Node) -> list[Size] | None:
+    """Sizes of a node's tensor: ints, or sympy expressions where dynamic; None where the result is no tensor.
+
+    ``node.meta["sizes"]`` holds them where a growth has changed them since capture.
+    """
+    if "sizes" in node.meta:
+        return list(node.meta["sizes"])
+    value = node.meta.get("val")
+    return shape_of(value) if isinstance(value, torch.Tensor) else None
+
+
+#: sizes of the fake tensors of traces: asked for again and again, and dynamic ones take time to read
+_SIZES: MutableMapping[torch.Tensor, tuple[Size, ...]] = WeakIdKeyDictionary()
+
+
+def shape_of(value: torch.Tensor) -> list[Size]:
+    """Sizes of a tensor as :func:`sizes_of` gives them."""
+    known = _SIZES.get(value)
+    if known is None:
+        known = _SIZES[value] = tuple(map(_size, value.shape))
+    return list(known)
+
+
+def _size(size: int | torch.SymInt) -> Size:
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expr = size.node.expr
+    return int(expr) if expr.is_number else expr
+
+
+def literal_size(value: Any) -> Size | None:
+    """A size among an op's arguments: an int, or the expression of a dynamic one that another node computes."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        expr = value.node.expr
+        return int(expr) if expr.is_number else expr
+    return value if isinstance(value, int) else None
+
+
+def result_sizes(node: fx.Node) -> list[list[Size] | None] | None:
+    """Sizes of each result of an op with several, None where it has one."""
+    if "result_sizes" in node.meta:
+        return list(node.meta["result_sizes"])
+    value = node.meta.get("val")
+    if isinstance(value, list | tuple):
+        return [shape_of(v) if isinstance(v, torch.Tensor) else None for v in value]
+    return None

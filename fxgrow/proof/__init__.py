@@ -1,0 +1,1 @@
+"""The proof: one axis grown through the whole graph, op by op."""

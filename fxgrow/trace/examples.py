@@ -1,0 +1,94 @@
+"""The model and its examples, before anything is traced."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from fxgrow.errors import CaptureError
+from fxgrow.ir.traced import Call
+from fxgrow.trace.lines import place_of
+
+
+def as_calls(args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: Mapping[str, Any] | None) -> list[Call]:
+    out = []
+    if args or kwargs or not calls:
+        out.append(Call("forward", _distinct(tuple(args)), _distinct(dict(kwargs or {}))))
+    for name, inputs in (calls or {}).items():
+        if isinstance(inputs, Mapping):
+            out.append(Call(name, (), _distinct(dict(inputs))))
+        elif isinstance(inputs, list | tuple):
+            out.append(Call(name, _distinct(tuple(inputs)), {}))
+        else:
+            raise CaptureError(f"calls[{name!r}] must be a tuple of arguments or a dict of keyword arguments")
+    return out
+
+
+def _distinct(value: Any) -> Any:
+    """Clone tensors, so that one tensor passed twice is two inputs."""
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, value)
+
+
+def check_plain(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
+            raise CaptureError(
+                f"module {name or '(root)'} is wrapped ({type(module).__name__}); capture the module inside "
+                "(.module or ._orig_mod) and wrap the grown one again"
+            )
+        hooks = [h for h in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, h)]
+        if hooks and not torch.nn.utils.parametrize.is_parametrized(module):
+            warnings.warn(f"module {name or '(root)'} has forward hooks; what they compute is traced in", stacklevel=5)
+
+
+def check_signature(model: nn.Module, call: Call) -> None:
+    """Raises:
+    CaptureError: the example has other arguments than ``forward`` takes.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"the example of call {call.name!r} does not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from None
+
+
+def strange_dtypes(model: nn.Module, call: Call) -> bool:
+    """Whether a float input has a dtype that no tensor of the model has: a trace does not notice that ops refuse it."""
+    own = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    given = {t.dtype for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, torch.Tensor)}
+    return bool(own) and any(d.is_floating_point and d not in own for d in given)
+
+
+def check_example(model: nn.Module, call: Call) -> None:
+    """Run the model on an example as it is, on copies of its buffers.
+
+    Raises:
+        CaptureError: the model itself raises, so that there is nothing to trace.
+    """
+    buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+    try:
+        # with gradients, as it is trained: forwards that differentiate need them
+        with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            torch.func.functional_call(model, buffers, _distinct(call.args), _distinct(call.kwargs))
+    except Exception as error:
+        shapes = ", ".join(_shown(x) for x in pytree.tree_leaves((call.args, call.kwargs)))
+        reason = str(error).strip().partition("\n")[0]
+        raise CaptureError(
+            f"{type(model).__name__} itself raises with the example of call {call.name!r} ({shapes}): "
+            f"{type(error).__name__}: {reason}{place_of(error, '')}"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+    return repr(value)[:40]

@@ -1,0 +1,193 @@
+"""Tracing proper: ``torch.export``, once for every call and mode."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.export import Dim
+from torch.fx.experimental import _config as experimental
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from fxgrow.errors import CaptureError
+from fxgrow.ir.guards import Guard, find_guards, has_mixed_sizes, settle_sizes, weigh
+from fxgrow.ir.quiet import quiet
+from fxgrow.ir.traced import Call
+from fxgrow.ir.trail import Replica
+from fxgrow.trace.foreign import Watch, check_backward, check_ops, custom_backwards, in_words
+from fxgrow.trace.lines import place_of, source_line, user_line
+
+
+def export_less(
+    model: nn.Module, calls: list[Call], dynamic: str, error: CaptureError
+) -> tuple[list[list[tuple[torch.export.ExportedProgram, list[Guard]]]], str]:
+    """What can be traced of a model that cannot be traced whole, and how that was done.
+
+    Raises:
+        CaptureError: nothing; the one that was raised first.
+    """
+    with contextlib.suppress(CaptureError):
+        if dynamic != "batch" and not isinstance(error.__cause__, _ON_DATA):
+            return export_calls(model, calls, "batch"), "captured with every input dim but the first as it is"
+    with contextlib.suppress(CaptureError):
+        return export_calls(
+            model, calls, dynamic, (False,)
+        ), "captured in eval mode only: call the grown module in eval mode"
+    raise error
+
+
+def export_calls(
+    model: nn.Module, calls: list[Call], dynamic: str, modes: tuple[bool, ...] = (True, False)
+) -> list[list[tuple[torch.export.ExportedProgram, list[Guard]]]]:
+    """Every call in train and in eval mode, with its guards; the modules' own modes are put back."""
+    before = {name: m.training for name, m in model.named_modules()}
+    was_training = model.training
+    exported = []
+    try:
+        for call in calls:
+            pair = []
+            for mode in modes:
+                for name, m in model.named_modules():
+                    m.training = before[name]
+                if not mode:
+                    model.eval()
+                elif not was_training:
+                    model.train()
+                with custom_backwards() as used:
+                    traced = _export(model, call.args, call.kwargs, dynamic)
+                check_ops(traced.graph, source_line)
+                if used:
+                    check_backward(model, traced, call.args, call.kwargs, used)
+                guards = find_guards(traced, user_line)
+                pair.append((traced, weigh(guards, Replica(model, traced, call.args, call.kwargs))))
+            exported.append(pair)
+    finally:
+        for name, m in model.named_modules():
+            m.training = before[name]
+    return exported
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: str
+) -> torch.export.ExportedProgram:
+    def one(x: Any) -> dict[int, Any] | None:
+        if not isinstance(x, torch.Tensor):
+            return None
+        wanted = x.shape if dynamic == "all" else x.shape[:1]
+        return {i: None if size == 1 else Dim.AUTO for i, size in enumerate(wanted)}
+
+    def dims(value: Any) -> Any:
+        return pytree.tree_map(one, value)
+
+    def export(oblivious: bool) -> torch.export.ExportedProgram:
+        # oblivious: sizes are not taken to be at least 2, and an op's own branches leave no guards. What remains is
+        # what the graph's validity hangs on. The setting is local to the thread.
+        with (
+            warnings.catch_warnings(),
+            quiet(),
+            _traceable_forward(model, kwargs, left_out),
+            experimental.patch(backed_size_oblivious=oblivious),  # type: ignore[attr-defined]
+            watch,
+        ):
+            warnings.simplefilter("ignore")
+            bound = inspect.signature(model.forward).bind(*args, **kwargs)
+            shapes = {name: dims(value) for name, value in bound.arguments.items()}
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes or None, strict=False)
+            settle_sizes(exported)
+            return exported
+
+    watch = Watch(user_line)
+    left_out: set[str] = set()
+    try:
+        exported = export(True)
+        if has_mixed_sizes(exported):  # the plain trace may pin them
+            with contextlib.suppress(Exception):
+                plain = export(False)
+                exported = exported if has_mixed_sizes(plain) else plain
+    except Exception as error:
+        try:
+            if watch.reason or isinstance(error, _ON_DATA):
+                raise error
+            exported = export(False)
+        except Exception:
+            raise CaptureError(watch.reason or _capture_message(model, error)) from error
+    if watch.reason:
+        raise CaptureError(watch.reason)
+    if left_out:
+        returned = exported.graph_signature.user_outputs
+        if not any(isinstance(name, str) for name in returned):
+            raise CaptureError(
+                f"{type(model).__name__} returns a {left_out.pop()}, which PyTorch cannot take apart into tensors; "
+                "return a tuple, list or dict of them, or register the class (torch.export.register_dataclass)"
+            )
+        warnings.warn(
+            f"{type(model).__name__} returns a {', a '.join(sorted(left_out))}, which PyTorch cannot take apart: the "
+            "grown module returns None in its place. Register the class with pytree to keep it",
+            stacklevel=6,
+        )
+    return exported
+
+
+#: what a graph can return
+_LEAVES = (torch.Tensor, bool, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+#: errors of a trace that reads data: no other choice of dynamic dims helps
+_ON_DATA = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+
+
+@contextlib.contextmanager
+def _traceable_forward(model: nn.Module, kwargs: Mapping[str, Any], left_out: set[str]) -> Iterator[None]:
+    """Give ``forward`` a form that ``torch.export`` takes, on this instance and while it is traced.
+
+    ``forward(x, **kwargs)`` gets a signature that names the keywords, which dims are looked up by. Objects among the
+    results that pytree cannot take apart, such as a cache of keys and values, become None; ``left_out`` gets their
+    types.
+    """
+    forward, own = model.forward, model.__dict__.get("forward")
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())
+    extra = [k for k in kwargs if k not in signature.parameters]
+    if extra and any(p.kind is p.VAR_KEYWORD for p in parameters):
+        plain = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+        named = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY) for k in extra]
+        signature = signature.replace(parameters=[*plain, *named])
+
+    def known(leaf: Any) -> Any:
+        if leaf is None or isinstance(leaf, _LEAVES):
+            return leaf
+        left_out.add(type(leaf).__name__)
+        return None
+
+    @functools.wraps(forward)
+    def traceable(*args: Any, **keywords: Any) -> Any:
+        return pytree.tree_map(known, forward(*args, **keywords))
+
+    traceable.__signature__ = signature  # type: ignore[attr-defined]
+    model.__dict__["forward"] = traceable
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if own is not None:
+            model.__dict__["forward"] = own
+
+
+def _capture_message(model: nn.Module, error: Exception) -> str:
+    text = str(error).strip()
+    reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    location = place_of(error, text)
+    if in_words(text):
+        return f"cannot capture {type(model).__name__}: {in_words(text)}{location}"
+    return (
+        f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {reason}{location}\n"
+        "  The graph must not depend on tensor values; see https://pytorch.org/docs/stable/export.html"
+    )

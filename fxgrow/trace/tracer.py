@@ -1,0 +1,125 @@
+"""From an ``nn.Module`` and example inputs to a :class:`~fxgrow.ir.traced.Traced`: one clean ATen graph with names.
+
+Capture goes through ``torch.export`` (non-strict, every input dim ``Dim.AUTO``), twice: in train and in eval mode.
+Where the two graphs differ only in literals, the literal is rewired to the module's own ``training`` flag, so that
+one graph serves both modes. Where they differ in ops (stochastic depth), they stand side by side, like the graphs of
+several named calls, and constrain one set of axes. Parameters are ``get_attr`` nodes under their own names; ties are
+kept.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from fxgrow.errors import CaptureError
+from fxgrow.ir.provenance import code_of
+from fxgrow.ir.traced import Call, Traced, matching_calls, program_of
+from fxgrow.trace.examples import as_calls, check_example, check_plain, check_signature, strange_dtypes
+from fxgrow.trace.export import export_calls, export_less
+from fxgrow.trace.graph import Trace, traced_from
+from fxgrow.trace.modes import align
+from fxgrow.weights.materialise import check_readable
+
+
+def trace(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    calls: Mapping[str, Any] | None = None,
+    dynamic: Literal["all", "batch"] = "all",
+) -> Traced:
+    """Trace a model as it is called; see :func:`fxgrow.capture`.
+
+    Raises:
+        CaptureError: the model cannot be exported; the message carries PyTorch's reason and the source line.
+    """
+    start = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"capture needs an nn.Module, got {type(model).__name__}")
+    if isinstance(args, torch.Tensor):
+        raise CaptureError("args must be a tuple of inputs, got a tensor: write (x,)")
+    wanted = as_calls(args, kwargs, calls)
+    check_plain(model)
+    check_readable({**dict(model.named_parameters()), **dict(model.named_buffers())}, CaptureError)
+    known = _remembered(model, wanted)
+    if known is not None:
+        known.seconds = time.perf_counter() - start
+        return known
+    was_training = model.training
+    for call in wanted:
+        check_signature(model, call)
+        if strange_dtypes(model, call):
+            check_example(model, call)
+    refused = ""
+    try:
+        exported = export_calls(model, wanted, dynamic)
+    except CaptureError as error:
+        refused = str(error)
+        for call in wanted:
+            check_example(model, call)
+        exported, how = export_less(model, wanted, dynamic, error)
+        warnings.warn(f"{str(error).partition(chr(10))[0]}; {how}", stacklevel=3)
+    traces: list[Trace] = []
+    served: list[Call] = []
+    reasons: list[str] = []
+    for call, pair in zip(wanted, exported, strict=True):
+        if len(pair) == 1:
+            reasons.append(f"train mode cannot be traced ({refused.partition(chr(10))[0]})")
+            traces.append((pair[0][0], {}))
+            served.append(replace(call, training=False, guards=pair[0][1]))
+            was_training = False
+            continue
+        (train, there), (evaluation, here) = pair
+        same, reason, flags = align(train, evaluation)
+        if same:
+            traces.append((train, flags))
+            served.append(replace(call, guards=list(dict.fromkeys([*there, *here]))))
+            continue
+        reasons.append(reason)
+        traces += [(train, {}), (evaluation, {})]
+        served += [
+            replace(call, training=mode, inputs=[], constants={}, sizes={}, guards=own)
+            for mode, own in ((True, there), (False, here))
+        ]
+    program = traced_from(model, traces, served)
+    program.training, program.mode_reason = was_training, next(iter(reasons), "")
+    program.seconds = time.perf_counter() - start
+    return program
+
+
+def _remembered(model: nn.Module, calls: list[Call]) -> Traced | None:
+    """The program a regenerated module was made from, with the module's present tensors.
+
+    It keeps what a new trace of generated code would lose: module paths inside blocks, and the user's source lines.
+    """
+    if not isinstance(model, fx.GraphModule) or "fxgrow" not in model.meta:
+        return None
+
+    before: Traced = model.meta["fxgrow"]
+    if code_of(model) != model.meta.get("fxgrow_code"):
+        return None  # somebody changed it: trace what is there now
+    examples: dict[int, Call] = {}
+    for call in calls:
+        fitting = matching_calls(before, call.args, call.kwargs)
+        if not fitting:
+            return None
+        examples |= dict.fromkeys(fitting, call)
+    if any(k not in examples and c.args == () and c.kwargs == {} for k, c in enumerate(before.calls)):
+        return None  # one of its calls has no example left to verify it with
+    return replace(
+        program_of(model, before),
+        calls=[
+            replace(c, args=examples[k].args, kwargs=examples[k].kwargs) if k in examples else c
+            for k, c in enumerate(before.calls)
+        ],
+        args=calls[0].args,
+        kwargs=calls[0].kwargs,
+    )

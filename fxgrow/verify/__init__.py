@@ -1,0 +1,1 @@
+"""Trying to refute a growth."""

@@ -1,0 +1,175 @@
+"""How far two results may differ by rounding, and how far they do, slice by slice.
+
+A difference is measured in every slice of a result (every index of every dim: every column, row, channel, example), so
+that an error in a small column is not hidden by a large one. Where a result is the difference of large numbers, a slice
+may hold little but rounding; how much is measured and not guessed: the *small* model runs again with every computed
+value moved by a few units in the last place (Monte Carlo arithmetic, Parker 1997), and what that moves is rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxgrow.verify.execute import op_of
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How far results may differ.
+
+    Attributes:
+        relative: of a slice's largest value, where nothing amplifies rounding.
+        steps: units in the last place by which every value is moved to see what amplifies it.
+        amplified: a slice may differ by so many times what that moves it by.
+    """
+
+    relative: float
+    steps: int = 4
+    amplified: int = 64
+
+
+#: runs whose largest effect counts
+RUNS = 3
+
+#: ops whose result holds the very values they were given: there is nothing to round
+_EXACT_OPS = """
+    _to_copy abs abs_ adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d alias amax
+    amin arange as_strided broadcast_to cat ceil ceil_ channel_shuffle clamp clamp_ clamp_max
+    clamp_max_ clamp_min clamp_min_ clip clone concat concatenate constant_pad_nd contiguous
+    copy copy_ detach detach_ diag diag_embed diagonal dropout dropout_ embedding empty
+    empty_like expand expand_as eye fill fill_ flatten flip floor floor_ full full_like
+    gather hardtanh hardtanh_ im2col index index_copy index_fill index_put index_put_
+    index_select lift_fresh_copy masked_fill masked_fill_ masked_scatter masked_select max
+    max_pool1d max_pool2d max_pool3d maximum min minimum movedim nan_to_num neg neg_
+    new_empty new_full new_ones new_zeros one_hot ones ones_like pad permute pixel_shuffle
+    pixel_unshuffle reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 relu_ repeat
+    repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape roll rot90
+    round round_ scalar_tensor scatter select_scatter sgn sign slice_scatter sort split
+    squeeze stack t take take_along_dim threshold threshold_ tile to topk transpose tril
+    triu trunc trunc_ type_as unbind unfold unsqueeze view where zero_ zeros zeros_like
+"""
+_EXACT = frozenset(_EXACT_OPS.split())
+
+
+class Moved:
+    """Moves every computed value by a few units in the last place, up or down at random; hooks of a run.
+
+    Args:
+        seed: of the directions.
+        steps: how many units.
+    """
+
+    def __init__(self, seed: int, steps: int) -> None:
+        self._steps = steps
+        generator = torch.Generator().manual_seed(seed)
+        # of prime length, so that no dim lines up with it
+        self._signs = torch.randint(0, 2, (65537,), generator=generator, dtype=torch.int8) * 2 - 1
+        self._start = seed * 7919 % 65537
+
+    def tensor(self, t: torch.Tensor) -> torch.Tensor:
+        """``t`` moved; integers stay."""
+        if not t.is_floating_point() or t.numel() == 0:
+            return t
+        self._start = (self._start + 104729) % 65537
+        signs = self._signs.roll(self._start)
+        if t.numel() > signs.numel():
+            signs = signs.repeat(-(-t.numel() // signs.numel()))
+        step = self._steps * torch.finfo(t.dtype).eps
+        return t * (1 + step * signs[: t.numel()].reshape(t.shape).to(t.device, t.dtype))
+
+    def read(self, read: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
+        """Reads tensors moved; those that a graph writes must come from ``Tensors`` made of moved ones."""
+        return lambda name: self.tensor(read(name))
+
+    def after(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """Moves what an op computed, unless it only moved, chose or cast what it was given."""
+        if op_of(node) in _EXACT:
+            return result
+        if isinstance(result, torch.Tensor):
+            return result if _shares(result, args) else self.tensor(result)
+        if isinstance(result, tuple | list):
+            return type(result)(
+                self.tensor(r) if isinstance(r, torch.Tensor) and not _shares(r, args) else r for r in result
+            )
+        return result
+
+
+def _shares(result: torch.Tensor, args: Sequence[Any]) -> bool:
+    """Whether a result lies in the memory of an operand: a view of it, or written in place."""
+    memory = result.untyped_storage().data_ptr()
+    return any(isinstance(a, torch.Tensor) and a.untyped_storage().data_ptr() == memory for a in args)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """|a - b| in float64; 0 where both are NaN or the same infinity, infinite where only one is."""
+    a, b = _real(a), _real(b)
+    same = (a == b) | (a.isnan() & b.isnan())
+    out = torch.where(same, torch.zeros_like(a), (a - b).abs())
+    return torch.where(out.isnan(), torch.full_like(out, torch.inf), out)
+
+
+def _real(t: torch.Tensor) -> torch.Tensor:
+    t = t.detach()
+    return torch.view_as_real(t).double() if t.is_complex() else t.double()
+
+
+def slices(t: torch.Tensor) -> list[torch.Tensor]:
+    """Largest absolute value of every slice: for every dim, a vector over its indices."""
+    t = t.abs()
+    if t.dim() <= 1:
+        return [t.reshape(-1)]
+    return [t.amax([d for d in range(t.dim()) if d != dim]) for dim in range(t.dim())]
+
+
+def sizes(t: torch.Tensor) -> list[torch.Tensor]:
+    """Largest finite absolute value of every slice."""
+    t = _real(t)
+    return slices(torch.where(t.isfinite(), t, torch.zeros_like(t)))
+
+
+def slice_error(
+    old: torch.Tensor,
+    new: torch.Tensor,
+    limit: Limit,
+    moved: Sequence[torch.Tensor] = (),
+    plain: torch.Tensor | None = None,
+) -> float:
+    """The largest relative error of a slice; what rounding explains counts as none.
+
+    Args:
+        old, new: of one shape.
+        moved: ``plain`` as it comes out where every value was moved by a few units in the last place; up to
+            ``limit.amplified`` times what that moves a slice by is rounding.
+        plain: the result that ``moved`` is of; ``old`` where None.
+    """
+    if old.numel() == 0:
+        return 0.0
+    gap = difference(old, new)
+    if not bool(gap.any()):
+        return 0.0
+    jitters = [difference(old if plain is None else plain, m) for m in moved]
+    jitters = [torch.where(j.isfinite(), j, torch.zeros_like(j)) for j in jitters]
+    if not old.is_floating_point() and not old.is_complex():
+        return 0.0 if any(bool(j.any()) for j in jitters) else 1.0
+    explained = [torch.zeros_like(e) for e in slices(gap)]
+    for jitter in jitters:
+        explained = [torch.maximum(e, limit.amplified * j) for e, j in zip(explained, slices(jitter), strict=True)]
+    worst = 0.0
+    for error, scale, rounding in zip(slices(gap), sizes(old), explained, strict=True):
+        ratio = torch.where(error <= rounding, torch.zeros_like(error), error / scale)
+        worst = max(worst, float(ratio.max()))
+    return worst
+
+
+def amplification(plain: torch.Tensor, moved: Sequence[torch.Tensor], limit: Limit) -> float:
+    """How many units in the last place of its largest value a result moves by, for one unit in every computed value."""
+    if not plain.is_floating_point() or plain.numel() == 0 or not moved:
+        return 0.0
+    size = float(_real(plain).nan_to_num(0, 0, 0).abs().max())
+    jitter = max(float(difference(plain, m).nan_to_num(0, 0, 0).max()) for m in moved)
+    return jitter / size / (limit.steps * torch.finfo(plain.dtype).eps) if size else 0.0

@@ -1,0 +1,1 @@
+"""Grown tensors, made from a plan."""
