@@ -225,6 +225,11 @@ class _Blocks:
             raise self.refuse(
                 f"a call runs {region.path} but not block {after}", "Place the new block after one it runs"
             )
+        if not before.outputs:
+            raise self.refuse(
+                f"nothing that {before.path} computes is used outside it, so that a copy after it would have no input",
+                "Place the new block after another one",
+            )
         trained = {n: p for n, p in self.program.parameters.items() if p.is_floating_point()}
         search = Identity(region, source, (before.outputs[0], before.nodes[-1]), self.memory, trained)
         elsewhere = search.write_elsewhere()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -119,12 +120,13 @@ def split_blocks(program: Traced, graph: fx.Graph, children: dict[str, nn.Module
             continue
         region = inside
         call = out.call_module(region.path, tuple(value(n) for n in region.inputs if n not in region.sizes))
-        call.meta = {"module_path": region.path, "source": "", "val": region.outputs[0].meta.get("val")}
+        value_of_call = region.outputs[0].meta.get("val") if region.outputs else None  # none: it only writes state
+        call.meta = {"module_path": region.path, "source": "", "val": value_of_call}
         if len(region.outputs) == 1:
             env[region.outputs[0]] = call
         else:
             for i, n in enumerate(region.outputs):
-                env[n] = out.call_function(__import__("operator").getitem, (call, i))
+                env[n] = out.call_function(operator.getitem, (call, i))
                 env[n].meta = dict(n.meta)
     return out
 

@@ -100,3 +100,43 @@ def test_sizes_that_the_trace_fixed_are_checked() -> None:
     torch.testing.assert_close(module(x[:2]), model(x[:2]))
     with pytest.raises(ValueError, match=r"input x has shape \(3, 10, 4\); this graph takes \(any, 5, 4\)"):
         module(torch.cat([x, x], 1))
+
+
+class Watched(nn.Module):
+    """A block that counts in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.register_buffer("m", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.m.mul_(0.9).add_(x.detach().mean(0))
+        return x + torch.tanh(self.a(x))
+
+
+class Observed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.h = nn.ModuleList(Watched() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x)
+        watched = y
+        for block in self.h:
+            watched = block(watched)  # for what it leaves in the buffers
+        return self.down(y)
+
+
+def test_a_block_whose_result_nobody_uses_still_writes() -> None:
+    torch.manual_seed(0)
+    model, x = Observed().double(), torch.randn(5, 3, dtype=torch.float64)
+    growth = fxgrow.grow(model, {"op": "widen", "axis": "./residual", "factor": 2}, (x,), verify=False)
+    for _ in range(2):
+        torch.testing.assert_close(growth.module(x), model(x))
+    for name in ("h.0.m", "h.1.m"):
+        old, new = model.get_buffer(name), growth.module.get_buffer(name)
+        torch.testing.assert_close(new[: old.numel()] if new.shape == old.shape else new.reshape(2, -1)[0], old)
+    with pytest.raises(fxgrow.GrowthRefused, match=r"nothing that h\.1 computes is used outside it|cannot deepen h"):
+        fxgrow.grow(model, {"op": "deepen", "stack": "h", "after": [1]}, (x,), verify=False)

@@ -16,6 +16,8 @@ from tests.fuzz.compose import Composer, Dim, Rejected, Value
 
 #: sizes that a sample's may be replaced by
 _NEW = (2, 3, 4, 5, 6, 8)
+#: ops that read out of bounds where sizes do not fit: their sizes stay those of the sample
+_UNCHECKED = {"aten._weight_norm.default"}
 
 
 def add(c: Composer, name: str, database: bool = True) -> list[Value]:
@@ -26,7 +28,7 @@ def add(c: Composer, name: str, database: bool = True) -> list[Value]:
     """
     tried = 0
     for sample in calls.samples(name, c.rng, database)[:4]:
-        for plan in _plans(c, sample):
+        for plan in _plans(c, sample) if name not in _UNCHECKED else [_Plan({}, [], False, True, None)]:
             tried += 1
             if tried > 10:
                 break
