@@ -7,12 +7,7 @@ thread. The figure of a stage is the smallest CPU time over the rounds; the rati
 
 from __future__ import annotations
 
-import io
-import os
-import shutil
 import statistics
-import subprocess
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -100,34 +95,6 @@ def measure(model: str, quick: bool) -> dict[str, Any]:
     return {**out, "package": str(Path(fxgrow.__file__).parent)}
 
 
-def _installed(source: Path, target: Path) -> None:
-    """The layout of an installed package: passes and kernels are folders of it."""
-    shutil.copytree(source / "fxgrow", target / "fxgrow")
-    for name in ("passes", "kernels"):
-        shutil.copytree(source / name, target / "fxgrow" / name)
-
-
-def _checkout(revision: str, folder: Path) -> Path:
-    """The files of a revision.
-
-    Raises:
-        SystemExit: git knows no such revision.
-    """
-    done = subprocess.run(
-        ["git", "archive", revision, "fxgrow", "passes", "kernels"], cwd=common.ROOT, capture_output=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"cannot read revision {revision!r}: {done.stderr.decode().strip()}")
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
-    return folder
-
-
-def _environment(tree: Path) -> dict[str, str]:
-    """Of a process that finds that tree's fxgrow, and not the one in the working directory."""
-    return {"PYTHONPATH": f"{tree}{os.pathsep}{common.ROOT}", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-
-
 def run(argv: list[str]) -> int:
     """Compare; exit status 1 where a bounded stage is slower than its bound."""
     arguments = common.parser("against", __doc__)
@@ -139,15 +106,15 @@ def run(argv: list[str]) -> int:
     samples: dict[str, dict[str, dict[str, list[float]]]] = {}
     with tempfile.TemporaryDirectory(prefix="fxgrow-against-") as name:
         folder = Path(name)
-        _installed(_checkout(options.base, folder / "archive"), folder / "base")
-        _installed(common.ROOT, folder / "here")
+        common.installed(common.checkout(options.base, folder / "archive"), folder / "base")
+        common.installed(common.ROOT, folder / "here")
         for number in range(repeats):
             for model in options.models:
                 for tree in ("base", "here") if number % 2 == 0 else ("here", "base"):
                     found = common.isolated(
                         "benchmarks.against:measure",
                         {"model": model, "quick": options.quick},
-                        env=_environment(folder / tree),
+                        env=common.tree_environment(folder / tree),
                     )
                     if found.pop("package") != str(folder / tree / "fxgrow"):
                         raise RuntimeError("the process imported another fxgrow than the one it was to measure")

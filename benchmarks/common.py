@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,6 +113,38 @@ def fresh_caches() -> Iterator[dict[str, str]]:
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
             "TORCHINDUCTOR_AUTOGRAD_CACHE": "0",
         }
+
+
+# revisions -----------------------------------------------------------------------------------------------------
+
+
+def installed(source: Path, target: Path) -> Path:
+    """Lay a tree out as an installed package, of which passes and kernels are folders; returns ``target``."""
+    shutil.copytree(source / "fxgrow", target / "fxgrow")
+    for name in ("passes", "kernels"):
+        shutil.copytree(source / name, target / "fxgrow" / name)
+    return target
+
+
+def checkout(revision: str, folder: Path) -> Path:
+    """The files of a revision.
+
+    Raises:
+        SystemExit: git knows no such revision.
+    """
+    done = subprocess.run(
+        ["git", "archive", revision, "fxgrow", "passes", "kernels"], cwd=ROOT, capture_output=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"cannot read revision {revision!r}: {done.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def tree_environment(tree: Path) -> dict[str, str]:
+    """Of a process that finds that tree's fxgrow, and not the one in the working directory."""
+    return {"PYTHONPATH": f"{tree}{os.pathsep}{ROOT}", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
 
 
 # meters -----------------------------------------------------------------------------------------------------------

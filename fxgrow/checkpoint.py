@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import fx, nn
 
+from fxgrow.compile import compile_regions
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import CheckpointError, DiskError
 from fxgrow.growth import Growth
@@ -100,8 +101,6 @@ class Loaded:
 
     def compile(self, **options: Any) -> fx.GraphModule:
         """Like :meth:`fxgrow.Growth.compile`."""
-        from fxgrow.compile import compile_regions
-
         return compile_regions(self.module, **options)
 
 

@@ -540,19 +540,11 @@ class AxisMap:
         return cls(old, np.concatenate([np.arange(old), -1 - ids]), share)
 
 
-def node_references(value: Any) -> Any:
-    """Graph nodes inside an argument as {"$node": name}, for JSON."""
-    from torch import fx
-
-    if isinstance(value, fx.Node):
-        return {"$node": value.name}
-    if isinstance(value, list | tuple):
-        return [node_references(v) for v in value]
-    return value
-
-
 def resolve_references(value: Any, nodes: dict[str, Any], times: Callable[[Any, int], Any]) -> Any:
-    """The inverse of :func:`node_references`; ``times`` makes the op that multiplies a dynamic size by a number."""
+    """An argument of an :class:`Edit` with the nodes of a graph for their names.
+
+    ``times`` makes the op that multiplies a dynamic size by a number.
+    """
     if isinstance(value, dict) and "$node" in value:
         if value["$node"] not in nodes:
             raise GrowthRefused(f"the graph has no node {value['$node']!r}; the plan belongs to another graph")

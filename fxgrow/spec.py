@@ -14,6 +14,7 @@ Operations are members of a discriminated union on ``op``. Packages extend the u
 
 from __future__ import annotations
 
+import difflib
 import functools
 import operator
 from collections.abc import Mapping
@@ -327,8 +328,6 @@ def _op_of(value: Any) -> str | None:
 
 def _explain(error: ValidationError, prefix: str) -> str:
     """One line per mistake: the field, what is wrong, and the nearest valid name."""
-    import difflib
-
     lines = []
     for item in error.errors():
         location = [str(part) for part in item["loc"]]

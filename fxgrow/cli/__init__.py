@@ -3,8 +3,8 @@
 Results go to standard output (``--json`` where a program reads them), progress and errors to standard error. Exit code
 0: done; 1: a verification measured a difference; 2: refused or wrong, with one message that says why.
 
-A command is a file. What it says of itself (``--help``, completion) must not wait for torch: a command imports what
-needs torch when it runs, in its first lines, and nowhere else.
+A command is a file. What it says of itself (``--help``, completion) must not wait for torch: a command imports what it
+works with when it runs, in its first lines, and nowhere else.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def options(
     Grow a checkpoint:  fxgrow grow my.models:gpt spec.yaml -w w.safetensors -o big
     Check it later:     fxgrow verify big
     Train and grow:     fxgrow train examples.gpt.train:task --out out/run
+    What is installed:  fxgrow env
+    Tab completes:      fxgrow --install-completion
 
     A spec is a file or YAML: '{op: widen, axis: "*/hidden", factor: 2}'.
 

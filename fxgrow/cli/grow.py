@@ -12,7 +12,6 @@ import typer
 
 from fxgrow.cli.console import out, print_json, working
 from fxgrow.cli.options import Config, Device, Input, Json, Model, Seed, Spec, Weights
-from fxgrow.spec import GrowthSpec
 
 
 class Level(StrEnum):
@@ -49,6 +48,7 @@ def grow(
     from fxgrow.checkpoint import save
     from fxgrow.cli.models import named_model
     from fxgrow.cli.tables import show_plan, show_receipt
+    from fxgrow.spec import GrowthSpec
 
     parsed = GrowthSpec.parse(spec)
     named = named_model(

@@ -9,14 +9,14 @@ from rich.table import Table
 
 from fxgrow.cli.console import out, print_json
 from fxgrow.cli.options import Json
-from fxgrow.plugins import load_plugins, plugins
-from fxgrow.spec import operations
 
 
 def passes(json_: Json = False) -> None:
     """The operations a spec can ask for, their fields, and what is plugged in."""
     from fxgrow.passes import PASSES
+    from fxgrow.plugins import load_plugins, plugins
     from fxgrow.rules import RULES
+    from fxgrow.spec import operations
 
     for group in ("fxgrow.passes", "fxgrow.rules"):
         load_plugins(group)

@@ -7,7 +7,6 @@ import warnings
 
 from fxgrow.cli.console import amount, out, working
 from fxgrow.cli.options import Config, Input, Json, Model, Seed, Spec
-from fxgrow.spec import GrowthSpec
 
 
 def plan(
@@ -30,6 +29,7 @@ def plan(
     from fxgrow.cli.tables import show_plan
     from fxgrow.growth import plan_growth
     from fxgrow.report.plans import parameter_bytes
+    from fxgrow.spec import GrowthSpec
 
     parsed = GrowthSpec.parse(spec)
     named = named_model(model, config=config or (), inputs=input or (), seed=seed, dry=True)

@@ -8,10 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fxgrow import schedule, spec
 from fxgrow.cli.console import print_json
-from fxgrow.manifest import Manifest
-from fxgrow.plan import GrowthPlan
 
 
 class Kind(StrEnum):
@@ -30,6 +27,10 @@ def schema(kind: Annotated[Kind, typer.Argument(help="Of which file.")] = Kind.s
     fxgrow schema spec > spec.schema.json
     # first line of a spec: yaml-language-server: $schema=spec.schema.json
     """
+    from fxgrow import schedule, spec
+    from fxgrow.manifest import Manifest
+    from fxgrow.plan import GrowthPlan
+
     made: dict[Kind, Callable[[], dict[str, Any]]] = {
         Kind.spec: spec.json_schema,
         Kind.schedule: schedule.json_schema,

@@ -17,7 +17,7 @@ from fxgrow.algebra import (
     size_of,
 )
 from fxgrow.ir.ops import bound_arguments, op_name
-from fxgrow.plan import Edit, node_references
+from fxgrow.plan import Edit
 from fxgrow.rules.annotation import Dims
 
 
@@ -49,7 +49,7 @@ class Resize:
         """
         if self.edit is None:
             self.edit = Edit(node=self.node.name, why="size")
-        self.edit.arguments[name] = node_references(self._emitted(value))
+        self.edit.arguments[name] = _node_references(self._emitted(value))
 
     def _emitted(self, value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -121,3 +121,12 @@ class Resize:
                 new[i] = -1
         if new != old:
             self.set(name, new)
+
+
+def _node_references(value: Any) -> Any:
+    """Graph nodes inside an argument as {"$node": name}, for JSON; :func:`fxgrow.plan.resolve_references` reads it."""
+    if isinstance(value, fx.Node):
+        return {"$node": value.name}
+    if isinstance(value, list | tuple):
+        return [_node_references(v) for v in value]
+    return value

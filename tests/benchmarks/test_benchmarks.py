@@ -11,7 +11,7 @@ import torch
 
 import fxgrow
 from benchmarks import __main__ as entry
-from benchmarks import against, common, grow, growability
+from benchmarks import against, common, face, grow, growability
 from examples.gpt.model import GPT
 
 
@@ -113,10 +113,10 @@ def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> No
 def test_against_measures_every_stage_and_lays_packages_out_as_installed(tmp_path: Path) -> None:
     stages = against.measure("convolutions", quick=True)
     assert {"capture", "plan", "materialise", "grow", "verify"} <= set(stages)
-    against._installed(common.ROOT, tmp_path)
+    common.installed(common.ROOT, tmp_path)
     assert (tmp_path / "fxgrow" / "passes" / "widen.py").exists() and (tmp_path / "fxgrow" / "kernels").is_dir()
     with pytest.raises(SystemExit, match="cannot read revision"):
-        against._checkout("no-such-revision", tmp_path)
+        common.checkout("no-such-revision", tmp_path)
 
 
 def test_growability_names_what_was_lost_and_gained() -> None:
@@ -126,3 +126,10 @@ def test_growability_names_what_was_lost_and_gained() -> None:
     lost, gained = growability.changes(row(a="exact", b="refused", c="exact"), row(a="refused", b="exact", c="exact"))
     assert lost == ["m a double: refused"] and gained == ["m b double"]
     assert growability.changes(row(a="exact"), []) == ([], []), "a model that was not run is not lost"
+
+
+def test_face_measures_what_a_start_costs(tmp_path: Path) -> None:
+    starts = {name: code for name, code in face.STARTS.items() if name in ("Python", "import torch", "--version")}
+    found = face.measure(starts, {"here": common.installed(common.ROOT, tmp_path)}, repeats=1)["here"]
+    assert set(found) == set(starts) and all(0 < s["cpu"][0] < 100 for s in found.values())
+    assert found["--version"]["torch"] == [0.0] and found["import torch"]["torch"] == [1.0]

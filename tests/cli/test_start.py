@@ -39,6 +39,14 @@ def without_torch(*argv: str, **environment: str) -> str:
     return done.stdout
 
 
+def test_help_loads_what_prints_it_only() -> None:
+    code = "import sys, fxgrow.cli; print(sorted(m for m in sys.modules if m.startswith('fxgrow.') or m == 'pydantic'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    loaded = done.stdout.strip("[]\n").replace("'", "").split(", ")
+    allowed = {"fxgrow.cli", "fxgrow.errors", "fxgrow.lazy", "fxgrow.version"}
+    assert {".".join(m.split(".")[:2]) for m in loaded} == allowed, loaded
+
+
 COMMANDS = ("inspect", "plan", "grow", "verify", "train", "schema", "passes", "env")
 
 
