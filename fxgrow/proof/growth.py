@@ -298,6 +298,11 @@ class Grow:
         return [size_of(d) for d in dims]
 
     @property
+    def in_eval(self) -> bool:
+        calls, number = self.axes.program.calls, self.node.meta.get("call", 0)
+        return number >= len(calls) or calls[number].serves(False)
+
+    @property
     def result_dims(self) -> Any:
         return self.axes.dims[self.node]
 

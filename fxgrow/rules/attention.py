@@ -74,6 +74,11 @@ class ScaledDotProductAttention(Rule):
             if not any(ctx.grows(x) for x in (a, b, c)):
                 lead.append(a if not is_unit(a) else b)
                 continue
+            if ctx.in_eval and isinstance(ctx.args.get("dropout_p"), int | float) and ctx.args["dropout_p"] > 0:
+                raise ctx.refuse(
+                    "it drops weights at random in eval mode too, and every copy would have a draw of its own. Give it "
+                    "the module's mode: dropout_p=p if self.training else 0"
+                )
             for x in (a, b, c):
                 ctx.close(x)
             if ctx.args.get("enable_gqa") and size_of(a) != size_of(b):

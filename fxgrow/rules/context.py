@@ -145,6 +145,10 @@ class GrowthContext(Context, Protocol):
         """Whether the axis gets entries that are no copies."""
 
     @property
+    def in_eval(self) -> bool:
+        """Whether the call is run in eval mode, alone or too."""
+
+    @property
     def result_dims(self) -> Any:
         """Dims of the result(s) as analysis has them, without annotations."""
 

@@ -114,13 +114,35 @@ register_rule(_with_in_place("clamp_min clamp_max"), Pointwise())
 register_rule(_with_in_place("threshold round.decimals"), Pointwise(jumps=True))
 register_rule("aten.fake_quantize_per_tensor_affine.default", Pointwise(zero=True, jumps=True))
 register_rule(["aten.positive.default"], Pointwise(zero=True, mean=True))
-register_rule(_with_in_place("rrelu"), Pointwise(zero=True))
 register_rule(["aten.special_entr.default", "aten.polygamma.default", "aten.mvlgamma.default"], Finite())
-register_rule(
-    _with_in_place("dropout feature_dropout"),
-    Pointwise(zero=True, mean=True),
-)
-register_rule(_with_in_place("alpha_dropout feature_alpha_dropout"), Pointwise())  # what it drops is not zero
+
+
+class Drawn(Pointwise):
+    """An op that draws at random in train mode, and in eval mode where its flag is a plain True.
+
+    What it draws there is part of the function, and every copy would have a draw of its own.
+    """
+
+    def __init__(self, drawn: int | None = None, **facts: Any) -> None:
+        super().__init__(**facts)
+        self.drawn = drawn  # number of leading dims that the draws run over
+
+    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
+        always = ctx.args.get("train", ctx.args.get("training")) is True and ctx.args.get("p", 1) != 0
+        drawn = ctx.operand(ctx.first)[: self.drawn]
+        if always and ctx.in_eval and any(ctx.grows(d) for d in drawn):
+            raise ctx.refuse(
+                "it draws at random in eval mode too, and every copy would have a draw of its own. Give it the mode of "
+                "the module: training=self.training"
+            )
+        return super().grow(ctx)
+
+
+register_rule(_with_in_place("rrelu"), Drawn(zero=True))
+register_rule(_with_in_place("dropout"), Drawn(zero=True, mean=True))
+register_rule(_with_in_place("feature_dropout"), Drawn(2, zero=True, mean=True))
+register_rule(_with_in_place("alpha_dropout"), Drawn())  # what it drops is not zero
+register_rule(_with_in_place("feature_alpha_dropout"), Drawn(2))
 
 # arithmetic; with one tensor operand the other is a literal
 
