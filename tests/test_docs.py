@@ -1,4 +1,4 @@
-"""Every Python block of the README and the docs runs, in order, file by file; links and images lead somewhere."""
+"""Every Python block of README, CONTRIBUTING and docs runs, in order, file by file; links and images lead somewhere."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import torch
 
 import fxgrow
 from fxgrow import spec
+from fxgrow.moments import MOMENTS
 from fxgrow.passes import PASSES
 from fxgrow.rules import RULES
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -36,10 +37,11 @@ def test_python_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     if str(ROOT) not in sys.path:
         monkeypatch.syspath_prepend(str(ROOT))
-    for table in (RULES, PASSES, spec._OPERATIONS):  # what a page registers goes with it
+    tables = (RULES, PASSES, spec._OPERATIONS, MOMENTS)
+    for table in tables:  # what a page registers goes with it
         for key in list(table):
             monkeypatch.setitem(table, key, table[key])  # type: ignore[index]
-    known = [(table, set(table)) for table in (RULES, PASSES, spec._OPERATIONS)]
+    known = [(table, set(table)) for table in tables]
     torch.manual_seed(0)
     try:
         with warnings.catch_warnings():
