@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +44,45 @@ def _convolutions(width: int) -> tuple[nn.Module, tuple[Any, ...]]:
     )
 
 
+def _llama(layers: int, small: bool) -> tuple[nn.Module, tuple[Any, ...]]:
+    from benchmarks.plan import SMALL, Llama, LlamaConfig
+
+    config = LlamaConfig(layers=layers, **(SMALL if small else {}))
+    return Llama(config).to(torch.bfloat16), (torch.zeros(2, 16, dtype=torch.int64),)
+
+
+def _gpt2(shape: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    from benchmarks.grow import SHAPES
+    from examples.gpt.model import GPT
+
+    idx = torch.zeros(2, 32, dtype=torch.int64)
+    return GPT(SHAPES[shape]), (idx, idx)
+
+
+#: a model's maker, its sizes, the axes that are doubled, and whether on the meta device (where nothing is made)
 MODELS: dict[str, tuple[Any, dict[str, Any], str, bool]] = {
     "gpt": (_gpt, {"width": 256, "layers": 6}, "*/residual", False),
     "convolutions": (_convolutions, {"width": 32}, "*/channels", False),
     "gpt on meta": (_gpt, {"width": 1024, "layers": 24}, "transformer.h.*.mlp/hidden", True),
+    "gpt-2": (_gpt2, {"shape": "gpt2"}, "*/heads */hidden */residual", True),
+    "llama-70b, 8 layers": (_llama, {"layers": 8, "small": False}, "*/hidden */residual", True),
+    "llama-70b": (_llama, {"layers": 80, "small": False}, "*/hidden */residual", True),
 }
+#: those that ``house`` compares, and those that ``against`` does where it is not told
+HOUSE = ("gpt-2", "llama-70b, 8 layers", "llama-70b")
+USUAL = tuple(m for m in MODELS if m not in HOUSE)
 QUICK: dict[str, dict[str, Any]] = {
     "gpt": {"width": 32, "layers": 2},
     "convolutions": {"width": 4},
     "gpt on meta": {"width": 64, "layers": 2},
+    "gpt-2": {"shape": "tiny"},
+    "llama-70b, 8 layers": {"layers": 1, "small": True},
+    "llama-70b": {"layers": 2, "small": True},
 }
 
 
 def measure(model: str, quick: bool) -> dict[str, Any]:
-    """CPU seconds of each stage of doubling a model's axis, in this process; ``package``: of the fxgrow it imports."""
+    """CPU seconds of each stage of doubling a model's axes, in this process; ``package``: of the fxgrow it imports."""
     import fxgrow
     from fxgrow.emit.module import regenerate
     from fxgrow.growth import build
@@ -65,10 +90,10 @@ def measure(model: str, quick: bool) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    make, sizes, axis, meta = MODELS[model]
+    make, sizes, axes, meta = MODELS[model]
     with torch.device("meta") if meta else torch.device("cpu"):
         module, args = make(**(QUICK[model] if quick else sizes))
-    spec = {"op": "widen", "axis": axis, "factor": 2}
+    spec = [{"op": "widen", "axis": axis, "factor": 2} for axis in axes.split()]
     out: dict[str, Any] = {}
 
     def timed(stage: str, f: Callable[[], Any], times: int = 3) -> Any:
@@ -95,17 +120,22 @@ def measure(model: str, quick: bool) -> dict[str, Any]:
     return {**out, "package": str(Path(fxgrow.__file__).parent)}
 
 
-def run(argv: list[str]) -> int:
-    """Compare; exit status 1 where a bounded stage is slower than its bound."""
-    arguments = common.parser("against", __doc__)
+def run(argv: list[str], *, name: str = "against", doc: str | None = __doc__, models: Sequence[str] = USUAL) -> int:
+    """Compare; exit status 1 where a bounded stage is slower than its bound.
+
+    Args:
+        name, doc: of the benchmark whose options these are.
+        models: measured where ``--models`` does not say.
+    """
+    arguments = common.parser(name, doc)
     arguments.add_argument("--base", default="HEAD", metavar="REV", help="the other revision (HEAD)")
     arguments.add_argument("--repeats", type=int, default=5, help="rounds (5)")
-    arguments.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="of these")
+    arguments.add_argument("--models", nargs="+", choices=list(MODELS), default=list(models), help="of these")
     options = arguments.parse_args(argv)
     repeats = 1 if options.quick else options.repeats
     samples: dict[str, dict[str, dict[str, list[float]]]] = {}
-    with tempfile.TemporaryDirectory(prefix="fxgrow-against-") as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory(prefix="fxgrow-against-") as temporary:
+        folder = Path(temporary)
         common.installed(common.checkout(options.base, folder / "archive"), folder / "base")
         common.installed(common.ROOT, folder / "here")
         for number in range(repeats):
@@ -132,8 +162,9 @@ def run(argv: list[str]) -> int:
             rows.append([f"{model}: {stage}", base, here, ratio, spread])
             result.append({"model": model, "stage": stage, "base": sides["base"], "here": sides["here"]})
     common.table(f"CPU seconds, {options.base} and this tree", ["", "base", "here", "ratio", "ratio of medians"], rows)
-    met = common.verdict("slowest of " + ", ".join(BOUNDED), worst, BOUND)
-    with common.figure(options.out, "against") as (ax,):
+    measured = [stage for stage in BOUNDED if any(stage in stages for stages in samples.values())]
+    met = common.verdict("slowest of " + ", ".join(measured), worst, BOUND)
+    with common.figure(options.out, name) as (ax,):
         ax.barh([str(r[0]) for r in rows], [float(r[3]) for r in rows])
         ax.axvline(1.0, color="black", linewidth=0.8)
         ax.set_xlabel(f"CPU time over that of {options.base}")

@@ -12,9 +12,9 @@ import torch
 
 import fxgrow
 from fxgrow import spec
-from fxgrow.moments import MOMENTS
 from fxgrow.passes import PASSES
 from fxgrow.rules import RULES
+from fxgrow.weights.moments import MOMENTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

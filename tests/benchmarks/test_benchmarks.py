@@ -119,6 +119,12 @@ def test_against_measures_every_stage_and_lays_packages_out_as_installed(tmp_pat
         common.checkout("no-such-revision", tmp_path)
 
 
+def test_house_plans_on_meta_what_against_measures_by_default_does_not() -> None:
+    assert not set(against.HOUSE) & set(against.USUAL)
+    stages = against.measure("llama-70b", quick=True)
+    assert {"capture", "plan"} <= set(stages) and "materialise" not in stages
+
+
 def test_growability_names_what_was_lost_and_gained() -> None:
     def row(**axes: str) -> list[dict[str, Any]]:
         return [{"model": "m", "source": "plain", "axes": [{"name": n, "double": v} for n, v in axes.items()]}]

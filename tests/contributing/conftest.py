@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 import fxgrow
-from fxgrow import moments, passes, plugins, spec
+from fxgrow import passes, plugins, spec
 from fxgrow.rules import RULES
+from fxgrow.weights import moments
 
 
 @pytest.fixture(autouse=True)

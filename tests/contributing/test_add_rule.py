@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import fxgrow
 from fxgrow.errors import GrowthRefused
 from fxgrow.rules import Pattern, Pointwise, Rule
-from fxgrow.rules.judge import Sample, check
+from fxgrow.testing.judge import Sample, check
 
 
 @torch.library.custom_op("contributing::relu2", mutates_args=())

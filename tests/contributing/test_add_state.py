@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow import moments
 from fxgrow.errors import FxgrowError
+from fxgrow.weights import moments
 
 WIDER = {"op": "widen", "axis": "./hidden", "factor": 2}
 
