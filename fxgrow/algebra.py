@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
+
 Size = Any  # int, or sympy.Expr for a dynamic dim
 
 
@@ -113,8 +115,6 @@ def same_size(a: Size, b: Size) -> bool:
         return bool(a == b)
     if a == b:
         return True
-    import sympy
-
     return bool(sympy.expand(a - b) == 0)
 
 
@@ -122,8 +122,6 @@ def quotient(a: Size, b: Size) -> Size | None:
     """a / b where b divides a, else None. Dynamic sizes divide only if the quotient is free of fractions."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b != 0 and a % b == 0 else None
-    import sympy
-
     q = sympy.cancel(sympy.sympify(a) / sympy.sympify(b))
     numerator, denominator = q.as_numer_denom()
     if denominator != 1:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.utils._pytree as pytree
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,6 +31,7 @@ from fxgrow.compile import compile_regions
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import CheckpointError, DiskError
 from fxgrow.growth import Growth
+from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, compile_condition, inputs_of
 from fxgrow.ir.provenance import code_of
 from fxgrow.ir.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name
@@ -258,7 +258,7 @@ def _plain(model: BaseModel) -> dict[str, Any]:
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
-    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
+    return trees.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
 
 
 def _encode_inputs(inputs: Any, stored: dict[str, torch.Tensor]) -> Any:
@@ -299,12 +299,12 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
     try:
         module.eval()
         with torch.no_grad():
-            copies = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
+            copies = trees.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
             result = module(*copies[0], **copies[1])
     finally:
         for name, m in module.named_modules():
             m.training = modes[name]
-    return [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+    return [x for x in trees.tree_leaves(result) if isinstance(x, torch.Tensor)]
 
 
 def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, saved: str) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 from fxgrow.checkpoint import Loaded
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import CheckpointError, ExactnessError
+from fxgrow.ir import trees
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import capture
 from fxgrow.verify.verification import output_numbers, relative_errors, widen_float
@@ -68,10 +68,10 @@ def compare(
     """
     results = []
     for module in (old, new):
-        copies = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
+        copies = trees.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
         with torch.no_grad():
             results.append(module.eval()(*copies[0], **copies[1]))
-    leaves = [[t for t in pytree.tree_leaves(r) if isinstance(t, torch.Tensor)] for r in results]
+    leaves = [[t for t in trees.tree_leaves(r) if isinstance(t, torch.Tensor)] for r in results]
     shapes = [[list(t.shape) for t in row] for row in leaves]
     differ = f"the models do not return the same: {shapes[0]} against {shapes[1]}"
     if len(leaves[0]) != len(leaves[1]):
@@ -92,7 +92,7 @@ def compare_float64(
     numbers: Sequence[int] | None = None,
 ) -> float:
     """The same with both graphs in float64, so that the arithmetic's rounding is out of the comparison."""
-    args, kwargs = pytree.tree_map(
+    args, kwargs = trees.tree_map(
         lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs)
     )
     with warnings.catch_warnings():
@@ -109,7 +109,7 @@ def _undouble(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs in the module's own dtype again, to capture it with."""
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    back: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
+    back: tuple[tuple[Any, ...], dict[str, Any]] = trees.tree_map(
         lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs)
     )
     return back

@@ -225,7 +225,7 @@ def register_operation(cls: type[Operation]) -> type[Operation]:
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise TypeError(f"operation {field.default!r} of {cls.__module__} is taken by {known.__module__}")
     _OPERATIONS[field.default] = cls
-    GrowthSpec._adapter = None
+    GrowthSpec.forget_operations()
     return cls
 
 
@@ -263,6 +263,11 @@ class GrowthSpec(BaseModel):
         if mistakes:
             raise SpecError("\n".join(mistakes))
         self.operations = parsed
+
+    @classmethod
+    def forget_operations(cls) -> None:
+        """Another operation is known: the next spec is read with it."""
+        cls._adapter = None
 
     @classmethod
     def operation_adapter(cls) -> TypeAdapter[Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxgrow.kernels import native, reference
+from fxgrow.kernels import gpu, native, reference
 from fxgrow.kernels.job import Job
 
 NAMES = ("torch", "cpu", "triton")
@@ -34,8 +34,6 @@ def backends() -> list[Backend]:
 
     Builds the native library if it is not built.
     """
-    from fxgrow.kernels import gpu
-
     missing = {"torch": "", "cpu": native.available() or "", "triton": gpu.available() or ""}
     serves = {"torch": "any device", "cpu": "CPU", "triton": gpu.devices()}
     chosen = _chosen(missing)
@@ -78,8 +76,6 @@ def run(job: Job, out: Tensor, backend: str | None, fresh: bool) -> None:
     if forced == "cpu" and out.device.type != "cpu":
         raise ValueError(f"the cpu backend cannot write to {out.device}")
     if forced == "triton" or (forced is None and out.device.type == "cuda"):
-        from fxgrow.kernels import gpu
-
         missing = gpu.available()
         if missing is None:
             try:

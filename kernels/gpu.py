@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fxgrow.kernels.job import FLOATS, Job
-from fxgrow.kernels.maps import FILL_MEAN, FILL_RANDOM, OLD, Dim, cuts_of
+from fxgrow.kernels.maps import FILL_MEAN, FILL_RANDOM, FILL_ZERO, OLD, Dim, DimMap, Noise, cuts_of
 from fxgrow.kernels.native import Axis, axes, cache_folder, mean_layout
 from fxgrow.kernels.philox import DISTRIBUTIONS, UNIT
+from fxgrow.kernels.prepare import prepare
 
 ROWS = 1 << 16  # rows per launch of the general form: bounds its tables to a few MiB
 Tile = tuple[int, int]  # source columns per program, warps
@@ -497,9 +498,6 @@ def tune(
     device: torch.device | str = "cuda",
 ) -> dict[Tile, float]:
     """Time the tiles of a kind of call on a device (a size x size weight, doubled); keep the best. Microseconds."""
-    from fxgrow.kernels.interface import materialise
-    from fxgrow.kernels.maps import DimMap, Noise
-
     device = torch.device(device)
     name, here = tile_name(str(dtype).removeprefix("torch."), noise, interleaved), _device_name(device)
     index = torch.arange(2 * size) // 2 if interleaved else torch.arange(2 * size) % size
@@ -507,10 +505,26 @@ def tune(
     x = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty(2 * size, 2 * size, dtype=dtype, device=device)
     how = Noise("antisymmetric", 0.1) if noise else None
+    job = prepare(
+        x,
+        dims,
+        shape=None,
+        scale=1.0,
+        random_std=0.0,
+        constant=0.0,
+        noise=how,
+        key=0,
+        offset=None,
+        local_shape=None,
+        dtype=None,
+        device=None,
+        fill=FILL_ZERO,
+        random_seed=0,
+    )
     times = {}
     for tile in CANDIDATES:
         _tuned[here, name] = tile
-        call = functools.partial(materialise, x, dims, out=out, noise=how, backend="triton")
+        call = functools.partial(run, job, out)
         times[tile] = _milliseconds(call) * 1000
     best = min(times, key=lambda tile: times[tile])
     _tuned[here, name] = best

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fxgrow.kernels import dispatch
-from fxgrow.kernels.job import Job, prepare
+from fxgrow.kernels.job import Job
 from fxgrow.kernels.maps import FILL_ZERO, DimMap, Noise
 from fxgrow.kernels.memory import unreadable
+from fxgrow.kernels.prepare import prepare
 
 
 @torch.no_grad()

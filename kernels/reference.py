@@ -258,8 +258,6 @@ def _pairs(job: Job, pair: np.ndarray, x: Tensor, lines: Sequence[Tensor], shape
 
 def random_means(job: Job, over: tuple[int, ...], table: Tensor) -> None:
     """Into a table of means: at randomly filled newborn coordinates of the other dims, the mean of the draws."""
-    from fxgrow.kernels.job import _halving_sum
-
     units: list[Ints] = []
     random: list[Ints] = []
     for d, dim in enumerate(job.dims):
@@ -286,6 +284,18 @@ def random_means(job: Job, over: tuple[int, ...], table: Tensor) -> None:
         coordinates = [span.get(d, units[d]) for d in range(n)]
         lines = [_along(u * job.virtual_strides[d], d, n, job) for d, u in enumerate(coordinates)]
         raw = _draw(job, lines, None, philox.RANDOM, job.random_key, "bytes", [len(u) for u in coordinates])
-        mean = (_halving_sum((raw.to(job.compute) * std).to(torch.float64), over) / count).to(job.compute)
+        mean = (halving_sum((raw.to(job.compute) * std).to(torch.float64), over) / count).to(job.compute)
         block = tuple(_along(np.zeros(1, np.int64) if d in over else coordinates[d], d, n, job) for d in range(n))
         table[block] = torch.where(born_here, mean, table[block])
+
+
+def halving_sum(x: Tensor, over: Sequence[int]) -> Tensor:
+    """Sum over dims by halving: the same bits on every device and with any number of threads."""
+    for d in over:
+        while (n := x.shape[d]) > 1:
+            half = n // 2
+            rest = x.narrow(d, 2 * half, n - 2 * half)
+            x = x.narrow(d, 0, half) + x.narrow(d, half, half)
+            if rest.shape[d]:
+                x = torch.cat([x.narrow(d, 0, half - 1), x.narrow(d, half - 1, 1) + rest], d)
+    return x

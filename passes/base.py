@@ -23,7 +23,7 @@ from fxgrow.analysis.relate import analyse
 from fxgrow.devices import check_memory
 from fxgrow.errors import GrowthRefused
 from fxgrow.ir.graphs import copy_graph
-from fxgrow.ir.ops import operator_named, set_argument
+from fxgrow.ir.ops import operator_named, schema_of, set_argument
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.traced import Traced
 from fxgrow.limits import check_elements, check_units
@@ -183,8 +183,8 @@ def apply_edit(graph: fx.Graph, edit: Edit, nodes: dict[str, fx.Node] | None = N
     if edit.target is not None:
         node.target = operator_named(edit.target)
         node.args, node.kwargs = (), {}
-        schema = node.target._schema  # type: ignore[union-attr]
-        node.args = tuple(arguments[a.name] for a in schema.arguments if a.name in arguments)
+        names = [a.name for a in schema_of(node.target).arguments]
+        node.args = tuple(arguments[n] for n in names if n in arguments)
         return
     for name, value in arguments.items():
         set_argument(node, name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
 from typing import Any
@@ -48,8 +49,6 @@ def plan_insert(state: State, op: Insert) -> list[Step]:
     ran |= {p for path in ran for p in _ancestors(path)}
     names = [p for p in state.program.containers if p in ran and fnmatch.fnmatchcase(p, op.after)]
     if not names:
-        import difflib
-
         near = difflib.get_close_matches(op.after, sorted(ran), n=4, cutoff=0.3)
         raise SpecError(f"no layer matches {op.after!r}; nearest: {', '.join(near) or 'none'}")
     step = Step(op="insert", request=op.model_dump(exclude_defaults=True, mode="json"))

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from fxgrow.algebra import Conflict, Expr, Frozen, Size, Unifier, is_static, resolve, same_size, size_of
 from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.naming import name_axes
+from fxgrow.ir import trees
 from fxgrow.ir.ops import bound_arguments, nodes_among, op_name
 from fxgrow.ir.sizes import result_sizes, sizes_of
 from fxgrow.ir.traced import Traced
@@ -292,7 +292,7 @@ def analyse(program: Traced) -> Axes:
 
 
 def _output_nodes(node: fx.Node) -> list[fx.Node]:
-    return [x for x in pytree.tree_leaves(node.args[0]) if isinstance(x, fx.Node)]
+    return [x for x in trees.tree_leaves(node.args[0]) if isinstance(x, fx.Node)]
 
 
 def _specialised(ctx: Relate, node: fx.Node, dims: Any) -> Any:

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 import yaml
 from torch import nn
 
 from fxgrow.checkpoint import Loaded, load, load_weights
 from fxgrow.cli.console import working
 from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.ir import trees
 from fxgrow.program import Program, capture
 from fxgrow.training.batches import seeded
 from fxgrow.training.task import Task
@@ -237,7 +237,7 @@ def _given(inputs: Sequence[str], device: str) -> tuple[tuple[Any, ...], dict[st
 
 
 def _moved(value: Any, device: str) -> Any:
-    return pytree.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
+    return trees.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
 
 
 def _unpack(result: Any, reference: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

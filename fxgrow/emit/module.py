@@ -18,6 +18,7 @@ from fxgrow.emit.blocks import identifier, share_classes, split_blocks
 from fxgrow.emit.checks import check_inputs
 from fxgrow.emit.graphs import call_graphs, clean_graph
 from fxgrow.errors import CheckpointError, InputError
+from fxgrow.ir.modules import child_of, order_children
 from fxgrow.ir.provenance import code_of
 from fxgrow.ir.serialize import graph_from_json, graph_to_json
 from fxgrow.ir.structure import check, rebuild
@@ -158,9 +159,6 @@ def _restructure(graph: fx.Graph, structure: str) -> None:
 # graph ------------------------------------------------------------------------------------------------------------
 
 
-# blocks -----------------------------------------------------------------------------------------------------------
-
-
 # modules ----------------------------------------------------------------------------------------------------------
 
 
@@ -169,11 +167,11 @@ def _parent(module: nn.Module, program: Traced, path: str) -> nn.Module:
     here = ""
     for part in path.split(".") if path else []:
         here = f"{here}.{part}" if here else part
-        if part not in module._modules:
+        child = child_of(module, part)
+        if child is None:
             kind = program.containers.get(here, "")
-            module.add_module(part, nn.ModuleList() if kind in ("ModuleList", "Sequential") else nn.Module())
-        child = module._modules[part]
-        assert child is not None
+            child = nn.ModuleList() if kind in ("ModuleList", "Sequential") else nn.Module()
+            module.add_module(part, child)
         module = child
     return module
 
@@ -183,9 +181,7 @@ def _order_children(module: nn.Module, program: Traced) -> None:
     order = {path: i for i, path in enumerate(program.containers)}
     for path, parent in list(module.named_modules()):
         prefix = f"{path}." if path else ""
-        children = sorted(parent._modules.items(), key=lambda c: order.get(prefix + c[0], len(order)))
-        parent._modules.clear()
-        parent._modules.update(children)
+        order_children(parent, lambda name, prefix=prefix: order.get(prefix + name, len(order)))  # type: ignore[misc]
 
 
 def _attach(module: nn.Module, program: Traced, path: str, child: nn.Module) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator as HigherOrderOperator
+from torch._ops import OpOverload as OpOverload
 
 from fxgrow.errors import GrowthRefused
 
@@ -15,7 +17,7 @@ from fxgrow.errors import GrowthRefused
 @functools.cache
 def op_name(target: Any) -> str:
     """``aten.add.Tensor`` for an op overload, the plain name for a Python builtin."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target)
     return getattr(target, "__name__", str(target))
 
@@ -54,6 +56,11 @@ def nodes_among(arguments: Mapping[str, Any]) -> list[tuple[str, fx.Node]]:
     return out
 
 
+def schema_of(target: Any) -> Any:
+    """An op's schema: names, kinds and defaults of its arguments, and which of them it writes."""
+    return target._schema
+
+
 def set_argument(node: fx.Node, name: str, value: Any) -> None:
     """Set one argument of an op by its schema name, in place."""
     schema = node.target._schema  # type: ignore[union-attr]
@@ -82,6 +89,6 @@ def operator_named(name: str) -> Any:
             target = getattr(target, part)
     except (AttributeError, RuntimeError):
         target = None
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         raise GrowthRefused(f"there is no operator {name!r} here; the plan was made elsewhere")
     return target

@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import CeilToInt, CleanDiv, FloorDiv, FloorToInt, Max, Min, Mod, PythonMod, TruncToInt
 
 from fxgrow.errors import CheckpointError
+from fxgrow.ir.ops import OpOverload
 from fxgrow.ir.sizes import result_sizes, sizes_of
 
 #: the only Python functions a graph may call; everything else is a registered operator
@@ -242,7 +243,7 @@ def target_name(target: Any) -> str:
     Raises:
         CheckpointError: it is neither a registered operator nor one of :data:`FUNCTIONS`.
     """
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target)
     try:
         name = _NAMES.get(target)
@@ -270,7 +271,7 @@ def find_target(name: Any, where: str) -> Callable[..., Any]:
         found = getattr(getattr(getattr(torch.ops, namespace), op), overload)
     except (AttributeError, RuntimeError):
         found = None
-    if not isinstance(found, torch._ops.OpOverload):
+    if not isinstance(found, OpOverload):
         raise CheckpointError(
             f"{where} calls {name}, which this process does not know. "
             + (

@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-# torch.utils._pytree is what torch.export describes outputs with; it has no public counterpart that serialises
 import torch.utils._pytree as pytree
 
+# torch.utils._pytree is what torch.export describes outputs with; it has no public counterpart that serialises
 from fxgrow.errors import CaptureError, CheckpointError
 
 _KNOWN: dict[str, Any] = {}

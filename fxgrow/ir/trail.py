@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxgrow.ir import trees
 from fxgrow.ir.quiet import quiet
 
 #: from a size of an input in the graph, and in the example, to the size to run at
@@ -33,7 +33,7 @@ class Replica:
         self, model: nn.Module, exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         self.model, self.exported = model, exported
-        self.leaves, self.spec = pytree.tree_flatten((args, dict(kwargs)))
+        self.leaves, self.spec = trees.tree_flatten((args, dict(kwargs)))
         self.specs = {str(s.arg.name): s for s in exported.graph_signature.input_specs}
         self.inputs = [
             n for n in exported.graph.nodes if n.op == "placeholder" and self.specs[n.name].kind is InputKind.USER_INPUT
@@ -84,7 +84,7 @@ class Replica:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             trail = _Trail()
             state, leaves = self._fakes(trail, mode, sizes)
-            args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+            args, kwargs = trees.tree_unflatten(leaves, self.spec)
             with trail:
                 out = torch.func.functional_call(self.model, state, args, kwargs)
             return trail.digests([out, *state.values()])
@@ -122,7 +122,7 @@ class _Trail(TorchDispatchMode):
         self.known[id(tensor)] = (tensor, hash(digest))
 
     def digests(self, value: Any) -> list[Any]:
-        return [self._digest(x) for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+        return [self._digest(x) for x in trees.tree_leaves(value) if isinstance(x, torch.Tensor)]
 
     def _digest(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -150,10 +150,10 @@ class _Trail(TorchDispatchMode):
             self.drawn += 1
             before = (before, self.drawn)
         digest = hash((str(func), before))
-        for number, tensor in enumerate(t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)):
+        for number, tensor in enumerate(t for t in trees.tree_leaves(out) if isinstance(t, torch.Tensor)):
             self.known[id(tensor)] = (tensor, hash((digest, number)))
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in pytree.tree_leaves(value):
+                for tensor in trees.tree_leaves(value):
                     self.written[tensor.untyped_storage()._cdata] = digest
         return out

@@ -11,7 +11,6 @@ Around a step, with s the factor a weight was scaled by and g that of its gradie
 from __future__ import annotations
 
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -427,10 +426,10 @@ def _along(values: np.ndarray, dim: int, p: torch.Tensor) -> torch.Tensor:
 
 def _steps_under_way(optimizer: torch.optim.Optimizer) -> int:
     """Hooked steps of this optimizer on the stack: more than one where a class's step calls its parent's."""
-    hooked, found, frame = type(optimizer).step.__code__, 0, sys._getframe(1)
+    hooked, found, frame = type(optimizer).step.__code__, 0, inspect.currentframe()
     while frame is not None:
         found += frame.f_code is hooked and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return found
 
 

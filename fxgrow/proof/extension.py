@@ -25,6 +25,7 @@ from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.ranges import Bound, Ranges
 from fxgrow.analysis.relate import from_parameter
 from fxgrow.errors import GrowthRefused
+from fxgrow.ir import trees
 from fxgrow.ir.memory import writes
 from fxgrow.ir.ops import bound_arguments, op_name
 from fxgrow.ir.sizes import sizes_of
@@ -318,12 +319,10 @@ def starts_with_old(dim: Expr, axis: Axis) -> bool:
 
 def tensor_outputs(graph: fx.Graph) -> list[fx.Node]:
     """The tensors that the model returns, those of several calls one after the other."""
-    import torch.utils._pytree as pytree
-
     (out,) = (n for n in graph.nodes if n.op == "output")
     return [
         x
-        for x in pytree.tree_leaves(out.args[0])
+        for x in trees.tree_leaves(out.args[0])
         if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), torch.Tensor)
     ]
 

@@ -28,7 +28,7 @@ from fxgrow.analysis.relate import analyse
 from fxgrow.errors import GrowthRefused
 from fxgrow.ir.dtypes import is_fine
 from fxgrow.ir.graphs import copy_graph
-from fxgrow.ir.ops import op_name, operator_named, set_argument
+from fxgrow.ir.ops import OpOverload, op_name, operator_named, set_argument
 from fxgrow.ir.traced import Traced
 from fxgrow.passes.base import apply_edit, apply_rescale, rescale
 from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Edit
@@ -239,7 +239,7 @@ class _Case:
 
 class _Judge:
     def __init__(self, op: Any, sample: Sample) -> None:
-        single = isinstance(op, torch._ops.OpOverload)
+        single = isinstance(op, OpOverload)
         self.graph, self.tensors, nodes = (_single if single else _exported)(op, sample)
         self.results = [n.name for n in nodes]
         self.op = str(op) if single else getattr(op, "__name__", str(op))

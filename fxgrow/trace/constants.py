@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxgrow.ir.memory import Memory, writes
+from fxgrow.ir.ops import OpOverload
 
 #: a computed constant of more entries than this stays computed
 _FOLD_LIMIT = 1 << 16
@@ -48,7 +49,7 @@ def fold_constants(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:
 def _computable(node: fx.Node, values: Mapping[fx.Node, torch.Tensor]) -> bool:
     """Whether an op needs nothing but known constants, and always gives the same small tensor."""
     value = node.meta.get("val")
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+    if not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
         return False
     if writes(node) or torch.Tag.nondeterministic_seeded in node.target.tags:
         return False

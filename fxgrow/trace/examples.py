@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 from fxgrow.errors import CaptureError
+from fxgrow.ir import trees
 from fxgrow.ir.traced import Call
 from fxgrow.trace.lines import place_of
 
@@ -32,7 +32,7 @@ def as_calls(args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: Mappi
 
 def _distinct(value: Any) -> Any:
     """Clone tensors, so that one tensor passed twice is two inputs."""
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, value)
+    return trees.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, value)
 
 
 def check_plain(model: nn.Module) -> None:
@@ -63,7 +63,7 @@ def check_signature(model: nn.Module, call: Call) -> None:
 def strange_dtypes(model: nn.Module, call: Call) -> bool:
     """Whether a float input has a dtype that no tensor of the model has: a trace does not notice that ops refuse it."""
     own = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-    given = {t.dtype for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, torch.Tensor)}
+    given = {t.dtype for t in trees.tree_leaves((call.args, call.kwargs)) if isinstance(t, torch.Tensor)}
     return bool(own) and any(d.is_floating_point and d not in own for d in given)
 
 
@@ -80,7 +80,7 @@ def check_example(model: nn.Module, call: Call) -> None:
             warnings.simplefilter("ignore")
             torch.func.functional_call(model, buffers, _distinct(call.args), _distinct(call.kwargs))
     except Exception as error:
-        shapes = ", ".join(_shown(x) for x in pytree.tree_leaves((call.args, call.kwargs)))
+        shapes = ", ".join(_shown(x) for x in trees.tree_leaves((call.args, call.kwargs)))
         reason = str(error).strip().partition("\n")[0]
         raise CaptureError(
             f"{type(model).__name__} itself raises with the example of call {call.name!r} ({shapes}): "

@@ -10,16 +10,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.export import Dim
-from torch.fx.experimental import _config as experimental
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxgrow.errors import CaptureError
+from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, find_guards, has_mixed_sizes, settle_sizes, weigh
 from fxgrow.ir.quiet import quiet
+from fxgrow.ir.symbolic import ON_DATA, oblivious_sizes
 from fxgrow.ir.traced import Call
 from fxgrow.ir.trail import Replica
 from fxgrow.trace.foreign import Watch, check_backward, check_ops, custom_backwards, in_words
@@ -35,7 +33,7 @@ def export_less(
         CaptureError: nothing; the one that was raised first.
     """
     with contextlib.suppress(CaptureError):
-        if dynamic != "batch" and not isinstance(error.__cause__, _ON_DATA):
+        if dynamic != "batch" and not isinstance(error.__cause__, ON_DATA):
             return export_calls(model, calls, "batch"), "captured with every input dim but the first as it is"
     with contextlib.suppress(CaptureError):
         return export_calls(
@@ -85,16 +83,14 @@ def _export(
         return {i: None if size == 1 else Dim.AUTO for i, size in enumerate(wanted)}
 
     def dims(value: Any) -> Any:
-        return pytree.tree_map(one, value)
+        return trees.tree_map(one, value)
 
     def export(oblivious: bool) -> torch.export.ExportedProgram:
-        # oblivious: sizes are not taken to be at least 2, and an op's own branches leave no guards. What remains is
-        # what the graph's validity hangs on. The setting is local to the thread.
         with (
             warnings.catch_warnings(),
             quiet(),
             _traceable_forward(model, kwargs, left_out),
-            experimental.patch(backed_size_oblivious=oblivious),  # type: ignore[attr-defined]
+            oblivious_sizes(oblivious),
             watch,
         ):
             warnings.simplefilter("ignore")
@@ -114,7 +110,7 @@ def _export(
                 exported = exported if has_mixed_sizes(plain) else plain
     except Exception as error:
         try:
-            if watch.reason or isinstance(error, _ON_DATA):
+            if watch.reason or isinstance(error, ON_DATA):
                 raise error
             exported = export(False)
         except Exception:
@@ -138,10 +134,6 @@ def _export(
 
 #: what a graph can return
 _LEAVES = (torch.Tensor, bool, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
-
-
-#: errors of a trace that reads data: no other choice of dynamic dims helps
-_ON_DATA = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
 @contextlib.contextmanager
@@ -169,7 +161,7 @@ def _traceable_forward(model: nn.Module, kwargs: Mapping[str, Any], left_out: se
 
     @functools.wraps(forward)
     def traceable(*args: Any, **keywords: Any) -> Any:
-        return pytree.tree_map(known, forward(*args, **keywords))
+        return trees.tree_map(known, forward(*args, **keywords))
 
     traceable.__signature__ = signature  # type: ignore[attr-defined]
     model.__dict__["forward"] = traceable

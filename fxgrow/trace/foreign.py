@@ -11,11 +11,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fxgrow.errors import CaptureError
+from fxgrow.ir import trees
+from fxgrow.ir.ops import HigherOrderOperator, OpOverload
 
 # custom autograd functions -------------------------------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ def check_backward(
     """
     names = ", ".join(sorted(used))
     checkpoint = any("CheckpointFunction" in n for n in used)
-    if not checkpoint and not any(t.is_meta for t in pytree.tree_leaves([list(model.parameters()), args])):
+    if not checkpoint and not any(t.is_meta for t in trees.tree_leaves([list(model.parameters()), args])):
         worst = max(_backward_error(model, exported, (args, kwargs), scale) for scale in (1.0, 8.0))
         if worst <= 1e-4:
             warnings.warn(
@@ -108,7 +109,7 @@ def _backward_error(model: nn.Module, exported: Any, inputs: tuple[Any, Any], sc
 
 
 def _clones(value: Any) -> Any:
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, value)
+    return trees.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, value)
 
 
 def _output_gradients(module: nn.Module, inputs: tuple[Any, Any], scale: float) -> dict[str, torch.Tensor | None]:
@@ -122,7 +123,7 @@ def _output_gradients(module: nn.Module, inputs: tuple[Any, Any], scale: float) 
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         result = torch.func.functional_call(module, tensors, *_clones(inputs))
-        floats = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.requires_grad]
+        floats = [t for t in trees.tree_leaves(result) if isinstance(t, torch.Tensor) and t.requires_grad]
         if not floats:
             return {}
         torch.manual_seed(1)
@@ -190,7 +191,7 @@ def check_ops(graph: torch.fx.Graph, where: Callable[[str], str]) -> None:
     """
     for node in graph.nodes:
         target = node.target
-        if node.op != "call_function" or isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+        if node.op != "call_function" or isinstance(target, OpOverload | HigherOrderOperator):
             continue
         name, module = getattr(target, "__name__", str(target)), getattr(target, "__module__", "")
         if module in ("_operator", "math", "builtins") or name.startswith("sym_"):

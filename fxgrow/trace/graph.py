@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from fxgrow.errors import CaptureError
+from fxgrow.ir import trees
 from fxgrow.ir.memory import Memory
+from fxgrow.ir.ops import HigherOrderOperator
 from fxgrow.ir.structure import describe
 from fxgrow.ir.traced import Call, Traced
 from fxgrow.trace.constants import fold_constants
@@ -105,7 +106,7 @@ def _nested_inputs(
     signature = _positional(model)
     out: dict[str, tuple[str, list[str]]] = {}
     for number, value in [*enumerate(call.args), *call.kwargs.items()]:
-        leaves, spec = pytree.tree_flatten(value)
+        leaves, spec = trees.tree_flatten(value)
         mine = [next(names) for _ in leaves]
         parameter = signature[number] if isinstance(number, int) and number < len(signature) else str(number)
         if isinstance(value, list | tuple | dict) and leaves:
@@ -170,14 +171,14 @@ def _trace_into(
                 learns.add(node)
             continue
         if node.op == "output":
-            flat = pytree.tree_map_only(fx.Node, lambda n: env[n], list(node.args[0]))
+            flat = trees.tree_map_only(fx.Node, lambda n: env[n], list(node.args[0]))
             return _structure(call, flat, exported.call_spec.out_spec)
         if any(word in str(node.target) for word in _ASSERTIONS):
             continue
         if node.op == "get_attr":
             env[node] = node  # a subgraph, entered below
             continue
-        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+        if node.op == "call_function" and isinstance(node.target, HigherOrderOperator):
             env[node] = _inline(graph, exported.graph_module, node, env, learns)
             if node.args[0] is not False and not learns.isdisjoint(node.all_input_nodes):
                 learns.add(node)
@@ -290,7 +291,7 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
 
 def _structure(call: Call, flat: list[Any], spec: Any) -> Any:
     """The model's own output structure over graph nodes; a tuple of its leaves where it takes more than builtins."""
-    tree = pytree.tree_unflatten(list(flat), spec)
+    tree = trees.tree_unflatten(list(flat), spec)
 
     def plain(value: Any) -> bool:
         if type(value) in (list, tuple):
@@ -366,7 +367,7 @@ def _inline(
             if learned and not enabled:
                 inner[n] = _detached(graph, inner[n])
         elif n.op == "output":
-            results = pytree.tree_map_only(fx.Node, lambda x: inner[x], list(n.args[0]))
+            results = trees.tree_map_only(fx.Node, lambda x: inner[x], list(n.args[0]))
             if enabled:
                 return _Region(results)
             return _Region([_detached(graph, r) for r in results])

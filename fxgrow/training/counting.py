@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from fxgrow.ir.ops import operator_named
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -16,7 +17,6 @@ def count_parameters(model: nn.Module) -> int:
 
 def flop_counter() -> FlopCounterMode:
     """Counts forward and backward; PyTorch's own table lacks the CPU's fused attention."""
-    aten = torch.ops.aten
 
     def forward(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return sdpa_flop_count(q, k, v)
@@ -24,8 +24,9 @@ def flop_counter() -> FlopCounterMode:
     def backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return sdpa_backward_flop_count(grad, q, k, v)
 
+    name = "aten._scaled_dot_product_flash_attention_for_cpu"
     table = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        operator_named(f"{name}.default").overloadpacket: forward,
+        operator_named(f"{name}_backward.default").overloadpacket: backward,
     }
     return FlopCounterMode(display=False, custom_mapping=table)

@@ -12,9 +12,9 @@ from typing import Any
 
 import sympy
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
+from fxgrow.ir import trees
 from fxgrow.ir.dtypes import same_kind
 from fxgrow.ir.sizes import shape_of
 from fxgrow.verify.execute import op_of
@@ -39,7 +39,7 @@ class Trial:
     @property
     def leaves(self) -> list[Any]:
         """In the order of the graph's inputs."""
-        return list(pytree.tree_leaves((self.args, self.kwargs)))
+        return list(trees.tree_leaves((self.args, self.kwargs)))
 
     def copy(self, dtype: torch.dtype | None = None) -> Trial:
         """Tensors of its own, which a forward may write into; in another dtype where they are floats."""
@@ -49,7 +49,7 @@ class Trial:
                 return x
             return x.detach().to(x.dtype if dtype is None else same_kind(x.dtype, dtype), copy=True)
 
-        args, kwargs = pytree.tree_map(own, (self.args, self.kwargs))
+        args, kwargs = trees.tree_map(own, (self.args, self.kwargs))
         return Trial(args, kwargs, self.words)
 
 
@@ -123,7 +123,7 @@ class Trials:
             scaled = factors if self._batch is not None and shape and shape[0] == self._batch else factors[:1]
             out.append(_other(leaf, wanted, scaled, rows, fresh, generator))
             shapes.append("×".join(map(str, wanted)) or "scalar")
-        args, kwargs = pytree.tree_unflatten(out, pytree.tree_structure((self.example.args, self.example.kwargs)))
+        args, kwargs = trees.tree_unflatten(out, trees.tree_structure((self.example.args, self.example.kwargs)))
         kind = "drawn anew" if fresh else "permuted"
         if len(factors) > 1:
             kind += f", times {', '.join(f'{f:g}' for f in factors)} by turns"

@@ -23,13 +23,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 from pydantic import BaseModel, Field
 from torch import fx, nn
 
 from fxgrow.emit.graphs import call_graphs, clean_graph
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import ExactnessError
+from fxgrow.ir import trees
 from fxgrow.ir.dtypes import same_kind
 from fxgrow.ir.traced import Call, Traced
 from fxgrow.plan import GrowthPlan, TensorPlan
@@ -112,7 +112,7 @@ def output_numbers(program: Traced) -> list[tuple[Call | None, range]]:
     out, first = [], 0
     for call, returned in calls:
         count = sum(
-            isinstance(x, fx.Node) and isinstance(x.meta.get("val"), torch.Tensor) for x in pytree.tree_leaves(returned)
+            isinstance(x, fx.Node) and isinstance(x.meta.get("val"), torch.Tensor) for x in trees.tree_leaves(returned)
         )
         out.append((call, range(first, first + count)))
         first += count
@@ -172,11 +172,11 @@ def _appended(plan: GrowthPlan | None, output: int, dim: int) -> int:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+    return [x for x in trees.tree_leaves(value) if isinstance(x, torch.Tensor)]
 
 
 def _numbers(value: Any) -> list[Any]:
-    return [x for x in pytree.tree_leaves(value) if isinstance(x, bool | int | float | str)]
+    return [x for x in trees.tree_leaves(value) if isinstance(x, bool | int | float | str)]
 
 
 def widen_float(t: torch.Tensor) -> torch.Tensor:
@@ -226,12 +226,13 @@ class Side:
 
         def make(name: str) -> torch.Tensor:
             if moved is not None:
-                return moved.tensor(self._whole(name))
-            return self._whole(name).clone() if name in self.written else self._whole(name)
+                return moved.tensor(self.whole(name))
+            return self.whole(name).clone() if name in self.written else self.whole(name)
 
         return Tensors(make, self.written, keep=moved is None and self.keep)
 
-    def _whole(self, name: str) -> torch.Tensor:
+    def whole(self, name: str) -> torch.Tensor:
+        """A tensor as it is made, which nothing may write into."""
         if not self.keep:
             return self.make(name)
         if name not in self._kept:
@@ -268,7 +269,7 @@ class Side:
                     found = [t for c in trials for t in _tensors(out.outputs[number, c])]
                     out.gradients = gradients.of(found, {**trained, **inputs})
                     for c in trials:
-                        out.outputs[number, c] = pytree.tree_map_only(
+                        out.outputs[number, c] = trees.tree_map_only(
                             torch.Tensor, torch.Tensor.detach, out.outputs[number, c]
                         )
         out.state = {n: t.clone() for n, t in tensors.state().items()}
@@ -679,8 +680,8 @@ class Verification:
         silent = {n for n in waiting if newborn[n].source is not None and not newborn[n].zero}
         if not waiting:
             return
-        values = {n: new._whole(n).clone() for n in self.grown.parameters}
-        model = new.with_tensors(lambda n: values[n] if n in values else new._whole(n).clone())
+        values = {n: new.whole(n).clone() for n in self.grown.parameters}
+        model = new.with_tensors(lambda n: values[n] if n in values else new.whole(n).clone())
         # a bias before a batch norm has a gradient in eval mode only
         for training in (True, True, False, False):
             if not waiting:
@@ -699,7 +700,7 @@ class Verification:
                 g = gradients.get(name)
                 if g is not None:
                     values[name] = value.detach() - g * (0.01 / max(size, 1e-12))
-            model = new.with_tensors(lambda n: values[n] if n in values else new._whole(n).clone())
+            model = new.with_tensors(lambda n: values[n] if n in values else new.whole(n).clone())
         self.receipt.dead_parameters = sorted(waiting - silent)
 
     # own dtype

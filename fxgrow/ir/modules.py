@@ -1,0 +1,19 @@
+"""Children of modules, in an order of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+
+def child_of(module: nn.Module, name: str) -> nn.Module | None:
+    """The child that a module has under a name, None where it has none."""
+    return module._modules.get(name)
+
+
+def order_children(module: nn.Module, place: Callable[[str], int]) -> None:
+    """Sort a module's children by the place of their names; the same module may stand under several."""
+    children = sorted(module._modules.items(), key=lambda c: place(c[0]))
+    module._modules.clear()
+    module._modules.update(children)

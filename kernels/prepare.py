@@ -1,0 +1,206 @@
+"""A call of `materialise`, checked and normalised into a job."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxgrow.kernels.job import FLOATS, Job, NoiseTooSmall
+from fxgrow.kernels.maps import (
+    FILL_MEAN,
+    FILL_RANDOM,
+    OLD,
+    DimMap,
+    Noise,
+    prepare_dim,
+)
+from fxgrow.kernels.memory import unreadable
+from fxgrow.kernels.philox import key_words
+from fxgrow.kernels.reference import halving_sum, random_means
+
+
+def mean_tables(job: Job) -> dict[int, Tensor]:
+    """Every table of means the fills can ask for, summed by halving: equal on every device and thread count."""
+    dims = [d for d in job.births if (job.dims[d].fill == FILL_MEAN).any()]  # type: ignore[union-attr]
+    tables = {}
+    for n in range(1, len(dims) + 1):
+        for over in itertools.combinations(dims, n):
+            tables[sum(1 << d for d in over)] = _mean_table(job, over)
+    return tables
+
+
+def _mean_table(job: Job, over: tuple[int, ...]) -> Tensor:
+    source = job.source
+    count = math.prod(job.dims[d].source for d in over)
+    if source is None or count == 0:
+        raise ValueError("fill mean needs a source that is not empty")
+    shape = [1 if d in over else dim.virtual for d, dim in enumerate(job.dims)]
+    table = torch.zeros(shape, dtype=job.compute, device=job.device)
+    old = table[tuple(slice(0, 1 if d in over else dim.source) for d, dim in enumerate(job.dims))]
+    kept = [d for d in range(source.dim()) if d not in over]
+    axis = max(kept, key=lambda d: source.shape[d], default=None)
+    step = source.shape[axis] if axis is not None else 1
+    if axis is not None and source.numel() > 1 << 20:
+        step = max(1, (1 << 20) * source.shape[axis] // source.numel())
+    for lo in range(0, source.shape[axis] if axis is not None else 1, max(step, 1)):
+        part = source if axis is None else source.narrow(axis, lo, min(step, source.shape[axis] - lo))
+        total = halving_sum(part.to(torch.float64), over)
+        (old if axis is None else old.narrow(axis, lo, part.shape[axis])).copy_(total / count)
+    random_means(job, over, table)
+    return table
+
+
+def deviation(source: Tensor) -> float:
+    """Standard deviation of a tensor, rounded to ten bits so that the order of summation cannot show."""
+    if source.numel() == 0:
+        return 0.0
+    count, total, squares = source.numel(), 0.0, 0.0
+    flat = source.detach().reshape(-1) if source.is_contiguous() else source.detach().flatten()
+    for part in flat.split(1 << 20):
+        wide = part.to(torch.float64)
+        total += float(wide.sum())
+        squares += float((wide * wide).sum())
+    variance = max(squares / count - (total / count) ** 2, 0.0)
+    if not math.isfinite(variance) or variance == 0:
+        return 0.0
+    mantissa, exponent = math.frexp(math.sqrt(variance))
+    return math.ldexp(round(mantissa * 1024) / 1024, exponent)
+
+
+def _warn_if_too_small(source: Tensor, noise: Noise, dtype: torch.dtype, shares: float) -> None:
+    flat = source.detach()
+    if flat.numel() > 4096:
+        flat = flat.reshape(-1)[:: flat.numel() // 4096] if flat.is_contiguous() else flat[(slice(0, 64),) * flat.dim()]
+    half = flat.abs().to("cpu", torch.float64).flatten() * shares
+    half = half[(half > 0) & half.isfinite()]
+    if not half.numel():
+        return
+    ulp = torch.finfo(dtype).eps * torch.exp2((torch.frexp(half).exponent - 1).to(torch.float64))
+    same = float(torch.erf(ulp / 2 / (noise.scale * math.sqrt(2))).mean())
+    if same > 0.25:
+        warnings.warn(
+            f"noise of standard deviation {noise.scale:.3g} is below the resolution of {dtype}: about {same:.0%} of "
+            "the copies stay identical. Use a larger scale, or grow in float32 and convert afterwards.",
+            NoiseTooSmall,
+            stacklevel=4,
+        )
+
+
+def prepare(
+    source: Tensor | None,
+    dims: Sequence[DimMap | None],
+    *,
+    shape: Sequence[int] | None,
+    scale: float,
+    random_std: float,
+    constant: float,
+    noise: Noise | None,
+    key: int,
+    offset: Sequence[int] | None,
+    local_shape: Sequence[int] | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    fill: int,
+    random_seed: int,
+) -> Job:
+    """Check a call and normalise it; the destination is not made yet."""
+    if source is not None:
+        if why := unreadable(source):
+            raise ValueError(f"the source cannot be read: {why}")
+        # a conjugated or negated view holds the values of another: backends read memory
+        source = source.detach().resolve_conj().resolve_neg()
+        if len(dims) != source.dim():
+            raise ValueError(f"{len(dims)} dim maps for a source of shape {tuple(source.shape)}")
+    elif shape is not None and len(shape) != len(dims):
+        raise ValueError(f"{len(dims)} dim maps for shape {tuple(shape)}")
+    ready = [
+        prepare_dim(
+            m,
+            None if source is None else source.shape[d],
+            None if shape is None else int(shape[d]),
+            f"dim {d}",
+        )
+        for d, m in enumerate(dims)
+    ]
+    sizes = [dim.size for dim in ready]
+    if shape is not None and list(shape) != sizes:
+        raise ValueError(f"the maps make a tensor of shape {sizes}, but shape= says {list(shape)}")
+    if sum(dim.has_split for dim in ready) > 1:
+        split = [d for d, dim in enumerate(ready) if dim.tree is not None or dim.has_split]
+        raise ValueError(f"at most one dim may have a split, but dims {split} do: make the other plain copies")
+    start = [0] * len(sizes) if offset is None else [int(o) for o in offset]
+    if local_shape is not None:
+        local = [int(n) for n in local_shape]
+    else:
+        local = [n - o for n, o in zip(sizes, start, strict=True)]
+    if len(start) != len(sizes) or len(local) != len(sizes):
+        raise ValueError(f"offset {start} and local_shape {local} must have {len(sizes)} entries")
+    if any(o < 0 or n < 0 or o + n > size for o, n, size in zip(start, local, sizes, strict=True)):
+        raise ValueError(f"the shard at {start} of shape {local} leaves the tensor of shape {sizes}")
+    dtype = dtype or (source.dtype if source is not None else torch.get_default_dtype())
+    where = (
+        torch.device(device) if device is not None else (source.device if source is not None else torch.device("cpu"))
+    )
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    if source is not None and source.device != where:
+        source = source.to(where)
+    if noise is not None and noise.relative:
+        if source is None:
+            raise ValueError("relative noise needs a source to take the standard deviation of")
+        std = deviation(source) * abs(scale)
+        noise = Noise(noise.kind, noise.scale * std, noise.newborn_scale * std, noise.distribution, noise.seed)
+    floating = dtype in FLOATS and (source is None or source.dtype in FLOATS)
+    job = Job(
+        source,
+        ready,
+        dtype,
+        where,
+        start,
+        local,
+        float(scale),
+        int(fill),
+        float(random_std),
+        float(constant),
+        key_words(random_seed, key),
+        noise,
+        key_words(noise.seed if noise is not None else 0, key),
+    )
+    if not floating:
+        _check_exact_only(job)
+    if source is None and not any((dim.fill is not None and (dim.fill != OLD).all()) for dim in ready):
+        if job.fill == FILL_MEAN:
+            raise ValueError("fill mean needs a source")
+        if job.births:
+            raise ValueError("without a source, one dim must be newborn throughout, or every dim None with fill=")
+    if floating and dtype.itemsize == 2 and job.tree_noise and source is not None:
+        assert noise is not None
+        _warn_if_too_small(source, noise, dtype, abs(scale) / 2)
+    if floating and job.births:
+        job.means = mean_tables(job)
+    return job
+
+
+def _check_exact_only(job: Job) -> None:
+    """Integers, booleans and other types are gathered, never computed with."""
+    kind = job.source.dtype if job.source is not None else job.dtype
+    wrong = []
+    if job.scale != 1 or any(dim.scale is not None for dim in job.dims):
+        wrong.append("scale")
+    if any(dim.tree is not None for dim in job.dims):
+        wrong.append("split")
+    if job.tree_noise or job.independent or job.pair_noise:
+        wrong.append("noise")
+    codes = {int(c) for d in job.births for c in np.unique(job.dims[d].fill)}  # type: ignore[arg-type]
+    if codes & {FILL_RANDOM, FILL_MEAN} or (job.source is None and job.fill in (FILL_RANDOM, FILL_MEAN)):
+        wrong.append("random or mean fill")
+    if wrong:
+        raise ValueError(
+            f"{kind} is copied, not computed with: {', '.join(wrong)} needs float32, bfloat16, float16 or float64"
+        )
