@@ -660,6 +660,9 @@ class Grow:
             return False
         if any(u.target != self.node.target for u in value.users):
             return False
+        again = [n for _, n in nodes_among(self.args) if n.op == "get_attr" and n.target == value.target]
+        if len(again) > 1:
+            return False  # the op reads it a second time, as a bias say, which keeps its scale
         self.outcome.scale_requests.setdefault(str(value.target), {})[self.node.name] = factor
         return True
 

@@ -428,3 +428,20 @@ class WeightNormed(nn.Module):
 def test_a_weight_norm_whose_scale_has_another_rank_is_refused() -> None:
     with pytest.raises(GrowthRefused, match="another rank"):
         grow(WeightNormed().double(), {"op": "widen", "axis": "g:1", **DOUBLE}, (r(3, 5),))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda s, h: F.layer_norm(h, h.shape[-1:], s.gain, s.gain),
+        lambda s, h: F.layer_norm(F.layer_norm(h, h.shape[-1:], s.gain), h.shape[-1:], None, s.gain),
+    ],
+    ids=["weight is bias", "weight of one, bias of another"],
+)
+def test_a_scale_of_a_norm_does_not_reach_its_bias(norm: Callable[[Any, Tensor], Tensor]) -> None:
+    model = Odd(lambda s, x: s.out(norm(s, s.up(x))), gain=nn.Parameter(r(8, seed=3)))
+    grown = grow(model, {"op": "widen", "axis": "up.weight:0", "factor": 2}, (r(4, 5),), verify=False).module
+    torch.testing.assert_close(grown(r(6, 5, seed=1)), model(r(6, 5, seed=1)))
+    for how in ({"by": 1}, {"by": 3, "fill": "add"}):
+        with pytest.raises(GrowthRefused, match=r"scale cannot be adjusted|different factors|hold the mean|be zero"):
+            grow(model, {"op": "widen", "axis": "up.weight:0", **how}, (r(4, 5),), verify=False)
