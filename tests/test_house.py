@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fxgrow
+from tests.layers import GUIDE, picture
 
 ROOT = Path(fxgrow.__file__).parent
 FOLDERS = [ROOT, ROOT.parent / "passes", ROOT.parent / "kernels"]
@@ -53,3 +54,7 @@ def test_private_torch_is_seen() -> None:
 
 def test_nothing_is_imported_for_types_alone() -> None:
     assert not [f for f in FILES if "TYPE_CHECKING:" in f.read_text(encoding="utf-8")]
+
+
+def test_the_guide_shows_the_layers_of_the_contract() -> None:
+    assert picture() in GUIDE.read_text(encoding="utf-8"), "python -m tests.layers --write"
