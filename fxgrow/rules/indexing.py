@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxgrow.algebra import Conflict, is_static, resolve, same_size, size_of
+from fxgrow.algebra import Conflict, Expr, is_static, resolve, same_size, size_of
 from fxgrow.ir.ops import bound_arguments
 from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
 from fxgrow.rules.base import Opaque, Rule, register_rule
 from fxgrow.rules.context import Context, GrowthContext
 from fxgrow.rules.resize import Resize
+
+
+def picked(index: Expr) -> Expr:
+    """A dim of an index as a dim of what it picks: entry 0, which is picked where the index is zero, is not zero."""
+    return annotate(
+        index, lambda info: info if info.content is Content.CONST else info.becomes(Content.FREE, zeroable=False)
+    )
 
 
 class Embedding(Rule):
@@ -34,7 +41,7 @@ class Embedding(Rule):
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         weight, index = ctx.dims("weight"), ctx.dims("indices")
         assert weight is not None and index is not None
-        return [*index, *map(ctx.close, weight[1:])]
+        return [*(picked(ctx.close(d)) for d in index), *map(ctx.close, weight[1:])]
 
 
 register_rule("aten.embedding.default", Embedding())
@@ -55,7 +62,7 @@ class OneHot(Rule):
         index = ctx.dims("self")
         assert index is not None
         classes = ctx.born(len(index))
-        return [*map(ctx.close, index), annotate(classes, lambda info: info.becomes(Content.ZERO))]
+        return [*(picked(ctx.close(d)) for d in index), annotate(classes, lambda info: info.becomes(Content.ZERO))]
 
     def resize(self, ctx: Resize) -> None:
         classes = ctx.dims(ctx.node)[-1]
@@ -209,7 +216,7 @@ class Gather(Rule):
         for i, (mine, theirs) in enumerate(zip(dims, index, strict=True)):
             if ctx.newborn and any(x.content not in (Content.CONST, Content.ZERO) for x in infos(theirs)):
                 raise ctx.refuse("the new entries of an index are not known")
-            out.append(ctx.close(theirs if i == at else ctx.combine(mine, theirs, "any")))
+            out.append(picked(ctx.close(theirs)) if i == at else ctx.close(ctx.combine(mine, theirs, "any")))
         return out
 
     @staticmethod

@@ -445,3 +445,27 @@ def test_a_scale_of_a_norm_does_not_reach_its_bias(norm: Callable[[Any, Tensor],
     for how in ({"by": 1}, {"by": 3, "fill": "add"}):
         with pytest.raises(GrowthRefused, match=r"scale cannot be adjusted|different factors|hold the mean|be zero"):
             grow(model, {"op": "widen", "axis": "up.weight:0", **how}, (r(4, 5),), verify=False)
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda s, rows: torch.take_along_dim(rows, s.places, 0).sum(1),
+        lambda s, rows: torch.gather(rows, 0, s.places).sum(1),
+        lambda s, rows: F.embedding(s.places[:, 0], s.w.T[:, :4]).sum(1),
+        lambda s, rows: F.one_hot(s.places[:, 1], 8).to(rows.dtype).matmul(s.w.T).sum(1),
+    ],
+    ids=["take_along_dim", "gather", "embedding", "one_hot"],
+)
+def test_entry_0_that_a_zero_picks_is_not_zero(pick: Callable[[Any, Tensor], Tensor]) -> None:
+    places = torch.randint(1, 8, (6, 4), generator=torch.Generator().manual_seed(0))
+    model = Odd(lambda s, x: pick(s, s.up(x).mean(0)[:, None].expand(8, 4).contiguous()) @ s.q, places=places)
+    model.q = nn.Parameter(r(6, 2, seed=5))
+    for how in (DOUBLE, MORE, ADDED, {**ADDED, "fan_in": "zero"}):
+        try:
+            module = grow(model, {"op": "widen", "axis": "q:0", **how}, (r(4, 5),), verify=False).module
+        except GrowthRefused:
+            if "fill" not in how:
+                raise
+            continue
+        torch.testing.assert_close(module(r(6, 5, seed=1)), model(r(6, 5, seed=1)))
