@@ -26,7 +26,7 @@ from fxgrow.ir.ops import op_name
 from fxgrow.passes import base as passes
 from fxgrow.proof import growth, ties
 from fxgrow.rules import norm, pointwise
-from fxgrow.rules.base import RULES
+from fxgrow.rules.base import RULES, Structural
 from fxgrow.trace import export, modes
 
 
@@ -89,9 +89,16 @@ def _ties() -> None:
 
 
 def _unseen_operands() -> None:
-    """Operands that a rule never asked for do not freeze."""
+    """Operands that a rule never asked for do not freeze; ``diff``, which looks at all of them now, is as it was."""
     Relate.freeze_unseen = lambda *_: None  # type: ignore[method-assign]
     growth.Grow._grow = lambda self, rule: rule.grow(self)  # type: ignore[method-assign]
+
+    def diff(ctx: Any, dims: Any) -> Any:
+        i = ctx.args["dim"] % len(dims)
+        ctx.freeze(dims[i], "neighbouring entries are subtracted")
+        return [*dims[:i], ctx.opaque(ctx.shape[i], ""), *dims[i + 1 :]]
+
+    RULES["aten.diff.default"] = Structural(diff)
 
 
 @dataclass(frozen=True)
