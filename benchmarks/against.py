@@ -122,10 +122,10 @@ def measure(model: str, quick: bool) -> dict[str, Any]:
 
 def _regenerate() -> Callable[..., nn.Module]:
     """Of the fxgrow that is measured: revisions before the layers have it elsewhere."""
-    try:
-        return importlib.import_module("fxgrow.emit.module").regenerate  # type: ignore[no-any-return]
-    except ModuleNotFoundError:
+    try:  # the old name first: an editable installation would answer for the new one, with this tree's
         return importlib.import_module("fxgrow.regenerate").regenerate  # type: ignore[no-any-return]
+    except ModuleNotFoundError:
+        return importlib.import_module("fxgrow.emit.module").regenerate  # type: ignore[no-any-return]
 
 
 def run(argv: list[str], *, name: str = "against", doc: str | None = __doc__, models: Sequence[str] = USUAL) -> int:
