@@ -56,6 +56,16 @@ def draws(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
+def heeds_mode(graph: fx.Graph) -> bool:
+    """Whether anything in a graph hangs on the module's mode; dropout with probability 0 does not."""
+    return any(
+        _dropout_argument(user.target) is None or drops_out(user)
+        for n in graph.nodes
+        if n.op == "get_attr" and n.target == "training"
+        for user in n.users
+    )
+
+
 class Runner:
     """The graph of one call, ready to run.
 

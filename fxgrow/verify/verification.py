@@ -33,7 +33,7 @@ from fxgrow.ir import trees
 from fxgrow.ir.dtypes import same_kind
 from fxgrow.ir.traced import Call, Traced
 from fxgrow.plan import GrowthPlan, TensorPlan
-from fxgrow.verify.execute import Runner, Tensors, draws
+from fxgrow.verify.execute import Runner, Tensors, draws, heeds_mode
 from fxgrow.verify.exercise import Exercise
 from fxgrow.verify.rounding import RUNS, Limit, Moved, amplification, difference, slice_error
 from fxgrow.verify.trials import Trial, Trials, bound
@@ -205,13 +205,21 @@ class Side:
     Args:
         make: a fresh tensor by name.
         keep: hold the tensors; else they are made anew whenever an op reads them.
+        runners: its graphs in float64; those of its own dtypes where None.
     """
 
-    def __init__(self, program: Traced, make: Callable[[str], torch.Tensor], *, double: bool, keep: bool) -> None:
+    def __init__(
+        self,
+        program: Traced,
+        make: Callable[[str], torch.Tensor],
+        *,
+        keep: bool,
+        runners: list[Runner] | None = None,
+    ) -> None:
         self.program, self.make, self.keep = program, make, keep
-        self.dtype = torch.float64 if double else None
-        graphs = call_graphs(program, clean_graph(program.graph, double))
-        self.runners = [Runner(g) for g in graphs]
+        self.dtype = None if runners is None else torch.float64
+        own = call_graphs(program, clean_graph(program.graph, False)) if runners is None else []
+        self.runners = [Runner(g) for g in own] if runners is None else runners
         self.written: set[str] = set().union(*(r.written() for r in self.runners))
         self._kept: dict[str, torch.Tensor] = {}
 
@@ -360,6 +368,23 @@ class Verification:
         trivial = all(t.trivial for t in plan.tensors.values())
         self._grown_names = {str(t.source) for t in plan.tensors.values() if not t.trivial and not trivial}
         self._watch: Exercise | None = None
+        #: where nothing in the graph hangs on the mode, train mode is eval mode
+        self._one_mode = all(c.training is None for c in self._calls) and not any(
+            heeds_mode(p.graph) for p in (program, grown)
+        )
+
+    @functools.cached_property
+    def _graphs(self) -> tuple[list[Runner], list[Runner]]:
+        """The graphs of both models in float64, by call."""
+        return tuple(  # type: ignore[return-value]
+            [Runner(g) for g in call_graphs(p, clean_graph(p.graph, True))] for p in (self.program, self.grown)
+        )
+
+    @functools.cached_property
+    def _writes(self) -> tuple[set[str], set[str]]:
+        """Names of what the forward of each model writes into."""
+        small, large = (set[str]().union(*(r.written() for r in runners)) for runners in self._graphs)
+        return small, large
 
     # rounds
 
@@ -555,15 +580,15 @@ class Verification:
 
     def float64(self) -> None:
         """Outputs, state and gradients in float64: the weights as they are on the example, others on the rest."""
-        old = Side(self.program, self._makes_old(False), double=True, keep=True)
-        new = Side(self.grown, self._makes_new(False, True), double=True, keep=True)
+        old = Side(self.program, self._makes_old(False), runners=self._graphs[0], keep=True)
+        new = Side(self.grown, self._makes_new(False, True), runners=self._graphs[1], keep=True)
         self._written = old.written
         self._watch = Exercise([r.graph for r in old.runners], self._grown_names)
         limit = Limit(LIMIT)
         self.receipt.limits |= {"float64": LIMIT, "gradients": GRADIENT_LIMIT}
         self._search(old)
         for training in (False, True):
-            if not self._served(training) or (training and self.plan.exact_elsewhere):
+            if not self._served(training) or (training and (self.plan.exact_elsewhere or self._one_mode)):
                 continue  # train mode is run with other weights, below
             rounds = [self._example(training)]
             if self.plan.exact_elsewhere and old.written:
@@ -577,18 +602,21 @@ class Verification:
     def _other_weights(self, old: Side, new: Side, limit: Limit) -> None:
         gradient_mode = bool(self._served(True)) and not any(s.eval_only for s in self.plan.steps)
         for training in (False, True):
-            if not self._served(training):
-                continue  # the model was captured in the other mode only
+            if not self._served(training) or (training and self._one_mode):
+                continue  # the model was captured in the other mode only, or they are one
             rounds = self._rounds(training)
             if training or not rounds:
                 rounds = rounds[:1] or [self._example(training)]
-            gradients = self._weighed(old, rounds[-1], training) if training == gradient_mode else None
+            if self._one_mode and not old.written:
+                rounds = rounds[::-1]  # gradients are taken of the last, and the first is the smaller
+            weighed = training == gradient_mode or self._one_mode
+            gradients = self._weighed(old, rounds[-1], training) if weighed else None
             self._refute(old, new, rounds, training, limit, gradients)
 
     def streamed(self) -> None:
         """Outputs in float64, of models whose weights do not fit in it: one op's weights at a time."""
-        old = Side(self.program, self._makes_old(True), double=True, keep=False)
-        new = Side(self.grown, self._makes_new(True, True), double=True, keep=False)
+        old = Side(self.program, self._makes_old(True), runners=self._graphs[0], keep=False)
+        new = Side(self.grown, self._makes_new(True, True), runners=self._graphs[1], keep=False)
         self._written = old.written
         self._watch = Exercise([r.graph for r in old.runners], self._grown_names)
         self.receipt.limits["float64"] = LIMIT
@@ -648,9 +676,9 @@ class Verification:
             gradient_limit=Limit(GRADIENT_LIMIT) if gradients is not None else None,
         )
         receipt = self.receipt
-        if training:
+        if training or self._one_mode:
             receipt.error_float64_train = max(receipt.error_float64_train or 0.0, worst)
-        else:
+        if not training:
             receipt.error_float64 = max(receipt.error_float64 or 0.0, worst)
             receipt.outputs = receipt.outputs or listed
         if gradients is not None:
@@ -711,7 +739,7 @@ class Verification:
         self.receipt.limits["native"] = limit.relative
         random = any(draws(n) for n in self.program.graph.nodes)
         for training in (False, True):
-            if not self._served(training) or (training and (random or not self.plan.exact_elsewhere)):
+            if not self._served(training) or (training and (random or not self.plan.exact_elsewhere or self._one_mode)):
                 continue
             with _mode_of(module, training), _mode_of(grown, training):
                 if not self._native(module, grown, training, limit):
@@ -721,13 +749,12 @@ class Verification:
         """One mode. Returns whether the example could be run."""
         old, new, label = Results(), Results(), "train" if training else "eval"
         rounds: list[Round] = []
-        small = Side(self.program, lambda n: self.program.tensor(n).detach(), double=False, keep=True)
-        large = Side(self.grown, lambda n: self.grown.tensor(n), double=False, keep=True).written
+        small, large = self._writes
 
         def both(trial: Trial, call: int) -> bool:
             """Run both models. Returns whether the trial is one that both are meant to take."""
             with contextlib.ExitStack() as undo:
-                undo.enter_context(_state_of(module, small.written))
+                undo.enter_context(_state_of(module, small))
                 undo.enter_context(_state_of(grown, large))
                 try:
                     a = _call(module, trial)
@@ -752,7 +779,7 @@ class Verification:
             rounds[-1][call] = trial
             return True
 
-        with _state_of(module, {n for n, _ in module.named_buffers()} | small.written), _state_of(grown, large):
+        with _state_of(module, {n for n, _ in module.named_buffers()} | small), _state_of(grown, large):
             for call in self._served(training):
                 rounds += [{}] if not rounds else []
                 if training and ("mixed" in self._found and call in self._found["mixed"]):
@@ -766,16 +793,17 @@ class Verification:
                         self._look(slot, call, functools.partial(both, call=call))
                     elif call in self._found[slot]:
                         both(self._found[slot][call], call)
-            old.state, new.state = _values(module, small.written), _values(grown, large)
+            old.state, new.state = _values(module, small), _values(grown, large)
 
         def again(moved: Moved) -> Results:
-            return small.run(rounds, training, moved=moved)
+            own = Side(self.program, lambda n: self.program.tensor(n).detach(), keep=True)
+            return own.run(rounds, training, moved=moved)
 
         worst, listed, state, _ = self._compare(old, new, limit, again, suspicious=limit.relative)
         receipt = self.receipt
-        if training:
+        if training or (self._one_mode and self.plan.exact_elsewhere and not any(map(draws, self.program.graph.nodes))):
             receipt.error_native_train = worst
-        else:
+        if not training:
             receipt.error_native, receipt.outputs = worst, receipt.outputs or listed
         if training and any(s.eval_only for s in self.plan.steps):
             return True
