@@ -281,13 +281,15 @@ def _encode_inputs(inputs: Any, stored: dict[str, torch.Tensor]) -> Any:
 
 def _decode_inputs(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if isinstance(value, dict) and "tensor" in value:
-        if value["tensor"] not in tensors:
-            raise CheckpointError(f"{EXAMPLES} has no tensor {value['tensor']!r}")
-        return tensors[value["tensor"]]
-    if isinstance(value, dict) and "tuple" in value:
-        return tuple(_decode_inputs(v, tensors) for v in value["tuple"])
-    if isinstance(value, dict) and "dict" in value:
-        return {str(k): _decode_inputs(v, tensors) for k, v in value["dict"]}
+        name = value["tensor"]
+        if not isinstance(name, str) or name not in tensors:
+            raise CheckpointError(f"{EXAMPLES} has no tensor {str(name)[:80]!r}")
+        return tensors[name]
+    if isinstance(value, dict) and isinstance(content := value.get("tuple"), list):
+        return tuple(_decode_inputs(v, tensors) for v in content)
+    pairs = value.get("dict") if isinstance(value, dict) else None
+    if isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 for p in pairs):
+        return {str(k): _decode_inputs(v, tensors) for k, v in pairs}
     if isinstance(value, list):
         return [_decode_inputs(v, tensors) for v in value]
     return decode_value(value, {}, "the example inputs")
@@ -514,6 +516,8 @@ def _check_tensors(manifest: Manifest, tensors: dict[str, torch.Tensor], path: P
         found = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
         if said != found:
             mistakes.append(f"{name} is {found}, the manifest says {said}")
+        elif record.channels_last and tensor.dim() != 4:
+            mistakes.append(f"{name} has {tensor.dim()} dims, and the manifest says channels_last, which takes 4")
         elif record.channels_last:
             tensors[name] = tensor.to(memory_format=torch.channels_last)
     if mistakes:

@@ -21,6 +21,14 @@ def test_damaged_files() -> None:
     assert result.peak < 2 << 30
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("number", [2971, 5538, 7747])
+def test_files_that_once_failed(number: int) -> None:
+    """A layout for four dims on another tensor; pairs that are none, in a graph and in example inputs."""
+    result = fuzz_files.run(1, seed=0, only=number)
+    assert not result.failures, "\n".join(result.failures)
+
+
 def test_a_failure_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A raw error, a hang, a death and a large allocation count, each for one file."""
 

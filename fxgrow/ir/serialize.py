@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import keyword
 import math
 import operator
@@ -110,12 +111,14 @@ def decode_value(value: Any, nodes: Mapping[str, fx.Node], where: str = "value")
             return float(content)
         if kind == "tuple" and isinstance(content, list):
             return tuple(decode_value(v, nodes, where) for v in content)
-        if kind == "dict" and isinstance(content, list):
+        if kind == "dict" and isinstance(content, list) and all(isinstance(p, list) and len(p) == 2 for p in content):
             return {str(k): decode_value(v, nodes, where) for k, v in content}
         if kind == "slice" and isinstance(content, list) and len(content) == 3:
             return slice(*(decode_value(v, nodes, where) for v in content))
         if kind == "complex" and isinstance(content, list) and len(content) == 2:
-            return complex(*(decode_value(v, nodes, where) for v in content))
+            parts = [decode_value(v, nodes, where) for v in content]
+            with contextlib.suppress(TypeError, OverflowError):  # no numbers, or too large ones: not read
+                return complex(*parts)
         if kind == "device" and isinstance(content, str):
             try:
                 return torch.device(content)
