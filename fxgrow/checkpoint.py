@@ -33,7 +33,7 @@ from fxgrow.errors import CheckpointError, DiskError
 from fxgrow.growth import Growth
 from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, compile_condition, inputs_of
-from fxgrow.ir.provenance import code_of
+from fxgrow.ir.provenance import edited
 from fxgrow.ir.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name
 from fxgrow.ir.structure import check as check_structure
 from fxgrow.ir.traced import Call
@@ -136,7 +136,7 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
         raise CheckpointError(
             "only modules made by fxgrow can be saved this way; save others with safetensors.torch.save_model"
         )
-    if code_of(module) != module.meta.get("fxgrow_code"):
+    if edited(module):
         raise CheckpointError("the module's graph was edited after the growth; save its state dict, or capture it anew")
     try:
         taken = path.exists() and not (path.is_dir() and ((path / MANIFEST).is_file() or not any(path.iterdir())))

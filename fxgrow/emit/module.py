@@ -19,7 +19,7 @@ from fxgrow.emit.checks import check_inputs
 from fxgrow.emit.graphs import call_graphs, clean_graph
 from fxgrow.errors import CheckpointError, InputError
 from fxgrow.ir.modules import child_of, order_children
-from fxgrow.ir.provenance import code_of
+from fxgrow.ir.provenance import code_of, edited
 from fxgrow.ir.serialize import graph_from_json, graph_to_json
 from fxgrow.ir.structure import check, rebuild
 from fxgrow.ir.traced import Call, Traced, matching_calls
@@ -57,14 +57,10 @@ def regenerate(
     module = kind(nn.Module(), fx.Graph(), class_name=identifier(program.class_name))
     for path, child in own.items():
         _attach(module, program, path, child)
-    holders = {**own, "": module}
     for name, tensor in tensors.items():
-        if name in program.constants:
-            _register(module, program, holders, name, tensor, constant=True)
-        else:
-            _register(module, program, holders, name, tensor)
+        _register(module, program, name, tensor)
     for alias, name in program.aliases.items():
-        _register_alias(module, program, holders, alias, name)
+        _register_alias(module, program, alias, name)
     _order_children(module, program)
     module.meta["fxgrow"] = program.without_tensors()
     if isinstance(module, CallsModule):
@@ -156,9 +152,6 @@ def _restructure(graph: fx.Graph, structure: str) -> None:
         output.args = (graph.call_function(rebuild, (list(output.args[0]), structure)),)  # type: ignore[arg-type]
 
 
-# graph ------------------------------------------------------------------------------------------------------------
-
-
 # modules ----------------------------------------------------------------------------------------------------------
 
 
@@ -189,25 +182,17 @@ def _attach(module: nn.Module, program: Traced, path: str, child: nn.Module) -> 
     _parent(module, program, parent).add_module(name, child)
 
 
-def _register(
-    module: nn.Module,
-    program: Traced,
-    holders: Mapping[str, nn.Module],
-    name: str,
-    tensor: torch.Tensor,
-    constant: bool = False,
-) -> None:
+def _register(module: nn.Module, program: Traced, name: str, tensor: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     holder = _parent(module, program, path)
     if name in program.parameters:
         holder.register_parameter(leaf, nn.Parameter(tensor, requires_grad=program.requires_grad.get(name, True)))
     else:
-        holder.register_buffer(leaf, tensor, persistent=not constant and name in program.persistent)
+        kept = name in program.persistent and name not in program.constants
+        holder.register_buffer(leaf, tensor, persistent=kept)
 
 
-def _register_alias(
-    module: nn.Module, program: Traced, holders: Mapping[str, nn.Module], alias: str, name: str
-) -> None:
+def _register_alias(module: nn.Module, program: Traced, alias: str, name: str) -> None:
     path, _, leaf = name.rpartition(".")
     tensor = getattr(_parent(module, program, path), leaf)
     path, _, leaf = alias.rpartition(".")
@@ -228,7 +213,7 @@ def reduce(module: fx.GraphModule) -> tuple[Callable[..., fx.GraphModule], tuple
         pickle.PicklingError: the module's graph was edited, or holds something that cannot be stored.
     """
     program: Traced = module.meta["fxgrow"]
-    if code_of(module) != module.meta["fxgrow_code"]:
+    if edited(module):
         raise pickle.PicklingError(
             "the graph of this grown module was edited after the growth, and the edits would be lost; pickle its state "
             "dict, or grow the edited module once more"

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from fxgrow.errors import CaptureError
-from fxgrow.ir.provenance import code_of
+from fxgrow.ir.provenance import edited
 from fxgrow.ir.traced import Call, Traced, matching_calls, program_of
 from fxgrow.trace.examples import as_calls, check_example, check_plain, check_signature, strange_dtypes
 from fxgrow.trace.export import export_calls, export_less
@@ -104,7 +104,7 @@ def _remembered(model: nn.Module, calls: list[Call]) -> Traced | None:
         return None
 
     before: Traced = model.meta["fxgrow"]
-    if code_of(model) != model.meta.get("fxgrow_code"):
+    if edited(model):
         return None  # somebody changed it: trace what is there now
     examples: dict[int, Call] = {}
     for call in calls:
