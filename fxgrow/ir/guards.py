@@ -21,7 +21,7 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.sym_node import SymNode
-from torch.utils._sympy.functions import FloorDiv, Max, Min
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
@@ -208,7 +208,9 @@ def weigh(guards: Sequence[Guard], replica: Replica) -> list[Guard]:
 
 
 def settle_sizes(exported: torch.export.ExportedProgram) -> None:
-    """Sizes such as ``Min(12, s)`` become ``s`` where a guard says that ``s`` is at most 12.
+    """Sizes become simpler by what the guards say: ``Min(12, s)`` is ``s`` where ``s`` is at most 12.
+
+    So is ``4 * ((s + (-s) % 4) // 4)``, a length padded to whole chunks, where ``s`` is a multiple of 4.
 
     What was settled is left in the nodes' metadata, as ``sizes`` and ``result_sizes``.
     """
@@ -217,8 +219,10 @@ def settle_sizes(exported: torch.export.ExportedProgram) -> None:
     if environment is None:
         return
     ranges = dict(environment.var_to_range)
+    residues: dict[sympy.Symbol, tuple[int, int]] = {}
     for guard in environment.guards:
         fact = _simple(environment.replace(guard.expr))
+        residues |= _residue(fact)
         if isinstance(fact, sympy.Le | sympy.Ge) and isinstance(fact.lhs, sympy.Symbol) and fact.rhs.is_Integer:
             bound = ValueRanges(-int_oo, fact.rhs) if isinstance(fact, sympy.Le) else ValueRanges(fact.rhs, int_oo)
             ranges[fact.lhs] = ranges[fact.lhs] & bound
@@ -236,13 +240,16 @@ def settle_sizes(exported: torch.export.ExportedProgram) -> None:
                 ):
                     expression = expression.xreplace({part: one})
                     break
+        if expression.atoms(Mod, PythonMod, FloorDiv):
+            for symbol in expression.free_symbols & residues.keys():
+                expression = _at_residue(expression, symbol, *residues[symbol])
         return int(expression) if expression.is_number else expression
 
     def sizes(value: torch.Tensor) -> list[Any]:
         return [settle(s) for s in value.shape]
 
     def unsettled(value: Any) -> bool:
-        return isinstance(value, torch.SymInt) and bool(value.node.expr.atoms(Max, Min))
+        return isinstance(value, torch.SymInt) and settle(value) != value.node.expr
 
     for node, value in zip(exported.graph.nodes, values, strict=True):
         if isinstance(value, torch.Tensor) and any(map(unsettled, value.shape)):
@@ -254,6 +261,30 @@ def settle_sizes(exported: torch.export.ExportedProgram) -> None:
             size = settle(value)
             hint = value.node.hint
             node.meta["val"] = size if isinstance(size, int) else torch.SymInt(SymNode(size, environment, int, hint))
+
+
+def _residue(fact: Any) -> dict[sympy.Symbol, tuple[int, int]]:
+    """``{s: (r, m)}`` where a fact says that the size s is r more than a multiple of m, and nothing else."""
+    if len(fact.free_symbols) != 1:
+        return {}
+    (s,) = fact.free_symbols
+    inner = {f for f in fact.atoms(Mod, PythonMod) if f.args[0] == s and f.args[1].is_Integer}
+    period = math.lcm(*(int(f.args[1]) for f in inner)) if inner else 0
+    if not 1 < period <= 1024 or fact.xreplace({f: sympy.Dummy(integer=True) for f in inner}).has(s):
+        return {}
+    left = [r for r in range(period) if fact.xreplace({s: sympy.Integer(r)}) == sympy.true]
+    return {s: (left[0], period)} if len(left) == 1 else {}
+
+
+def _at_residue(size: sympy.Expr, s: sympy.Symbol, r: int, m: int) -> sympy.Expr:
+    """A size where s is r more than a multiple of m."""
+    k = sympy.Dummy(integer=True, positive=True)
+    at = size.xreplace({s: m * k + r})
+    if not at.atoms(Mod, PythonMod, FloorDiv):
+        whole = sympy.expand(at.xreplace({k: (s - r) / sympy.Integer(m)}))
+        if all(term.as_coeff_Mul()[0].is_Integer for term in sympy.Add.make_args(whole)):
+            return whole
+    return at.xreplace({k: FloorDiv(s - r, m)})
 
 
 _RESHAPES = ("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default")

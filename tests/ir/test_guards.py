@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, nn
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 import fxgrow
-from fxgrow.ir.guards import Guard, broken, compile_condition, moved
+from fxgrow.ir.guards import Guard, _at_residue, _residue, broken, compile_condition, moved
 from tests.models import trained
 
 DOUBLE = {"op": "widen", "axis": "up.weight:0", "factor": 2}
@@ -281,3 +283,36 @@ def test_conditions_are_read_without_running_code(text: str) -> None:
     ):
         with pytest.raises(ValueError):
             compile_condition(bad)
+
+
+def test_lengths_of_whole_chunks() -> None:
+    """A length padded to whole chunks is the length itself where a guard says that nothing is padded."""
+
+    def chunks(m: M, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        pad = (4 - n % 4) % 4
+        h = nn.functional.pad(torch.tanh(m.up(x)), (0, 0, 0, pad)).reshape(b, -1, 4, 8)
+        h = (h + h.cumsum(2)).reshape(b, -1, 8)
+        if pad > 0:
+            h = h[:, :n]
+        return m.out(h.reshape(b, n, -1))
+
+    x = example(2, 8, 5)
+    model, growth = grown(chunks, x)
+    for shape in ((2, 8, 5), (3, 4, 5), (1, 16, 5)):
+        same(model, growth.module, example(*shape))
+    with pytest.raises(fxgrow.InputError, match=r"x\.shape\[1\]"):
+        growth.module(example(2, 7, 5))
+
+    s = sympy.Symbol("s", integer=True, positive=True)
+    assert _residue(sympy.Eq(Mod(4 - Mod(s, 4), 4), 0)) == {s: (0, 4)}
+    assert _residue(sympy.Eq(Mod(s, 6), 5)) == {s: (5, 6)}
+    assert _residue(sympy.Eq(Mod(s, 2) + s, 8)) == {}  # not of the rest alone
+    assert _residue(sympy.Ne(Mod(s, 3), 0)) == {}  # two rests are left
+    assert _at_residue(FloorDiv(256 * FloorDiv(s, 4), s), s, 0, 4) == 64
+    assert _at_residue(4 * FloorDiv(s, 4), s, 0, 4) == s
+    for size in (FloorDiv(s, 4), FloorDiv(s + 1, 6), Mod(s, 3), 4 * FloorDiv(s + 3, 4)):
+        for rest, period in ((0, 4), (3, 4), (5, 6)):
+            settled = _at_residue(size, s, rest, period)
+            for n in range(rest + period, 40, period):
+                assert settled.subs(s, n) == size.subs(s, n), (size, rest, period, n)
