@@ -116,8 +116,8 @@ class DimPlan(_Model):
         take = np.where(old, self.index, 0)
         index = np.where(old, earlier.index[take], self.index - unique)
         # numbered anew without gaps: kernels keep a table entry for every id up to the largest
-        born = index < 0
-        index[born] = -1 - np.unique(-1 - index[born], return_inverse=True)[1]
+        newborn = index < 0
+        index[newborn] = -1 - np.unique(-1 - index[newborn], return_inverse=True)[1]
 
         def times(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
             if a is None and b is None:
@@ -192,9 +192,9 @@ class Stage(_Model):
 
     def closes(self, dims: Iterable[int], draws: bool) -> bool:
         """Whether a growth of these dims cannot be another map on top; ``draws``: it scales, or draws noise."""
-        born = {i for i, d in enumerate(self.dims) if d is not None and bool((d.index < 0).any())}
+        new = {i for i, d in enumerate(self.dims) if d is not None and bool((d.index < 0).any())}
         constant = any(d is not None and d.fill is not None and FILL_CONSTANT in d.fill for d in self.dims)
-        return self.paired or self.noise is not None or constant or bool(born & set(dims)) or (bool(born) and draws)
+        return self.paired or self.noise is not None or constant or bool(new & set(dims)) or (bool(new) and draws)
 
 
 class TensorPlan(Stage):

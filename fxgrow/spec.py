@@ -95,7 +95,7 @@ class Widen(Operation):
         "copy", description="new units copy old ones, or are new and do not show in the outputs yet"
     )
     split: Literal["even", "uneven"] = Field("even", description="how the copies of a unit share its outgoing weight")
-    noise: Noise | None = Field(None, description="without noise and with an even split, copies stay equal for ever")
+    noise: Noise | None = Field(None, description="without noise and with an even split, copies stay equal in training")
     fan_in: Literal["auto", "random", "zero"] = Field("auto", description="fill add: incoming weights of new units")
     fan_out: Literal["auto", "paired", "zero", "random"] = Field(
         "auto", description="fill add: outgoing weights of new units; paired is (+z, -z) on two equal new units"
@@ -108,7 +108,7 @@ class Widen(Operation):
         if self.fill == "add":
             if self.fan_in == "zero" and self.fan_out == "zero":
                 raise ValueError(
-                    "with fan_in zero and fan_out zero the gradients of the new units would stay 0 for ever. Make one "
+                    "with fan_in zero and fan_out zero the gradients of the new units would always stay 0. Make one "
                     "of them non-zero (fan_out: paired is exact and trains at once)"
                 )
             if self.fan_in == "random" and self.fan_out == "random" and self.preserve == "exact":

@@ -30,7 +30,7 @@ from fxgrow.ir.guards import moved
 from fxgrow.passes.base import GrowthPass, State, register_pass, update_sizes
 from fxgrow.passes.widen import apply_changes, changes_of, new_size
 from fxgrow.plan import FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisGrowth, DimPlan, OutputGrowth, Step
-from fxgrow.proof.extension import Extension, limits, longest, members
+from fxgrow.proof.extension import Extension, longest, members, short_dims
 from fxgrow.proof.growth import Outcome, dim_plan, size_edits
 from fxgrow.rules.annotation import Site
 from fxgrow.spec import Extend
@@ -133,18 +133,18 @@ def _followers(state: State, run: Extension, wanted: _Wanted, ranges: Ranges) ->
         if found is not None:
             reach[found[0]] = min(found[1], reach.get(found[0], found[1]))
     for symbol, most in reach.items():
-        for limit in limits(state.axes, ranges, symbol, most):
-            if limit.dim is wanted.info.axis:
+        for short in short_dims(state.axes, ranges, symbol, most):
+            if short.dim is wanted.info.axis:
                 continue
-            where = limit.lookup.node.meta.get("source", "")
-            at = f"{limit.lookup.node.target}" + (f" at {where}" if where else "")
-            if not isinstance(limit.dim, Axis) or not members(state.axes, limit.dim):
+            where = short.lookup.node.meta.get("source", "")
+            at = f"{short.lookup.node.target}" + (f" at {where}" if where else "")
+            if not isinstance(short.dim, Axis) or not members(state.axes, short.dim):
                 raise GrowthRefused(
                     f"cannot extend {wanted.info.name} from {wanted.info.size} to {wanted.new}: {at} takes "
-                    f"{limit.size} entries of {limit.lookup.operand.name} then, which is computed with a size of its "
+                    f"{short.size} entries of {short.lookup.operand.name} then, which is computed with a size of its "
                     "own and cannot follow. Make it a buffer, or compute it from the input's length"
                 )
-            yield _Wanted(_unnamed(state, limit.dim), limit.size, wanted.info.name)
+            yield _Wanted(_unnamed(state, short.dim), short.size, wanted.info.name)
 
 
 def _grow(state: State, op: Extend, wanted: _Wanted, run: Extension, outcome: Outcome, step: Step) -> None:

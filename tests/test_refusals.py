@@ -47,7 +47,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "gradients that stay zero": (
         {"axis": "*/hidden", "by": 4, "fill": "add", "fan_in": "zero", "fan_out": "zero"},
         fxgrow.SpecError,
-        "gradients of the new units would stay 0 for ever",
+        "gradients of the new units would always stay 0",
     ),
     "random in and out": (
         {"axis": "*/hidden", "by": 4, "fill": "add", "fan_in": "random", "fan_out": "random"},

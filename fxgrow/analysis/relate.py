@@ -153,7 +153,7 @@ class Relate:
         """A new axis that nothing ties yet."""
         return self.unifier.fresh(size)
 
-    def born(self, i: int) -> Expr:
+    def constant_dim(self, i: int) -> Expr:
         """A new axis for dim ``i`` of the result, along which the result does not vary."""
         return self.sized(self.shape[i])
 

@@ -136,7 +136,7 @@ class Traced:
 def matching_calls(
     program: Traced, args: Sequence[Any], kwargs: Mapping[str, Any], training: bool | None = None
 ) -> list[int]:
-    """The numbers of the calls that take these arguments, of one mode or of any.
+    """Which calls take these arguments, by their place among the calls; of one mode or of any.
 
     The tensors given must be those of the example; every other argument, given or left at its default, must have the
     example's value, which is part of the graph.

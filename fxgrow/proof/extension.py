@@ -388,7 +388,7 @@ def longest(need: Bound, size: int) -> tuple[sympy.Symbol, int] | None:
 
 
 @dataclass
-class Limit:
+class ShortDim:
     """A dim of fixed size that is too small for longer inputs."""
 
     lookup: Lookup
@@ -396,7 +396,7 @@ class Limit:
     size: int
 
 
-def limits(axes: Axes, ranges: Ranges, symbol: sympy.Symbol, most: int) -> Iterator[Limit]:
+def short_dims(axes: Axes, ranges: Ranges, symbol: sympy.Symbol, most: int) -> Iterator[ShortDim]:
     """The dims of tables and masks that have to grow before the input's size ``symbol`` can be ``most``."""
     for node in axes.program.graph.nodes:
         for one in lookups_of(node, ranges):
@@ -409,7 +409,7 @@ def limits(axes: Axes, ranges: Ranges, symbol: sympy.Symbol, most: int) -> Itera
             if not size.is_number:
                 continue  # depends on other sizes of the input too
             if int(size) > size_of(dims[one.dim]):
-                yield Limit(one, resolve(dims[one.dim]), int(size))
+                yield ShortDim(one, resolve(dims[one.dim]), int(size))
 
 
 def members(axes: Axes, axis: Axis) -> list[tuple[str, int]]:
@@ -425,9 +425,9 @@ def members(axes: Axes, axis: Axis) -> list[tuple[str, int]]:
 
 __all__ = [
     "Extension",
-    "Limit",
+    "ShortDim",
     "Lookup",
-    "limits",
+    "short_dims",
     "longest",
     "lookups_of",
     "members",

@@ -393,7 +393,7 @@ class Grow:
     def sized(self, size: Size) -> Expr:
         return self.scratch.fresh(size)
 
-    def born(self, i: int) -> Expr:
+    def constant_dim(self, i: int) -> Expr:
         return self._annotate(self.axes.dims[self.node][i], lambda _: Info(Content.CONST))
 
     def inner(self, i: int, size: int) -> Expr:
@@ -788,7 +788,7 @@ class Grow:
         return name == "aten.square.default" or (name == "aten.mul.Tensor" and value.args[0] is value.args[1])
 
     def _check_alive(self) -> None:
-        """Zero incoming and zero outgoing weights together would leave the new units without gradient for ever."""
+        """Zero incoming and zero outgoing weights together would never give the new units a gradient."""
         if not self.newborn:
             return
         weights = {s: c for s, c in self.outcome.carriers.items() if s[0] in self.axes.program.parameters}

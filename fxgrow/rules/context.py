@@ -103,7 +103,7 @@ class Context(Regroups, Protocol):
     def opaque_results(self, why: str) -> Any:
         """Dims of the result(s) that nothing is known of."""
 
-    def born(self, i: int) -> Expr:
+    def constant_dim(self, i: int) -> Expr:
         """A new axis for dim ``i`` of the result, along which the result does not vary."""
 
     def inner(self, i: int, size: int) -> Expr:

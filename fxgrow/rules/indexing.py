@@ -61,7 +61,7 @@ class OneHot(Rule):
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         index = ctx.dims("self")
         assert index is not None
-        classes = ctx.born(len(index))
+        classes = ctx.constant_dim(len(index))
         return [*(picked(ctx.close(d)) for d in index), annotate(classes, lambda info: info.becomes(Content.ZERO))]
 
     def resize(self, ctx: Resize) -> None:
@@ -394,7 +394,7 @@ class Create(Rule):
         return [ctx.sized(s) for s in ctx.shape]
 
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        return [ctx.born(i) for i in range(len(ctx.shape))]
+        return [ctx.constant_dim(i) for i in range(len(ctx.shape))]
 
     def resize(self, ctx: Resize) -> None:
         ctx.set_shape(self.name, ctx.dims(ctx.node), infer=False)

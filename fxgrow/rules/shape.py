@@ -157,7 +157,7 @@ def _expand(ctx: Context, dims: Dims) -> Dims:
     out: Dims = []
     for i, size in enumerate(shape):
         dim = dims[i - lead] if i >= lead else UNIT
-        out.append(dim if not is_unit(dim) or same_size(size, 1) else ctx.born(i))
+        out.append(dim if not is_unit(dim) or same_size(size, 1) else ctx.constant_dim(i))
         if is_unit(dim) and is_static(size):
             ctx.role(out[-1], "groups")
     return out
@@ -248,7 +248,7 @@ def _repeat(ctx: Context, dims: Dims) -> Dims:
         if isinstance(n, int) and n == 1:
             out.append(dim)
         elif is_unit(dim):
-            out.append(ctx.born(i))
+            out.append(ctx.constant_dim(i))
         else:
             n = n if isinstance(n, int) else quotient(ctx.shape[i], size_of(dim))
             if n is None:

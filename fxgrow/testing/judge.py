@@ -639,8 +639,8 @@ def _compare(dims: Any, axis: Axis, growth: AxisMap, old: Tensor, new: Tensor, f
     if finite and new.is_floating_point() and old.isfinite().all() and not new.isfinite().all():
         return "new entries are not finite"
     for k, (index, content) in enumerate(claims):
-        born = np.flatnonzero(index < 0)
-        for entry in born:
+        newborn = np.flatnonzero(index < 0)
+        for entry in newborn:
             problem = _newborn(_CONTENTS[content[entry]], dims[k], axis, claims, k, int(entry), old, new)
             if problem:
                 return problem

@@ -14,7 +14,7 @@ class Copies:
     """Which slices of the weights are equal to the bit right after a growth, and how far apart they are later.
 
     A copy that never parts from its original is wasted. ``pairs`` maps a parameter and a dim to the index vectors of
-    equal slices; ``zeros`` are the weights that were born zero (last projections of inserted blocks).
+    equal slices; ``zeros`` are the weights that the growth set to zero (last projections of inserted blocks).
     """
 
     pairs: dict[tuple[str, int], tuple[Tensor, Tensor]]
@@ -55,7 +55,7 @@ class Copies:
         Returns:
             ``copies``: number of pairs, ``apart_max``: largest difference of any weight of any two copies,
             ``apart_min``: the same for the two copies that are still nearest to each other; ``born_zero_max``: the
-            smallest over the weights born zero of their now largest element. Keys without an object are left out.
+            smallest over the weights set to zero of their now largest element. Keys without an object are left out.
         """
         weights = dict(model.named_parameters())
         result: dict[str, Any] = {}

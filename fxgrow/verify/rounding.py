@@ -20,7 +20,7 @@ from fxgrow.verify.execute import op_of
 
 
 @dataclass(frozen=True)
-class Limit:
+class Tolerance:
     """How far results may differ.
 
     Attributes:
@@ -142,7 +142,7 @@ def sizes(t: torch.Tensor) -> list[torch.Tensor]:
 def slice_error(
     old: torch.Tensor,
     new: torch.Tensor,
-    limit: Limit,
+    limit: Tolerance,
     moved: Sequence[torch.Tensor] = (),
     plain: torch.Tensor | None = None,
 ) -> float:
@@ -173,7 +173,7 @@ def slice_error(
     return worst
 
 
-def amplification(plain: torch.Tensor, moved: Sequence[torch.Tensor], limit: Limit) -> float:
+def amplification(plain: torch.Tensor, moved: Sequence[torch.Tensor], limit: Tolerance) -> float:
     """How many units in the last place of its largest value a result moves by, for one unit in every computed value."""
     if not plain.is_floating_point() or plain.numel() == 0 or not moved:
         return 0.0

@@ -35,7 +35,7 @@ from fxgrow.ir.traced import Call, Traced
 from fxgrow.plan import GrowthPlan, TensorPlan
 from fxgrow.verify.execute import Runner, Tensors, draws, heeds_mode
 from fxgrow.verify.exercise import Exercise
-from fxgrow.verify.rounding import RUNS, Limit, Moved, amplification, difference, slice_error
+from fxgrow.verify.rounding import RUNS, Moved, Tolerance, amplification, difference, slice_error
 from fxgrow.verify.trials import Trial, Trials, bound
 from fxgrow.weights.materialise import copy_gradient, materialise_all, materialise_tensor
 
@@ -428,11 +428,11 @@ class Verification:
         self,
         old: Results,
         new: Results,
-        limit: Limit,
+        limit: Tolerance,
         again: Callable[[Moved], Results],
         *,
         suspicious: float,
-        gradient_limit: Limit | None = None,
+        gradient_limit: Tolerance | None = None,
     ) -> tuple[float, list[OutputError], float | None, float | None]:
         """Errors of the outputs (the worst, and the first round's one by one), of the state and of the gradients."""
         moved: list[Results] = []
@@ -584,7 +584,7 @@ class Verification:
         new = Side(self.grown, self._makes_new(False, True), runners=self._graphs[1], keep=True)
         self._written = old.written
         self._watch = Exercise([r.graph for r in old.runners], self._grown_names)
-        limit = Limit(LIMIT)
+        limit = Tolerance(LIMIT)
         self.receipt.limits |= {"float64": LIMIT, "gradients": GRADIENT_LIMIT}
         self._search(old)
         for training in (False, True):
@@ -599,7 +599,7 @@ class Verification:
             old, new = old.with_tensors(self._makes_old(True)), new.with_tensors(self._makes_new(True, False))
             self._other_weights(old, new, limit)
 
-    def _other_weights(self, old: Side, new: Side, limit: Limit) -> None:
+    def _other_weights(self, old: Side, new: Side, limit: Tolerance) -> None:
         gradient_mode = bool(self._served(True)) and not any(s.eval_only for s in self.plan.steps)
         for training in (False, True):
             if not self._served(training) or (training and self._one_mode):
@@ -624,7 +624,7 @@ class Verification:
         for training in (False, True):
             if self._served(training):
                 rounds = self._rounds(training, ("mixed",)) if self.plan.exact_elsewhere else []
-                self._refute(old, new, rounds or [self._example(training)], training, Limit(LIMIT))
+                self._refute(old, new, rounds or [self._example(training)], training, Tolerance(LIMIT))
 
     def _search(self, old: Side) -> None:
         """Trials that the small model takes, where its own module has not found them."""
@@ -643,7 +643,13 @@ class Verification:
                 self._look(slot, call, takes)
 
     def _refute(
-        self, old: Side, new: Side, rounds: list[Round], training: bool, limit: Limit, gradients: Weighed | None = None
+        self,
+        old: Side,
+        new: Side,
+        rounds: list[Round],
+        training: bool,
+        limit: Tolerance,
+        gradients: Weighed | None = None,
     ) -> None:
         assert self._watch is not None
         label = "train" if training else "eval"
@@ -673,7 +679,7 @@ class Verification:
             limit,
             again,
             suspicious=SUSPICIOUS,
-            gradient_limit=Limit(GRADIENT_LIMIT) if gradients is not None else None,
+            gradient_limit=Tolerance(GRADIENT_LIMIT) if gradients is not None else None,
         )
         receipt = self.receipt
         if training or self._one_mode:
@@ -735,7 +741,7 @@ class Verification:
 
     def native(self, module: nn.Module, grown: fx.GraphModule) -> None:
         """The user's own module against the grown one in the model's own dtype, several calls in a row."""
-        limit = native_limit(self.program)
+        limit = native_tolerance(self.program)
         self.receipt.limits["native"] = limit.relative
         random = any(draws(n) for n in self.program.graph.nodes)
         for training in (False, True):
@@ -745,7 +751,7 @@ class Verification:
                 if not self._native(module, grown, training, limit):
                     return
 
-    def _native(self, module: nn.Module, grown: fx.GraphModule, training: bool, limit: Limit) -> bool:
+    def _native(self, module: nn.Module, grown: fx.GraphModule, training: bool, limit: Tolerance) -> bool:
         """One mode. Returns whether the example could be run."""
         old, new, label = Results(), Results(), "train" if training else "eval"
         rounds: list[Round] = []
@@ -856,7 +862,7 @@ class Verification:
 _BUG = "This is a bug in fxgrow: the original model is untouched; please report the spec and the model."
 
 
-def native_limit(program: Traced) -> Limit:
+def native_tolerance(program: Traced) -> Tolerance:
     """Of a comparison in the model's own dtype: that of the coarsest dtype that it computes in.
 
     256 units in the last place (3e-5 in float32), and no more than 1/32; beyond that, 16 times what one unit in every
@@ -865,7 +871,7 @@ def native_limit(program: Traced) -> Limit:
     values = [t.dtype for t in program.tensors.values()]
     values += [v.dtype for n in program.graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor)]
     eps = max((torch.finfo(d).eps for d in values if d.is_floating_point), default=0.0)
-    return Limit(max(LIMIT, min(256 * eps, 1 / 32)), steps=1, amplified=16)
+    return Tolerance(max(LIMIT, min(256 * eps, 1 / 32)), steps=1, amplified=16)
 
 
 @functools.cache

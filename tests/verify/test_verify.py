@@ -12,7 +12,7 @@ from torch import fx, nn
 
 import fxgrow
 import fxgrow.growth
-from fxgrow.verify.rounding import Limit, slice_error
+from fxgrow.verify.rounding import Tolerance, slice_error
 from fxgrow.verify.verification import Receipt
 from tests.models import small_gpt, trained
 
@@ -373,15 +373,15 @@ def test_slices() -> None:
     """Errors are relative to each row and column, in every dim."""
     old = torch.ones(3, 4, dtype=torch.float64) * torch.tensor([1, 1e3, 1e-6, 1e-12], dtype=torch.float64)
     new = old.clone()
-    assert slice_error(old, new, Limit(1e-10)) == 0.0
+    assert slice_error(old, new, Tolerance(1e-10)) == 0.0
     new[1, 3] *= 1.25
-    assert slice_error(old, new, Limit(1e-10)) == pytest.approx(0.25)
+    assert slice_error(old, new, Tolerance(1e-10)) == pytest.approx(0.25)
     moved = old.clone()
     moved[:, 3] += 1e-12
-    assert slice_error(old, new, Limit(1e-10), [moved]) <= 1e-11
+    assert slice_error(old, new, Tolerance(1e-10), [moved]) <= 1e-11
     new[0, 0] = float("nan")
-    assert slice_error(old, new, Limit(1e-10), [moved]) == float("inf")
-    assert slice_error(torch.tensor([1, 2]), torch.tensor([1, 3]), Limit(1e-10)) == 1.0
+    assert slice_error(old, new, Tolerance(1e-10), [moved]) == float("inf")
+    assert slice_error(torch.tensor([1, 2]), torch.tensor([1, 3]), Tolerance(1e-10)) == 1.0
 
 
 # what it says ---------------------------------------------------------------------------------------------------------
