@@ -34,9 +34,10 @@ from fxgrow.growth import Growth
 from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, compile_condition, inputs_of
 from fxgrow.ir.provenance import edited
-from fxgrow.ir.serialize import decode_value, encode_value, graph_from_json, graph_to_json, path_name
+from fxgrow.ir.serialize import graph_from_json, graph_to_json, path_name
 from fxgrow.ir.structure import check as check_structure
 from fxgrow.ir.traced import Call
+from fxgrow.ir.values import decode_value, encode_value
 from fxgrow.manifest import (
     EXAMPLES,
     MANIFEST,
@@ -173,7 +174,8 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
         if examples and not on_meta:
             device = next(iter(tensors.values()), torch.empty(0)).device
             args, kwargs = _to_device((call.args, call.kwargs), device)
-            record.args, record.kwargs = _encode_inputs(args, stored), _encode_inputs(kwargs, stored)
+            record.args = _encode_inputs(args, "example args", stored)
+            record.kwargs = _encode_inputs(kwargs, "example kwargs", stored)
             for i, output in enumerate(_run(module, args, kwargs) if call.serves(False) else ()):
                 stored[f"output.{number}.{i}"] = output
         manifest.calls.append(record)
@@ -261,38 +263,19 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return trees.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
 
 
-def _encode_inputs(inputs: Any, stored: dict[str, torch.Tensor]) -> Any:
+def _encode_inputs(inputs: Any, where: str, stored: dict[str, torch.Tensor]) -> Any:
     """Arguments as JSON; tensors go to ``stored``, and their names take their place."""
 
-    def encode(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            name = f"input.{len(stored)}"
-            stored[name] = value
-            return {"tensor": name}
-        if type(value) in (list, tuple):
-            items = [encode(v) for v in value]
-            return items if isinstance(value, list) else {"tuple": items}
-        if type(value) is dict and all(isinstance(k, str) for k in value):
-            return {"dict": [[k, encode(v)] for k, v in value.items()]}
-        return encode_value(value, "the example inputs")
+    def refer(value: Any, where: str) -> tuple[str, str] | None:
+        if isinstance(value, dict | list) and type(value) not in (dict, list):  # graphs tell them apart
+            raise CheckpointError(f"{where} is of the class {type(value).__name__}, which a checkpoint cannot store")
+        if not isinstance(value, torch.Tensor):
+            return None
+        name = f"input.{len(stored)}"
+        stored[name] = value
+        return "tensor", name
 
-    return encode(inputs)
-
-
-def _decode_inputs(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    if isinstance(value, dict) and "tensor" in value:
-        name = value["tensor"]
-        if not isinstance(name, str) or name not in tensors:
-            raise CheckpointError(f"{EXAMPLES} has no tensor {str(name)[:80]!r}")
-        return tensors[name]
-    if isinstance(value, dict) and isinstance(content := value.get("tuple"), list):
-        return tuple(_decode_inputs(v, tensors) for v in content)
-    pairs = value.get("dict") if isinstance(value, dict) else None
-    if isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 for p in pairs):
-        return {str(k): _decode_inputs(v, tensors) for k, v in pairs}
-    if isinstance(value, list):
-        return [_decode_inputs(v, tensors) for v in value]
-    return decode_value(value, {}, "the example inputs")
+    return encode_value(inputs, where, refer)
 
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -452,12 +435,14 @@ def _read_calls(
     where = path / MANIFEST
     complete = _complete(manifest)
     stored = read_tensors(find(path, EXAMPLES, manifest.saved), device, manifest) if complete else {}
+    known = {"tensor": stored}
     calls, outputs = [], []
     for number, record in enumerate(manifest.calls):
-        args: Any = _decode_inputs(record.args, stored) if complete else ()
-        kwargs: Any = _decode_inputs(record.kwargs, stored) if complete else {}
+        example = f"{where}: the example of call {record.name}"
+        args: Any = decode_value(record.args, known, example) if complete else ()
+        kwargs: Any = decode_value(record.kwargs, known, example) if complete else {}
         if not isinstance(args, tuple) or not isinstance(kwargs, dict):
-            raise CheckpointError(f"{where}: the example of call {record.name} is damaged")
+            raise CheckpointError(f"{example} is damaged")
         constants = {n: decode_value(v, {}, f"{where}: input {n}") for n, v in record.constants.items()}
         for text in (record.structure, *(t for t, _ in record.nested.values())):
             if text is not None:

@@ -18,7 +18,8 @@ import fxgrow
 from fxgrow import checkpoint
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import CheckpointError
-from fxgrow.ir.serialize import decode_size, decode_value, encode_size, encode_value, graph_from_json
+from fxgrow.ir.serialize import decode_size, encode_size, graph_from_json
+from fxgrow.ir.values import decode_value, encode_value
 from tests.models import ROUNDING, assert_same, small_cnn, small_gpt, tokens
 from tests.zoo.zoo import ZOO
 
@@ -263,7 +264,10 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         lambda d: node(d, "linear")["value"].update(sizes=["exit()", 2, 3]),
         "'exit\\(\\)' is not a size",
     ),
-    "later node": (lambda d: node(d, "linear").update(args=[{"node": "output"}]), "does not come before"),
+    "later node": (
+        lambda d: node(d, "linear").update(args=[{"node": "output"}]),
+        "refers to the node 'output'",
+    ),
     "unknown tensor": (lambda d: node(d, "transformer_h_0_ln_1_weight").update(target="nowhere"), "no stored tensor"),
     "no output": (lambda d: d["graph"].pop(), "does not end in its one output"),
     "wrong tie": (lambda d: d["ties"].update({"a.b": "c"}), "a.b is tied to c"),
@@ -357,7 +361,7 @@ def test_values(value: Any) -> None:
 
 
 def test_values_that_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="holds a object"):
+    with pytest.raises(CheckpointError, match="is of the class object"):
         encode_value(object())
     for bad in (
         {"dtype": "nn"},

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import contextlib
 import keyword
 import math
 import operator
@@ -28,6 +27,7 @@ from torch.utils._sympy.functions import CeilToInt, CleanDiv, FloorDiv, FloorToI
 from fxgrow.errors import CheckpointError
 from fxgrow.ir.ops import OpOverload
 from fxgrow.ir.sizes import result_sizes, sizes_of
+from fxgrow.ir.values import decode_value, encode_value
 
 #: the only Python functions a graph may call; everything else is a registered operator
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -50,86 +50,6 @@ _NAMES = {f: name for name, f in FUNCTIONS.items()}
 
 _OPERATOR = re.compile(r"[A-Za-z]\w*(\.[A-Za-z_]\w*){2}")
 _PATH = re.compile(r"[^\s\"'\\.]([^\"'\\\x00-\x1f]*[^\s\"'\\.])?")
-
-
-# values ---------------------------------------------------------------------------------------------------------------
-
-
-def encode_value(value: Any, where: str = "value") -> Any:
-    """An argument of a call as JSON: what JSON lacks becomes a mapping with one key that says what it is.
-
-    Raises:
-        CheckpointError: a value of a kind that graphs do not hold.
-    """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"float": str(value)}
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if isinstance(value, tuple):
-        return {"tuple": [encode_value(v, where) for v in value]}
-    if isinstance(value, list):
-        return [encode_value(v, where) for v in value]
-    if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
-        return {"dict": [[k, encode_value(v, where)] for k, v in value.items()]}
-    if isinstance(value, slice):
-        return {"slice": [encode_value(v, where) for v in (value.start, value.stop, value.step)]}
-    if isinstance(value, complex):
-        return {"complex": [encode_value(value.real), encode_value(value.imag)]}
-    for kind, cls in _TORCH_KINDS.items():
-        if isinstance(value, cls):
-            return {kind: str(value).removeprefix("torch.")}
-    raise CheckpointError(f"{where} holds a {type(value).__name__}, which a checkpoint cannot store")
-
-
-_TORCH_KINDS: dict[str, type] = {
-    "dtype": torch.dtype,
-    "device": torch.device,
-    "layout": torch.layout,
-    "memory_format": torch.memory_format,
-}
-
-
-def decode_value(value: Any, nodes: Mapping[str, fx.Node], where: str = "value") -> Any:
-    """The inverse of :func:`encode_value`.
-
-    Raises:
-        CheckpointError: something that it does not write.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list):
-        return [decode_value(v, nodes, where) for v in value]
-    if isinstance(value, dict) and len(value) == 1:
-        ((kind, content),) = value.items()
-        if kind == "node":
-            if not isinstance(content, str) or content not in nodes:
-                raise CheckpointError(f"{where} refers to node {content!r}, which does not come before it")
-            return nodes[content]
-        if kind == "float" and content in ("inf", "-inf", "nan"):
-            return float(content)
-        if kind == "tuple" and isinstance(content, list):
-            return tuple(decode_value(v, nodes, where) for v in content)
-        if kind == "dict" and isinstance(content, list) and all(isinstance(p, list) and len(p) == 2 for p in content):
-            return {str(k): decode_value(v, nodes, where) for k, v in content}
-        if kind == "slice" and isinstance(content, list) and len(content) == 3:
-            return slice(*(decode_value(v, nodes, where) for v in content))
-        if kind == "complex" and isinstance(content, list) and len(content) == 2:
-            parts = [decode_value(v, nodes, where) for v in content]
-            with contextlib.suppress(TypeError, OverflowError):  # no numbers, or too large ones: not read
-                return complex(*parts)
-        if kind == "device" and isinstance(content, str):
-            try:
-                return torch.device(content)
-            except RuntimeError as error:
-                raise CheckpointError(f"{where}: no device {content!r}") from error
-        if kind in _TORCH_KINDS and isinstance(content, str):
-            found = getattr(torch, content, None)
-            if isinstance(found, _TORCH_KINDS[kind]):
-                return found
-            raise CheckpointError(f"{where}: this PyTorch ({torch.__version__}) has no {kind} {content!r}")
-    raise CheckpointError(f"{where}: cannot read the value {str(value)[:80]}")
 
 
 # sizes ----------------------------------------------------------------------------------------------------------------
@@ -220,9 +140,9 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
         elif node.op != "output":
             raise CheckpointError(f"{where} is a {node.op}; only flat graphs of operators can be stored")
         if node.args:
-            entry["args"] = [encode_value(a, where) for a in node.args]
+            entry["args"] = [encode_value(a, f"{where}: args.{i}", _refer) for i, a in enumerate(node.args)]
         if node.kwargs:
-            entry["kwargs"] = {k: encode_value(v, where) for k, v in node.kwargs.items()}
+            entry["kwargs"] = {k: encode_value(v, f"{where}: {k}", _refer) for k, v in node.kwargs.items()}
         if (value := _encode_result(node)) is not None:
             entry["value"] = value
         for key, short in (("module_path", "module"), ("module_call", "module_call"), ("source", "source")):
@@ -232,6 +152,10 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
         entry.update({key: node.meta[key] for key in ("call", "input") if key in node.meta})
         out.append(entry)
     return out
+
+
+def _refer(value: Any, where: str) -> tuple[str, str] | None:
+    return ("node", value.name) if isinstance(value, fx.Node) else None
 
 
 def _relative(source: str) -> str:
@@ -363,9 +287,9 @@ def graph_from_json(entries: Iterable[Mapping[str, Any]]) -> fx.Graph:
             target = "output"
         else:
             raise CheckpointError(f"{where} is a {op!r}, which a stored graph has not")
-        args = tuple(decode_value(a, nodes, where) for a in _typed(entry.get("args", []), list, where))
+        args = tuple(decode_value(a, {"node": nodes}, where) for a in _typed(entry.get("args", []), list, where))
         kwargs = {
-            _identifier(k, where): decode_value(v, nodes, where)
+            _identifier(k, where): decode_value(v, {"node": nodes}, where)
             for k, v in _typed(entry.get("kwargs", {}), dict, where).items()
         }
         if target is builtins.getattr and args[1:] != ("device",):

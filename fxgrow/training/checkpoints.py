@@ -123,7 +123,7 @@ def restore(run: Run) -> None:
     run.model.train()
     load_model(run.model, model_tensors, state.aliases, f"checkpoint {path}: the model")
     try:
-        saved = unpack(state.optimizer, optimizer_tensors)
+        saved = unpack(state.optimizer, optimizer_tensors, f"checkpoint {path}: the optimizer's state")
         check_optimizer_state(saved, run.optimizer)
         run.optimizer.load_state_dict(saved)
         all_rates(run.optimizer)  # reads what stands in the groups

@@ -178,5 +178,5 @@ def test_pack_round_trips_and_refuses_what_needs_pickle() -> None:
     assert list(back["state"]) == [0, 1]
     assert torch.equal(back["state"][0]["m"], torch.arange(6).view(2, 3))
     assert back["state"][0]["m"].dtype == torch.int64
-    with pytest.raises(CheckpointError, match=r"o\.f is a .*, which a checkpoint without pickle"):
+    with pytest.raises(CheckpointError, match=r"o\.f is of the class .*, which a checkpoint cannot store"):
         training.pack({"f": print}, "o", {})
