@@ -17,7 +17,8 @@ from torch import fx
 from fxgrow.emit.blocks import Region
 from fxgrow.ir.memory import Memory, viewed, writes
 from fxgrow.ir.ops import bound_arguments, op_name
-from fxgrow.rules.base import RULES, Pointwise
+from fxgrow.rules.base import is_linear, rule_of
+from fxgrow.rules.forms import Pointwise
 
 #: f(f(x)) = f(x): repeating one of these changes nothing
 IDEMPOTENT = (
@@ -239,8 +240,8 @@ def same_value(node: fx.Node) -> fx.Node:
 
 def _keeps_zero(node: fx.Node) -> bool:
     """Whether an op of one operand maps zeros to zeros."""
-    rule = RULES.get(op_name(node.target))
-    return rule is not None and (rule.linear(node) or (isinstance(rule, Pointwise) and rule.zero is True))
+    rule = rule_of(node)
+    return is_linear(node) or (isinstance(rule, Pointwise) and rule.zero is True)
 
 
 def _same_call(node: fx.Node, call: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import fxgrow.rules  # noqa: F401 - the table
 from fxgrow.algebra import Conflict, Expr, Frozen, Size, Unifier, is_static, resolve, same_size, size_of
 from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.naming import name_axes
@@ -17,9 +18,9 @@ from fxgrow.ir.ops import bound_arguments, nodes_among, op_name
 from fxgrow.ir.sizes import result_sizes, sizes_of
 from fxgrow.ir.traced import Traced
 from fxgrow.plugins import load_plugins
-from fxgrow.rules import RULES
 from fxgrow.rules.annotation import Dims, flat_dims
-from fxgrow.rules.base import Opaque, Rule
+from fxgrow.rules.base import Rule, moves, rule_of
+from fxgrow.rules.forms import Opaque
 
 
 def from_parameter(value: Any) -> bool:
@@ -28,8 +29,7 @@ def from_parameter(value: Any) -> bool:
     while isinstance(value, fx.Node):
         if value.op == "get_attr":
             return True
-        rule = RULES.get(op_name(value.target)) if value.op == "call_function" else None
-        if rule is None or not rule.moves or not value.all_input_nodes:
+        if not moves(value) or not value.all_input_nodes:
             return False
         value = value.all_input_nodes[0]
     return False
@@ -256,7 +256,7 @@ def analyse(program: Traced) -> Axes:
             if sizes is None and all(r is None for r in result_sizes(node) or []):
                 continue  # sizes and flags
             name = op_name(node.target)
-            rule = RULES.get(name)
+            rule = rule_of(node)
             ctx.at(node)
             if rule is None:
                 unknown.setdefault(name, []).append(node.meta.get("source", ""))

@@ -44,7 +44,7 @@ from fxgrow.ir.sizes import result_sizes, sizes_of
 from fxgrow.plan import FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Edit
 from fxgrow.proof.ties import Ties
 from fxgrow.rules.annotation import COMBINE, Content, Dims, Info, Site, annotate, flat_dims, infos
-from fxgrow.rules.base import RULES, Rule
+from fxgrow.rules.base import Rule, is_linear, moves, rule_of
 from fxgrow.rules.reduction import reduced_dims
 from fxgrow.rules.resize import Resize
 
@@ -136,7 +136,7 @@ class Grow:
                     self.env |= {n: self._load(n) for n in self.env if n.op == "get_attr"}
                 self.node, self.args = node, bound_arguments(node)
                 self.read_here, self.seen = set(), set()
-                rule = RULES.get(op_name(node.target))
+                rule = rule_of(node)
                 if rule is None:
                     raise self.refuse(f"fxgrow has no rule for {op_name(node.target)}")
                 try:
@@ -153,7 +153,7 @@ class Grow:
                         "it is taken of; between copies they are equal up to rounding only. With a margin it grows: "
                         "torch.isclose, or x >= maximum - 1e-6"
                     )
-                passes = rule.moves and rule.linear(node)
+                passes = rule.moves and is_linear(node)
                 self._carry_rest(node, result if passes else None)
                 self.env[node] = self._settle(self.axes.dims.get(node), result if passes else _values(result))
                 for target in writes(node):
@@ -211,8 +211,7 @@ class Grow:
 
     def _made_of_zeros(self, node: fx.Node) -> bool:
         while node.op == "call_function" and len(node.all_input_nodes) == 1:
-            rule = RULES.get(op_name(node.target))
-            if rule is None or not rule.moves or not rule.linear(node):
+            if not moves(node) or not is_linear(node):
                 break
             node = node.all_input_nodes[0]
         if node.op == "get_attr":
@@ -778,7 +777,7 @@ class Grow:
     def of_square(self) -> bool:
         """Whether the operand of the current reduction is a square."""
         value = self.args.get("self")
-        while isinstance(value, fx.Node) and getattr(RULES.get(op_name(value.target)), "moves", False):
+        while isinstance(value, fx.Node) and moves(value):
             value = value.all_input_nodes[0]
         if not isinstance(value, fx.Node):
             return False
@@ -818,8 +817,7 @@ class Grow:
 
 def _keeps_scale(node: fx.Node) -> bool:
     """Whether scaling the op's first operand scales its result, and no other numbers go in."""
-    rule = RULES.get(op_name(node.target)) if node.op == "call_function" else None
-    if rule is None or not rule.linear(node):
+    if not is_linear(node):
         return False
     return [n for n in node.all_input_nodes if _continuous(n)] == [node.args[0]]
 
@@ -1000,7 +998,7 @@ def size_edits(axes: Axes, axis: Axis, new: int, refuse: Callable[[fx.Node, str]
 
     out = []
     for node in axes.uses.get(axis.id, []):
-        rule = RULES.get(op_name(node.target)) if node.op == "call_function" else None
+        rule = rule_of(node)
         if rule is None:
             continue
         ctx = Resize(node, axes.dims.get, new_size, functools.partial(refuse, node))

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxgrow.ir.ops import op_name
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.rules.annotation import Content, flat_dims, infos
-from fxgrow.rules.base import RULES, GetItem, Pointwise, Rule
+from fxgrow.rules.base import GetItem, Rule, is_linear, jumping_operands, moves, rule_of, selects
+from fxgrow.rules.forms import Pointwise
 
 #: how far apart, relatively, values are that stand for numbers equal up to rounding
 NUDGE = 1e-9
@@ -45,13 +45,13 @@ class Ties:
         after = sum(1 for d in flat_dims(result) for _ in infos(d))
         began = frozenset(x for n in numbers for x in self.began.get(n, ()))
         pairs = isinstance(rule, Pointwise) and after > max(here.values(), default=0)
-        at = [n for n in rule.jumps(node) if n in numbers]
+        at = [n for n in jumping_operands(node) if n in numbers]
         meet = any(n in self.began for n in at) or (pairs and len(at) > 1)
         if meet and any(map(self._varies, at)) and not _meet_safely(node, at, began):
             return False
         if not _passes(rule, node) or not _real(node):
             return True
-        if pairs or (rule.selects(node) and after < max(here.values(), default=0)):
+        if pairs or (selects(node) and after < max(here.values(), default=0)):
             began |= {node}
         if began:
             self.began[node] = began
@@ -61,7 +61,7 @@ class Ties:
         """Follow the ops before this one that the axis does not go through."""
         while self.began and self.last is not None and self.last.next is not node:
             here = self.last = self.last.next
-            rule = RULES.get(op_name(here.target)) if here.op == "call_function" else None
+            rule = rule_of(here)
             if rule is not None and _passes(rule, here) and _real(here):
                 began = frozenset(x for n in here.all_input_nodes for x in self.began.get(n, ()))
                 if began:
@@ -84,7 +84,7 @@ def equal_almost(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _passes(rule: Rule, node: fx.Node) -> bool:
     """Whether the results of an op are numbers of its operands, entry by entry, as they are or changed alike."""
-    return rule.moves or isinstance(rule, Pointwise | GetItem) or rule.selects(node) or rule.linear(node)
+    return rule.moves or isinstance(rule, Pointwise | GetItem) or selects(node) or is_linear(node)
 
 
 def _real(node: fx.Node) -> bool:
@@ -109,7 +109,7 @@ def _meet_safely(node: fx.Node, at: list[fx.Node], began: frozenset[fx.Node]) ->
     frontier, between = set(_tensors(node)), set[fx.Node]()
     while len(frontier) != 1 or not began <= between:
         last = max(frontier, key=lambda n: order[n], default=None)
-        rule = RULES.get(op_name(last.target)) if last is not None and last.op == "call_function" else None
+        rule = rule_of(last)
         if last is None or rule is None or not _passes(rule, last):
             return False
         frontier.remove(last)
@@ -135,7 +135,7 @@ def _run(chain: list[fx.Node], values: Mapping[fx.Node, Any]) -> list[torch.Tens
     env = dict(values)
     for node in chain:
         source = node.all_input_nodes[0]
-        if RULES[op_name(node.target)].moves and _real(node) and node.meta["val"].dtype != source.meta["val"].dtype:
+        if moves(node) and _real(node) and node.meta["val"].dtype != source.meta["val"].dtype:
             env[node] = env[source]  # a cast rounds the nudge away, and a difference in the last place it does not
             continue
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n] if n in env else _known(n))

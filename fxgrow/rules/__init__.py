@@ -19,6 +19,7 @@ from fxgrow.rules import (  # noqa: F401 - importing them registers their rules
     spectral,
 )
 from fxgrow.rules.annotation import Content
-from fxgrow.rules.base import RULES, Opaque, Pattern, Pointwise, Rule, Structural, register_rule
+from fxgrow.rules.base import RULES, Rule, register_rule
+from fxgrow.rules.forms import Opaque, Pattern, Pointwise, Structural
 
 __all__ = ["RULES", "Content", "Opaque", "Pattern", "Pointwise", "Rule", "Structural", "register_rule"]

@@ -10,8 +10,9 @@ from torch import fx
 from fxgrow.algebra import Conflict, factors_of, is_static, is_unit, size_of
 from fxgrow.ir.ops import op_name
 from fxgrow.rules.annotation import Dims
-from fxgrow.rules.base import RULES, Pattern, Rule, register_rule
+from fxgrow.rules.base import Rule, moves, register_rule
 from fxgrow.rules.context import Context, GrowthContext
+from fxgrow.rules.forms import Pattern
 from fxgrow.rules.resize import Resize
 
 register_rule("aten.linear.default", Pattern("... i, o i, o? -> ... o", ["input", "weight", "bias"], sum="i"))
@@ -191,7 +192,7 @@ def is_weight(value: Any) -> bool:
     """Whether a value is a parameter, or entries picked from one (the experts of a router)."""
     while isinstance(value, fx.Node) and value.op == "call_function" and value.all_input_nodes:
         name = op_name(value.target)
-        if not getattr(RULES.get(name), "moves", False) and name not in _PICKS:
+        if not moves(value) and name not in _PICKS:
             return False
         value = value.all_input_nodes[0]
     return isinstance(value, fx.Node) and value.op == "get_attr"

@@ -12,8 +12,9 @@ from torch import fx
 from fxgrow.algebra import Conflict, Expr, is_static, resolve, same_size, size_of
 from fxgrow.ir.ops import bound_arguments
 from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
-from fxgrow.rules.base import Opaque, Rule, register_rule
+from fxgrow.rules.base import Rule, register_rule
 from fxgrow.rules.context import Context, GrowthContext
+from fxgrow.rules.forms import Opaque
 from fxgrow.rules.resize import Resize
 
 
@@ -27,8 +28,7 @@ def picked(index: Expr) -> Expr:
 class Embedding(Rule):
     """Rows picked by number: the rows' axis is an index, the columns pass."""
 
-    def linear(self, node: fx.Node) -> bool:
-        return True
+    linear = True
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         weight, index = ctx.dims("weight"), ctx.dims("indices")
@@ -76,8 +76,7 @@ register_rule("aten.one_hot.default", OneHot())
 class Index(Rule):
     """``x[..., idx, ...]``: the indexed dims are looked up by number, the others pass."""
 
-    def linear(self, node: fx.Node) -> bool:
-        return True
+    linear = True
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self._run(ctx)
@@ -165,8 +164,7 @@ def _looked_up(ctx: Context, indices: list[Any], dims: Dims) -> str:
 class IndexSelect(Rule):
     """Entries of one dim looked up by number; the other dims pass."""
 
-    def linear(self, node: fx.Node) -> bool:
-        return True
+    linear = True
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         return self._run(ctx)
@@ -192,8 +190,7 @@ register_rule("aten.index_select.default", IndexSelect())
 class Gather(Rule):
     """``gather(x, dim, index)``: entry by entry along every other dim, a look-up along ``dim``."""
 
-    def linear(self, node: fx.Node) -> bool:
-        return True
+    linear = True
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims, index, at = self._operands(ctx)

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from torch import fx
+from dataclasses import dataclass
 
 from fxgrow.algebra import is_unit
 from fxgrow.rules.annotation import Content, Dims, annotate, infos
-from fxgrow.rules.base import Pointwise, register_rule
+from fxgrow.rules.base import register_rule
 from fxgrow.rules.context import Context, GrowthContext
+from fxgrow.rules.forms import Pointwise
 
 NONE, MEAN, SUM = 0, 1, 2
 
 
+@dataclass(frozen=True, eq=False)
 class ElementLoss(Pointwise):
     """A loss of two tensors and, for some, weights.
 
     An average bears n copies of every entry as it is, a sum is n times as large. Entries that are zero in both tensors
     add nothing where ``zero`` says so: then a sum stays, and an average is over more entries.
 
-    Args:
+    Attributes:
         domain: only numbers between 0 and 1 are taken, so that new entries of unknown value are not.
     """
 
-    def __init__(self, *, zero: bool = False, domain: bool = False) -> None:
-        super().__init__(zero=zero)
-        self.domain = domain
-
-    def jumps(self, node: fx.Node) -> list[fx.Node]:
-        return node.all_input_nodes if not self.zero else []
+    domain: bool = False
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         operands = [dims for _, dims in ctx.tensor_operands()]
@@ -45,7 +42,7 @@ class ElementLoss(Pointwise):
             if ctx.newborn and self.domain and any(ctx.grows(d) for _, dims in ctx.tensor_operands() for d in dims):
                 raise ctx.refuse("new units may lie outside of 0 to 1, where the loss is not defined")
             out = super().grow(ctx)
-            return [annotate(d, lambda info: info.becomes(info.content, zeroable=False)) for d in out or []]  # type: ignore[arg-type]
+            return [annotate(d, lambda info: info.becomes(info.content, zeroable=False)) for d in out or []]
         operands = [dims for _, dims in ctx.tensor_operands()]
         rank = max(map(len, operands), default=0)
         over = []
@@ -90,6 +87,6 @@ register_rule(
         for n in ("kl_div", "soft_margin_loss", "poisson_nll_loss", "hinge_embedding_loss")
         + ("binary_cross_entropy_with_logits",)
     ],
-    ElementLoss(),
+    ElementLoss(jumps=True),
 )
-register_rule("aten.binary_cross_entropy.default", ElementLoss(domain=True))
+register_rule("aten.binary_cross_entropy.default", ElementLoss(domain=True, jumps=True))

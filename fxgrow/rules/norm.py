@@ -11,8 +11,9 @@ from torch import fx
 
 from fxgrow.algebra import UNIT, Concat, Conflict, Expr, Unifier, is_unit, resolve, size_of
 from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
-from fxgrow.rules.base import Pattern, Rule, implied_arguments, register_rule
+from fxgrow.rules.base import Rule, implied_arguments, register_rule
 from fxgrow.rules.context import Context, GrowthContext, Regroups
+from fxgrow.rules.forms import Pattern
 from fxgrow.rules.resize import Resize
 
 
@@ -109,14 +110,6 @@ class BatchNorm(Pattern):
     statistics over may grow by whole copies, which leave mean and variance as they are.
     """
 
-    def __init__(self) -> None:
-        super().__init__(
-            "b c ..., c?, c?, c?, c? -> b c ...",
-            ["input", "weight", "bias", "running_mean", "running_var"],
-            roles={"c": "channels"},
-            newborn={"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0},
-        )
-
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims("input")
         assert dims is not None
@@ -139,20 +132,19 @@ class BatchNorm(Pattern):
         return [first, annotate(channels, lambda info: info.becomes(Content.FREE, zeroable=False)), *rest]
 
 
-register_rule("aten.batch_norm.default", BatchNorm())
+register_rule(
+    "aten.batch_norm.default",
+    BatchNorm(
+        "b c ..., c?, c?, c?, c? -> b c ...",
+        ["input", "weight", "bias", "running_mean", "running_var"],
+        roles={"c": "channels"},
+        newborn={"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0},
+    ),
+)
 
 
 class InstanceNorm(Pattern):
     """Instance norm: each sample's channel by itself, over the spatial dims."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "b c *, c?, c?, c?, c? -> b c *",
-            ["input", "weight", "bias", "running_mean", "running_var"],
-            roles={"c": "channels"},
-            newborn={"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0},
-            why="instance norm takes statistics over it",
-        )
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims("input")
@@ -172,7 +164,16 @@ class InstanceNorm(Pattern):
         return [annotate(d, lambda info: _normalised(info, False)) for d in cast(Dims, out)]
 
 
-register_rule("aten.instance_norm.default", InstanceNorm())
+register_rule(
+    "aten.instance_norm.default",
+    InstanceNorm(
+        "b c *, c?, c?, c?, c? -> b c *",
+        ["input", "weight", "bias", "running_mean", "running_var"],
+        roles={"c": "channels"},
+        newborn={"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0},
+        why="instance norm takes statistics over it",
+    ),
+)
 
 
 class GroupNorm(Rule):

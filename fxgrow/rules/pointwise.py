@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import fx
 
-from fxgrow.algebra import UNIT, is_unit
+from fxgrow.algebra import UNIT, Expr, is_unit
 from fxgrow.ir.dtypes import is_fine
-from fxgrow.ir.ops import op_name
-from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
-from fxgrow.rules.base import RULES, Opaque, Pointwise, Structural, register_rule
+from fxgrow.rules.annotation import Content, Dims, Info, Site, annotate, infos
+from fxgrow.rules.base import moves, register_rule, rule_of
 from fxgrow.rules.context import Context, GrowthContext
+from fxgrow.rules.forms import Opaque, Pointwise, Structural
 
 
 def _with_in_place(names: str) -> list[str]:
@@ -23,12 +26,12 @@ def _with_in_place(names: str) -> list[str]:
     return out
 
 
+@dataclass(frozen=True, eq=False)
 class Finite(Pointwise):
     """An element-wise op that is not finite everywhere: newborn entries of unknown value may become NaN or infinite."""
 
-    def __init__(self, everywhere: bool = False) -> None:
-        super().__init__(jumps=True)
-        self.everywhere = everywhere  # every operand has a domain, not the last one alone
+    everywhere: bool = False  # every operand has a domain, not the last one alone
+    jumps: bool | Callable[[fx.Node], list[fx.Node]] = True
 
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         risky = {Content.FREE, Content.ZERO, Content.MEAN}
@@ -83,10 +86,11 @@ ZERO = (
 )
 
 
-class NanToNum(Pointwise):
-    """Infinities become the largest numbers of the dtype, where nothing else is said."""
-
-    implied = {"posinf": lambda dtype: torch.finfo(dtype).max, "neginf": lambda dtype: torch.finfo(dtype).min}
+#: infinities become the largest numbers of the dtype, where nothing else is said
+_LARGEST: Mapping[str, Callable[[torch.dtype], float]] = {
+    "posinf": lambda dtype: torch.finfo(dtype).max,
+    "neginf": lambda dtype: torch.finfo(dtype).min,
+}
 
 
 FREE = (
@@ -101,7 +105,7 @@ JUMPS = "sign sgn signbit frac hardshrink angle round floor ceil trunc atan2 hea
 for _name in ZERO.split():
     _affine = _name in ("neg", "rad2deg", "deg2rad")
     register_rule(_with_in_place(_name), Pointwise(zero=True, mean=_affine, jumps=_name in JUMPS.split()))
-register_rule(_with_in_place("nan_to_num"), NanToNum(zero=True))
+register_rule(_with_in_place("nan_to_num"), Pointwise(zero=True, implied=_LARGEST))
 for _name in FREE.split():
     register_rule(_with_in_place(_name), Pointwise(jumps=_name in JUMPS.split()))
 for _name in DOMAIN.split():
@@ -117,15 +121,14 @@ register_rule(["aten.positive.default"], Pointwise(zero=True, mean=True))
 register_rule(["aten.special_entr.default", "aten.polygamma.default", "aten.mvlgamma.default"], Finite())
 
 
+@dataclass(frozen=True, eq=False)
 class Drawn(Pointwise):
     """An op that draws at random in train mode, and in eval mode where its flag is a plain True.
 
     What it draws there is part of the function, and every copy would have a draw of its own.
     """
 
-    def __init__(self, drawn: int | None = None, **facts: Any) -> None:
-        super().__init__(**facts)
-        self.drawn = drawn  # number of leading dims that the draws run over
+    drawn: int | None = None  # number of leading dims that the draws run over
 
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         always = ctx.args.get("train", ctx.args.get("training")) is True and ctx.args.get("p", 1) != 0
@@ -140,9 +143,9 @@ class Drawn(Pointwise):
 
 register_rule(_with_in_place("rrelu"), Drawn(zero=True))
 register_rule(_with_in_place("dropout"), Drawn(zero=True, mean=True))
-register_rule(_with_in_place("feature_dropout"), Drawn(2, zero=True, mean=True))
+register_rule(_with_in_place("feature_dropout"), Drawn(drawn=2, zero=True, mean=True))
 register_rule(_with_in_place("alpha_dropout"), Drawn())  # what it drops is not zero
-register_rule(_with_in_place("feature_alpha_dropout"), Drawn(2))
+register_rule(_with_in_place("feature_alpha_dropout"), Drawn(drawn=2))
 
 # arithmetic; with one tensor operand the other is a literal
 
@@ -162,9 +165,6 @@ register_rule(_with_in_place("mul.Tensor mul.Scalar"), Pointwise("mul", zero=Tru
 class Quotient(Pointwise):
     """``a / b``: like a product where b does not vary along the axis, refused where newborn entries of b may be 0."""
 
-    def jumps(self, node: fx.Node) -> list[fx.Node]:
-        return [n for n in node.all_input_nodes[1:] if n is node.args[1]]
-
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         if isinstance(ctx.args["other"], int | float):
             return super().grow(ctx)
@@ -175,7 +175,11 @@ class Quotient(Pointwise):
         return super().grow(ctx)
 
 
-register_rule(_with_in_place("div.Tensor div.Scalar"), Quotient("mul", zero=True, mean=True))
+def _divisor(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes[1:] if n is node.args[1]]
+
+
+register_rule(_with_in_place("div.Tensor div.Scalar"), Quotient("mul", zero=True, mean=True, jumps=_divisor))
 
 
 class QuotientInto(Quotient):
@@ -189,13 +193,13 @@ class QuotientInto(Quotient):
         return [ctx.close(ctx.combine(x, y, "mul")) for x, y in pairs]
 
 
-register_rule("aten.div.out", QuotientInto("mul"))
+register_rule("aten.div.out", QuotientInto("mul", jumps=_divisor))
 register_rule(["aten.div.Tensor_mode", "aten.floor_divide.default", "aten.remainder.Scalar"], Finite())
 register_rule(["aten.remainder.Tensor", "aten.fmod.Tensor", "aten.fmod.Scalar"], Finite())
 register_rule(
     ["aten.float_power.Tensor_Tensor", "aten.xlogy.Tensor", "aten.special_xlog1py.default", "aten.ldexp.Tensor"]
     + ["aten.special_gammainc.default", "aten.special_gammaincc.default"],
-    Finite(True),
+    Finite(everywhere=True),
 )
 
 
@@ -206,11 +210,6 @@ def _positive_power(args: dict[str, Any]) -> bool:
 class Power(Pointwise):
     """``x ** p``: smooth everywhere for whole p >= 1 only."""
 
-    def jumps(self, node: fx.Node) -> list[fx.Node]:
-        exponent = node.args[1]
-        whole = isinstance(exponent, int | float) and exponent > 0 and float(exponent).is_integer()
-        return [] if whole else node.all_input_nodes
-
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         exponent = ctx.args["exponent"]
         if ctx.newborn and not (isinstance(exponent, int | float) and exponent >= 1 and float(exponent).is_integer()):
@@ -218,8 +217,15 @@ class Power(Pointwise):
         return super().grow(ctx)
 
 
+def _rough_power(node: fx.Node) -> list[fx.Node]:
+    exponent = node.args[1]
+    whole = isinstance(exponent, int | float) and exponent > 0 and float(exponent).is_integer()
+    return [] if whole else node.all_input_nodes
+
+
 register_rule(
-    ["aten.pow.Tensor_Scalar", "aten.pow_.Scalar", "aten.float_power.Tensor_Scalar"], Power(zero=_positive_power)
+    ["aten.pow.Tensor_Scalar", "aten.pow_.Scalar", "aten.float_power.Tensor_Scalar"],
+    Power(zero=_positive_power, jumps=_rough_power),
 )
 register_rule("aten.pow.Tensor_Tensor", Finite(everywhere=True))
 register_rule("aten.pow.Scalar", Pointwise())
@@ -232,12 +238,11 @@ register_rule("aten.copysign.Tensor", Pointwise("zero", jumps=True))
 register_rule(["aten.copysign.Scalar"], Pointwise(zero=True))
 
 
+@dataclass(frozen=True, eq=False)
 class Choice(Pointwise):
     """One of two values, entry by entry: zero where both are."""
 
-    def __init__(self, *branches: str) -> None:
-        super().__init__()
-        self.branches = branches
+    branches: tuple[str, ...] = ()
 
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         out = super().grow(ctx)
@@ -245,7 +250,7 @@ class Choice(Pointwise):
             found = [self._at(ctx, name, i) for name in self.branches]
             if out is not None and all(d is None or _all_zero(d) for d in found) and any(found):
                 sources = frozenset().union(*(x.sources for d in found if d is not None for x in infos(d)))
-                out[i] = annotate(out[i], lambda _, s=sources: Info(Content.ZERO, s))  # type: ignore[call-overload, arg-type, misc]
+                out[i] = annotate(cast(Expr, out[i]), functools.partial(_zero_of, sources))
         return out
 
     @staticmethod
@@ -257,6 +262,10 @@ class Choice(Pointwise):
         return dims[i] if -i <= len(dims) else UNIT
 
 
+def _zero_of(sources: frozenset[Site], info: Info) -> Info:
+    return Info(Content.ZERO, sources)
+
+
 def _all_zero(dim: Any) -> bool:
     found = infos(dim)
     return bool(found) and all(x.content is Content.ZERO for x in found)
@@ -264,9 +273,9 @@ def _all_zero(dim: Any) -> bool:
 
 register_rule(
     ["aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar"],
-    Choice("self", "other"),
+    Choice(branches=("self", "other")),
 )
-register_rule(_with_in_place("masked_fill.Scalar masked_fill.Tensor"), Choice("self", "value"))
+register_rule(_with_in_place("masked_fill.Scalar masked_fill.Tensor"), Choice(branches=("self", "value")))
 register_rule(
     [f"aten.{n}.{o}" for n in ("eq", "ne", "lt", "le", "gt", "ge") for o in ("Scalar", "Tensor")]
     + [f"aten.{n}.default" for n in ("logical_and", "logical_or", "logical_xor")]
@@ -300,6 +309,7 @@ def _same(ctx: Context, dims: Dims) -> Dims:
     return dims
 
 
+@dataclass(frozen=True, eq=False)
 class Cast(Structural):
     """A change of dtype: linear among real and complex numbers, up to the rounding that the model has anyway.
 
@@ -307,35 +317,31 @@ class Cast(Structural):
     not the mean. Nor is a cast down and up again: what follows computes more finely than its numbers are.
     """
 
-    ignored = ("other",)
-
-    def __init__(self) -> None:
-        super().__init__(_same)
-
-    def jumps(self, node: fx.Node) -> list[fx.Node]:
-        return [] if _fine(node.meta.get("val")) else node.all_input_nodes
-
-    def linear(self, node: fx.Node) -> bool:
-        source = node.all_input_nodes[0]
-        if not _fine(node.meta.get("val")) or not _fine(source.meta.get("val")):
-            return False
-        return _step(node) >= _step(source) or not self._rounded(source)
-
-    def _rounded(self, node: fx.Node) -> bool:
-        """Whether a value comes from a cast to a coarser dtype, seen through ops that move elements."""
-        while node.op == "call_function" and node.all_input_nodes:
-            rule, source = RULES.get(op_name(node.target)), node.all_input_nodes[0]
-            if rule is None or not rule.moves:
-                return False
-            if isinstance(rule, Cast) and _fine(source.meta.get("val")) and _step(source) < _step(node):
-                return True
-            node = source
-        return False
-
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
         assert dims is not None
         return dims if _fine(ctx.node.meta.get("val")) else [annotate(d, _truncated) for d in dims]
+
+
+def _jumps_to_whole(node: fx.Node) -> list[fx.Node]:
+    return [] if _fine(node.meta.get("val")) else node.all_input_nodes
+
+
+def _keeps_numbers(node: fx.Node) -> bool:
+    source = node.all_input_nodes[0]
+    if not _fine(node.meta.get("val")) or not _fine(source.meta.get("val")):
+        return False
+    return _step(node) >= _step(source) or not _rounded(source)
+
+
+def _rounded(node: fx.Node) -> bool:
+    """Whether a value comes from a cast to a coarser dtype, seen through ops that move elements."""
+    while moves(node) and node.all_input_nodes:
+        source = node.all_input_nodes[0]
+        if isinstance(rule_of(node), Cast) and _fine(source.meta.get("val")) and _step(source) < _step(node):
+            return True
+        node = source
+    return False
 
 
 def _step(node: fx.Node) -> float:
@@ -361,7 +367,7 @@ register_rule(
         "aten._to_copy.default",
         "aten.type_as.default",
     ],
-    Cast(),
+    Cast(_same, ignored=("other",), linear=_keeps_numbers, jumps=_jumps_to_whole),
 )
 register_rule(
     [

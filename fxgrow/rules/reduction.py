@@ -11,8 +11,9 @@ from torch import fx
 from fxgrow.algebra import UNIT, Size, is_static, is_unit, product, quotient, resolve, size_of
 from fxgrow.ir.ops import used
 from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
-from fxgrow.rules.base import Opaque, Rule, Structural, register_rule
+from fxgrow.rules.base import Rule, register_rule
 from fxgrow.rules.context import Context, GrowthContext
+from fxgrow.rules.forms import Opaque, Structural
 
 
 def reduced_dims(args: dict[str, Any], rank: int) -> list[int]:
@@ -268,29 +269,21 @@ class Sampled(Rule):
 register_rule([f"aten.grid_sampler{n}.default" for n in ("", "_2d", "_3d")], Sampled())
 
 
-class Pool(Structural):
+def Pool(n: int, linear: bool, results: int = 1) -> Structural:
     """Pooling over the last ``n`` dims; the leading ones, channels among them, pass."""
 
-    moves = False
+    def f(ctx: Context, dims: Dims) -> Any:
+        why = "pooling runs over it"
+        for d in dims[-n:]:
+            ctx.freeze(d, why)
+        lead = [d if linear else annotate(d, _nonlinear) for d in map(ctx.close, dims[:-n])]
+        space = [ctx.opaque(s, why) for s in ctx.shape[-n:]]
+        for d in (*dims[-n:], *space):
+            ctx.role(d, "spatial", 100)
+        out = [*lead, *space]
+        return out if ctx.result_count is None else [list(out) for _ in range(results)]
 
-    def jumps(self, node: fx.Node) -> list[fx.Node]:
-        return node.all_input_nodes if self.results > 1 else []
-
-    def __init__(self, n: int, linear: bool, results: int = 1) -> None:
-        self.results = results
-
-        def f(ctx: Context, dims: Dims) -> Any:
-            why = "pooling runs over it"
-            for d in dims[-n:]:
-                ctx.freeze(d, why)
-            lead = [d if linear else annotate(d, _nonlinear) for d in map(ctx.close, dims[:-n])]
-            space = [ctx.opaque(s, why) for s in ctx.shape[-n:]]
-            for d in (*dims[-n:], *space):
-                ctx.role(d, "spatial", 100)
-            out = [*lead, *space]
-            return out if ctx.result_count is None else [list(out) for _ in range(results)]
-
-        super().__init__(f)
+    return Structural(f, moves=False, jumps=results > 1)
 
 
 for _n in (1, 2, 3):
@@ -362,14 +355,8 @@ def _folded(ctx: Context, dims: Dims) -> Dims:
     return [*map(ctx.close, lead), channels, *space]
 
 
-class Windows(Structural):
-    """Sliding windows: linear in every channel, so that whatever is known of a channel stays so."""
-
-    moves = False
-
-
-register_rule("aten.im2col.default", Windows(_patches))
-register_rule("aten.col2im.default", Windows(_folded))
+register_rule("aten.im2col.default", Structural(_patches, moves=False))
+register_rule("aten.col2im.default", Structural(_folded, moves=False))
 register_rule(
     [f"aten.upsample_{m}.{o}" for m in ("nearest3d", "trilinear3d") for o in ("default", "vec")]
     + [f"aten._upsample_nearest_exact3d.{o}" for o in ("default", "vec")],

@@ -9,8 +9,9 @@ from torch import fx
 
 from fxgrow.algebra import Conflict, is_unit, resolve, same_size, size_of
 from fxgrow.rules.annotation import Content, Dims, annotate, infos
-from fxgrow.rules.base import Opaque, Rule, register_rule
+from fxgrow.rules.base import Rule, register_rule
 from fxgrow.rules.context import Context, GrowthContext
+from fxgrow.rules.forms import Opaque
 from fxgrow.rules.indexing import indexed_dims
 
 WHY = "its entries are written by number"

@@ -27,8 +27,9 @@ from fxgrow.algebra import (
 from fxgrow.ir.ops import bound_arguments
 from fxgrow.ir.sizes import literal_size
 from fxgrow.rules.annotation import Content, Dims, Info, annotate
-from fxgrow.rules.base import Opaque, Rule, Structural, register_rule
+from fxgrow.rules.base import Rule, register_rule
 from fxgrow.rules.context import Context, GrowthContext
+from fxgrow.rules.forms import Opaque, Structural
 from fxgrow.rules.resize import Resize
 
 
@@ -702,34 +703,30 @@ def _nonlinear(info: Info) -> Info:
     return info.becomes(info.content if info.content is Content.CONST else Content.FREE, zeroable=False)
 
 
-class Blocked(Structural):
+def Blocked(
+    which: Callable[[Any, int], list[int]], why: str, linear: bool | Callable[[Any], bool] = True, role: str = ""
+) -> Structural:
     """Mixes or reorders entries along some dims, which cannot grow; the others pass."""
 
-    def __init__(
-        self, which: Callable[[Any, int], list[int]], why: str, linear: bool | Callable[[Any], bool] = True
-    ) -> None:
-        self._linear = linear
+    def f(ctx: Context, dims: Dims) -> Dims:
+        blocked = {w % max(len(dims), 1) for w in which(ctx.args, len(dims))}
+        out: Dims = []
+        for i, dim in enumerate(dims):
+            if i in blocked:
+                if role:
+                    ctx.role(dim, role, 100)
+                ctx.freeze(dim, why)
+                out.append(ctx.opaque(ctx.shape[i], why))
+            else:
+                keep = linear(ctx.args) if callable(linear) else linear
+                out.append(dim if keep else annotate(ctx.close(dim), _nonlinear))
+        n = ctx.result_count
+        return out if n is None else [list(out) for _ in range(n)]  # type: ignore[misc]
 
-        def f(ctx: Context, dims: Dims) -> Dims:
-            blocked = {w % max(len(dims), 1) for w in which(ctx.args, len(dims))}
-            out: Dims = []
-            for i, dim in enumerate(dims):
-                if i in blocked:
-                    ctx.freeze(dim, why)
-                    out.append(ctx.opaque(ctx.shape[i], why))
-                else:
-                    keep = linear(ctx.args) if callable(linear) else linear
-                    out.append(dim if keep else annotate(ctx.close(dim), _nonlinear))
-            n = ctx.result_count
-            return out if n is None else [list(out) for _ in range(n)]  # type: ignore[misc]
+    def is_linear(node: fx.Node) -> bool:
+        return linear(bound_arguments(node)) if callable(linear) else linear
 
-        super().__init__(f)
-
-    def jumps(self, node: fx.Node) -> list[fx.Node]:
-        return [] if self.linear(node) else node.all_input_nodes
-
-    def linear(self, node: fx.Node) -> bool:
-        return self._linear(bound_arguments(node)) if callable(self._linear) else self._linear
+    return Structural(f, linear=is_linear, jumps=lambda node: [] if is_linear(node) else node.all_input_nodes)
 
 
 def _listed(name: str) -> Callable[[Any, int], list[int]]:
@@ -773,19 +770,14 @@ def _diff(ctx: Context, dims: Dims) -> Dims:
 register_rule("aten.diff.default", Structural(_diff))
 
 
-class Top(Blocked):
-    """The largest entries of a dim: which they are depends on all of them. Routers pick experts so."""
-
-    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
-        dims = ctx.dims("self")
-        if dims:
-            ctx.role(dims[int(ctx.args["dim"]) % len(dims)], "experts", 100)
-        return super().relate(ctx)
-
-
 register_rule(
     "aten.topk.default",
-    Top(_listed("dim"), "the largest of its entries are picked, and copies would crowd others out", linear=False),
+    Blocked(  # routers pick experts so
+        _listed("dim"),
+        "the largest of its entries are picked, and copies would crowd others out",
+        linear=False,
+        role="experts",
+    ),
 )
 
 

@@ -28,14 +28,15 @@ from fxgrow.analysis.relate import analyse
 from fxgrow.errors import GrowthRefused
 from fxgrow.ir.dtypes import is_fine
 from fxgrow.ir.graphs import copy_graph
-from fxgrow.ir.ops import OpOverload, op_name, operator_named, set_argument
+from fxgrow.ir.ops import OpOverload, operator_named, set_argument
 from fxgrow.ir.traced import Traced
 from fxgrow.passes.base import apply_edit, apply_rescale, rescale
 from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Edit
 from fxgrow.proof.growth import Grow, Outcome, UnequalCopies, dim_plan, size_edits
 from fxgrow.proof.ties import NUDGE, equal_almost
 from fxgrow.rules.annotation import Content, Site
-from fxgrow.rules.base import RULES, Opaque, implied_arguments
+from fxgrow.rules.base import RULES, implied_arguments, is_linear, jumping_operands, rule_of
+from fxgrow.rules.forms import Opaque
 from fxgrow.trace.tracer import trace
 
 #: largest relative error of a claim that holds, in float64; in a coarser dtype it is that dtype's rounding
@@ -310,14 +311,14 @@ class _Judge:
     def _check_facts(self) -> None:
         """What the rules say of their ops, whatever grows."""
         for node in self.graph.nodes:
-            rule = RULES.get(op_name(node.target)) if node.op == "call_function" else None
+            rule = rule_of(node)
             if rule is None:
                 continue
-            if rule.linear(node):
+            if is_linear(node):
                 self._check_linear(node)
             if rule.implied:
                 self._check_implied(node)
-            if not isinstance(rule, Opaque) and not rule.jumps(node):
+            if not isinstance(rule, Opaque) and not jumping_operands(node):
                 self._check_smooth(node)
 
     def _check_linear(self, node: fx.Node) -> None:

@@ -196,8 +196,7 @@ def test_integers_must_be_equal() -> None:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that is not so: exp maps zero to zero."""
-    from fxgrow.rules import RULES
-    from fxgrow.rules.base import Pointwise
+    from fxgrow.rules import RULES, Pointwise
 
     monkeypatch.setitem(RULES, "aten.exp.default", Pointwise(zero=True))
 

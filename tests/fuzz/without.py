@@ -8,6 +8,7 @@ after how many models, and what it was. A mend that is never missed is one that 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import sys
@@ -22,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fxgrow.analysis.relate import Relate
-from fxgrow.ir.ops import op_name
 from fxgrow.passes import base as passes
 from fxgrow.proof import growth, ties
 from fxgrow.rules import norm, pointwise
-from fxgrow.rules.base import RULES, Structural
+from fxgrow.rules.base import RULES, moves
+from fxgrow.rules.forms import Structural
 from fxgrow.trace import export, modes
 
 
@@ -70,15 +71,16 @@ def _state() -> None:
 
 def _casts() -> None:
     """A parameter seen through any cast is still the parameter."""
-    pointwise.Cast.linear = lambda *_: True  # type: ignore[method-assign]
+    for name, rule in RULES.items():
+        if isinstance(rule, pointwise.Cast):
+            RULES[name] = dataclasses.replace(rule, linear=True)
 
 
 def _scales() -> None:
     """A scale passes through every op that moves elements."""
 
     def keeps(node: Any) -> bool:
-        rule = RULES.get(op_name(node.target)) if node.op == "call_function" else None
-        return bool(getattr(rule, "moves", False)) and isinstance(node.args[0], torch.fx.Node)
+        return moves(node) and isinstance(node.args[0], torch.fx.Node)
 
     growth._keeps_scale = keeps
 

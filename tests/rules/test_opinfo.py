@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.ir.ops import op_name
-from fxgrow.rules.base import Opaque, Pointwise
+from fxgrow.rules.forms import Opaque, Pointwise
 
 pytest.importorskip("expecttest")  # the database's module needs it
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from fxgrow.ir.ops import operator_named
 from fxgrow.program import capture
 from fxgrow.rules import RULES
 from fxgrow.rules.annotation import Content
-from fxgrow.rules.base import Opaque, Pattern, Pointwise, Structural, parse_pattern, register_rule
+from fxgrow.rules.base import Row, op_names, register_rule
+from fxgrow.rules.forms import Opaque, Pattern, Pointwise, Structural, parse_pattern
 from fxgrow.testing.judge import Sample, check, unjudged
 
 
@@ -100,6 +103,13 @@ def r(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
+def saying(op: str, **columns: Any) -> Row:
+    """An op's row with other columns."""
+    row = RULES[op]
+    assert isinstance(row, Row)
+    return dataclasses.replace(row, **columns)
+
+
 @pytest.mark.parametrize(
     ("op", "rule", "sample", "complaint"),
     [
@@ -123,7 +133,7 @@ def test_the_judge_finds_a_rule_that_is_wrong(
 
 @pytest.mark.parametrize("op", ["aten.floor.default", "aten.ge.Tensor", "aten.sort.default", "aten.reciprocal.default"])
 def test_the_judge_finds_a_rule_that_is_silent_about_jumps(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(RULES[op]), "jumps", lambda rule, node: [])
+    monkeypatch.setitem(RULES, op, saying(op, jumps=False))
     assert any("jumps where numbers are equal" in f.detail for f in check(op, SAMPLES[op]).wrong)
 
 
@@ -148,7 +158,7 @@ def test_the_judge_finds_a_rule_that_is_wrong_about_what_an_op_implies(monkeypat
 def test_the_judge_finds_a_rule_that_says_linear_of_an_op_that_is_not(
     op: str, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type(RULES[op]), "linear", lambda rule, node: True)
+    monkeypatch.setitem(RULES, op, saying(op, linear=True))
     report = check(op, [sample])
     assert any("said to be linear" in f.detail for f in report.wrong), report
 
@@ -227,3 +237,21 @@ def test_contents_join_to_what_both_agree_on() -> None:
     for a in Content:
         for b in Content:
             assert Content.join(a, b) is (a if a is b else Content.FREE)
+
+
+def test_names_of_a_row() -> None:
+    names = "aten.relu aten.tanh(_) aten.add(_).Tensor my.op.out prims::op.one"
+    assert list(op_names(names)) == [
+        *("aten.relu.default", "aten.tanh.default", "aten.tanh_.default", "aten.add.Tensor", "aten.add_.Tensor"),
+        *("my.op.out", "prims::op.one.default"),
+    ]
+    with pytest.raises(ValueError, match="not the name of an op"):
+        list(op_names("relu"))
+
+
+def test_a_column_is_given_and_not_defined() -> None:
+    with pytest.raises(TypeError, match="column"):
+
+        class Mine(Pointwise):
+            def linear(self, node: torch.fx.Node) -> bool:  # type: ignore[override]
+                return True
