@@ -11,6 +11,7 @@ from fxgrow.rules import (  # noqa: F401 - importing them registers their rules
     indexing,
     loss,
     norm,
+    order,
     pointwise,
     recurrent,
     reduction,

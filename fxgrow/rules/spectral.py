@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fxgrow.rules.base import register_rule
-from fxgrow.rules.shape import Blocked
+from fxgrow.rules.order import Blocked
 
 
 def _transformed(args: Any, rank: int) -> list[int]:
