@@ -22,8 +22,8 @@ from torch import fx
 
 from fxgrow.algebra import Axis, Expr, Leaf, Product, Size, is_static, leaves, resolve, same_size, size_of
 from fxgrow.analysis.axes import Axes
+from fxgrow.analysis.call import from_parameter
 from fxgrow.analysis.ranges import Bound, Ranges
-from fxgrow.analysis.relate import from_parameter
 from fxgrow.errors import GrowthRefused
 from fxgrow.ir import trees
 from fxgrow.ir.memory import writes

@@ -35,7 +35,7 @@ from fxgrow.algebra import (
     size_of,
 )
 from fxgrow.analysis.axes import Axes
-from fxgrow.analysis.relate import constant_value, from_parameter
+from fxgrow.analysis.call import CallContext, constant_value
 from fxgrow.errors import GrowthRefused
 from fxgrow.ir.dtypes import is_fine
 from fxgrow.ir.memory import returns_what_it_writes, writes
@@ -81,12 +81,13 @@ class Outcome:
     silenced: bool = False  # both of them are zero in new units, so that neither gets a gradient through the other
 
 
-class Grow:
+class Grow(CallContext):
     """What a rule sees while an axis grows. See :mod:`fxgrow.rules.base` for the vocabulary."""
 
     verb = "grow"  # in refusals
 
     def __init__(self, axes: Axes, axis: Axis, name: str, growth: AxisMap, default: Content = Content.FREE) -> None:
+        super().__init__(Unifier())
         self.axes, self.axis, self.name, self.growth, self.default = axes, axis, name, growth, default
         self.pinned: dict[Site, Content] = {}
         self.reasons: dict[Site, str] = {}
@@ -94,12 +95,8 @@ class Grow:
         self.loose: set[Site] = set()  # written by the forward, so that new entries may hold anything
         self.held: set[Site] = set()  # written by the forward, which has to write what was asked for
         self.no_fold = False
-        self.node: fx.Node
-        self.args: dict[str, Any] = {}
         self.env: dict[fx.Node, Any] = {}
         self.read_here: set[Site] = set()
-        self.seen: set[fx.Node] = set()  # the operands whose dims the rule asked for
-        self.scratch = Unifier()
         self.outcome = Outcome(growth)
 
     # the run -----------------------------------------------------------------------------------------------------
@@ -122,7 +119,7 @@ class Grow:
 
     def _interpret(self) -> None:
         self.env, self.outcome = {}, Outcome(self.growth)
-        ties = Ties(self.results)
+        ties = Ties(self.dims_of)
         call = 0
         for node in self.axes.uses.get(self.axis.id, []):
             if node.op == "get_attr":
@@ -134,8 +131,8 @@ class Grow:
                     self._check_state()
                     call = node.meta.get("call", 0)
                     self.env |= {n: self._load(n) for n in self.env if n.op == "get_attr"}
-                self.node, self.args = node, bound_arguments(node)
-                self.read_here, self.seen = set(), set()
+                self.at(node)
+                self.read_here = set()
                 rule = rule_of(node)
                 if rule is None:
                     raise self.refuse(f"fxgrow has no rule for {op_name(node.target)}")
@@ -162,9 +159,8 @@ class Grow:
 
     def _grow(self, rule: Rule) -> Any:
         result = rule.grow(self)
-        for name, operand in nodes_among(self.args):
-            unseen = operand not in self.seen and name not in rule.ignored
-            if unseen and any(self.grows(d) for d in flat_dims(self.env.get(operand))):
+        for name, operand in self.unseen_operands(rule):
+            if any(self.grows(d) for d in flat_dims(self.env.get(operand))):
                 raise self.refuse(f"fxgrow's rule for it does not follow its operand {name}")
         return result
 
@@ -282,19 +278,8 @@ class Grow:
     # what rules ask ----------------------------------------------------------------------------------------------
 
     @property
-    def op(self) -> str:
-        return str(self.node.target)
-
-    @property
     def newborn(self) -> bool:
         return self.growth.newborn > 0
-
-    @property
-    def shape(self) -> list[Size]:
-        dims = self.axes.dims[self.node]
-        if dims and isinstance(dims[0], list):
-            dims = dims[0]
-        return [size_of(d) for d in dims]
 
     @property
     def in_eval(self) -> bool:
@@ -305,40 +290,8 @@ class Grow:
     def result_dims(self) -> Any:
         return self.axes.dims[self.node]
 
-    @property
-    def result_count(self) -> int | None:
-        several = result_sizes(self.node)
-        return len(several) if several is not None else None
-
-    @property
-    def first(self) -> str:
-        return next(n for n, a in self.args.items() if isinstance(a, fx.Node) and self.axes.dims.get(a) is not None)
-
-    def results(self, node: fx.Node) -> Any:
-        self.seen.add(node)
+    def dims_of(self, node: fx.Node) -> Any:
         return self.env.get(node, self.axes.dims.get(node))
-
-    def dims(self, name: str | fx.Node) -> Dims | None:
-        value = self.args.get(name) if isinstance(name, str) else name
-        if not isinstance(value, fx.Node):
-            return None
-        dims = self.results(value)
-        return list(dims) if dims is not None else None
-
-    def operand(self, name: str | fx.Node) -> Dims:
-        found = self.dims(name)
-        if found is None:
-            raise Conflict(f"operand {name} is missing")
-        return found
-
-    def tensor_operands(self) -> list[tuple[str, Dims]]:
-        out: list[tuple[str, Dims]] = []
-        for name, value in self.args.items():
-            for item in value if isinstance(value, list | tuple) else [value]:
-                dims = self.dims(item) if isinstance(item, fx.Node) else None
-                if dims is not None and not any(isinstance(d, list) for d in dims):
-                    out.append((name, dims))
-        return out
 
     def grows(self, expr: Expr) -> bool:
         return any(isinstance(x, Leaf) or x is self.axis for x in leaves(expr))
@@ -371,46 +324,30 @@ class Grow:
     def role(self, expr: Expr, role: str, weight: int = 1) -> None:
         """Nothing to do."""
 
-    def regroup(self, dims: Sequence[Expr], sizes: Sequence[Size]) -> list[Expr]:
-        return self.scratch.regroup(dims, sizes)
-
-    def split(self, dim: Expr, sizes: Sequence[Size]) -> list[Expr]:
-        out: list[Expr] = []
-        for size in sizes[:-1]:
-            head, dim = self.scratch.split_concat(dim, size)
-            out.append(head)
-        return [*out, dim]
-
     def units(self, dim: Expr) -> list[Expr] | None:
         if self.grows(dim):
             return None
-        return self.scratch.units(dim)
+        return super().units(dim)
 
     def opaque(self, size: Size, why: str) -> Expr:
-        return self.scratch.fresh(size)
-
-    def sized(self, size: Size) -> Expr:
-        return self.scratch.fresh(size)
+        return self.unifier.fresh(size)
 
     def constant_dim(self, i: int) -> Expr:
         return self._annotate(self.axes.dims[self.node][i], lambda _: Info(Content.CONST))
 
     def inner(self, i: int, size: int) -> Expr:
         whole = self._annotate(self.axes.dims[self.node][i], lambda _: Info(Content.CONST))
-        return self.scratch.split_product(whole, size)[1]
+        return self.unifier.split_product(whole, size)[1]
 
     def outer(self, i: int, size: Size) -> Expr:
         whole = self._annotate(self.axes.dims[self.node][i], lambda _: Info(Content.CONST))
         inner = quotient(size_of(whole), size)
         if inner is None:
             raise Conflict(f"size {size_of(whole)} is no multiple of {size}")
-        return self.scratch.split_product(whole, inner)[0]
+        return self.unifier.split_product(whole, inner)[0]
 
     def constant_like(self, dim: Expr) -> Expr:
         return map_leaves(dim, lambda x: Leaf(x.axis, Info(Content.CONST)) if isinstance(x, Leaf) else x)
-
-    def from_parameter(self, value: Any) -> bool:
-        return from_parameter(value)
 
     def from_input(self, value: Any) -> bool:
         return False  # roles are found in analysis

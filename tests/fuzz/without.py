@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fxgrow.analysis.relate import Relate
+from fxgrow.analysis.context import AnalysisContext
 from fxgrow.passes import base as passes
 from fxgrow.proof import growth, ties
 from fxgrow.rules import norm, pointwise
@@ -92,7 +92,7 @@ def _ties() -> None:
 
 def _unseen_operands() -> None:
     """Operands that a rule never asked for do not freeze; ``diff``, which looks at all of them now, is as it was."""
-    Relate.freeze_unseen = lambda *_: None  # type: ignore[method-assign]
+    AnalysisContext.freeze_unseen = lambda *_: None  # type: ignore[method-assign]
     growth.Grow._grow = lambda self, rule: rule.grow(self)  # type: ignore[method-assign]
 
     def diff(ctx: Any, dims: Any) -> Any:
