@@ -6,7 +6,9 @@ weights do not fit there all at once. What happens at a node can be watched, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +30,18 @@ def op_of(node: fx.Node) -> str:
     return name.split(".")[1] if name.startswith("aten.") else ""
 
 
+@contextlib.contextmanager
+def same_draws() -> Iterator[None]:
+    """Draw the same random numbers every time; afterwards the generators are as they were."""
+    with torch.random.fork_rng():
+        if torch.accelerator.is_available():
+            torch.manual_seed(0)
+        else:  # manual_seed notes a stack trace for every kind of device that is not there, and keeps it
+            torch.default_generator.manual_seed(0)
+        yield
+
+
+@functools.cache
 def _dropout_argument(target: Any) -> tuple[int, str] | None:
     """Place and name of an op's dropout probability; None where it has none."""
     schema = getattr(target, "_schema", None)
@@ -91,6 +105,7 @@ class Runner:
             if n.op == "call_function"
         ]
 
+    @functools.cached_property
     def written(self) -> set[str]:
         """Names of the parameters and buffers whose memory the graph may write into."""
         memory = Memory(self.graph)

@@ -33,7 +33,7 @@ from fxgrow.ir import trees
 from fxgrow.ir.dtypes import same_kind
 from fxgrow.ir.traced import Call, Traced
 from fxgrow.plan import GrowthPlan, TensorPlan
-from fxgrow.verify.execute import Runner, Tensors, draws, heeds_mode
+from fxgrow.verify.execute import Runner, Tensors, draws, heeds_mode, same_draws
 from fxgrow.verify.exercise import Exercise
 from fxgrow.verify.rounding import RUNS, Moved, Tolerance, amplification, difference, slice_error
 from fxgrow.verify.trials import Trial, Trials, bound
@@ -220,7 +220,7 @@ class Side:
         self.dtype = None if runners is None else torch.float64
         own = call_graphs(program, clean_graph(program.graph, False)) if runners is None else []
         self.runners = [Runner(g) for g in own] if runners is None else runners
-        self.written: set[str] = set().union(*(r.written() for r in self.runners))
+        self.written: set[str] = set().union(*(r.written for r in self.runners))
         self._kept: dict[str, torch.Tensor] = {}
 
     def with_tensors(self, make: Callable[[str], torch.Tensor]) -> Side:
@@ -238,6 +238,10 @@ class Side:
             return self.whole(name).clone() if name in self.written else self.whole(name)
 
         return Tensors(make, self.written, keep=moved is None and self.keep)
+
+    def changed(self, results: Results) -> bool:
+        """Whether a run left anything else in the buffers than it found there."""
+        return any(not torch.equal(t, self.whole(n)) for n, t in results.state.items())
 
     def whole(self, name: str) -> torch.Tensor:
         """A tensor as it is made, which nothing may write into."""
@@ -312,8 +316,7 @@ class Side:
                     value = leaf.clone()
                 values[i] = value
         after = hook.after if isinstance(hook, Moved) else hook
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with same_draws():
             return runner.run(values, tensors, training=training, after=after)
 
 
@@ -383,7 +386,7 @@ class Verification:
     @functools.cached_property
     def _writes(self) -> tuple[set[str], set[str]]:
         """Names of what the forward of each model writes into."""
-        small, large = (set[str]().union(*(r.written() for r in runners)) for runners in self._graphs)
+        small, large = (set[str]().union(*(r.written for r in runners)) for runners in self._graphs)
         return small, large
 
     # rounds
@@ -553,35 +556,43 @@ class Verification:
 
     # float64
 
-    def _makes_old(self, shaken: bool) -> Callable[[str], torch.Tensor]:
-        return lambda name: widen_float(self._source(name, shaken))
+    def _as_it_is(self, name: str) -> torch.Tensor:
+        return self.program.tensor(name).detach()
 
-    def _makes_new(self, shaken: bool, noise: bool) -> Callable[[str], torch.Tensor]:
+    def _stays(self, name: str) -> bool:
+        """Whether a tensor has the same values everywhere: integers, and patterns that the plan continues."""
+        return not self._as_it_is(name).is_floating_point() or name in self._continued
+
+    @functools.cached_property
+    def _continued(self) -> set[str | None]:
+        return {p.source for p in self.plan.tensors.values() if p.continuation is not None}
+
+    def _shaken(self, name: str) -> torch.Tensor:
+        """A copy in float64, with other values where it may have others."""
+        tensor = self._as_it_is(name)
+        if self._stays(name):
+            return widen_float(tensor)
+        trained, written = name in self.program.parameters, name in self._written
+        opens = trained or (name in self.program.buffers and not written)
+        return shake(name, tensor, opens=opens, moves=trained or written)
+
+    def _shaken_once(self, old: Side) -> Callable[[str], torch.Tensor]:
+        """What the grown model's tensors are made of where the old one's are shaken."""
+        return lambda name: self._as_it_is(name) if self._stays(name) else old.whole(name)
+
+    def _makes(self, source: Callable[[str], torch.Tensor], *, noise: bool = True) -> Callable[[str], torch.Tensor]:
         plan = self.plan if noise else _noiseless(self.plan)
 
         def make(name: str) -> torch.Tensor:
-            ((_, tensor),) = materialise_all(plan, lambda n: self._source(n, shaken), [name], dtype=torch.float64)
+            ((_, tensor),) = materialise_all(plan, source, [name], dtype=torch.float64)
             return tensor
 
         return make
 
-    def _source(self, name: str, shaken: bool) -> torch.Tensor:
-        tensor = self.program.tensor(name).detach()
-        if (
-            not shaken
-            or not tensor.is_floating_point()
-            or any(p.source == name and p.continuation is not None for p in self.plan.tensors.values())
-        ):
-            return tensor
-        trained, written = name in self.program.parameters, name in self._written
-        return shake(
-            name, tensor, opens=trained or (name in self.program.buffers and not written), moves=trained or written
-        )
-
     def float64(self) -> None:
         """Outputs, state and gradients in float64: the weights as they are on the example, others on the rest."""
-        old = Side(self.program, self._makes_old(False), runners=self._graphs[0], keep=True)
-        new = Side(self.grown, self._makes_new(False, True), runners=self._graphs[1], keep=True)
+        old = Side(self.program, lambda n: widen_float(self._as_it_is(n)), runners=self._graphs[0], keep=True)
+        new = Side(self.grown, self._makes(self._as_it_is), runners=self._graphs[1], keep=True)
         self._written = old.written
         self._watch = Exercise([r.graph for r in old.runners], self._grown_names)
         limit = Tolerance(LIMIT)
@@ -590,13 +601,12 @@ class Verification:
         for training in (False, True):
             if not self._served(training) or (training and (self.plan.exact_elsewhere or self._one_mode)):
                 continue  # train mode is run with other weights, below
-            rounds = [self._example(training)]
-            if self.plan.exact_elsewhere and old.written:
-                rounds += self._rounds(training, ("mixed",))
-            self._refute(old, new, rounds, training, limit)
+            then = self._rounds(training, ("mixed",)) if self.plan.exact_elsewhere and old.written else []
+            self._refute(old, new, [self._example(training)], training, limit, then=then)
         self._alive(new)
         if self.plan.exact_elsewhere:
-            old, new = old.with_tensors(self._makes_old(True)), new.with_tensors(self._makes_new(True, False))
+            old = old.with_tensors(self._shaken)
+            new = new.with_tensors(self._makes(self._shaken_once(old), noise=False))
             self._other_weights(old, new, limit)
 
     def _other_weights(self, old: Side, new: Side, limit: Tolerance) -> None:
@@ -615,8 +625,8 @@ class Verification:
 
     def streamed(self) -> None:
         """Outputs in float64, of models whose weights do not fit in it: one op's weights at a time."""
-        old = Side(self.program, self._makes_old(True), runners=self._graphs[0], keep=False)
-        new = Side(self.grown, self._makes_new(True, True), runners=self._graphs[1], keep=False)
+        old = Side(self.program, self._shaken, runners=self._graphs[0], keep=False)
+        new = Side(self.grown, self._makes(self._shaken_once(old)), runners=self._graphs[1], keep=False)
         self._written = old.written
         self._watch = Exercise([r.graph for r in old.runners], self._grown_names)
         self.receipt.limits["float64"] = LIMIT
@@ -650,11 +660,16 @@ class Verification:
         training: bool,
         limit: Tolerance,
         gradients: Weighed | None = None,
+        then: Sequence[Round] = (),
     ) -> None:
+        """Compare the models on all rounds in a row; on ``then`` as well where the rounds leave something behind."""
         assert self._watch is not None
         label = "train" if training else "eval"
         try:
             small = old.run(rounds, training, after=self._watch.after, gradients=gradients)
+            if then and old.changed(small):
+                rounds = [*rounds, *then]
+                small = old.run(rounds, training, after=self._watch.after, gradients=gradients)
         except Exception as error:
             if any(t.words != "example" for r in rounds for t in r.values()):
                 return self._refute(old, new, [self._example(training)], training, limit, gradients)
@@ -876,30 +891,33 @@ def native_tolerance(program: Traced) -> Tolerance:
 
 @functools.cache
 def _drawn() -> torch.Tensor:
-    """Numbers between -1 and 1, a prime number of them, so that they do not line up with any dim."""
-    return torch.rand(65537, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    """Numbers between -1 and 1, a prime number of them, so that they do not line up with any dim; twice over."""
+    return (torch.rand(65537, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1).repeat(2)
 
 
-#: a parameter is moved by up to this part of itself
+#: a parameter is moved by up to this part of itself, and opened by up to this
 _MOVED = 0.2
 
 
 def shake(name: str, tensor: torch.Tensor, *, opens: bool, moves: bool) -> torch.Tensor:
-    """Other values for a weight, as training might leave it; the same for the same name. In float64.
+    """Other values for a weight, as training might leave it; the same for the same name. A copy, in float64.
 
     Args:
         opens: a tensor of zeros becomes small random numbers.
         moves: others are multiplied entry by entry with numbers around 1, so that signs and zeros stay.
     """
-    t = tensor.to(torch.float64)
+    t = tensor.to(torch.float64, copy=True)
     if not t.numel():
         return t
     start = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
-    drawn = _drawn().roll(start % len(_drawn()))
-    drawn = drawn.repeat(-(-t.numel() // len(drawn)))[: t.numel()].reshape(t.shape).to(t.device)
-    if not bool((t != 0).any()):
-        return 0.2 * drawn if opens else t
-    return t * (1 + _MOVED * drawn) if moves else t
+    period = len(_drawn()) // 2
+    drawn = _drawn()[-start % period :][:period] * _MOVED
+    if t.numel() > period:
+        drawn = drawn.repeat(-(-t.numel() // period))
+    drawn = drawn[: t.numel()].reshape(t.shape).to(t.device)
+    if not bool(t.any()):
+        return drawn if opens else t
+    return t.mul_(drawn.add_(1)) if moves else t
 
 
 def _casts(program: Traced) -> str:
@@ -951,8 +969,7 @@ def _says_something(outputs: Any) -> bool:
 def _call(module: Callable[..., Any], trial: Trial) -> Any:
     """A module's outputs, on copies of its inputs; the same random numbers are drawn every time."""
     copy = trial.copy()
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.no_grad(), same_draws():
         return module(*copy.args, **copy.kwargs)
 
 

@@ -12,8 +12,9 @@ from torch import fx, nn
 
 import fxgrow
 import fxgrow.growth
+from fxgrow.verify.execute import same_draws
 from fxgrow.verify.rounding import Tolerance, slice_error
-from fxgrow.verify.verification import Receipt
+from fxgrow.verify.verification import Receipt, Results, Side, shake
 from tests.models import small_gpt, trained
 
 aten = torch.ops.aten
@@ -268,6 +269,42 @@ def test_state_is_compared_over_several_calls(sabotage: Any) -> None:
         receipt(ema, buffers=dict(buffers))
 
 
+def normed(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = F.batch_norm(torch.tanh(m.up(x)), m.mean, m.spread, training=m.training)
+    return m.out(h)
+
+
+@pytest.mark.parametrize(("f", "followed"), [(ema, True), (normed, False)])
+def test_calls_in_a_row_where_one_leaves_something_for_the_next(
+    f: Callable[..., Any], followed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch norm in eval mode writes nothing: with the model's own weights the example is enough."""
+    run, seen = Side.run, []
+
+    def watched(self: Side, rounds: Any, training: bool, **how: Any) -> Results:
+        seen.append([trial.words == "example" for trials in rounds for trial in trials.values()])
+        return run(self, rounds, training, **how)
+
+    monkeypatch.setattr(Side, "run", watched)
+    buffers = {"mean": torch.zeros(8, dtype=torch.float64), "spread": torch.ones(8, dtype=torch.float64)}
+    found = receipt(f, buffers=buffers)
+    assert found.error_state is not None and found.error_state <= 1e-12
+    assert ([True, False] in seen) == followed and [True] in seen
+    assert [False, False] in seen, "with other weights, calls follow each other either way"
+
+
+def test_draws_are_the_same_and_leave_no_trace() -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    draws = []
+    for _ in range(2):
+        with same_draws():
+            draws.append(torch.rand(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(0)
+    assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], torch.rand(3))
+
+
 def test_the_original_is_left_as_it_was() -> None:
     """Verification calls it, several times and in train mode: neither its buffers nor its modes change."""
     model = trained(M(lambda m, x: ema(m, m.norm(x)), mean=torch.zeros(8))).double()
@@ -326,8 +363,8 @@ def test_streaming_holds_one_weight_at_a_time(monkeypatch: pytest.MonkeyPatch) -
         most = max(most, sum(alive.values()))
         return t
 
-    original = module.widen_float
-    monkeypatch.setattr(module, "widen_float", lambda t: tracked(original(t)))
+    original = module.shake
+    monkeypatch.setattr(module, "shake", lambda *args, **how: tracked(original(*args, **how)))
     monkeypatch.setattr(fxgrow.growth, "AUTO_FLOAT64_PARAMETERS", 10)
     fxgrow.grow(Deep(), {"op": "widen", "axis": "layers.3.weight:0", "factor": 2}, (torch.randn(3, 64),))
     assert 0 < most <= 2 * (64 * 64 + 64)
@@ -367,6 +404,22 @@ def test_amplified_rounding_hides_no_error(sabotage: Any) -> None:
     sabotage(lambda g: after(g, the(g, aten.tanh.default), aten.mul.Tensor, 1.0001) and None)
     with pytest.raises(fxgrow.ExactnessError, match="differ by"):
         receipt(f)
+
+
+@pytest.mark.parametrize("size", [1, 8, 70_000])
+def test_other_weights(size: int) -> None:
+    """Copies, near the weight: zeros and signs stay where some are not zero, else they open."""
+    weight = torch.arange(size, dtype=torch.float64) + (size == 1)
+    moved = shake("a.weight", weight, opens=True, moves=True)
+    assert torch.equal(moved, shake("a.weight", weight.float(), opens=True, moves=True))
+    assert not torch.equal(moved, shake("b.weight", weight, opens=True, moves=True))
+    assert torch.equal(moved == 0, weight == 0) and not torch.equal(moved, weight)
+    assert bool(((moved - weight).abs() <= 0.2 * weight).all())
+    kept = shake("a.weight", weight, opens=True, moves=False)
+    assert torch.equal(kept, weight) and kept.data_ptr() != weight.data_ptr()
+    opened = shake("a.weight", torch.zeros(size), opens=True, moves=True)
+    assert bool((opened != 0).all()) and float(opened.abs().max()) <= 0.2
+    assert not bool(shake("a.weight", torch.zeros(size), opens=False, moves=True).any())
 
 
 def test_slices() -> None:
