@@ -28,6 +28,7 @@ from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from fxgrow.errors import CaptureError, InputError
 from fxgrow.ir.trail import Replica
+from fxgrow.ir.traits import Trait, traits_of
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -287,9 +288,6 @@ def _at_residue(size: sympy.Expr, s: sympy.Symbol, r: int, m: int) -> sympy.Expr
     return at.xreplace({k: FloorDiv(s - r, m)})
 
 
-_RESHAPES = ("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default")
-
-
 def has_mixed_sizes(exported: torch.export.ExportedProgram) -> bool:
     """Whether a size divides a product of several dynamic ones, or a reshape is right for some sizes only.
 
@@ -303,7 +301,7 @@ def has_mixed_sizes(exported: torch.export.ExportedProgram) -> bool:
                     _is_product(f.args[0]) for f in size.node.expr.atoms(FloorDiv)
                 ):
                     return True
-        if str(node.target) in _RESHAPES and not _same_count(node.args[0].meta["val"].shape, value.shape):
+        if Trait.RESHAPES in traits_of(node.target) and not _same_count(node.args[0].meta["val"].shape, value.shape):
             return True
     return False
 

@@ -9,30 +9,7 @@ from typing import Any
 
 from torch import fx
 
-#: ops whose result may be an operand, or a view of one, though their schema does not say so
-_UNDECLARED_VIEWS = {
-    f"aten.{name}"
-    for name in (
-        *("dropout.default", "alpha_dropout.default", "feature_dropout.default", "feature_alpha_dropout.default"),
-        *("type_as.default", "conj_physical.default", "einsum.default", "cartesian_prod.default"),
-        *("atleast_1d.default", "atleast_2d.default", "atleast_3d.default"),
-        *("atleast_1d.Sequence", "atleast_2d.Sequence", "atleast_3d.Sequence"),
-        *("broadcast_tensors.default", "meshgrid.default", "meshgrid.indexing", "flatten_dense_tensors.default"),
-        *("_unsafe_view.default", "unsafe_chunk.default", "unsafe_split.Tensor", "unsafe_split_with_sizes.default"),
-    )
-}
-
-#: ops that write into these operands, though their schema does not say so
-_UNDECLARED_WRITES = {
-    f"aten.{name}.default": ("running_mean", "running_var")
-    for name in ("batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
-}
-
-#: views of the whole operand, entry by entry, whatever its values
-_SAME = ("aten.detach.default", "aten.detach_.default", "aten.alias.default")
-
-#: declared as writes, but no value changes
-_NO_WRITES = ("aten.detach_.default",)
+from fxgrow.ir.traits import Trait, traits_of
 
 
 @functools.cache
@@ -41,7 +18,7 @@ def _facts(target: Any) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
     schema = getattr(target, "_schema", None)
     if schema is None:
         return (), (), True
-    name = str(target)
+    traits = traits_of(target)
     out: set[str] = set()
     for result in schema.returns:
         out |= result.alias_info.after_set | result.alias_info.before_set if result.alias_info is not None else set()
@@ -50,12 +27,12 @@ def _facts(target: Any) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
     # an operand that is annotated and not written is viewed, if only by the tensors of a list that is returned
     views = tuple(a.name for a in aliased if not a.alias_info.is_write or a.alias_info.before_set & out)
     writes = tuple(a.name for a in aliased if a.alias_info.is_write)
-    if name in _UNDECLARED_VIEWS:
+    if Trait.HIDDEN_VIEW in traits:
         views = tuple(a.name for a in tensors)
-    if name in _NO_WRITES:
+    if Trait.WRITES_NOTHING in traits:
         writes = ()
-    if name in _UNDECLARED_WRITES:
-        return views, _UNDECLARED_WRITES[name], False
+    if Trait.HIDDEN_STATISTICS in traits:
+        return views, ("running_mean", "running_var"), False
     return views, writes, True
 
 
@@ -116,7 +93,7 @@ class Memory:
             operands = viewed(node)
             for operand in operands:
                 self._parent[self._root(operand)] = self._root(node)
-            same = bool(operands) and (returns_what_it_writes(node) or str(node.target) in _SAME)
+            same = bool(operands) and (returns_what_it_writes(node) or Trait.SAME in traits_of(node.target))
             self._whole[node] = self._whole[operands[0]] if same else node
             if writes(node):
                 writers.append(node)

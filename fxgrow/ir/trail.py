@@ -17,13 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.ir import trees
 from fxgrow.ir.quiet import quiet
+from fxgrow.ir.traits import Trait, traits_of
 
 #: from a size of an input in the graph, and in the example, to the size to run at
 Sizes = Callable[[Any, int], int]
-
-#: ops that hand on their operand's values, and those that do where the shape stays
-_SAME = ("aten.lift_fresh", "aten.detach", "aten.alias", "aten.lift_fresh_copy")
-_SAME_IN_SHAPE = ("aten.slice", "aten.view", "aten.expand", "aten.reshape", "aten._unsafe_view")
 
 
 class Replica:
@@ -142,8 +139,8 @@ class _Trail(TorchDispatchMode):
         kwargs = kwargs or {}
         before = self._digest((args, kwargs))
         out = func(*args, **kwargs)
-        name = str(func).rpartition(".")[0]
-        if name in _SAME or (name in _SAME_IN_SHAPE and out.shape == args[0].shape):
+        traits = traits_of(func)
+        if Trait.SAME in traits or (Trait.SAME_IN_SHAPE in traits and out.shape == args[0].shape):
             self.known[id(out)] = (out, before[0][0][0])
             return out
         if torch.Tag.nondeterministic_seeded in func.tags:

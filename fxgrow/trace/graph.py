@@ -14,10 +14,11 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
-from fxgrow.ir.memory import Memory
+from fxgrow.ir.memory import Memory, writes
 from fxgrow.ir.ops import HigherOrderOperator
 from fxgrow.ir.structure import describe
 from fxgrow.ir.traced import Call, Traced
+from fxgrow.ir.traits import Trait, traits_of
 from fxgrow.trace.constants import fold_constants
 from fxgrow.trace.lines import source_line
 
@@ -91,10 +92,6 @@ def traced_from(
     )
     graph.lint()
     return program
-
-
-#: ops that only check; a regenerated module has no use for them
-_ASSERTIONS = ("_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range", "_assert_async")
 
 
 def _nested_inputs(
@@ -173,7 +170,7 @@ def _trace_into(
         if node.op == "output":
             flat = trees.tree_map_only(fx.Node, lambda n: env[n], list(node.args[0]))
             return _structure(call, flat, exported.call_spec.out_spec)
-        if any(word in str(node.target) for word in _ASSERTIONS):
+        if Trait.CHECKS in traits_of(node.target):
             continue
         if node.op == "get_attr":
             env[node] = node  # a subgraph, entered below
@@ -220,7 +217,8 @@ _ZEROS = {
 }
 
 
-_DRAWS = {f"aten.{n}_" for n in ("bernoulli", "normal", "uniform", "random", "exponential", "log_normal", "cauchy")}
+def _drawn_into(node: fx.Node) -> bool:
+    return Trait.DRAWS in traits_of(node.target) and bool(writes(node))
 
 
 def _memory_that_holds_nothing(graph: fx.Graph) -> None:
@@ -231,7 +229,7 @@ def _memory_that_holds_nothing(graph: fx.Graph) -> None:
     """
     for node in list(graph.nodes):
         name = str(node.target)
-        if name in _ZEROS and not any(str(u.target).rpartition(".")[0] in _DRAWS for u in node.users):
+        if name in _ZEROS and not any(_drawn_into(u) for u in node.users):
             node.target = _ZEROS[name]
             node.kwargs = {
                 k: v for k, v in node.kwargs.items() if k != "memory_format" or name.endswith("like.default")

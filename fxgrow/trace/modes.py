@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxgrow.ir.traits import follows_mode
+
 
 def align(
     train: torch.export.ExportedProgram, evaluation: torch.export.ExportedProgram
@@ -73,17 +75,13 @@ def _through_copies(node: fx.Node) -> fx.Node:
     return node
 
 
-#: arguments that switch or weigh randomness and running statistics: no shape, and no factor of a growth, hangs on them
-_MODES = {"train", "training", "is_train", "use_input_stats", "dropout", "dropout_p", "momentum"}
-
-
 def _is_mode(node: fx.Node, path: tuple[Any, ...]) -> bool:
     """Whether a literal is one that any value may be put in for; what else differs between modes needs two graphs."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or len(path) != 2:
         return False
     name = path[1] if path[0] == "kwargs" else schema.arguments[path[1]].name
-    return name in _MODES or (name == "p" and "dropout" in schema.name)
+    return follows_mode(schema, name)
 
 
 def _counts_batches(node: fx.Node) -> bool:

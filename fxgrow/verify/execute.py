@@ -15,13 +15,10 @@ import torch
 from torch import fx
 
 from fxgrow.ir.memory import Memory
+from fxgrow.ir.traits import Trait, is_dropout_probability, traits_of
 
 #: called after each op with the node, its operands and its result; returns the result to go on with
 After = Callable[[fx.Node, tuple[Any, ...], dict[str, Any], Any], Any]
-
-#: ops that draw at random, and what they draw where nothing is left to chance (``bernoulli`` keeps everything)
-_DRAWS = ("rand", "randn", "rand_like", "randn_like", "normal", "normal_", "uniform", "uniform_")
-_KEEPS = ("bernoulli", "bernoulli_")
 
 
 def op_of(node: fx.Node) -> str:
@@ -48,7 +45,7 @@ def _dropout_argument(target: Any) -> tuple[int, str] | None:
     if schema is None:
         return None
     for place, argument in enumerate(schema.arguments):
-        if argument.name in ("dropout_p", "dropout") or (argument.name == "p" and "dropout" in schema.name):
+        if is_dropout_probability(schema, argument.name):
             return place, str(argument.name)
     return None
 
@@ -80,6 +77,12 @@ def heeds_mode(graph: fx.Graph) -> bool:
     )
 
 
+def _drawn(node: fx.Node) -> float | None:
+    """What an op draws where nothing is left to chance: ``bernoulli`` keeps everything. None: it draws nothing."""
+    traits = traits_of(node.target)
+    return None if Trait.DRAWS not in traits else 1.0 if Trait.KEEPS in traits else 0.5
+
+
 class Runner:
     """The graph of one call, ready to run.
 
@@ -98,9 +101,10 @@ class Runner:
         frees: dict[fx.Node, list[fx.Node]] = {}
         for operand, node in last.items():
             frees.setdefault(node, []).append(operand)
-        #: what to do, looked up once: op, name, where its dropout probability stands, what nobody reads afterwards
+        #: what to do, looked up once: op, what stands for a draw, where its dropout probability stands, what nobody
+        #: reads afterwards
         self._steps = [
-            (n, n.target, op_of(n), _dropout_argument(n.target), tuple(frees.get(n, ())))
+            (n, n.target, _drawn(n), _dropout_argument(n.target), tuple(frees.get(n, ())))
             for n in graph.nodes
             if n.op == "call_function"
         ]
@@ -144,7 +148,7 @@ class Runner:
                 return slice(value(given.start), value(given.stop), value(given.step))
             return given
 
-        for node, op, name, dropout, done in self._steps:
+        for node, op, drawn, dropout, done in self._steps:
             args = [value(a) for a in node.args]
             kwargs = {k: value(a) for k, a in node.kwargs.items()}
             if dropout is not None and not chance:
@@ -154,8 +158,8 @@ class Runner:
                 if key in kwargs:
                     kwargs[key] = 0.0
             result = op(*args, **kwargs)
-            if not chance and (name in _DRAWS or name in _KEEPS):
-                result.fill_(1.0 if name in _KEEPS else 0.5)
+            if not chance and drawn is not None:
+                result.fill_(drawn)
             env[node] = result if after is None else after(node, tuple(args), kwargs, result)
             for operand in done:
                 env.pop(operand, None)

@@ -5,31 +5,20 @@ A comparison says nothing about a branch that no input reached. These are found 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
+from fxgrow.ir.ops import schema_of
+from fxgrow.ir.traits import Trait, traits_of
 from fxgrow.verify.execute import op_of
 
-_CONDITIONS = {"where": 0, "masked_fill": 1, "masked_fill_": 1, "masked_scatter": 1, "masked_select": 1}
-_CHOICES = ("maximum", "minimum")
-_GATES = ("relu", "relu_", "relu6", "relu6_", "clamp", "clamp_", "clamp_min", "clamp_min_", "hardtanh", "hardtanh_")
-_PRODUCTS = (
-    "mul",
-    "mul_",
-    "matmul",
-    "mm",
-    "bmm",
-    "linear",
-    "addcmul",
-    "baddbmm",
-    "addmm",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-)
+#: what is watched of an op
+_WATCHED = frozenset({Trait.CONDITION, Trait.CHOICE, Trait.GATE, Trait.PRODUCT})
+
 #: so many lines are named
 _NAMED = 6
 
@@ -53,28 +42,28 @@ class Exercise:
                 own = node.op == "get_attr" and (not relevant or node.target in relevant)
                 if own or any(i in touched for i in node.all_input_nodes):
                     touched.add(node)
-                    name = op_of(node)
-                    if name in _CONDITIONS or name in _CHOICES or name in _GATES or name in _PRODUCTS:
+                    traits = traits_of(node.target)
+                    if traits & _WATCHED:
                         self._seen[node] = set()
                         operands = sum(isinstance(a, fx.Node) for a in node.args[:3])
-                        self._enough[node] = 1 if name in _GATES else operands if name in _PRODUCTS else 2
+                        self._enough[node] = 1 if Trait.GATE in traits else operands if Trait.PRODUCT in traits else 2
 
     def after(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """Look at an op that ran."""
         seen = self._seen.get(node)
         if seen is None or len(seen) == self._enough.get(node):
             return result
-        name = op_of(node)
-        if name in _CONDITIONS:
-            condition = args[_CONDITIONS[name]]
+        traits = traits_of(node.target)
+        if Trait.CONDITION in traits:
+            condition = args[_place_of_condition(node.target)]
             if len(seen) < 2 and isinstance(condition, torch.Tensor) and condition.numel():
                 seen |= {"True"} if bool(condition.any()) else set()
                 seen |= {"False"} if not bool(condition.all()) else set()
-        elif name in _CHOICES:
+        elif Trait.CHOICE in traits:
             if len(seen) < 2 and result.numel():
                 seen |= {"first"} if bool((args[0] != args[1]).logical_and(result == args[0]).any()) else set()
                 seen |= {"second"} if bool((args[0] != args[1]).logical_and(result == args[1]).any()) else set()
-        elif name in _GATES:
+        elif Trait.GATE in traits:
             if "open" not in seen and bool((result != 0).any()):
                 seen.add("open")
         else:
@@ -95,16 +84,21 @@ class Exercise:
         return named[:_NAMED] + ([f"and {len(named) - _NAMED} more places"] if len(named) > _NAMED else [])
 
     def _say(self, node: fx.Node, seen: set[str]) -> str:
-        name = op_of(node)
-        if name in _CONDITIONS:
+        traits = traits_of(node.target)
+        if Trait.CONDITION in traits:
             return "" if len(seen) == 2 else f"the condition was {next(iter(seen), 'empty')} everywhere"
-        if name in _CHOICES:
+        if Trait.CHOICE in traits:
             return "" if len(seen) == 2 else f"only the {next(iter(seen))} operand was ever chosen" if seen else ""
-        if name in _GATES:
+        if Trait.GATE in traits:
             return "" if seen else "every result was zero"
         zero = [i for i, a in enumerate(node.args[:3]) if isinstance(a, fx.Node) and str(i) not in seen]
         tensors = [i for i in zero if isinstance(node.args[i].meta.get("val"), torch.Tensor)]  # type: ignore[union-attr]
         return f"operand {', '.join(str(i + 1) for i in tensors)} was zero everywhere" if tensors else ""
+
+
+@functools.cache
+def _place_of_condition(target: Any) -> int:
+    return next(i for i, a in enumerate(schema_of(target).arguments) if a.name in ("condition", "mask"))
 
 
 def _any(t: torch.Tensor) -> bool:

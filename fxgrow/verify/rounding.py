@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxgrow.verify.execute import op_of
+from fxgrow.ir.traits import Trait, traits_of
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,6 @@ class Tolerance:
 
 #: runs whose largest effect counts
 RUNS = 3
-
-#: ops whose result holds the very values they were given: there is nothing to round
-_EXACT_OPS = """
-    _to_copy abs abs_ adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d alias amax
-    amin arange as_strided broadcast_to cat ceil ceil_ channel_shuffle clamp clamp_ clamp_max
-    clamp_max_ clamp_min clamp_min_ clip clone concat concatenate constant_pad_nd contiguous
-    copy copy_ detach detach_ diag diag_embed diagonal dropout dropout_ embedding empty
-    empty_like expand expand_as eye fill fill_ flatten flip floor floor_ full full_like
-    gather hardtanh hardtanh_ im2col index index_copy index_fill index_put index_put_
-    index_select lift_fresh_copy masked_fill masked_fill_ masked_scatter masked_select max
-    max_pool1d max_pool2d max_pool3d maximum min minimum movedim nan_to_num neg neg_
-    new_empty new_full new_ones new_zeros one_hot ones ones_like pad permute pixel_shuffle
-    pixel_unshuffle reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 relu_ repeat
-    repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape roll rot90
-    round round_ scalar_tensor scatter select_scatter sgn sign slice_scatter sort split
-    squeeze stack t take take_along_dim threshold threshold_ tile to topk transpose tril
-    triu trunc trunc_ type_as unbind unfold unsqueeze view where zero_ zeros zeros_like
-"""
-_EXACT = frozenset(_EXACT_OPS.split())
 
 
 class Moved:
@@ -89,7 +70,7 @@ class Moved:
 
     def after(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """Moves what an op computed, unless it only moved, chose or cast what it was given."""
-        if op_of(node) in _EXACT:
+        if Trait.EXACT in traits_of(node.target):
             return result
         if isinstance(result, torch.Tensor):
             return result if _shares(result, args) else self.tensor(result)

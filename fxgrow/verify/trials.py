@@ -17,6 +17,7 @@ from torch import fx
 from fxgrow.ir import trees
 from fxgrow.ir.dtypes import same_kind
 from fxgrow.ir.sizes import shape_of
+from fxgrow.rules.base import moves
 from fxgrow.verify.execute import op_of
 
 #: factors of the examples in a mixed trial, by turns
@@ -195,15 +196,7 @@ def _rows_of(node: fx.Node) -> int | None:
                 value = user.args[0].meta.get("val") if isinstance(user.args[0], fx.Node) else None
                 if isinstance(value, torch.Tensor) and value.dim() > 1 and isinstance(value.shape[1], int):
                     found.append(int(value.shape[1]))
-            elif name in _PASSES and user.args and user.args[0] is here and user not in seen:
+            elif moves(user) and user.args and user.args[0] is here and user not in seen:
                 seen.add(user)
                 todo.append(user)
     return min(found, default=None)
-
-
-#: ops that give the indices they were given
-_PASSED_ON = """
-    _to_copy alias clone contiguous detach expand flatten lift_fresh_copy permute reshape
-    select slice squeeze to transpose unbind unsqueeze view
-"""
-_PASSES = frozenset(_PASSED_ON.split())
