@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 class FxgrowError(Exception):
     """Base of every error fxgrow raises on purpose."""
@@ -19,8 +21,48 @@ class SpecError(FxgrowError, ValueError):
     """A spec, a schedule or a name in it is wrong."""
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why something cannot be grown, and where it fails; the text of it is the message.
+
+    Attributes:
+        what: an axis, a stack or a layer, by name.
+        why: the reason, in words.
+        verb: what was to be done with it.
+        old, new: its sizes, where the refusal is about these.
+        op, line: where in the model it fails: the op, and the user's source line.
+    """
+
+    what: str
+    why: str
+    verb: str = "grow"
+    old: int | None = None
+    new: int | None = None
+    op: str = ""
+    line: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Where and why, without what was asked for."""
+        if not self.op:
+            return self.why
+        return f"{self.op} at {self.line}: {self.why}" if self.line else f"{self.op}: {self.why}"
+
+    def __str__(self) -> str:
+        sizes = "" if self.new is None else f" to {self.new}" if self.old is None else f" from {self.old} to {self.new}"
+        return f"cannot {self.verb} {self.what}{sizes}: {self.reason}"
+
+
 class GrowthRefused(FxgrowError):
-    """The growth asked for cannot be proved exact; the message gives the op, the source line and the reason."""
+    """The growth asked for cannot be proved exact; the message gives the op, the source line and the reason.
+
+    Attributes:
+        refusal: the parts of the message, where it is about one axis, stack or layer.
+    """
+
+    def __init__(self, message: str | Refusal) -> None:
+        super().__init__(str(message))
+        self.refusal = message if isinstance(message, Refusal) else None
 
 
 class ExactnessError(FxgrowError):

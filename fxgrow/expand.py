@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.growth import Growth, Verify, grow
 from fxgrow.ir.stacks import stacks_of
 from fxgrow.program import Program, capture
@@ -44,7 +44,7 @@ def spec_between(small: Program, big: Program, **how: Any) -> list[dict[str, Any
             raise SpecError(f"{axis.name} has {axis.size} units, the larger model {sizes[axis.name]}")
         if sizes[axis.name] > axis.size:
             if not axis.growable:
-                raise GrowthRefused(f"cannot grow {axis.name} to {sizes[axis.name]}: it is frozen by {axis.reason}")
+                raise GrowthRefused(Refusal(axis.name, f"it is frozen by {axis.reason}", new=sizes[axis.name]))
             operations.append({"op": "widen", "axis": axis.name, "to": sizes[axis.name], **how})
     # widen first: blocks that are added afterwards are copies of grown ones
     return sorted(operations, key=lambda o: o["op"] == "deepen")

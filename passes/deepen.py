@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxgrow.emit.blocks import Region, block_regions
-from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.memory import Memory, writes
 from fxgrow.ir.ops import op_name
 from fxgrow.ir.sizes import sizes_of
@@ -212,7 +212,7 @@ class _Blocks:
         )
 
     def refuse(self, why: str, instead: str) -> GrowthRefused:
-        return GrowthRefused(f"cannot deepen {self.stack or '.'}: {why}. {instead}")
+        return GrowthRefused(Refusal(self.stack or ".", f"{why}. {instead}", "deepen"))
 
     def _in_one_call(self, region: Region, after: int, init: str) -> Values | None:
         """What to set so that the copy's branches are zero; None where only a gate can make it the identity."""
@@ -277,10 +277,11 @@ def stream_input(region: Region, stack: str, regions: list[Region]) -> fx.Node:
         GrowthRefused: no input or no single output has the right shape.
     """
     if len(region.outputs) != 1:
-        raise GrowthRefused(
-            f"cannot deepen {stack or '.'}: {len(region.outputs)} values that {region.path} computes are used outside "
-            f"it ({'; '.join(map(_at, region.outputs))}), and a copy that follows it can take up one only"
+        why = (
+            f"{len(region.outputs)} values that {region.path} computes are used outside it "
+            f"({'; '.join(map(_at, region.outputs))}), and a copy that follows it can take up one only"
         )
+        raise GrowthRefused(Refusal(stack or ".", why, "deepen"))
     (out,) = region.outputs
     same = [n for n in region.inputs if sizes_of(n) is not None and sizes_of(n) == sizes_of(out)]
     if len(same) > 1:
@@ -290,10 +291,11 @@ def stream_input(region: Region, stack: str, regions: list[Region]) -> fx.Node:
         same = linked if len(linked) == 1 else chain if len(chain) == 1 else same
     if len(same) != 1:
         what = "none of its inputs has" if not same else f"{len(same)} of its inputs have"
-        raise GrowthRefused(
-            f"cannot deepen {stack or '.'}: the output of block {region.path} has the shape {sizes_of(out)}, and "
-            f"{what} that shape, so that no copy of it can follow it"
+        why = (
+            f"the output of block {region.path} has the shape {sizes_of(out)}, and {what} that shape, so that no copy "
+            "of it can follow it"
         )
+        raise GrowthRefused(Refusal(stack or ".", why, "deepen"))
     return same[0]
 
 

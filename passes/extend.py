@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import fx
 
 from fxgrow.algebra import Axis
 from fxgrow.analysis.axes import AxisInfo, Member
 from fxgrow.analysis.ranges import Ranges
-from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.guards import moved
 from fxgrow.passes.base import GrowthPass, State, register_pass, update_sizes
 from fxgrow.passes.widen import apply_changes, changes_of, new_size
@@ -64,9 +63,8 @@ def plan_extend(state: State, op: Extend) -> list[Step]:
     queue = []
     for info in _find(state, op.axis):
         if info.growable and not _only_buffers(state, info):
-            raise GrowthRefused(
-                f"cannot extend {info.name}: its entries are neither looked up by number nor returned; widen grows it"
-            )
+            why = "its entries are neither looked up by number nor returned; widen grows it"
+            raise GrowthRefused(Refusal(info.name, why, "extend"))
         new = new_size(op, info)
         state.check_room(info, new)
         if new == info.size:
@@ -139,11 +137,11 @@ def _followers(state: State, run: Extension, wanted: _Wanted, ranges: Ranges) ->
             where = short.lookup.node.meta.get("source", "")
             at = f"{short.lookup.node.target}" + (f" at {where}" if where else "")
             if not isinstance(short.dim, Axis) or not members(state.axes, short.dim):
-                raise GrowthRefused(
-                    f"cannot extend {wanted.info.name} from {wanted.info.size} to {wanted.new}: {at} takes "
-                    f"{short.size} entries of {short.lookup.operand.name} then, which is computed with a size of its "
-                    "own and cannot follow. Make it a buffer, or compute it from the input's length"
+                why = (
+                    f"{at} takes {short.size} entries of {short.lookup.operand.name} then, which is computed with "
+                    "a size of its own and cannot follow. Make it a buffer, or compute it from the input's length"
                 )
+                raise GrowthRefused(Refusal(wanted.info.name, why, "extend", wanted.info.size, wanted.new))
             yield _Wanted(_unnamed(state, short.dim), short.size, wanted.info.name)
 
 
@@ -151,11 +149,7 @@ def _grow(state: State, op: Extend, wanted: _Wanted, run: Extension, outcome: Ou
     axes, info, new = state.axes, wanted.info, wanted.new
     old = info.size
 
-    def refuse(node: fx.Node, why: str) -> GrowthRefused:
-        run.node = node
-        return run.refuse(why)
-
-    changes = changes_of(state, outcome, size_edits(axes, info.axis, new, refuse))
+    changes = changes_of(state, outcome, size_edits(axes, info.axis, new, run.refuse_at))
     for name, i in members(axes, info.axis):
         if state.is_parameter(name):
             _plan_rows(state, op, name, i, info.axis, outcome)
@@ -239,11 +233,12 @@ def _continue_buffers(state: State, runs: list[tuple[_Wanted, Extension]], step:
         others = {i for i, d in enumerate(plan.dims) if d is not None and i not in along}
         if pattern is None or others & {pattern.rows, pattern.columns}:
             wanted = next(iter(dims.values()))
-            raise GrowthRefused(
-                f"cannot extend {wanted.info.name}: the buffer {name} has to grow along dim "
-                f"{', '.join(map(str, dims))}, and its values follow no pattern that fxgrow could continue (a "
-                "constant, evenly spaced numbers, a triangle or band, cosines and sines of the position)"
+            why = (
+                f"the buffer {name} has to grow along dim {', '.join(map(str, dims))}, and its values follow no "
+                "pattern that fxgrow could continue (a constant, evenly spaced numbers, a triangle or band, cosines "
+                "and sines of the position)"
             )
+            raise GrowthRefused(Refusal(wanted.info.name, why, "extend"))
         plan.continuation = pattern
         for i, wanted in dims.items():
             old = plan.shape[i]

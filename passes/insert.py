@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.ops import op_name, operator_named
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.traced import Traced
@@ -70,10 +70,10 @@ def _insert_after(state: State, op: Insert, name: str, step: Step) -> None:
     nodes = [_output_of(graph, name, call) for call in range(max(1, len(program.calls)))]
     found = [n for n in nodes if n is not None]
     if not found:
-        raise GrowthRefused(f"cannot insert after {name}: nothing that it computes is used outside it")
+        raise _refusal(name, "nothing that it computes is used outside it")
     changes = [_layer_after(op, name, n) for n in found]
     if len({(c.size, c.rank, c.activation) for c in changes}) > 1:
-        raise GrowthRefused(f"cannot insert after {name}: its output differs from call to call in shape or op")
+        raise _refusal(name, "its output differs from call to call in shape or op")
     width = 2 if changes[0].activation else 1
     path, prefixes = _place(program, name, width)
     growth_pass = InsertPass(step, program)
@@ -91,6 +91,10 @@ def _insert_after(state: State, op: Insert, name: str, step: Step) -> None:
     state.structure_changed()
 
 
+def _refusal(name: str, why: str) -> GrowthRefused:
+    return GrowthRefused(Refusal(name, why, "insert after"))
+
+
 def _output_of(graph: fx.Graph, name: str, call: int) -> fx.Node | None:
     """The one tensor that a module hands on in one of the model's calls; None where that call does not run it."""
     inside = [
@@ -105,13 +109,14 @@ def _output_of(graph: fx.Graph, name: str, call: int) -> fx.Node | None:
     if not inside:
         return None
     if len(outputs) != 1:
-        raise GrowthRefused(
-            f"cannot insert after {name}: {len(outputs)} tensors that it computes are used outside it, and the new "
-            "layer can follow one only; name a layer inside it"
+        raise _refusal(
+            name,
+            f"{len(outputs)} tensors that it computes are used outside it, and the new layer can follow one only; name "
+            "a layer inside it",
         )
     times = {n.meta.get("module_call", name) for n in inside}
     if any("@" in t for t in times):
-        raise GrowthRefused(f"cannot insert after {name}: the forward calls it more than once")
+        raise _refusal(name, "the forward calls it more than once")
     return outputs[0]
 
 
@@ -125,14 +130,13 @@ def _layer_after(op: Insert, name: str, node: fx.Node) -> InsertLayer:
         raise SpecError(f"cannot insert after {name}: its output has {rank} dims, and needs at least 2")
     dim = rank - 1 if op.layer == "linear" else 1
     if not isinstance(sizes[dim], int):
-        raise GrowthRefused(
-            f"cannot insert after {name}: the new layer would be as wide as dim {dim} of its output, whose size "
-            "varies with the input"
+        raise _refusal(
+            name, f"the new layer would be as wide as dim {dim} of its output, whose size varies with the input"
         )
     value = node.meta.get("val")
     dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float32
     if not dtype.is_floating_point:
-        raise GrowthRefused(f"cannot insert after {name}: its output is {dtype}, and a layer needs floating point")
+        raise _refusal(name, f"its output is {dtype}, and a layer needs floating point")
     return InsertLayer(
         layer=op.layer,
         after=name,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections.abc import Iterator
 
 import numpy as np
-from torch import fx
 
 from fxgrow.analysis.axes import AxisInfo
-from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.dtypes import is_fine
 from fxgrow.limits import check_units
 from fxgrow.passes.base import GrowthPass, State, apply_edit, apply_rescale, register_pass, rescale, update_sizes
@@ -72,7 +70,7 @@ def _frozen(infos: list[AxisInfo]) -> str:
     for info in infos:
         by_reason.setdefault(str(info.reason), []).append(info.name)
     return "\n".join(
-        f"cannot grow {_listed(names)}: {'it is' if len(names) == 1 else 'they are'} frozen by {reason}"
+        str(Refusal(_listed(names), f"{'it is' if len(names) == 1 else 'they are'} frozen by {reason}"))
         for reason, names in by_reason.items()
     )
 
@@ -145,15 +143,13 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
         run = Grow(axes, axis, info.name, growth, content)
         try:
             outcome = run.run()
-            sizes = size_edits(axes, axis, new, functools.partial(_refuse_node, info, new))
+            sizes = size_edits(axes, axis, new, run.refuse_at)
             break
         except GrowthRefused as refusal:
-            refusals.setdefault(
-                str(refusal).removeprefix(f"cannot grow {info.name} from {info.size} to {new}: "), words
-            )
+            refusals.setdefault(refusal.refusal.reason if refusal.refusal else str(refusal), words)
     else:
         (first, _), *others = refusals.items()
-        lines = [f"cannot grow {info.name} from {info.size} to {new}: {first}"]
+        lines = [str(Refusal(info.name, first, old=info.size, new=new))]
         lines += [f"nor as {words}: {reason}" for reason, words in others]
         ways = [f"`{w}`" for w in _exact_ways(state, op, info, new)]
         lines += [f"(exact for {info.name}: {' or '.join(ways)})"] if ways else []
@@ -206,19 +202,14 @@ def _exact_ways(state: State, op: Widen, info: AxisInfo, new: int) -> list[str]:
             continue
         for _, growth, content in candidates(other, info.size, size):
             try:
-                Grow(state.axes, info.axis, info.name, growth, content).run()
-                size_edits(state.axes, info.axis, size, functools.partial(_refuse_node, info, size))
+                run = Grow(state.axes, info.axis, info.name, growth, content)
+                run.run()
+                size_edits(state.axes, info.axis, size, run.refuse_at)
             except GrowthRefused:
                 continue
             found.append(words)
             break
     return found
-
-
-def _refuse_node(info: AxisInfo, new: int, node: fx.Node, why: str) -> GrowthRefused:
-    source = node.meta.get("source", "")
-    where = f" at {source}" if source else ""
-    return GrowthRefused(f"cannot grow {info.name} from {info.size} to {new}: {node.target}{where}: {why}")
 
 
 def changes_of(state: State, outcome: Outcome, sizes: list[Edit]) -> list[Change]:
@@ -295,10 +286,11 @@ def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> 
             made.fill = None
         reads = any(s[0] == name and s[1] == i and s not in outcome.carriers for s in outcome.readers)
         if plan.zero and plan.level and (reads or Content.ZERO in contents):
-            raise GrowthRefused(
-                f"cannot widen {info.name}: {name} belongs to a new block, which is the identity because it is "
-                f"{plan.level:g} everywhere; widen first, and deepen after it"
+            why = (
+                f"{name} belongs to a new block, which is the identity because it is {plan.level:g} everywhere; widen "
+                "first, and deepen after it"
             )
+            raise GrowthRefused(Refusal(info.name, why, "widen"))
         if op.fan_in == "random" and op.fan_out == "random" and reads and made.fill is not None:
             made.fill = np.where(made.index < 0, float(FILL_RANDOM), made.fill)
         state.compose(name, i, made)

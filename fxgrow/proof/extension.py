@@ -215,16 +215,16 @@ class Extension(Grow):
     # the whole -------------------------------------------------------------------------------------------------------
 
     def _refuse_input(self, node: fx.Node, dim: int) -> None:
-        raise GrowthRefused(
-            f"cannot extend {self.name} from {self.growth.old} to {self.growth.new}: it is dim {dim} of the input "
-            f"{node.meta.get('input', node.name)!r}, of a fixed size, which callers would have to change"
+        raise self.refuse_all(
+            f"it is dim {dim} of the input {node.meta.get('input', node.name)!r}, of a fixed size, which callers would "
+            "have to change"
         )
 
     def _look_at_outputs(self) -> None:
         changed = _after(self.tainted)
         for node in changed:
             if writes(node):
-                raise GrowthRefused(f"cannot extend {self.name}: {node.target} writes what changes with it in place")
+                raise self.refuse_all(f"{node.target} writes what changes with it in place")
         exact = 0
         self.outputs, self.changed_outputs = [], []
         for number, out in enumerate(tensor_outputs(self.axes.program.graph)):
@@ -236,9 +236,8 @@ class Extension(Grow):
                 if not any((x.axis if isinstance(x, Leaf) else x) is self.axis for x in leaves(dim)):
                     continue
                 if not starts_with_old(dim, self.axis):
-                    raise GrowthRefused(
-                        f"cannot extend {self.name} from {self.growth.old} to {self.growth.new}: in dim {i} of output "
-                        f"{number} ({out.name}) new entries would lie between old ones"
+                    raise self.refuse_all(
+                        f"in dim {i} of output {number} ({out.name}) new entries would lie between old ones"
                     )
                 old = int(size_of(dim))
                 new = old // self.growth.old * self.growth.new if _is_product(dim) else old + self.growth.newborn
@@ -264,12 +263,10 @@ class Extension(Grow):
         needs = [_largest(x.need) for x in self.lookups]
         if all(n is not None and n <= self.growth.old for n in needs):
             most, one = max(zip(needs, self.lookups, strict=True), key=lambda x: x[0] or 0)
-            source = one.node.meta.get("source", "")
-            raise GrowthRefused(
-                f"cannot extend {self.name} from {self.growth.old} to {self.growth.new}: {one.node.target}"
-                + (f" at {source}" if source else "")
-                + f": it never looks beyond entry {int(most or 0) - 1}, whatever the input, so that new entries would "
-                "not be used. If it is the example that fixed this, and not the model, capture with another length"
+            raise self.refuse_at(
+                one.node,
+                f"it never looks beyond entry {int(most or 0) - 1}, whatever the input, so that new entries would "
+                "not be used. If it is the example that fixed this, and not the model, capture with another length",
             )
 
 

@@ -36,7 +36,7 @@ from fxgrow.algebra import (
 )
 from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.call import CallContext, constant_value
-from fxgrow.errors import GrowthRefused
+from fxgrow.errors import GrowthRefused, Refusal
 from fxgrow.ir.dtypes import is_fine
 from fxgrow.ir.memory import returns_what_it_writes, writes
 from fxgrow.ir.ops import bound_arguments, nodes_among, op_name
@@ -115,7 +115,7 @@ class Grow(CallContext):
                 continue
             self._check_alive()
             return self.outcome
-        raise GrowthRefused(f"cannot grow {self.name}: no choice of its new weights suits every op")
+        raise self.refuse_all("no choice of its new weights suits every op")
 
     def _interpret(self) -> None:
         self.env, self.outcome = {}, Outcome(self.growth)
@@ -373,12 +373,17 @@ class Grow(CallContext):
         raise self.refuse(why)
 
     def refuse(self, why: str, kind: type[GrowthRefused] = GrowthRefused) -> GrowthRefused:
-        source = self.node.meta.get("source", "")
-        return kind(
-            f"cannot {self.verb} {self.name} from {self.growth.old} to {self.growth.new}: {self.op}"
-            + (f" at {source}" if source else "")
-            + f": {why}"
-        )
+        """The growth fails at the call at hand."""
+        return self.refuse_at(self.node, why, kind)
+
+    def refuse_at(self, node: fx.Node, why: str, kind: type[GrowthRefused] = GrowthRefused) -> GrowthRefused:
+        """The growth fails at an op of the graph."""
+        op, line = str(node.target), node.meta.get("source", "")
+        return kind(Refusal(self.name, why, self.verb, self.growth.old, self.growth.new, op, line))
+
+    def refuse_all(self, why: str) -> GrowthRefused:
+        """The growth fails, at no op in particular."""
+        return GrowthRefused(Refusal(self.name, why, self.verb, self.growth.old, self.growth.new))
 
     def combine(self, a: Expr, b: Expr, how: str) -> Expr:
         """Meet of two operands along one dim, either of which may be broadcast (size 1)."""
@@ -617,10 +622,7 @@ class Grow(CallContext):
             raise _Restart
         for name, requests in self.outcome.scale_requests.items():
             if not agreed(name, requests):
-                raise GrowthRefused(
-                    f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: several ops use {name}, "
-                    "and would need it multiplied by different factors"
-                )
+                raise self.refuse_all(f"several ops use {name}, and would need it multiplied by different factors")
         for fold, table in ((False, self.outcome.scale_requests), (True, self.outcome.fold_requests)):
             for name, requests in table.items():
                 before, folded = self.outcome.scales.get(name, (1.0, False))
@@ -729,9 +731,9 @@ class Grow(CallContext):
             return
         weights = {s: c for s, c in self.outcome.carriers.items() if s[0] in self.axes.program.parameters}
         if self.outcome.silenced and not self.outcome.readers:
-            raise GrowthRefused(
-                f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: two activations are multiplied "
-                "or compared over it, and both would be zero in new units, which then never get a gradient"
+            raise self.refuse_all(
+                "two activations are multiplied or compared over it, and both would be zero in new "
+                "units, which then never get a gradient"
             )
         paired = self.growth.ids < self.growth.newborn and bool(self.outcome.readers)
         if not weights or paired or not (self.outcome.readers or self.outcome.multiplied):
@@ -741,14 +743,11 @@ class Grow(CallContext):
         silent_out = not fed and all(reader_fill(c) == FILL_ZERO for c in self.outcome.readers.values())
         trained = [s for s in self.outcome.readers if s[0] in self.axes.program.parameters]
         if silent_out and self.outcome.readers and not trained and not self.outcome.multiplied:
-            raise GrowthRefused(
-                f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: only buffers multiply its new "
-                "units, with zeros that no training changes"
-            )
+            raise self.refuse_all("only buffers multiply its new units, with zeros that no training changes")
         if silent_in and silent_out:
-            raise GrowthRefused(
-                f"cannot grow {self.name} from {self.growth.old} to {self.growth.new}: the weights into its new units "
-                "and those out of them would both be zero, so that neither ever gets a gradient"
+            raise self.refuse_all(
+                "the weights into its new units and those out of them would both be zero, so that neither ever "
+                "gets a gradient"
             )
 
 
