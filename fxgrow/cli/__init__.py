@@ -1,4 +1,4 @@
-"""The command line: ``fxgrow inspect | plan | grow | verify | train | schema | passes | env``.
+"""The command line: ``fxgrow inspect | plan | grow | verify | train | schema | passes | rules | env``.
 
 Results go to standard output (``--json`` where a program reads them), progress and errors to standard error. Exit code
 0: done; 1: a verification measured a difference; 2: refused or wrong, with one message that says why.
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fxgrow.cli import env, grow, inspect, passes, plan, schema, train, verify
+from fxgrow.cli import env, grow, inspect, passes, plan, rules, schema, train, verify
 from fxgrow.cli.console import say
 from fxgrow.errors import FxgrowError
 
@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 for _command in (
     *(inspect.inspect, plan.plan, grow.grow, verify.verify, train.train),
-    *(schema.schema, passes.passes, env.env),
+    *(schema.schema, passes.passes, rules.rules, env.env),
 ):
     app.command()(_command)
 

@@ -43,7 +43,7 @@ def passes(json_: Json = False) -> None:
         what = row["says"] if row["pass"] else f"{row['says']} [no pass is registered]"
         table.add_row(row["op"], escape(str(what)), ", ".join(row["fields"]))
     console.print(table)
-    console.print(f"{len(RULES)} ops have rules; fxgrow passes --json lists them")
+    console.print(f"{len(RULES)} ops have rules: fxgrow rules")
     for plugin in plugins():
         console.print(f"plug-in {plugin.name} of {plugin.group}: {plugin.value} ({plugin.package})")
     if not extra:

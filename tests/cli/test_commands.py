@@ -254,6 +254,17 @@ def test_schema(run: Any, kind: str) -> None:
     assert schema["properties"]["version"]
 
 
+def test_rules_are_listed_by_name(run: Any) -> None:
+    text = run("rules", "aten.silu")[0]
+    assert "aten.silu aten.silu_" in text and "Pointwise" in text and "zero" in text and "2 ops: 2 in 1 row" in text
+    (row,) = json.loads(run("rules", "aten.linear.default", "--json")[0])
+    assert row["says"] == "... i, o i, o? -> ... o" and row["columns"]["sum"] == "i" and row["row"]
+    assert "product" in row["traits"]
+    for op in json.loads(run("rules", "--classes", "--json")[0]):
+        assert not op["row"] and op["special"]
+    assert "no op with a rule matches" in run("rules", "nosuch", code=2)[1]
+
+
 def test_passes(run: Any) -> None:
     out, _ = run("passes")
     assert all(op in out for op in ("widen", "deepen", "insert"))
