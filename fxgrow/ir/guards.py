@@ -266,7 +266,7 @@ def settle_sizes(exported: torch.export.ExportedProgram) -> None:
 
 def _residue(fact: Any) -> dict[sympy.Symbol, tuple[int, int]]:
     """``{s: (r, m)}`` where a fact says that the size s is r more than a multiple of m, and nothing else."""
-    if len(fact.free_symbols) != 1:
+    if len(fact.free_symbols) != 1 or not isinstance(fact, sympy.Eq | sympy.Le):  # others may be dropped by weigh
         return {}
     (s,) = fact.free_symbols
     inner = {f for f in fact.atoms(Mod, PythonMod) if f.args[0] == s and f.args[1].is_Integer}
