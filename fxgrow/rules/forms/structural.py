@@ -21,10 +21,11 @@ class Structural(Row):
         dims: gets the context and the dims of ``operand``, and returns those of the result(s). The first line of its
             docstring is the row's notation.
         literals: re-emits the literal arguments that depend on sizes.
-        operand: schema name of the operand that ``dims`` gets; the first tensor unless said.
+        operand: schema name of the operand that ``dims`` gets; the first tensor unless said. Of a list of tensors it
+            gets a list of their dims.
     """
 
-    dims: Callable[[Any, Dims], Dims | list[Dims]]
+    dims: Callable[[Any, Any], Dims | list[Dims]]
     literals: Callable[[Resize], None] | None = None
     operand: str | None = None
     moves: bool = field(default=True, kw_only=True)
@@ -34,10 +35,16 @@ class Structural(Row):
         return (inspect.getdoc(self.dims) or self.dims.__name__).partition("\n")[0]
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
-        return self.dims(ctx, ctx.dims(self.operand or ctx.first) or [])
+        return self.dims(ctx, self._given(ctx))
 
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        return self.dims(ctx, ctx.dims(self.operand or ctx.first) or [])
+        return self.dims(ctx, self._given(ctx))
+
+    def _given(self, ctx: Context) -> Dims | list[Dims]:
+        name = self.operand or ctx.first
+        if isinstance(ctx.args.get(name), list | tuple):
+            return [dims for owner, dims in ctx.tensor_operands() if owner == name]
+        return ctx.dims(name) or []
 
     def resize(self, ctx: Resize) -> None:
         if self.literals is not None:
