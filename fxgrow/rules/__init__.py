@@ -6,7 +6,9 @@ Each file registers the rules of one kind of op in :data:`RULES`.
 from fxgrow.rules import (  # noqa: F401 - importing them registers their rules
     aliases,
     attention,
+    classes,
     contraction,
+    creation,
     distance,
     indexing,
     loss,

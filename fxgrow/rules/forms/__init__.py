@@ -1,8 +1,9 @@
 """The forms of rules: how a row of the table is read. Each derives ``relate``, ``grow`` and ``resize`` once."""
 
+from fxgrow.rules.forms.made import Made
 from fxgrow.rules.forms.opaque import Opaque
 from fxgrow.rules.forms.pattern import Pattern, parse_pattern
 from fxgrow.rules.forms.pointwise import Pointwise
 from fxgrow.rules.forms.structural import Structural
 
-__all__ = ["Opaque", "Pattern", "Pointwise", "Structural", "parse_pattern"]
+__all__ = ["Made", "Opaque", "Pattern", "Pointwise", "Structural", "parse_pattern"]
