@@ -5,6 +5,8 @@ then the pointer, which holds the id, is renamed over the old one: that one step
 others take their plain names. A reader takes ``model-<id>.bin`` where it is there and ``model.bin`` otherwise, so that
 it finds the pointer's files before and after. The next writer cleans up after one that died. Renaming a file over
 another is atomic on every system; writers of one folder wait for each other where the system has locks.
+
+:func:`publish` replaces the files of a folder so, :func:`create` makes a new one, :func:`replacing` replaces one file.
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ def publish(
         OSError: something cannot be written. What was there is unchanged, and nothing is left over.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() and _create(path, names, write):
-        _clean_beside(path)
+    if not path.exists() and create(path, names, write):
+        clean(path.parent, path.name)
         return
     with _lock(path):
         found = before()
@@ -96,11 +98,22 @@ def publish(
             raise
         _sync_folder(path)
         _settle(path, saved, names, optional)
-    _clean_beside(path)
+    clean(path.parent, path.name)
 
 
-def _create(path: Path, names: Sequence[str], write: Write) -> bool:
-    """Make the folder beside its place and move it there. False where somebody else made one meanwhile."""
+def create(path: Path, names: Sequence[str], write: Write) -> bool:
+    """Make a folder beside its place and move it there whole.
+
+    Args:
+        path: of the folder, which is not there yet.
+        names, write: see :func:`publish`.
+
+    Returns:
+        False where somebody else made one meanwhile, which is left as it is.
+
+    Raises:
+        OSError: something cannot be written. Nothing is left over.
+    """
     with _new_folder(path) as temporary:
         write(lambda name: temporary / name)
         for name in names:
@@ -115,6 +128,23 @@ def _create(path: Path, names: Sequence[str], write: Write) -> bool:
             raise
         _sync_folder(path.parent)
         return True
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write a file under. At the end it becomes ``path``; where the block fails, it goes.
+
+    Raises:
+        OSError: it cannot be written. What was there is unchanged.
+    """
+    temporary = path.with_name(f".{path.name}.{new_id()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -145,14 +175,20 @@ def _settle(folder: Path, saved: str, names: Sequence[str], optional: Sequence[s
     _sync_folder(folder)
 
 
-def _clean_beside(path: Path) -> None:
-    """Remove the folders beside it that writers that died left."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(tmp|old)")
-    for folder in path.parent.iterdir():
-        if pattern.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
-            with contextlib.suppress(OSError), _lock(folder, wait=False) as locked:
-                if locked or time.time() - folder.stat().st_mtime > _SECONDS:
-                    shutil.rmtree(folder, ignore_errors=True)
+def clean(folder: Path, name: str | None = None) -> None:
+    """Remove what writers that died left in a folder: of ``name``, or of anything."""
+    own = r".+" if name is None else re.escape(name)
+    made = re.compile(rf"\.{own}\.[a-z0-9_]{{8}}\.(tmp|old)")
+    written = re.compile(rf"\.{own}\.[0-9a-f]{{32}}\.tmp")
+    for item in folder.iterdir():
+        if made.fullmatch(item.name) and item.is_dir() and not item.is_symlink():
+            with contextlib.suppress(OSError), _lock(item, wait=False) as locked:
+                if locked or time.time() - item.stat().st_mtime > _SECONDS:
+                    shutil.rmtree(item, ignore_errors=True)
+        elif written.fullmatch(item.name):
+            with contextlib.suppress(OSError):
+                if time.time() - item.stat().st_mtime > _SECONDS:
+                    item.unlink()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from fxgrow.kernels.maps import FILL_MEAN, FILL_RANDOM, FILL_ZERO, OLD, Dim, Dim
 from fxgrow.kernels.native import Axis, axes, cache_folder, mean_layout
 from fxgrow.kernels.philox import DISTRIBUTIONS, UNIT
 from fxgrow.kernels.prepare import prepare
+from fxgrow.publish import replacing
 
 ROWS = 1 << 16  # rows per launch of the general form: bounds its tables to a few MiB
 Tile = tuple[int, int]  # source columns per program, warps
@@ -478,10 +478,8 @@ def _keep_tile(key: str, tile: Tile) -> None:
     with contextlib.suppress(OSError):
         path = _tiles_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(suffix=".json", dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump({**_read_tiles(), key: list(tile)}, file, indent=1, sort_keys=True)
-        os.replace(temporary, path)
+        with replacing(path) as made:
+            made.write_text(json.dumps({**_read_tiles(), key: list(tile)}, indent=1, sort_keys=True))
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:

@@ -15,7 +15,6 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 from fxgrow.kernels.job import FLOATS, Job
 from fxgrow.kernels.maps import FILL_MEAN, OLD, Bytes, Dim, Floats, Ints, Tree, cuts_of
 from fxgrow.kernels.philox import DISTRIBUTIONS, UNIT
+from fxgrow.publish import replacing
 
 FLAGS = [
     "-O3",
@@ -178,24 +178,18 @@ def _load() -> ctypes.CDLL:
 
 
 def _build(compiler: list[str], source: Path, target: Path) -> None:
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
-        # not every compiler knows these, and clang may come without OpenMP
-        native = ["-march=native", "-mprefer-vector-width=512"]
+    # not every compiler knows these, and clang may come without OpenMP
+    native = ["-march=native", "-mprefer-vector-width=512"]
+    with replacing(target) as made:
         for extra in ([*native, "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-fopenmp"], native, []):
-            command = [*compiler, *FLAGS, *extra, str(source), "-o", temporary]
+            command = [*compiler, *FLAGS, *extra, str(source), "-o", str(made)]
             try:
                 result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
             except subprocess.TimeoutExpired as error:
                 raise NoCompiler(f"{compiler[0]} took longer than five minutes") from error
             if result.returncode == 0:
-                os.replace(temporary, target)
                 return
         raise NoCompiler(f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}")
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 class HugePages:

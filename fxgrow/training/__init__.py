@@ -21,7 +21,7 @@ differently. It does not touch the exactness of the growth itself; turn it off (
 from __future__ import annotations
 
 from fxgrow.training.batches import seeded, to_device
-from fxgrow.training.checkpoints import compare, load_model, restore, save, shapes, sync, untied
+from fxgrow.training.checkpoints import compare, load_model, restore, save, shapes, untied
 from fxgrow.training.copies import Copies
 from fxgrow.training.counting import count_parameters, flop_counter
 from fxgrow.training.display import describe, describe_growth, human, progress_bar
@@ -62,7 +62,6 @@ __all__ = [
     "seeded",
     "shapes",
     "standing",
-    "sync",
     "to_device",
     "train",
     "unpack",

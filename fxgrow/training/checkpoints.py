@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from fxgrow.checkpoint import read_tensors
 from fxgrow.errors import CheckpointError
 from fxgrow.optim.rates import all_rates
+from fxgrow.publish import clean, create, replacing
 from fxgrow.reading import read_json, read_text
 from fxgrow.training.optimizer_state import check_optimizer_state
 from fxgrow.training.packing import pack, unpack
@@ -35,13 +35,10 @@ def save(run: Run) -> Path:
     """
     folder = run.out / "checkpoints"
     folder.mkdir(exist_ok=True)
-    for leftover in folder.glob(".new-*"):
-        shutil.rmtree(leftover)
+    clean(folder)
     number = 0
     while (target := folder / f"step-{run.step:08d}.{number}").exists():
         number += 1
-    new = folder / f".new-{target.name}"
-    new.mkdir()
     model_tensors, aliases = untied(run.model.state_dict())
     optimizer_tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
     if torch.device(run.task.hyper.device).type == "cuda":
@@ -58,16 +55,16 @@ def save(run: Run) -> Path:
         "optimizer": pack(run.optimizer.state_dict(), "optimizer", optimizer_tensors),
         "hyper": asdict(run.task.hyper),
     }
-    save_file(model_tensors, new / "model.safetensors")
-    save_file(optimizer_tensors, new / "optimizer.safetensors")
-    (new / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for file in new.iterdir():
-        sync(file)
-    new.rename(target)
-    pointer = folder / "latest.new"
-    pointer.write_text(target.name, encoding="utf-8")
-    sync(pointer)
-    os.replace(pointer, folder / "latest")
+
+    def write(place: Callable[[str], Path]) -> None:
+        save_file(model_tensors, place("model.safetensors"))
+        save_file(optimizer_tensors, place("optimizer.safetensors"))
+        place("state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    if not create(target, ["model.safetensors", "optimizer.safetensors", "state.json"], write):
+        raise CheckpointError(f"{target} has appeared meanwhile: another run writes into this folder")
+    with replacing(folder / "latest") as pointer:
+        pointer.write_text(target.name, encoding="utf-8")
     kept = sorted(folder.glob("step-*"), key=lambda path: path.stat().st_mtime_ns)
     for old in kept[: -run.task.hyper.keep_checkpoints]:
         shutil.rmtree(old)
@@ -197,8 +194,3 @@ def compare(saved: Mapping[str, Any], own: Mapping[str, Any], what: str) -> None
     if mistakes:
         more = f"; and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
         raise CheckpointError(f"{what} is another one: {'; '.join(mistakes[:5])}{more}")
-
-
-def sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -116,7 +116,7 @@ def test_checkpoints_keep_ties_and_only_the_newest(tmp_path: Path) -> None:
 
 def test_a_half_written_checkpoint_is_ignored_and_cleared(tmp_path: Path) -> None:
     run(make(), tmp_path, stop_at=3)
-    broken = tmp_path / "checkpoints" / ".new-step-00000005.0"
+    broken = tmp_path / "checkpoints" / ".step-00000005.0.abcd1234.tmp"
     broken.mkdir()
     (broken / "model.safetensors").write_bytes(b"half")
     assert run(make(), tmp_path, resume=True).step == 12
