@@ -46,12 +46,12 @@ from fxgrow.manifest import (
     GuardRecord,
     Manifest,
     TensorRecord,
-    first_problem,
     read_manifest,
 )
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program
 from fxgrow.publish import find, new_id, publish
+from fxgrow.reading import first_problem
 from fxgrow.verify.verification import Receipt, relative_errors
 from fxgrow.version import __version__
 from fxgrow.weights.materialise import check_readable

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.errors import GrowthRefused, Refusal, SpecError
+from fxgrow.errors import GrowthRefused, Refusal, SpecError, did_you_mean
 from fxgrow.growth import Growth, Verify, grow
 from fxgrow.ir.stacks import stacks_of
 from fxgrow.program import Program, capture
@@ -39,7 +39,7 @@ def spec_between(small: Program, big: Program, **how: Any) -> list[dict[str, Any
     sizes = {a.name: a.size for a in big.axes}
     for axis in small.axes:
         if axis.name not in sizes:
-            raise SpecError(f"the larger model has no axis {axis.name}; its axes: {', '.join(list(sizes)[:8])}")
+            raise SpecError(f"the larger model has no axis {axis.name}; {did_you_mean(axis.name, sizes)}")
         if sizes[axis.name] < axis.size:
             raise SpecError(f"{axis.name} has {axis.size} units, the larger model {sizes[axis.name]}")
         if sizes[axis.name] > axis.size:

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fxgrow.errors import CheckpointError
-from fxgrow.reading import read_json
+from fxgrow.reading import first_problem, read_json
 from fxgrow.version import __version__
 
 FORMAT: Final = "fxgrow-checkpoint"
@@ -124,11 +124,3 @@ def read_manifest(path: str | Path) -> Manifest:
         return Manifest.model_validate(data)
     except ValidationError as error:
         raise CheckpointError(f"{file} is damaged: {first_problem(error)}") from error
-
-
-def first_problem(error: Exception) -> str:
-    """What is wrong first, in a line."""
-    if isinstance(error, ValidationError):
-        item = error.errors()[0]
-        return f"{'.'.join(map(str, item['loc'])) or '(top)'}: {item['msg']}"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

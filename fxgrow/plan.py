@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerialize
 
 from fxgrow.errors import CheckpointError, GrowthRefused, SpecError
 from fxgrow.limits import UNITS, check_elements
-from fxgrow.reading import parse_json
+from fxgrow.reading import first_problem, parse_json
 
 # What a plan's file says; the kernels use the same numbers.
 FILL_ZERO, FILL_RANDOM, FILL_MEAN, FILL_CONSTANT = 0, 1, 2, 3
@@ -483,9 +483,7 @@ class GrowthPlan(_Model):
             for name, tensor in plan.tensors.items():
                 tensor.check(name)
         except ValidationError as error:
-            item = error.errors()[0]
-            place = ".".join(map(str, item["loc"])) or "(top)"
-            raise CheckpointError(f"{where}: {place}: {' '.join(item['msg'].split())}") from None
+            raise CheckpointError(f"{where}: {first_problem(error)}") from None
         except (SpecError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{where}: {str(error)[:300]}") from None
         return plan

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from fxgrow.errors import CheckpointError, FxgrowError, SpecError
 from fxgrow.limits import JSON_BYTES, NESTING, TEXT_BYTES, VALUES, bytes_in_words
@@ -60,16 +62,25 @@ def read_yaml(source: str | Path, what: str) -> tuple[Any, str]:
             text, where = read_text(Path(source), TEXT_BYTES, SpecError), str(source)
         except SpecError as error:
             raise SpecError(f"{what} file {error}") from error.__cause__
-    elif len(text) > TEXT_BYTES:
+    return parse_yaml(text, where), where
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The data of YAML or JSON text.
+
+    Raises:
+        SpecError: it cannot be read; ``where`` says what it is.
+    """
+    if len(text) > TEXT_BYTES:
         raise SpecError(f"{where}: longer than {bytes_in_words(TEXT_BYTES)}, the limit for such a text")
     try:
         loader = yaml.SafeLoader(text)
         try:
             node = loader.get_single_node()
             if node is None:
-                return None, where
+                return None
             _check_node(node, where)
-            return loader.construct_document(node), where
+            return loader.construct_document(node)
         finally:
             loader.dispose()
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError, RecursionError) as error:
@@ -77,6 +88,21 @@ def read_yaml(source: str | Path, what: str) -> tuple[Any, str]:
             raise
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise SpecError(f"{where}: not YAML or JSON: {reason}") from None
+
+
+def as_mapping(given: Any, where: str, key: str) -> dict[str, Any]:
+    """What a spec or a schedule was given as, with names for keys; a bare list is its ``key``.
+
+    Raises:
+        SpecError: it is neither a mapping nor a list, or has a key that is no text.
+    """
+    if isinstance(given, list | tuple):
+        given = {key: list(given)}
+    if not isinstance(given, Mapping):
+        raise SpecError(f"{where}: expected a mapping with `{key}`, got {type(given).__name__}")
+    if odd := [k for k in given if not isinstance(k, str)]:
+        raise SpecError(f"{where}: {str(odd[0])[:80]!r}: a key that is no text")
+    return dict(given)
 
 
 def _check_node(root: yaml.Node, where: str) -> None:
@@ -166,3 +192,11 @@ def parse_json(text: str, where: str, error: type[FxgrowError] = CheckpointError
             for child in (value.values() if isinstance(value, dict) else value)
         ]
     return data
+
+
+def first_problem(error: Exception) -> str:
+    """What is wrong first, in a line; where data do not fit a model, with the place."""
+    if isinstance(error, ValidationError):
+        item = error.errors()[0]
+        return f"{'.'.join(map(str, item['loc'])) or '(top)'}: {' '.join(item['msg'].split())}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

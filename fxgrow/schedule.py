@@ -16,7 +16,6 @@ happens to the optimizer, the learning rate and the gradient accumulation at tha
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,9 +23,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fxgrow.errors import SpecError
+from fxgrow.errors import SpecError, did_you_mean
 from fxgrow.limits import OPERATIONS
-from fxgrow.reading import read_yaml
+from fxgrow.reading import as_mapping, read_yaml
 from fxgrow.spec import Count, GrowthSpec
 from fxgrow.spec import json_schema as spec_schema
 
@@ -191,15 +190,9 @@ class Schedule(Strict):
         if isinstance(schedule, str | Path):
             schedule, where = read_yaml(schedule, "schedule")
             schedule = [] if schedule is None else schedule
-        if isinstance(schedule, list | tuple):
-            schedule = {"growths": list(schedule)}
-        if not isinstance(schedule, Mapping):
-            raise SpecError(f"{where}: expected a mapping with `growths`, got {type(schedule).__name__}")
-        odd = [key for key in schedule if not isinstance(key, str)]
-        if odd:
-            raise SpecError(f"{where}: {str(odd[0])[:80]!r}: a key that is no text")
+        given = as_mapping(schedule, where, "growths")
         try:
-            parsed = cls.model_validate(dict(schedule))
+            parsed = cls.model_validate(given)
         except ValidationError as error:
             raise SpecError(explain(where, error)) from None
         growths, mistakes = [], []
@@ -259,8 +252,7 @@ def explain(where: str, error: ValidationError) -> str:
             known = ["exact", "asymmetric", "copy", "reset"]
             message, wrong = f"no such optimizer policy {item['input']!r}", str(item["input"])
         if known:
-            near = difflib.get_close_matches(wrong, known, n=3)
-            message += f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
+            message += f"; {did_you_mean(wrong, known)}"
         lines.append(f"{where}: {'.'.join(place) or '(top)'}: {' '.join(message.split())}")
     return "\n".join(lines)
 

@@ -12,7 +12,6 @@ In a loop of your own::
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -25,7 +24,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, ValidationError
 
-from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.errors import FxgrowError, SpecError, did_you_mean
 from fxgrow.growth import Growth, grow, plan_growth
 from fxgrow.limits import OPERATIONS
 from fxgrow.optim.carry import check_optimizer
@@ -285,10 +284,9 @@ class GrowthScheduler:
         if not metrics or step == self._reported:
             return False
         if plateau.metric not in metrics:
-            near = difflib.get_close_matches(plateau.metric, list(metrics), n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"reported are {', '.join(sorted(metrics))}"
             raise SpecError(
-                f"growths.{len(self._fired)} watches the metric {plateau.metric!r}, which is not reported; {hint}"
+                f"growths.{len(self._fired)} watches the metric {plateau.metric!r}, which is not reported; "
+                f"{did_you_mean(plateau.metric, metrics)}"
             )
         self._reported = step
         value = float(metrics[plateau.metric])

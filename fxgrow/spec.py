@@ -14,7 +14,6 @@ Operations are members of a discriminated union on ``op``. Packages extend the u
 
 from __future__ import annotations
 
-import difflib
 import functools
 import operator
 from collections.abc import Mapping
@@ -24,10 +23,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
-from fxgrow.errors import SpecError
+from fxgrow.errors import SpecError, did_you_mean
 from fxgrow.limits import BLOCKS, OPERATIONS
 from fxgrow.plugins import load_plugins
-from fxgrow.reading import read_yaml
+from fxgrow.reading import as_mapping, read_yaml
 
 
 class _Strict(BaseModel):
@@ -207,7 +206,6 @@ class Insert(Operation):
 
 
 _OPERATIONS: dict[str, type[Operation]] = {}
-ENTRY_POINT_GROUP = "fxgrow.operations"
 
 
 def register_operation(cls: type[Operation]) -> type[Operation]:
@@ -231,12 +229,8 @@ def register_operation(cls: type[Operation]) -> type[Operation]:
 
 def operations() -> dict[str, type[Operation]]:
     """Every known operation by its ``op``, plug-ins included."""
-    _load_plugins()
+    load_plugins("fxgrow.operations", register_operation)
     return dict(_OPERATIONS)
-
-
-def _load_plugins() -> None:
-    load_plugins(ENTRY_POINT_GROUP, register_operation)
 
 
 class GrowthSpec(BaseModel):
@@ -303,15 +297,9 @@ class GrowthSpec(BaseModel):
             spec, where = read_yaml(spec, "spec")
         if isinstance(spec, Mapping) and "op" in spec:
             spec = [spec]
-        if isinstance(spec, list | tuple):
-            spec = {"version": 1, "operations": list(spec)}
-        if not isinstance(spec, Mapping):
-            raise SpecError(f"{where}: expected a mapping with `operations`, got {type(spec).__name__}")
-        odd = [key for key in spec if not isinstance(key, str)]
-        if odd:
-            raise SpecError(f"{where}: {str(odd[0])[:80]!r}: a key that is no text")
+        given = as_mapping(spec, where, "operations")
         try:
-            return cls(**spec)
+            return cls(**given)
         except SpecError as error:
             lines = str(error).splitlines()
             raise SpecError("\n".join(where + line.removeprefix("spec") for line in lines)) from None
@@ -357,8 +345,7 @@ def _explain(error: ValidationError, prefix: str) -> str:
             if value is not None:
                 message += f" {value!r}"
         if known:
-            near = difflib.get_close_matches(location[-1] if location else "", known, n=3)
-            message += f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
+            message += f"; {did_you_mean(location[-1] if location else '', known)}"
         lines.append(f"spec: {path}: {' '.join(message.split())}")
     return "\n".join(lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import math
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxgrow.errors import GrowthRefused, Refusal, SpecError
+from fxgrow.errors import GrowthRefused, Refusal, SpecError, did_you_mean
 from fxgrow.ir.ops import op_name, operator_named
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.traced import Traced
@@ -49,8 +48,7 @@ def plan_insert(state: State, op: Insert) -> list[Step]:
     ran |= {p for path in ran for p in _ancestors(path)}
     names = [p for p in state.program.containers if p in ran and fnmatch.fnmatchcase(p, op.after)]
     if not names:
-        near = difflib.get_close_matches(op.after, sorted(ran), n=4, cutoff=0.3)
-        raise SpecError(f"no layer matches {op.after!r}; nearest: {', '.join(near) or 'none'}")
+        raise SpecError(f"no layer matches {op.after!r}; {did_you_mean(op.after, sorted(ran), cutoff=0.4)}")
     step = Step(op="insert", request=op.model_dump(exclude_defaults=True, mode="json"))
     for name in reversed(names):
         _insert_after(state, op, name, step)

@@ -13,7 +13,7 @@ import networkx as nx
 from torch import fx
 
 from fxgrow.algebra import Axis, Concat, Expr, Frozen, Leaf, Product, Unifier, axes_of, resolve, same_size, size_of
-from fxgrow.errors import SpecError
+from fxgrow.errors import SpecError, did_you_mean
 from fxgrow.ir.memory import Memory
 from fxgrow.ir.traced import Traced
 from fxgrow.rules.annotation import Dims, flat_dims
@@ -129,22 +129,17 @@ class Axes:
         tensor, colon, dim = pattern.rpartition(":")
         if colon and dim.lstrip("-").isdigit():
             return self._by_dim(tensor, int(dim), pattern)
-        raise SpecError(f"no axis matches {pattern!r}. Nearest names: {', '.join(self._nearest(pattern)) or '(none)'}")
-
-    def _nearest(self, pattern: str) -> list[str]:
-        """Names whose role is spelled almost like the pattern's; else whole names that are."""
         role = pattern.rpartition("/")[2].strip("*")
         roles = difflib.get_close_matches(role, {i.role for i in self}, n=2)
         near = [i.name for i in self if i.role in roles][:4]
-        return near or difflib.get_close_matches(pattern, list(self.by_name), n=4, cutoff=0.4) or list(self.by_name)[:6]
+        raise SpecError(f"no axis matches {pattern!r}; {did_you_mean(pattern, self.by_name, near, cutoff=0.4)}")
 
     def _by_dim(self, tensor: str, dim: int, pattern: str) -> list[AxisInfo]:
         table = self.tensor_dims()
         aliases = self.program.aliases
         matching = [n for n in [*table, *aliases] if fnmatch.fnmatchcase(n, tensor)]
         if not matching:
-            near = difflib.get_close_matches(tensor, list(table), n=3, cutoff=0.3)
-            raise SpecError(f"{pattern!r}: no parameter matches {tensor!r}; nearest: {', '.join(near) or 'none'}")
+            raise SpecError(f"{pattern!r}: no parameter matches {tensor!r}; {did_you_mean(tensor, table, cutoff=0.4)}")
         found: dict[str, AxisInfo] = {}
         for name in matching:
             dims = table[aliases.get(name, name)]

@@ -10,9 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fxgrow.cli.console import amount, out, print_json, say, working
+from fxgrow.cli.console import out, print_json, say, working
 from fxgrow.cli.options import Config, Device, Input, Json, Model, Seed
-from fxgrow.errors import SpecError
 
 
 def inspect(
@@ -39,6 +38,7 @@ def inspect(
     """
     from fxgrow.cli.models import captured, named_model
     from fxgrow.explanation import explain
+    from fxgrow.limits import bytes_in_words
     from fxgrow.report.axes import axis_groups, inspection
     from fxgrow.report.pictures import draw_axes
 
@@ -56,8 +56,6 @@ def inspect(
         else:
             for text in texts:
                 out().print(escape(text), soft_wrap=True)
-        if not texts:
-            raise SpecError(f"no axis matches {why!r}")
         return
     data = inspection(program)
     if json_:
@@ -65,7 +63,7 @@ def inspect(
         return
     console = out()
     console.print(
-        f"[bold]{escape(data['model'])}[/]  {data['parameters']:,} parameters, {amount(data['bytes'])}; "
+        f"[bold]{escape(data['model'])}[/]  {data['parameters']:,} parameters, {bytes_in_words(data['bytes'])}; "
         f"captured for {data['modes']}" + (f" ({escape(data['mode_reason'])})" if data["mode_reason"] else "")
     )
     table = Table(title="axes", title_justify="left", box=None, pad_edge=False, header_style="bold")

@@ -7,7 +7,6 @@ kwargs)`` or a :class:`fxgrow.training.Task`; a folder that :func:`fxgrow.save` 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import re
@@ -20,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from fxgrow.checkpoint import Loaded, load, load_weights
 from fxgrow.cli.console import working
-from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.errors import FxgrowError, SpecError, did_you_mean
 from fxgrow.ir import trees
 from fxgrow.program import Program, capture
+from fxgrow.reading import parse_yaml
 from fxgrow.training.batches import seeded
 from fxgrow.training.task import Task
 
@@ -66,7 +65,7 @@ def parse_input(text: str, device: str = "cpu") -> tuple[str | None, Any]:
         name, equals, literal = text.partition("=")
         if not (equals and name.isidentifier()):
             name, literal = "", text
-        value = yaml.safe_load(literal) if "[" not in literal else literal
+        value = parse_yaml(literal, f"--input {text!r}") if "[" not in literal else literal
         if value is None or isinstance(value, bool | int | float) or str(value).lower() == "none":
             return name or None, None if isinstance(value, str) else value
         raise SpecError(f"--input {text!r}: {INPUT_HELP}")
@@ -93,12 +92,9 @@ def parse_settings(settings: Sequence[str], option: str = "--config") -> dict[st
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier():
             raise SpecError(f"{option} {text!r}: write key=value")
-        try:
-            out[key] = yaml.safe_load(value)
-            if isinstance(out[key], str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value.strip()):
-                out[key] = float(value)  # 1e-3, which YAML takes for text
-        except yaml.YAMLError:
-            raise SpecError(f"{option} {text!r}: {value!r} is not a value (numbers, true, text, [lists])") from None
+        out[key] = parse_yaml(value, f"{option} {text!r}")
+        if isinstance(out[key], str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value.strip()):
+            out[key] = float(value)  # 1e-3, which YAML takes for text
     return out
 
 
@@ -130,8 +126,7 @@ def find_callable(reference: str) -> Any:
     for part in name.split("."):
         if not hasattr(found, part):
             own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            near = ", ".join(difflib.get_close_matches(part, own, n=3, cutoff=0.3) or own[:6])
-            raise SpecError(f"{reference!r}: {module_name} has no {part!r}" + (f"; it has {near}" if near else ""))
+            raise SpecError(f"{reference!r}: {module_name} has no {part!r}; {did_you_mean(part, own, cutoff=0.4)}")
         found = getattr(found, part)
     if not callable(found):
         raise SpecError(f"{reference!r} is a {type(found).__name__}, which cannot be called")

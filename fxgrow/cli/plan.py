@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 
-from fxgrow.cli.console import amount, out, working
+from fxgrow.cli.console import out, working
 from fxgrow.cli.options import Config, Input, Json, Model, Seed, Spec
 
 
@@ -28,6 +28,7 @@ def plan(
     from fxgrow.cli.models import captured, named_model
     from fxgrow.cli.tables import show_plan
     from fxgrow.growth import plan_growth
+    from fxgrow.limits import bytes_in_words
     from fxgrow.report.plans import parameter_bytes
     from fxgrow.spec import GrowthSpec
 
@@ -43,7 +44,8 @@ def plan(
     console = out()
     show_plan(console, made, program)
     before, after = parameter_bytes(program, made, grown)
+    times = made.parameters_after / max(1, made.parameters_before)
     console.print(
-        f"parameters {made.parameters_before:,} → {made.parameters_after:,} "
-        f"(×{made.parameters_after / max(1, made.parameters_before):.2f}), {amount(before)} → {amount(after)}"
+        f"parameters {made.parameters_before:,} → {made.parameters_after:,} (×{times:.2f}), "
+        f"{bytes_in_words(before)} → {bytes_in_words(after)}"
     )

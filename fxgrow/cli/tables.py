@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fxgrow.cli.console import amount
+from fxgrow.limits import bytes_in_words
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program
 from fxgrow.report.plans import graph_lines, step_rows
@@ -53,7 +53,7 @@ def show_receipt(console: Console, receipt: Receipt, said: Sequence[str] = ()) -
         ("not exercised", "; ".join(receipt.unexercised) or "nothing was found"),
         ("new weights without gradient", ", ".join(receipt.dead_parameters) or "none"),
         ("parameters", f"{receipt.params_before:,} → {receipt.params_after:,}"),
-        ("bytes", f"{amount(receipt.bytes_before)} → {amount(receipt.bytes_after)}"),
+        ("bytes", f"{bytes_in_words(receipt.bytes_before)} → {bytes_in_words(receipt.bytes_after)}"),
         ("seconds", ", ".join(f"{k} {v:.2f}" for k, v in receipt.seconds.items())),
     ]
     for name, text in rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 
 from fxgrow.cli.console import out, say
 from fxgrow.cli.options import Config
-from fxgrow.errors import SpecError
+from fxgrow.errors import SpecError, did_you_mean
 
 
 def train(
@@ -45,11 +44,10 @@ def train(
     if not isinstance(made, training.Task):
         raise SpecError(f"{task!r} returned a {type(made).__name__}, not a fxgrow.training.Task")
     changes = parse_settings(hyper or (), "--hyper")
-    known = {f.name for f in dataclasses.fields(training.Hyper)}
+    known = [f.name for f in dataclasses.fields(training.Hyper)]
     for key in changes:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=3) or sorted(known)
-            raise SpecError(f"--hyper {key}: no such hyper-parameter; did you mean {', '.join(near)}?")
+            raise SpecError(f"--hyper {key}: no such hyper-parameter; {did_you_mean(key, known)}")
     if changes:
         made = dataclasses.replace(made, hyper=dataclasses.replace(made.hyper, **changes))
     if schedule is not None:

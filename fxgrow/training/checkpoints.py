@@ -20,7 +20,7 @@ from fxgrow.checkpoint import read_tensors
 from fxgrow.errors import CheckpointError
 from fxgrow.optim.rates import all_rates
 from fxgrow.publish import clean, create, replacing
-from fxgrow.reading import read_json, read_text
+from fxgrow.reading import first_problem, read_json, read_text
 from fxgrow.training.optimizer_state import check_optimizer_state
 from fxgrow.training.packing import pack, unpack
 from fxgrow.training.run import Run
@@ -140,8 +140,7 @@ def _read_state(file: Path) -> _Saved:
     try:
         return _Saved.model_validate(data)
     except ValidationError as error:
-        item = error.errors()[0]
-        raise CheckpointError(f"{file} is damaged: {'.'.join(map(str, item['loc']))}: {item['msg']}") from error
+        raise CheckpointError(f"{file} is damaged: {first_problem(error)}") from error
 
 
 def _set_random_state(tensors: Mapping[str, Tensor]) -> None:

@@ -100,7 +100,7 @@ def test_why(run: Any) -> None:
     assert "frozen by aten.embedding" in out and "model.py" in out
     assert "growable" in run("inspect", GPT, "--why", "transformer.h.0.attn/heads")[0]
     _, err = run("inspect", GPT, "--why", "residul", code=2)
-    assert err.startswith("error no axis matches 'residul'. Nearest names:") and "./residual" in err
+    assert err.startswith("error no axis matches 'residul'; did you mean") and "./residual" in err
 
 
 def test_picture(run: Any, tmp_path: Path) -> None:
@@ -185,13 +185,13 @@ def test_extend_and_verify(run: Any, tmp_path: Path) -> None:
 def test_refusals_are_one_message_and_change_nothing(run: Any, tmp_path: Path) -> None:
     cases = [
         (("grow", GPT, '{op: widen, axis: "./vocab", factor: 2}', "--out"), "cannot grow ./vocab"),
-        (("grow", GPT, '{op: widen, axis: "./residul", factor: 2}', "--out"), "Nearest names"),
+        (("grow", GPT, '{op: widen, axis: "./residul", factor: 2}', "--out"), "did you mean ./residual?"),
         (("grow", GPT, '{op: widen, axis: "./residual", factor: 0.5}', "--out"), "would shrink"),
         (("grow", GPT, "{op: wide}", "--out"), "did you mean widen?"),
         (("grow", GPT, "nothing.yaml", "--out"), "spec file nothing.yaml does not exist"),
         (("grow", "tests.cli.test_commands:broken", HIDDEN, "--out"), "fails: ValueError: no such luck"),
         (("grow", "tests.cli.test_commands:wrong", HIDDEN, "--out"), "returned int"),
-        (("grow", "tests.cli.test_commands:Net2", HIDDEN, "--out"), "has no 'Net2'; it has Net"),
+        (("grow", "tests.cli.test_commands:Net2", HIDDEN, "--out"), "has no 'Net2'; did you mean Net"),
         (("grow", "tests.no_such:x", HIDDEN, "--out"), "cannot import tests.no_such"),
         (("grow", "gpt", HIDDEN, "--out"), "names no model"),
         (("grow", GPT, HIDDEN, "-c", "n_layers=2", "--out"), "unexpected keyword argument 'n_layers'"),
