@@ -7,6 +7,7 @@ memory before the mistake shows.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Final
 
@@ -41,10 +42,12 @@ def bytes_in_words(count: float) -> str:
 def host_bytes() -> int | None:
     """Memory that this machine has left for the CPU, swap included; None where it is not known."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        fields = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        fields = {
+            name: int(kib) for name, kib in re.findall(r"^(MemAvailable|SwapFree): *(\d+) kB$", text, re.MULTILINE)
+        }
         return (fields["MemAvailable"] + fields.get("SwapFree", 0)) << 10
-    except (OSError, ValueError, KeyError, IndexError):  # not Linux
+    except (OSError, ValueError, KeyError):  # not Linux
         return None
 
 

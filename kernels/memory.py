@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import Parameter, is_lazy
 
 
 def unreadable(tensor: Tensor) -> str | None:
@@ -15,11 +15,12 @@ def unreadable(tensor: Tensor) -> str | None:
     say. Nothing is read and nothing is raised.
     """
     kind = type(tensor)
-    if is_lazy(tensor):
-        return "it is not initialised yet; run the model on one batch first"
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        hint = _HINTS.get(kind.__name__, "a tensor subclass that computes in its own way; grow the plain model")
-        return f"it is a {kind.__name__}, {hint}"
+    if kind is not Tensor and kind is not Parameter:
+        if is_lazy(tensor):
+            return "it is not initialised yet; run the model on one batch first"
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            hint = _HINTS.get(kind.__name__, "a tensor subclass that computes in its own way; grow the plain model")
+            return f"it is a {kind.__name__}, {hint}"
     if tensor.is_nested:
         return "it is a nested tensor"
     if tensor.layout is not torch.strided:

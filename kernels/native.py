@@ -228,6 +228,13 @@ huge_pages = HugePages()
 # ---- tables ----
 
 
+def _address(values: np.ndarray | None) -> int | None:
+    if values is None:
+        return None
+    assert values.flags.c_contiguous
+    return int(values.__array_interface__["data"][0])  # several times faster than .ctypes.data
+
+
 @dataclass(eq=False)
 class _Groups:
     """Units of a dim with local entries: ``members`` are entries of the whole dim, sorted by unit, then by place."""
@@ -371,6 +378,12 @@ class OuterTable:
     copy: Bytes | None
     sizes: set[int]
 
+    @functools.cached_property
+    def addresses(self) -> list[int | None]:
+        """Of the arrays, in the order of `_Outer`."""
+        outer = (self.unit, self.start, self.entry, self.leaf, self.code, self.shape, self.lean, self.lean_at)
+        return [_address(a) for a in (*outer, self.paired, self.scale, self.copy)]
+
 
 def outer_table(axis: Axis, default: int, paired: bool) -> OuterTable:
     dim, lo, hi = axis.dim, axis.offset, axis.offset + axis.local
@@ -442,6 +455,13 @@ class Piece:
     lean: Floats
     lean_step: int
     scale: Floats | None
+
+    @functools.cached_property
+    def segment(self) -> _Segment:
+        """Its arrays must outlive it."""
+        units, base, scatter, lean, scale = map(_address, (self.units, self.base, self.scatter, self.lean, self.scale))
+        flags = (self.leaves, self.split, self.paired, self.code)
+        return _Segment(self.first, self.count, units, *flags, base, self.step, scatter, lean, self.lean_step, scale)
 
 
 def gather_pieces(axis: Axis, default: int) -> list[Piece]:
@@ -595,13 +615,6 @@ class Unsupported(Exception):
     """A call this backend leaves to the torch backend."""
 
 
-def _address(values: np.ndarray | None) -> int | None:
-    if values is None:
-        return None
-    assert values.flags.c_contiguous
-    return int(values.__array_interface__["data"][0])  # several times faster than .ctypes.data
-
-
 def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
     """The structure for one call, and the arrays that must outlive it.
 
@@ -628,7 +641,7 @@ def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
     if computed:
         task.source_type = TYPES[job.source.dtype] if job.source is not None else 0
         task.target_type = TYPES[job.dtype]
-    else:
+    elif job.constant:
         bits = torch.tensor([job.constant]).to(job.dtype).view(torch.uint8)
         ctypes.memmove(task.constant_bits, bits.data_ptr(), bits.numel())
     task.rows_outer = len(lined) - 1
@@ -637,13 +650,8 @@ def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
     for d, axis in enumerate(lined[:-1]):
         table = _cached(axis, "outer", fill, job.pair_noise)
         keep.append(table)
-        o = task.outer[d]
-        o.groups = len(table.unit)
-        for name in ("unit", "start", "entry", "leaf", "code", "shape", "lean", "lean_at", "paired", "scale", "copy"):
-            setattr(o, name, _address(getattr(table, name)))
-        o.source_stride, o.target_stride = axis.source_stride, axis.target_stride
-        o.virtual_linear, o.split_linear, o.target_linear = axis.linear
-        o.offset = axis.offset
+        spans = (axis.source_stride, axis.target_stride, *axis.linear, axis.offset)
+        task.outer[d] = _Outer(len(table.unit), *table.addresses, *spans)
         if axis.split:
             task.split_outer = d
             sizes = table.sizes
@@ -654,13 +662,7 @@ def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
             raise Unsupported("copies with scales of their own in the split dim")
         pieces = cast("list[Piece]", _cached(column, "gather", fill))
     keep.append(pieces)
-    segments = (_Segment * len(pieces))()
-    for segment, piece in zip(segments, pieces, strict=True):
-        segment.first, segment.count, segment.leaves = piece.first, piece.count, piece.leaves
-        segment.split, segment.paired, segment.code = piece.split, piece.paired, piece.code
-        segment.step, segment.lean_step = piece.step, piece.lean_step
-        for name in ("units", "base", "scatter", "lean", "scale"):
-            setattr(segment, name, _address(getattr(piece, name)))
+    segments = (_Segment * len(pieces))(*(piece.segment for piece in pieces))
     task.segments, task.segment = len(pieces), ctypes.addressof(segments)
     if column.split:
         sizes = {piece.leaves for piece in pieces if piece.split}

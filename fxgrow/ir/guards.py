@@ -9,6 +9,7 @@ stored; reading one back admits integer arithmetic and comparisons, nothing that
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import math
 import re
@@ -458,10 +459,11 @@ def compile_condition(text: str) -> Callable[[Shapes], bool]:
     return _COMPILED[text]
 
 
-def inputs_of(condition: str) -> list[str]:
+@functools.lru_cache(maxsize=1024)
+def inputs_of(condition: str) -> tuple[str, ...]:
     """The inputs whose shapes a condition speaks of, in order."""
     found = [s[0] for n in ast.walk(_checked(condition)) if (s := _shape(n)) is not None]
-    return list(dict.fromkeys(found))
+    return tuple(dict.fromkeys(found))
 
 
 # checking -------------------------------------------------------------------------------------------------------------

@@ -115,7 +115,10 @@ class Traced:
         """The same program with shapes in place of tensors, so that remembering it keeps no weights alive."""
 
         def empty(table: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {n: torch.empty_like(t, device="meta") for n, t in table.items()}
+            return {
+                n: t if type(t) is torch.Tensor and t.is_meta else torch.empty_like(t, device="meta")
+                for n, t in table.items()
+            }
 
         return replace(
             self,
