@@ -84,6 +84,9 @@ class Rule:
 class Row(Rule):
     """A rule that is data: the columns are the fields, and a form derives what the compiler asks from them."""
 
+    #: the column that the notation shows
+    noted: ClassVar[str] = ""
+
     moves: bool = False
     linear: Fact | None = None
     selects: Fact = False
@@ -103,9 +106,11 @@ class Row(Rule):
         raise NotImplementedError
 
     def columns(self) -> dict[str, Any]:
-        """What the row says, without what every row says unless told otherwise: name of a column to its value."""
+        """What the row says beyond its notation, and what every row says unless told otherwise: values by column."""
         out: dict[str, Any] = {}
         for column in dataclasses.fields(self):
+            if column.name == self.noted:
+                continue
             value, default = getattr(self, column.name), column.default
             if default is dataclasses.MISSING and column.default_factory is not dataclasses.MISSING:
                 default = column.default_factory()

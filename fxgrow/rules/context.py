@@ -32,8 +32,15 @@ class Matches(Regroups, Protocol):
     def args(self) -> dict[str, Any]:
         """The call's arguments by the names of the op's schema, defaults filled in."""
 
-    def dims(self, name: str) -> Dims | None:
-        """The dims of an operand; None where it is no tensor."""
+    def dims(self, name: str | fx.Node) -> Dims | None:
+        """The dims of an operand, by its name; None where it is no tensor."""
+
+    def operand(self, name: str | fx.Node) -> Dims:
+        """The dims of an operand that has to be there.
+
+        Raises:
+            Conflict: it is no tensor.
+        """
 
 
 class Context(Regroups, Protocol):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -39,7 +40,7 @@ def parse_pattern(pattern: str) -> tuple[list[Operand], list[Operand]]:
     """Parse ``"... i, o i, o? -> ... o"``.
 
     Letters name factors, ``(g i)`` a dim that is their product, ``...`` any leading dims, ``*`` any trailing dims that
-    the op treats as a block, a final ``?`` an operand that may be missing.
+    the op treats as a block (``*x`` where it has a name), a final ``?`` an operand that may be missing.
 
     Raises:
         ValueError: a bracket does not close or an output letter appears in no operand.
@@ -80,17 +81,41 @@ def parse_pattern(pattern: str) -> tuple[list[Operand], list[Operand]]:
     for o in outputs:
         for token in o.tokens:
             for letter in token:
-                if letter not in known:
+                if letter not in known and not (_is_block(letter) and any(map(_is_block, known))):
                     raise ValueError(f"pattern {pattern!r}: output letter {letter!r} appears in no operand")
     return inputs, outputs
 
 
+def _is_block(token: str) -> bool:
+    return token.startswith("*")
+
+
+#: calls of one op mostly have one notation
+_parsed = functools.lru_cache(maxsize=1024)(parse_pattern)
+
+
+def missing_in_result(pattern: str) -> str:
+    """the letters that the result lacks, as in einsum"""
+    given, kept = ({letter for o in side for t in o.tokens for letter in t} for side in _parsed(pattern))
+    return " ".join(sorted(x for x in given - kept if x != "..." and not _is_block(x)))
+
+
 @dataclass
 class Letters:
-    """A pattern matched against an op's dims: the expression of each letter, and each operand's share in it."""
+    """A pattern matched against an op's dims: the expression of each letter, and each operand's share in it.
 
-    exprs: dict[str, list[Expr]] = field(default_factory=dict)  # letter -> one expr per operand that has it
-    owners: dict[str, list[str]] = field(default_factory=dict)  # letter -> operand names, alongside
+    Attributes:
+        summed: the letters that are contracted.
+        outputs: the results, as letters.
+        exprs: by letter, one expression per operand that has it. The dims of ``...`` are letters of their own,
+            ``...-1`` the last one, and so are those of a block, ``*x weight 0``.
+        owners: by letter, the operands' names alongside.
+    """
+
+    summed: list[str]
+    outputs: list[Operand]
+    exprs: dict[str, list[Expr]] = field(default_factory=dict)
+    owners: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,80 +123,101 @@ class Pattern(Row):
     """A sum of products, or a map that meets its operands dim by dim.
 
     Attributes:
-        pattern: see :func:`parse_pattern`; operands in the order of ``operands``.
-        operands: schema names of the tensor arguments.
-        sum: letters contracted by a product of the operands that have them.
-        blocked: letters that cannot grow, and ``why``.
-        sizes: letters whose sizes are literals, computed from the arguments.
-        roles: what a letter's axes are called, e.g. ``{"h": "heads"}``.
-        bias: operands that are added to the result rather than multiplied.
+        pattern: see :func:`parse_pattern`; operands in the order of ``operands``. Where it depends on the call, a
+            function that gives it, from arguments and ranks; the first line of its docstring says it in words.
+        operands: schema names of the tensor arguments. A list of tensors stands for all of them: ``tensors`` for
+            operands called ``tensors0``, ``tensors1`` and so on.
+        sum: letters contracted by a product of the operands that have them, or :func:`missing_in_result`.
+        blocked: letters that cannot grow, and ``why``. Blocks of dims (``*``) never can.
+        roles: what the axes of a letter or of a block are called, e.g. ``{"h": "heads", "*x": "spatial"}``; or a
+            function that tells the context.
+        bias: operands that are added to the result rather than multiplied; they may broadcast against it.
         newborn: fill of new entries of parameters where random makes no sense, e.g. ``{"running_var": 1.0}``.
-        literals: argument name -> letter whose new size it must take.
+        literals: argument name -> letter whose size it is.
     """
 
-    pattern: str
+    noted: ClassVar[str] = "pattern"
+
+    pattern: str | Callable[[Matches], str]
     operands: Sequence[str]
-    sum: str = field(default="", kw_only=True)
+    sum: str | Callable[[str], str] = field(default="", kw_only=True)
     blocked: str = field(default="", kw_only=True)
     why: str = field(default="the op mixes the entries of this dim", kw_only=True)
-    sizes: Callable[[dict[str, Any]], dict[str, Size]] | None = field(default=None, kw_only=True)
-    roles: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    roles: Mapping[str, str] | Callable[[Context], None] = field(default_factory=dict, kw_only=True)
     bias: Sequence[str] = field(default=("bias",), kw_only=True)
     newborn: Mapping[str, float] = field(default_factory=dict, kw_only=True)
     literals: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
-        _ = self.terms  # a pattern that makes no sense is found where it is written
+        if isinstance(self.pattern, str):
+            _parsed(self.pattern)  # a pattern that makes no sense is found where it is written
 
     @property
     def notation(self) -> str:
-        return self.pattern
-
-    @cached_property
-    def terms(self) -> tuple[list[Operand], list[Operand]]:
-        return parse_pattern(self.pattern)
+        if isinstance(self.pattern, str):
+            return self.pattern
+        return (inspect.getdoc(self.pattern) or self.pattern.__name__).partition("\n")[0]
 
     # analysis ----------------------------------------------------------------------------------------------------
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
+        if callable(self.roles):
+            self.roles(ctx)
         letters = self._match(ctx)
         for letter, exprs in letters.exprs.items():
             for other in exprs[1:]:
                 ctx.unify(exprs[0], other)
-            if letter in self.blocked.split():
+            if letter in self.blocked.split() or _is_block(letter):
                 ctx.freeze(exprs[0], self.why)
-            if letter in self.roles:
-                ctx.role(exprs[0], self.roles[letter])
-        return self._emit(ctx, {k: v[0] for k, v in letters.exprs.items()})
+            self._name(ctx, letter, exprs[0])
+        return self._emit(ctx, letters, {k: v[0] for k, v in letters.exprs.items()})
+
+    def _name(self, ctx: Context, letter: str, expr: Expr) -> None:
+        """Of a block nothing else says as much: its name counts for more than what its axes are elsewhere."""
+        token = letter.partition(" ")[0]
+        if not callable(self.roles) and token in self.roles:
+            ctx.role(expr, self.roles[token], 100 if _is_block(token) else 1)
 
     def _match(self, ctx: Matches) -> Letters:
-        out = Letters()
+        text = self.pattern if isinstance(self.pattern, str) else self.pattern(ctx)
+        inputs, outputs = _parsed(text)
+        out = Letters((self.sum(text) if callable(self.sum) else self.sum).split(), outputs)
         known = self._known(ctx.args)
-        for operand, name in zip(self.terms[0], self.operands, strict=True):
-            dims = ctx.dims(name)
+        for operand, (name, value) in zip(inputs, self._given(ctx.args), strict=True):
+            dims = ctx.dims(value) if isinstance(value, fx.Node) else None
             if dims is None:
                 if not operand.optional:
                     raise Conflict(f"operand {name} is missing")
                 continue
-            for token, exprs in self._align(operand.tokens, dims):
-                if token[0] in ("...", "*"):
-                    for i, e in enumerate(exprs):
-                        index = i - len(exprs) if token[0] == "..." else i
-                        key = f"...{index}" if token[0] == "..." else f"*{name}{i}"
-                        if not (token[0] == "..." and is_unit(e)):
+            bias = name in self.bias
+            for token, exprs in self._align(operand.tokens, dims, bias):
+                if token[0] == "...":
+                    for i, e in enumerate(exprs, -len(exprs)):
+                        key = f"...{i}"
+                        if not is_unit(e):
                             self._give(out, key, name, e)
                         elif key not in out.exprs:
-                            out.exprs.setdefault(key, [e])
-                            out.owners.setdefault(key, [name])
-                    continue
-                (expr,) = exprs
-                for letter, piece in zip(token, self._pieces(ctx, token, expr, known, out), strict=True):
-                    self._give(out, letter, name, piece)
+                            out.exprs[key], out.owners[key] = [e], [name]
+                elif _is_block(token[0]):
+                    for i, e in enumerate(exprs):
+                        self._give(out, f"{token[0]} {name} {i}", name, e)
+                elif not (bias and is_unit(exprs[0])):  # it broadcasts
+                    for letter, piece in zip(token, self._pieces(ctx, token, exprs[0], known, out), strict=True):
+                        self._give(out, letter, name, piece)
         return out
 
-    def _known(self, args: dict[str, Any]) -> dict[str, Size]:
-        found = {k: literal_size(v) for k, v in self.sizes(args).items()} if self.sizes else {}
-        return {k: v for k, v in found.items() if v is not None}
+    def _given(self, args: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """The operands of a call by name; those of a list are numbered."""
+        out: list[tuple[str, Any]] = []
+        for name in self.operands:
+            value = args.get(name)
+            several = isinstance(value, list | tuple)
+            out += [(f"{name}{i}", v) for i, v in enumerate(value)] if several else [(name, value)]
+        return out
+
+    def _known(self, args: Mapping[str, Any]) -> dict[str, Size]:
+        found = {letter: literal_size(args[name]) for name, letter in self.literals.items()}
+        return {letter: size for letter, size in found.items() if size is not None}
 
     @staticmethod
     def _give(out: Letters, letter: str, name: str, expr: Expr) -> None:
@@ -181,14 +227,18 @@ class Pattern(Row):
         out.owners.setdefault(letter, []).append(name)
 
     @staticmethod
-    def _align(tokens: tuple[tuple[str, ...], ...], dims: Dims) -> Iterable[tuple[tuple[str, ...], list[Expr]]]:
-        fixed = [t for t in tokens if t[0] not in ("...", "*")]
+    def _align(
+        tokens: tuple[tuple[str, ...], ...], dims: Dims, broadcasts: bool
+    ) -> Iterable[tuple[tuple[str, ...], list[Expr]]]:
+        fixed = [t for t in tokens if t[0] != "..." and not _is_block(t[0])]
         extra = len(dims) - len(fixed)
+        if broadcasts and extra < 0:
+            tokens, extra = tokens[-extra:], 0
         if extra < 0 or (extra > 0 and len(fixed) == len(tokens)):
             raise Conflict(f"{len(dims)} dims do not fit the pattern's {len(fixed)}")
         i = 0
         for token in tokens:
-            width = extra if token[0] in ("...", "*") else 1
+            width = 1 if token in fixed else extra
             yield token, list(dims[i : i + width])
             i += width
 
@@ -213,21 +263,22 @@ class Pattern(Row):
             raise Conflict(f"size {total} is not a product of {token}")
         return list(ctx.regroup([expr], sizes))
 
-    def _emit(self, ctx: Context, exprs: dict[str, Expr]) -> Dims | list[Dims]:
+    def _emit(self, ctx: Context, letters: Letters, exprs: Mapping[str, Expr]) -> Dims | list[Dims]:
         results = []
-        for operand in self.terms[1]:
-            rank = len(ctx.shape) if len(self.terms[1]) == 1 else None
+        for operand in letters.outputs:
+            rank = len(ctx.shape) if len(letters.outputs) == 1 else None
             dims: Dims = []
             for token in operand.tokens:
                 if token[0] == "...":
                     lead = sorted((int(k[3:]), v) for k, v in exprs.items() if k.startswith("..."))
                     dims.extend(v for _, v in lead)
-                elif token[0] == "*":
-                    shape = ctx.shape
-                    dims.extend(ctx.opaque(s, self.why) for s in shape[len(dims) :])
+                elif _is_block(token[0]):
+                    for size in ctx.shape[len(dims) :]:
+                        dims.append(ctx.opaque(size, self.why))
+                        self._name(ctx, token[0], dims[-1])
                 else:
                     dims.append(product([exprs[x] for x in token]))
-            assert rank is None or rank == len(dims), (self.pattern, rank, dims)
+            assert rank is None or rank == len(dims), (self.notation, rank, dims)
             results.append(dims)
         return results[0] if len(results) == 1 else results
 
@@ -240,12 +291,12 @@ class Pattern(Row):
         factor = 1.0
         for letter, exprs in letters.exprs.items():
             owners = letters.owners[letter]
-            if letter in self.sum.split():
+            if letter in letters.summed:
                 if any(ctx.grows(e) for e in exprs):
                     factor *= ctx.contract(exprs, owners)
                 result[letter] = exprs[0]
                 continue
-            if letter.startswith("*"):
+            if _is_block(letter):
                 continue
             products = [e for e, o in zip(exprs, owners, strict=True) if o not in self.bias]
             biases = [e for e, o in zip(exprs, owners, strict=True) if o in self.bias]
@@ -261,13 +312,13 @@ class Pattern(Row):
                 )
             result[letter] = total
         if factor != 1.0:
-            operand = next(o for o in self.operands if o not in self.bias)
+            operand = next(name for name, _ in self._given(ctx.args) if name not in self.bias)
             ctx.rescale_product(1.0 / factor, operand, self.bias)
-        return self._emit(ctx, result)
+        return self._emit(ctx, letters, result)
 
     def resize(self, ctx: Resize) -> None:
-        if not self.literals:
-            return
+        if all(ctx.args[name] == 1 for name in self.literals):
+            return  # what has one entry does not grow
         letters = self._match(_Static(ctx))
         for name, letter in self.literals.items():
             exprs = letters.exprs[letter]
@@ -282,9 +333,15 @@ class _Static:
         self._ctx, self._unifier = ctx, Unifier()
         self.args = ctx.args
 
-    def dims(self, name: str) -> Dims | None:
-        value = self.args.get(name)
+    def dims(self, name: str | fx.Node) -> Dims | None:
+        value = self.args.get(name) if isinstance(name, str) else name
         return self._ctx.dims(value) if isinstance(value, fx.Node) else None
+
+    def operand(self, name: str | fx.Node) -> Dims:
+        found = self.dims(name)
+        if found is None:
+            raise Conflict(f"operand {name} is missing")
+        return found
 
     def regroup(self, dims: Sequence[Expr], sizes: Sequence[Size]) -> list[Expr]:
         return self._unifier.regroup(dims, sizes)

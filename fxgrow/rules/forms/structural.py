@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fxgrow.rules.annotation import Dims
 from fxgrow.rules.base import Row
@@ -24,6 +24,8 @@ class Structural(Row):
         operand: schema name of the operand that ``dims`` gets; the first tensor unless said. Of a list of tensors it
             gets a list of their dims.
     """
+
+    noted: ClassVar[str] = "dims"
 
     dims: Callable[[Any, Any], Dims | list[Dims]]
     literals: Callable[[Resize], None] | None = None
