@@ -38,11 +38,13 @@ class Frozen:
         return f"{self.op}{where}: {self.reason}" if self.op else f"{self.reason}{where}"
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Axis:
     """One growable direction of the model, or a logic variable already bound to smaller ones.
 
     ``roles`` collects what the rules know about its use (``heads``, ``channels`` ...); ``frozen`` why it cannot grow.
+    What is not known when it is made, analysis alone finds out: its binding, ``frozen`` and ``roles``. Its size never
+    changes; an axis that has grown is another one of the same id.
     """
 
     id: int
@@ -167,13 +169,17 @@ def concat(parts: Iterable[Expr]) -> Expr:
     return Concat(tuple(flat))
 
 
+def _bind(axis: Axis, expr: Expr) -> None:
+    object.__setattr__(axis, "binding", expr)
+
+
 def resolve(expr: Expr) -> Expr:
     """Follow bindings down to unbound axes and bring the expression into canonical form."""
     if isinstance(expr, Axis):
         if expr.binding is None:
             return expr
         out = resolve(expr.binding)
-        expr.binding = out  # path compression
+        _bind(expr, out)  # path compression
         return out
     if isinstance(expr, Leaf):
         return expr
@@ -212,6 +218,13 @@ def map_leaves(expr: Expr, f: Callable[[Axis | Leaf], Expr]) -> Expr:
     return Concat(tuple(map_leaves(x, f) for x in expr.parts))
 
 
+def replaced(expr: Expr, old: Axis, new: Axis) -> Expr:
+    """A resolved expression with one axis in place of another; the expression itself where it does not hold that."""
+    if all(leaf is not old for leaf in leaves(expr)):
+        return expr
+    return map_leaves(expr, lambda leaf: new if leaf is old else leaf)
+
+
 def factors_of(expr: Expr) -> list[Expr]:
     """Top-level factors of a resolved expression; size 1 has none."""
     if isinstance(expr, Product):
@@ -238,7 +251,7 @@ class Unifier:
         """Pin every axis of the expression; the first reason is kept."""
         for axis in axes_of(expr):
             if axis.frozen is None:
-                axis.frozen = why
+                object.__setattr__(axis, "frozen", why)
 
     def role(self, expr: Expr, role: str, weight: int = 1) -> None:
         """Note a use of the expression's axes, for their names."""
@@ -276,7 +289,7 @@ class Unifier:
             self.freeze(b, a.frozen)
         if isinstance(b, Axis):
             self.ties.append((b.id, a.id, op, source))
-        a.binding = b
+        _bind(a, b)
 
     def _unify_factors(self, fa: list[Expr], fb: list[Expr], op: str, source: str) -> None:
         """Common refinement of two products, from the innermost factor outwards."""
@@ -414,7 +427,7 @@ class Unifier:
                 self.freeze(piece, axis.frozen)
             for name, count in axis.roles.items():
                 self.role(piece, name, count)
-        axis.binding = join(pieces)
+        _bind(axis, join(pieces))
         return pieces
 
     def split_concat(self, expr: Expr, head: int) -> tuple[Expr, Expr]:
@@ -497,7 +510,7 @@ class Unifier:
         if not is_static(total) or total > limit:
             return None
         if isinstance(expr, Axis):
-            expr.binding = Concat((UNIT,) * total)
+            _bind(expr, Concat((UNIT,) * total))
             return [UNIT] * total
         if isinstance(expr, Concat) and all(is_unit(p) for p in expr.parts):
             return list(expr.parts)
@@ -528,6 +541,7 @@ __all__ = [
     "map_leaves",
     "product",
     "quotient",
+    "replaced",
     "resolve",
     "same_size",
     "size_of",

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxgrow.errors import GrowthRefused, Refusal, SpecError, did_you_mean
 from fxgrow.growth import Growth, Verify, grow
-from fxgrow.ir.stacks import stacks_of
+from fxgrow.ir.stacks import stack_name, stacks_of
 from fxgrow.program import Program, capture
 from fxgrow.verify.verification import relative_errors
 
@@ -33,7 +33,9 @@ def spec_between(small: Program, big: Program, **how: Any) -> list[dict[str, Any
     for stack, numbers in stacks.items():
         more = len(larger.get(stack, [])) - len(numbers)
         if more < 0:
-            raise SpecError(f"{stack or '.'} has {len(numbers)} blocks, the larger model {len(larger.get(stack, []))}")
+            raise SpecError(
+                f"{stack_name(stack)} has {len(numbers)} blocks, the larger model {len(larger.get(stack, []))}"
+            )
         if more:
             operations.append({"op": "deepen", "stack": stack, "by": more})
     sizes = {a.name: a.size for a in big.axes}

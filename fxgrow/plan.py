@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainSerializer, PlainValidator, ValidationError
 
-from fxgrow.errors import CheckpointError, GrowthRefused, SpecError
+from fxgrow.errors import CheckpointError, SpecError
 from fxgrow.limits import UNITS, check_elements
 from fxgrow.reading import first_problem, parse_json
 
@@ -538,16 +538,14 @@ class AxisMap:
         return cls(old, np.concatenate([np.arange(old), -1 - ids]), share)
 
 
-def resolve_references(value: Any, nodes: dict[str, Any], times: Callable[[Any, int], Any]) -> Any:
+def resolve_references(value: Any, named: Callable[[str], Any], times: Callable[[Any, int], Any]) -> Any:
     """An argument of an :class:`Edit` with the nodes of a graph for their names.
 
-    ``times`` makes the op that multiplies a dynamic size by a number.
+    ``named`` finds a node, ``times`` makes the op that multiplies a dynamic size by a number.
     """
     if isinstance(value, dict) and "$node" in value:
-        if value["$node"] not in nodes:
-            raise GrowthRefused(f"the graph has no node {value['$node']!r}; the plan belongs to another graph")
-        node = nodes[value["$node"]]
+        node = named(value["$node"])
         return times(node, value["$times"]) if "$times" in value else node
     if isinstance(value, list):
-        return [resolve_references(v, nodes, times) for v in value]
+        return [resolve_references(v, named, times) for v in value]
     return value

@@ -6,10 +6,8 @@ step's changes to a flat ATen graph. The pass alone can run inside another compi
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,19 +15,19 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fxgrow.algebra import axes_of, size_of
+from fxgrow.algebra import Axis, size_of
 from fxgrow.analysis.axes import Axes, AxisInfo
 from fxgrow.analysis.relate import analyse
 from fxgrow.devices import check_memory
-from fxgrow.errors import GrowthRefused
-from fxgrow.ir.graphs import copy_graph
-from fxgrow.ir.ops import operator_named, schema_of, set_argument
+from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.ir.graphs import NodesByName, copy_graph
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.traced import Traced
 from fxgrow.limits import check_elements, check_units
-from fxgrow.plan import Change, DimPlan, Edit, Rescale, Step, TensorPlan, resolve_references
+from fxgrow.passes.changes import apply_edit, apply_rescale, rename_modules, renamed_path
+from fxgrow.plan import Change, DimPlan, Edit, Renumber, Rescale, Step, TensorPlan
 from fxgrow.plugins import load_plugins
-from fxgrow.spec import Operation
+from fxgrow.spec import Extend, Operation, Widen
 
 
 @dataclass
@@ -72,9 +70,29 @@ class State:
             self._axes = analyse(self.program)
         return self._axes
 
-    def structure_changed(self) -> None:
-        """Modules were added: the axes have to be found anew."""
-        self._axes = None
+    def apply(self, step: Step, changes: Sequence[Change], grown: Mapping[Axis, int] | None = None) -> None:
+        """Record changes in a step, and make them in the working graph by the pass of its operation; the axes follow.
+
+        Args:
+            step: of an operation that has a pass; so the step does the same in anybody's pass manager.
+            changes: further ones, in their order.
+            grown: axes that take a new size with them.
+        """
+        before = set(self.graph.nodes) if any(isinstance(c, Rescale) for c in changes) else set()
+        _, growth_pass = PASSES[step.op]
+        growth_pass(step, self.program).change(self.graph, changes)
+        step.changes.extend(changes)
+        if self._axes is None or not all(isinstance(c, Edit | Rescale) for c in changes):
+            self._axes = None  # there are other modules now: axes are found anew
+            return
+        axes = self._axes
+        if before:
+            added = [n for n in self.graph.nodes if n not in before and n.meta.get("rescale")]
+            axes = axes.with_nodes({n: n.all_input_nodes[0] for n in added})
+        for axis, size in (grown or {}).items():
+            axes = axes.resized(axis, size)
+            _note_sizes(axes, axes.uses.get(axis.id, ()))
+        self._axes = axes
 
     def next_unique(self) -> int:
         self.counter += 1
@@ -84,7 +102,7 @@ class State:
         return name in self.program.parameters
 
     def rename(self, f: Callable[[str], str]) -> None:
-        """Rename modules everywhere but in the graph itself."""
+        """Rename modules in everything that a :class:`~fxgrow.plan.Renumber` does not: the names of tensors."""
         program = self.program
         self.tensors = {f(k): v for k, v in self.tensors.items()}
         program.parameters = {f(k): v for k, v in program.parameters.items()}
@@ -92,7 +110,6 @@ class State:
         program.aliases = {f(k): f(v) for k, v in program.aliases.items()}
         program.requires_grad = {f(k): v for k, v in program.requires_grad.items()}
         program.persistent = {f(k) for k in program.persistent}
-        program.containers = {f(k): v for k, v in program.containers.items()}
         program.module_types = {f(k): v for k, v in program.module_types.items()}
 
     def order_blocks(self, stack: str) -> None:
@@ -124,6 +141,18 @@ class State:
         self.tensors[name].grow(i, dim, self.next_unique() << 32)
 
 
+def _note_sizes(axes: Axes, nodes: Sequence[fx.Node]) -> None:
+    """Write the dims' sizes into the nodes' metadata."""
+    for node in nodes:
+        dims = axes.dims.get(node)
+        if dims is None:
+            continue
+        if dims and any(isinstance(d, list) or d is None for d in dims):
+            node.meta["result_sizes"] = [None if d is None else [size_of(x) for x in d] for d in dims]
+        elif sizes_of(node) is not None:
+            node.meta["sizes"] = [size_of(d) for d in dims]
+
+
 def _ordered(table: dict[str, Any], stack: str) -> dict[str, Any]:
     prefix = stack + "." if stack else ""
 
@@ -136,107 +165,99 @@ def _ordered(table: dict[str, Any], stack: str) -> dict[str, Any]:
     return {n: table[n] for n in (next(queue) if number(name) is not None else name for name in list(table))}
 
 
-class GrowthPass(PassBase):
-    """Applies the changes of one planned step to a graph module.
+def new_size(op: Widen | Extend, info: AxisInfo) -> int:
+    """The size asked for.
 
-    ``call`` edits ``graph_module.graph`` in place and reports whether anything changed. Parameters that do not exist
-    yet are left as dangling ``get_attr`` targets, to be materialised from the plan's tensors. Passes that move modules
-    need the graph's :class:`~fxgrow.ir.traced.Traced`, which ``graph_module.meta["fxgrow"]`` holds.
+    Raises:
+        SpecError: it is no whole number, or smaller than the present one.
+    """
+    if op.to is not None:
+        size = op.to
+    elif op.by is not None:
+        size = info.size + op.by
+    else:
+        assert op.factor is not None
+        exact = info.size * op.factor
+        check_units(info.name, info.size, exact)
+        size = round(exact)
+        if abs(exact - size) > 1e-6:
+            raise SpecError(
+                f"{info.name} has {info.size} units; factor {op.factor:g} makes {exact:g}, which is no whole number. "
+                f"Use to: {int(exact)} or to: {int(exact) + 1}"
+            )
+    if size < info.size:
+        raise SpecError(f"{info.name} has {info.size} units; {size} would shrink it, and fxgrow only grows")
+    return size
+
+
+class GrowthPass(PassBase):
+    """Applies the changes of one planned step to a graph: the one way in which a growth reaches one.
+
+    Planning applies them by :meth:`State.apply`; in a pass manager ``call`` edits ``graph_module.graph`` in place and
+    reports whether anything changed. Parameters that do not exist yet are left as dangling ``get_attr`` targets, to be
+    materialised from the plan's tensors. Passes that move modules need the graph's
+    :class:`~fxgrow.ir.traced.Traced`, which ``graph_module.meta["fxgrow"]`` holds; its module tree (``containers``)
+    follows the graph.
+
+    A pass of another operation overrides :meth:`apply` where it has changes of its own.
     """
 
     op = ""
 
     def __init__(self, step: Step, program: Traced | None = None) -> None:
         self.step, self.program = step, program
+        self._named: NodesByName | None = None
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        self.program = self.program or graph_module.meta.get("fxgrow")
-        graph = graph_module.graph
-        for change in self.step.changes:
-            self.apply(graph, change)
+        held, given = graph_module.meta.get("fxgrow"), self.program
+        found = held or given
+        self.program = found and replace(found, containers=dict(found.containers))
+        self.change(graph_module.graph, self.step.changes)
+        if held is not None:  # for the pass that comes next
+            graph_module.meta["fxgrow"] = self.program
+        self.program = given
         return PassResult(graph_module, bool(self.step.changes))
 
+    def change(self, graph: fx.Graph, changes: Sequence[Change]) -> None:
+        """Apply changes, in their order."""
+        for change in changes:
+            self.apply(graph, change)
+
     def apply(self, graph: fx.Graph, change: Change) -> None:
+        """Apply one change.
+
+        Raises:
+            GrowthRefused: the graph is not the one that was planned with, or the pass does not know such changes.
+        """
         if isinstance(change, Edit):
-            apply_edit(graph, change)
+            apply_edit(change, self.named(graph))
         elif isinstance(change, Rescale):
-            apply_rescale(graph, change)
+            apply_rescale(change, self.named(graph))
+        elif isinstance(change, Renumber):
+            rename_modules(graph, change.prefixes)
+            program = self.traced()
+            program.containers = {renamed_path(k, change.prefixes): v for k, v in program.containers.items()}
         else:
             raise GrowthRefused(f"pass {self.op} cannot apply a change of kind {change.kind}")
 
+    def named(self, graph: fx.Graph) -> NodesByName:
+        """Finds the nodes of a graph by name."""
+        if self._named is None or self._named.graph is not graph:
+            self._named = NodesByName(graph)
+        return self._named
 
-def node_named(graph: fx.Graph, name: str) -> fx.Node:
-    for node in graph.nodes:
-        if node.name == name:
-            return node
-    raise GrowthRefused(f"the graph has no node {name!r}; the plan belongs to another graph")
+    def traced(self) -> Traced:
+        """What the graph was traced from.
 
-
-def apply_edit(graph: fx.Graph, edit: Edit, nodes: dict[str, fx.Node] | None = None) -> None:
-    """Set arguments of a call, and its target where the plan changes it."""
-    nodes = nodes if nodes is not None else {n.name: n for n in graph.nodes}
-    node = nodes.get(edit.node)
-    if node is None:
-        raise GrowthRefused(f"the graph has no node {edit.node!r}; the plan belongs to another graph")
-    times = functools.partial(_times, node)
-    arguments = {k: resolve_references(v, nodes, times) for k, v in edit.arguments.items()}
-    if edit.target is not None:
-        node.target = operator_named(edit.target)
-        node.args, node.kwargs = (), {}
-        names = [a.name for a in schema_of(node.target).arguments]
-        node.args = tuple(arguments[n] for n in names if n in arguments)
-        return
-    for name, value in arguments.items():
-        set_argument(node, name, value)
-
-
-def _times(before: fx.Node, size: fx.Node, factor: int) -> fx.Node:
-    """A dynamic size times a number, as an op before a node."""
-    with before.graph.inserting_before(before):
-        out = before.graph.call_function(operator.mul, (size, factor))
-    out.meta = {**before.meta, "val": size.meta["val"] * factor}
-    for key in ("sizes", "result_sizes"):
-        out.meta.pop(key, None)
-    return out
-
-
-def rescale(node: fx.Node, factor: float, name: str, user: str | None = None) -> Rescale:
-    """The change that multiplies a node's value; one of whole numbers is divided."""
-    value = node.meta.get("val")
-    whole = isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
-    divisor = round(1 / factor) if whole else None
-    return Rescale(node=node.name, factor=factor, divisor=divisor, name=name, user=user, why="constant")
-
-
-def apply_rescale(graph: fx.Graph, change: Rescale, nodes: dict[str, fx.Node] | None = None) -> fx.Node:
-    """Insert ``node * factor`` after a node and send its users, or the one that is named, there."""
-    node = nodes[change.node] if nodes is not None else node_named(graph, change.node)
-    target: Any = torch.ops.aten.mul.Tensor
-    args: tuple[Any, ...] = (node, change.factor)
-    kwargs: dict[str, Any] = {}
-    if change.divisor is not None:
-        target, args, kwargs = torch.ops.aten.div.Tensor_mode, (node, change.divisor), {"rounding_mode": "floor"}
-    with graph.inserting_after(node):
-        new = graph.create_node("call_function", target, args, kwargs, name=change.name)
-    new.meta = dict(node.meta)
-    new.meta["rescale"] = True
-    only = (
-        None if change.user is None else (nodes[change.user] if nodes is not None else node_named(graph, change.user))
-    )
-    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and only in (None, user))
-    return new
-
-
-def update_sizes(axes: Axes, touched: list[fx.Node]) -> None:
-    """Write the dims' current sizes into the nodes' metadata."""
-    for node in touched:
-        dims = axes.dims.get(node)
-        if dims is None:
-            continue
-        if dims and any(isinstance(d, list) or d is None for d in dims):
-            node.meta["result_sizes"] = [None if d is None else [size_of(x) for x in d] for d in dims]
-        elif sizes_of(node) is not None:
-            node.meta["sizes"] = [size_of(d) for d in dims]
+        Raises:
+            GrowthRefused: nobody said.
+        """
+        if self.program is None:
+            raise GrowthRefused(
+                f"pass {self.op} moves modules, and needs the program that the graph is of: "
+                'set graph_module.meta["fxgrow"] to it'
+            )
+        return self.program
 
 
 Planner = Callable[[State, Any], list[Step]]
@@ -265,18 +286,4 @@ def run_operation(state: State, operation: Operation) -> list[Step]:
     return planner(state, operation)
 
 
-__all__ = [
-    "PASSES",
-    "GrowthPass",
-    "State",
-    "apply_edit",
-    "apply_rescale",
-    "axes_of",
-    "copy_graph",
-    "node_named",
-    "operator_named",
-    "register_pass",
-    "rescale",
-    "run_operation",
-    "update_sizes",
-]
+__all__ = ["PASSES", "GrowthPass", "State", "copy_graph", "new_size", "register_pass", "run_operation"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import itertools
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +18,11 @@ from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.memory import Memory, writes
 from fxgrow.ir.ops import op_name
 from fxgrow.ir.sizes import sizes_of
-from fxgrow.ir.stacks import block_path, children_of, stacks_of
+from fxgrow.ir.stacks import block_path, children_of, stack_name, stacks_of
 from fxgrow.ir.traced import Traced
 from fxgrow.limits import check_blocks
 from fxgrow.passes.base import GrowthPass, State, register_pass
+from fxgrow.passes.changes import NEW, renamed_path
 from fxgrow.passes.identity import IDEMPOTENT, Identity, Values, merged, same_value
 from fxgrow.plan import Change, CloneBlock, Renumber, Step, TensorPlan
 from fxgrow.spec import Deepen
@@ -31,14 +33,33 @@ class DeepenPass(GrowthPass):
 
     op = "deepen"
 
+    def change(self, graph: fx.Graph, changes: Sequence[Change]) -> None:
+        for (kind, stack), group in itertools.groupby(changes, lambda c: (c.kind, getattr(c, "stack", None))):
+            if stack is None:
+                super().change(graph, list(group))
+                continue
+            regions = block_regions(self.traced(), graph, stack)
+            # from the last to the first, so that no clone moves the input of a block that is still to be copied: what
+            # is known of the blocks stays true
+            for change in reversed(list(group)):
+                assert isinstance(change, CloneBlock)
+                self.clone(graph, change, regions)
+
     def apply(self, graph: fx.Graph, change: Change) -> None:
-        assert self.program is not None
         if isinstance(change, CloneBlock):
-            clone_block(self.program, graph, change)
-        elif isinstance(change, Renumber):
-            rename_modules(self.program, graph, change.prefixes)
+            self.change(graph, [change])
         else:
             super().apply(graph, change)
+
+    def clone(self, graph: fx.Graph, change: CloneBlock, regions: list[Region]) -> None:
+        """Copy a block's nodes in every call, and its modules. ``regions`` are the blocks of its stack."""
+        old, new = block_path(change.stack, change.source), _temporary(change)
+        for region in [r for r in regions if r.path == old]:
+            clone_region(graph, change, region, [r for r in regions if r.call == region.call])
+        containers = self.traced().containers
+        for path, kind in list(containers.items()):
+            if path == old or path.startswith(old + "."):
+                containers[new + path[len(old) :]] = kind
 
 
 def plan_deepen(state: State, op: Deepen) -> list[Step]:
@@ -49,10 +70,10 @@ def plan_deepen(state: State, op: Deepen) -> list[Step]:
         GrowthRefused: a block is not one piece of the graph, or no identity of it exists.
     """
     stacks = stacks_of(state.program)
-    names = [s for s in stacks if fnmatch.fnmatchcase(s or ".", op.stack) or s == op.stack]
+    names = [s for s in stacks if fnmatch.fnmatchcase(stack_name(s), op.stack) or s == op.stack]
     if not names:
         raise SpecError(
-            f"no repeated stack matches {op.stack!r}; the model has: {', '.join(s or '.' for s in stacks) or 'none'} "
+            f"no repeated stack matches {op.stack!r}; the model has: {', '.join(map(stack_name, stacks)) or 'none'} "
             "(a stack is a ModuleList or Sequential whose numbered children have modules of their own)"
         )
     step = Step(
@@ -71,7 +92,7 @@ def places(op: Deepen, numbers: list[int], stack: str) -> list[tuple[int, int]]:
     if op.after is not None:
         wrong = [a for a in op.after if a not in numbers]
         if wrong:
-            raise SpecError(f"{stack or '.'} has blocks {numbers[0]} to {numbers[-1]}, no block {wrong[0]}")
+            raise SpecError(f"{stack_name(stack)} has blocks {numbers[0]} to {numbers[-1]}, no block {wrong[0]}")
         check_blocks(stack, n, len(op.after))
         return [(a, a) for a in sorted(op.after)]
     if op.factor is not None:
@@ -79,7 +100,7 @@ def places(op: Deepen, numbers: list[int], stack: str) -> list[tuple[int, int]]:
         total = round(n * op.factor)
         if abs(total - n * op.factor) > 1e-6:
             raise SpecError(
-                f"{stack or '.'} has {n} blocks; factor {op.factor:g} gives {n * op.factor:g}, no whole number"
+                f"{stack_name(stack)} has {n} blocks; factor {op.factor:g} gives {n * op.factor:g}, no whole number"
             )
         extra = total - n
     else:
@@ -101,7 +122,7 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     program = state.program
     new_blocks = places(op, numbers, stack)
     if not new_blocks:
-        step.notes.append(f"{stack or '.'} keeps its {len(numbers)} blocks")
+        step.notes.append(f"{stack_name(stack)} keeps its {len(numbers)} blocks")
         return
     blocks = _Blocks(program, state.graph, stack, block_regions(program, state.graph, stack), Memory(state.graph))
     numbering: dict[int, int] = {}
@@ -135,17 +156,10 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     prefixes = {block_path(stack, a): block_path(stack, b) for a, b in numbering.items() if a != b}
     shared = blocks.shared()
     tensors = _clone_tensors(state, clones, zeros, shared)
-    changes: list[Change] = [*clones, Renumber(prefixes=prefixes)]
-    # from the last to the first, so that no clone moves the input of a block that is still to be copied: what is known
-    # of the blocks stays true
-    for change in reversed(clones):
-        clone_block(program, state.graph, change, blocks.regions)
-    DeepenPass(step, program).apply(state.graph, changes[-1])
+    state.apply(step, [*clones, Renumber(prefixes=prefixes)])
     state.rename(lambda name: renamed_path(name, prefixes))
     _add_tensors(state, clones, numbering, tensors, [renamed_path(n, prefixes) for n in shared])
     state.order_blocks(stack)
-    step.changes.extend(changes)
-    state.structure_changed()
 
 
 @dataclass
@@ -206,13 +220,13 @@ class _Blocks:
                 self.identity(number, number, init)
                 able.append(number)
         return (
-            f"\n(blocks of {self.stack or '.'} that can be copied: use `after: {able}`, or some of them)"
+            f"\n(blocks of {stack_name(self.stack)} that can be copied: use `after: {able}`, or some of them)"
             if able
             else ""
         )
 
     def refuse(self, why: str, instead: str) -> GrowthRefused:
-        return GrowthRefused(Refusal(self.stack or ".", f"{why}. {instead}", "deepen"))
+        return GrowthRefused(Refusal(stack_name(self.stack), f"{why}. {instead}", "deepen"))
 
     def _in_one_call(self, region: Region, after: int, init: str) -> Values | None:
         """What to set so that the copy's branches are zero; None where only a gate can make it the identity."""
@@ -281,7 +295,7 @@ def stream_input(region: Region, stack: str, regions: list[Region]) -> fx.Node:
             f"{len(region.outputs)} values that {region.path} computes are used outside it "
             f"({'; '.join(map(_at, region.outputs))}), and a copy that follows it can take up one only"
         )
-        raise GrowthRefused(Refusal(stack or ".", why, "deepen"))
+        raise GrowthRefused(Refusal(stack_name(stack), why, "deepen"))
     (out,) = region.outputs
     same = [n for n in region.inputs if sizes_of(n) is not None and sizes_of(n) == sizes_of(out)]
     if len(same) > 1:
@@ -295,7 +309,7 @@ def stream_input(region: Region, stack: str, regions: list[Region]) -> fx.Node:
             f"the output of block {region.path} has the shape {sizes_of(out)}, and {what} that shape, so that no copy "
             "of it can follow it"
         )
-        raise GrowthRefused(Refusal(stack or ".", why, "deepen"))
+        raise GrowthRefused(Refusal(stack_name(stack), why, "deepen"))
     return same[0]
 
 
@@ -312,26 +326,12 @@ def _adds_to(out: fx.Node, source: fx.Node, region: Region) -> bool:
 # graph ------------------------------------------------------------------------------------------------------------
 
 
-#: marks the number of a new block until the old ones have moved out of its way
-_NEW = "+"
-
-
 def _temporary(clone: CloneBlock) -> str:
-    return block_path(clone.stack, f"{_NEW}{clone.number}")
+    return block_path(clone.stack, f"{NEW}{clone.number}")
 
 
-def clone_block(program: Traced, graph: fx.Graph, change: CloneBlock, regions: list[Region] | None = None) -> None:
-    """Copy a block's nodes in every call, feed the copy with the output of the block before, and pass its result on.
-
-    ``regions`` are the stack's blocks in the graph as it is; looked up where None.
-    """
-    if regions is None:
-        regions = block_regions(program, graph, change.stack)
-    for region in [r for r in regions if r.path == block_path(change.stack, change.source)]:
-        _clone_region(graph, change, region, [r for r in regions if r.call == region.call])
-
-
-def _clone_region(graph: fx.Graph, change: CloneBlock, region: Region, regions: list[Region]) -> None:
+def clone_region(graph: fx.Graph, change: CloneBlock, region: Region, regions: list[Region]) -> None:
+    """Copy a block's nodes in one call, feed the copy with the output of the block before, and pass its result on."""
     predecessor = next(r for r in regions if r.path == block_path(change.stack, change.after))
     before = predecessor.outputs[0]
     source = stream_input(region, change.stack, regions)
@@ -377,27 +377,6 @@ def _renamed_meta(node: fx.Node, renamed: Callable[[str], str]) -> dict[str, Any
     meta = dict(node.meta)
     meta["module_path"] = renamed(meta.get("module_path", ""))
     return meta
-
-
-def rename_modules(program: Traced, graph: fx.Graph, prefixes: dict[str, str]) -> None:
-    """Rename module paths in targets and metadata; temporary names of new blocks become their numbers."""
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            node.target = renamed_path(str(node.target), prefixes)
-        if "module_path" in node.meta:
-            node.meta["module_path"] = renamed_path(node.meta["module_path"], prefixes)
-
-
-def renamed_path(name: str, prefixes: dict[str, str]) -> str:
-    """``name`` with the longest matching prefix replaced; ``stack.+7`` becomes ``stack.7``."""
-    parts = name.split(".")
-    for i in range(len(parts), 0, -1):
-        head = ".".join(parts[:i])
-        if head in prefixes:
-            return ".".join([prefixes[head], *parts[i:]])
-        if parts[i - 1].startswith(_NEW):
-            return ".".join([*parts[: i - 1], parts[i - 1].removeprefix(_NEW), *parts[i:]])
-    return name
 
 
 # tensors ----------------------------------------------------------------------------------------------------------
@@ -454,8 +433,7 @@ def _add_tensors(
     def under(table: Iterable[str]) -> dict[str, list[str]]:
         return _by_block(table, likes)
 
-    tables: list[dict[str, Any]] = [program.parameters, program.buffers, program.requires_grad]
-    tables += [program.containers, program.module_types]
+    tables: list[dict[str, Any]] = [program.parameters, program.buffers, program.requires_grad, program.module_types]
     theirs = [under(n for n in t if n not in shared) for t in tables]
     persistent, aliases, tied = under(program.persistent), under(program.aliases), under(shared)
     for clone in clones:

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from fxgrow.algebra import Axis
-from fxgrow.analysis.axes import AxisInfo, Member
+from fxgrow.analysis.axes import Axes, AxisInfo, Member
 from fxgrow.analysis.ranges import Ranges
 from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.guards import moved
-from fxgrow.passes.base import GrowthPass, State, register_pass, update_sizes
-from fxgrow.passes.widen import apply_changes, changes_of, new_size
+from fxgrow.passes.base import GrowthPass, State, new_size, register_pass
+from fxgrow.passes.changes import changes_of
 from fxgrow.plan import FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisGrowth, DimPlan, OutputGrowth, Step
 from fxgrow.proof.extension import Extension, longest, members, short_dims
 from fxgrow.proof.growth import Outcome, dim_plan, size_edits
@@ -84,9 +84,10 @@ def plan_extend(state: State, op: Extend) -> list[Step]:
         runs.append((wanted, run, run.run()))
         done[axis.id] = wanted.new
         queue.extend(_followers(state, run, wanted, ranges))
+    before = state.axes
     for wanted, run, outcome in runs:
         _grow(state, op, wanted, run, outcome, step)
-    _continue_buffers(state, [(w, r) for w, r, _ in runs], step)
+    _continue_buffers(state, before, [w for w, _, _ in runs], step)
     if step.changed_outputs:
         step.exactness = "approximate"
         listed = ", ".join(map(str, step.changed_outputs))
@@ -113,7 +114,7 @@ def _unnamed(state: State, axis: Axis) -> AxisInfo:
     for info in state.axes:
         if info.axis is axis:
             return info
-    found = [Member(name, i) for name, i in members(state.axes, axis)]
+    found = tuple(Member(name, i) for name, i in members(state.axes, axis))
     if not found:
         raise GrowthRefused("an axis of no parameter or buffer")
     return AxisInfo(str(found[0]), int(axis.size), "positions", found, axis.frozen, axis)
@@ -149,7 +150,7 @@ def _grow(state: State, op: Extend, wanted: _Wanted, run: Extension, outcome: Ou
     axes, info, new = state.axes, wanted.info, wanted.new
     old = info.size
 
-    changes = changes_of(state, outcome, size_edits(axes, info.axis, new, run.refuse_at))
+    changes = changes_of(state.graph, outcome, size_edits(axes, info.axis, new, run.refuse_at))
     for name, i in members(axes, info.axis):
         if state.is_parameter(name):
             _plan_rows(state, op, name, i, info.axis, outcome)
@@ -170,13 +171,9 @@ def _grow(state: State, op: Extend, wanted: _Wanted, run: Extension, outcome: Ou
     )
     _note_outputs(step, run.outputs)
     step.changed_outputs = sorted({*step.changed_outputs, *run.changed_outputs})
-    step.changes.extend(changes)
-    apply_changes(state, changes)
     for call in state.program.calls:
         call.guards = moved(call.guards, old, new)
-    info.axis.size = new
-    info.size = new
-    update_sizes(axes, axes.uses.get(info.axis.id, []))
+    state.apply(step, changes, {info.axis: new})
 
 
 def _note_outputs(step: Step, grown: list[OutputGrowth]) -> None:
@@ -213,11 +210,11 @@ def _plan_rows(state: State, op: Extend, name: str, i: int, axis: Axis, outcome:
         plan.appended.append(i)
 
 
-def _continue_buffers(state: State, runs: list[tuple[_Wanted, Extension]], step: Step) -> None:
-    """Buffers go on by their pattern, all their extended dims at once."""
+def _continue_buffers(state: State, axes: Axes, extended: list[_Wanted], step: Step) -> None:
+    """Buffers go on by their pattern, all their extended dims at once. ``axes`` are those before."""
     grown: dict[str, dict[int, _Wanted]] = {}
-    for wanted, run in runs:
-        for name, i in members(state.axes, wanted.info.axis):
+    for wanted in extended:
+        for name, i in members(axes, wanted.info.axis):
             if not state.is_parameter(name):
                 grown.setdefault(name, {})[i] = wanted
     words: dict[str, list[str]] = {}
@@ -226,7 +223,7 @@ def _continue_buffers(state: State, runs: list[tuple[_Wanted, Extension]], step:
         assert plan.source is not None
         node = next(n for n in state.graph.nodes if n.op == "get_attr" and str(n.target) == name)
         along = sorted({*dims, *(plan.continuation.dims if plan.continuation is not None else ())})
-        whole = all(state.axes.dims[node][i] is w.info.axis for i, w in dims.items())
+        whole = all(axes.dims[node][i] is w.info.axis for i, w in dims.items())
         # copies of a pattern's entries are no pattern
         whole &= all(plan.dims[i] is None or i in plan.appended for i in along)
         pattern = recognise(state.program.tensor(name), along) if whole and not plan.zero else None

@@ -12,9 +12,10 @@ from torch import fx
 from fxgrow.errors import GrowthRefused, Refusal, SpecError, did_you_mean
 from fxgrow.ir.ops import op_name, operator_named
 from fxgrow.ir.sizes import sizes_of
+from fxgrow.ir.stacks import block_path
 from fxgrow.ir.traced import Traced
-from fxgrow.passes.base import GrowthPass, State, node_named, register_pass
-from fxgrow.passes.deepen import rename_modules, renamed_path
+from fxgrow.passes.base import GrowthPass, State, register_pass
+from fxgrow.passes.changes import renamed_path
 from fxgrow.passes.identity import IDEMPOTENT
 from fxgrow.plan import Change, InsertLayer, Renumber, Step, TensorPlan
 from fxgrow.spec import Insert
@@ -28,13 +29,15 @@ class InsertPass(GrowthPass):
     op = "insert"
 
     def apply(self, graph: fx.Graph, change: Change) -> None:
-        assert self.program is not None
-        if isinstance(change, InsertLayer):
-            insert_layer(graph, change)
-        elif isinstance(change, Renumber):
-            rename_modules(self.program, graph, change.prefixes)
-        else:
+        if not isinstance(change, InsertLayer):
             super().apply(graph, change)
+            return
+        insert_layer(self.named(graph)(change.node), change)
+        containers = self.traced().containers
+        containers[change.path] = _TYPES[change.layer]
+        parent, _, last = change.path.rpartition(".")
+        if change.activation is not None and last.isdigit():
+            containers[block_path(parent, int(last) + 1)] = "ReLU"
 
 
 def plan_insert(state: State, op: Insert) -> list[Step]:
@@ -74,19 +77,13 @@ def _insert_after(state: State, op: Insert, name: str, step: Step) -> None:
         raise _refusal(name, "its output differs from call to call in shape or op")
     width = 2 if changes[0].activation else 1
     path, prefixes = _place(program, name, width)
-    growth_pass = InsertPass(step, program)
-    if prefixes:
-        growth_pass.apply(graph, Renumber(prefixes=prefixes))
-        state.rename(lambda name: renamed_path(name, prefixes))
-        step.changes.append(Renumber(prefixes=prefixes))
-    value = found[0].meta.get("val")
     for change in changes:
         change.path = path
-        growth_pass.apply(graph, change)
-        step.changes.append(change)
+    value = found[0].meta.get("val")
+    state.apply(step, [*([Renumber(prefixes=prefixes)] if prefixes else []), *changes])
+    state.rename(lambda name: renamed_path(name, prefixes))
     _add_layer(state, changes[0], value.dtype if isinstance(value, torch.Tensor) else torch.float32)
     state.order_blocks(name.rpartition(".")[0])
-    state.structure_changed()
 
 
 def _refusal(name: str, why: str) -> GrowthRefused:
@@ -215,17 +212,11 @@ def _add_layer(state: State, change: InsertLayer, dtype: torch.dtype) -> None:
             program.buffers[name] = value
             program.persistent.add(name)
         plan.device = str(device)
-    program.containers[change.path] = _TYPES[change.layer]
-    if change.activation is not None:
-        parent, _, last = change.path.rpartition(".")
-        if last.isdigit():
-            program.containers[f"{parent}.{int(last) + 1}" if parent else str(int(last) + 1)] = "ReLU"
 
 
-def insert_layer(graph: fx.Graph, change: InsertLayer) -> None:
-    """Insert the layer's nodes after its place and send the users there."""
-    node = node_named(graph, change.node)
-    users = list(node.users)
+def insert_layer(node: fx.Node, change: InsertLayer) -> None:
+    """Insert the layer's nodes after a node and send its users there."""
+    graph, users = node.graph, list(node.users)
     aten = torch.ops.aten
     template = node.meta.get("val")
     dtype = template.dtype if isinstance(template, torch.Tensor) else torch.float32

@@ -10,8 +10,8 @@ import numpy as np
 from fxgrow.analysis.axes import AxisInfo
 from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.dtypes import is_fine
-from fxgrow.limits import check_units
-from fxgrow.passes.base import GrowthPass, State, apply_edit, apply_rescale, register_pass, rescale, update_sizes
+from fxgrow.passes.base import GrowthPass, State, new_size, register_pass
+from fxgrow.passes.changes import changes_of
 from fxgrow.plan import (
     FILL_CONSTANT,
     FILL_MEAN,
@@ -19,15 +19,12 @@ from fxgrow.plan import (
     FILL_ZERO,
     AxisGrowth,
     AxisMap,
-    Change,
-    Edit,
     NoisePlan,
-    Rescale,
     Step,
 )
 from fxgrow.proof.growth import Grow, Outcome, dim_plan, size_edits
 from fxgrow.rules.annotation import Content, Site
-from fxgrow.spec import Extend, Widen
+from fxgrow.spec import Widen
 
 
 class WidenPass(GrowthPass):
@@ -85,31 +82,6 @@ def _changes_function(op: Widen) -> bool:
     return noisy or (op.fan_in == "random" and op.fan_out == "random")
 
 
-def new_size(op: Widen | Extend, info: AxisInfo) -> int:
-    """The size asked for.
-
-    Raises:
-        SpecError: it is no whole number, or smaller than the present one.
-    """
-    if op.to is not None:
-        size = op.to
-    elif op.by is not None:
-        size = info.size + op.by
-    else:
-        assert op.factor is not None
-        exact = info.size * op.factor
-        check_units(info.name, info.size, exact)
-        size = round(exact)
-        if abs(exact - size) > 1e-6:
-            raise SpecError(
-                f"{info.name} has {info.size} units; factor {op.factor:g} makes {exact:g}, which is no whole number. "
-                f"Use to: {int(exact)} or to: {int(exact) + 1}"
-            )
-    if size < info.size:
-        raise SpecError(f"{info.name} has {info.size} units; {size} would shrink it, and fxgrow only grows")
-    return size
-
-
 def candidates(op: Widen, old: int, new: int) -> Iterator[tuple[str, AxisMap, Content]]:
     """Ways to grow an axis, best first: (in words, map, content of newborn entries where nothing demands another)."""
     content = Content.ZERO if op.fan_in == "zero" else Content.FREE
@@ -154,7 +126,7 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
         ways = [f"`{w}`" for w in _exact_ways(state, op, info, new)]
         lines += [f"(exact for {info.name}: {' or '.join(ways)})"] if ways else []
         raise GrowthRefused("\n".join(lines))
-    changes = changes_of(state, outcome, sizes)
+    changes = changes_of(state.graph, outcome, sizes)
     _plan_tensors(state, op, info, outcome)
     pinned = {c.value for c in run.pinned.values()}
     exact_gradients = not (outcome.statistics and (growth.newborn > 0 or op.split == "uneven"))
@@ -180,11 +152,7 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
         )
     if op.noise is not None and not any(state.tensors[m.tensor].last.noise for m in info.members):
         step.notes.append(f"no weight multiplies {info.name} by itself, so that there is nowhere to put exact noise")
-    step.changes.extend(changes)
-    apply_changes(state, changes)
-    axis.size = new
-    info.size = new
-    update_sizes(axes, axes.uses.get(axis.id, []))
+    state.apply(step, changes, {axis: new})
 
 
 def _exact_ways(state: State, op: Widen, info: AxisInfo, new: int) -> list[str]:
@@ -210,44 +178,6 @@ def _exact_ways(state: State, op: Widen, info: AxisInfo, new: int) -> list[str]:
             found.append(words)
             break
     return found
-
-
-def changes_of(state: State, outcome: Outcome, sizes: list[Edit]) -> list[Change]:
-    by_node = {e.node: e for e in sizes}
-    for (node, argument), value in outcome.edits.items():
-        edit = by_node.setdefault(node, Edit(node=node, why="constant"))
-        edit.arguments[argument] = value
-    changes: list[Change] = list(by_node.values())
-    nodes = {n.name: n for n in state.graph.nodes}
-    taken = set(nodes)
-    for node, factor in outcome.rescales.items():
-        name = f"{node}_scale"
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        changes.append(rescale(nodes[node], factor, name))
-    for (user, node), factor in outcome.input_rescales.items():
-        name = f"{node}_scale_{user}"
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        changes.append(rescale(nodes[node], factor, name, user))
-    return changes
-
-
-def apply_changes(state: State, changes: list[Change]) -> None:
-    nodes = {n.name: n for n in state.graph.nodes}
-    inserted = False
-    for change in changes:
-        if isinstance(change, Edit):
-            apply_edit(state.graph, change, nodes)
-        elif isinstance(change, Rescale):
-            new = apply_rescale(state.graph, change, nodes)
-            state.axes.dims[new] = state.axes.dims[nodes[change.node]]
-            inserted = True
-    if inserted:
-        for cached in ("uses", "graph", "memory"):
-            state.axes.__dict__.pop(cached, None)
 
 
 def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> None:

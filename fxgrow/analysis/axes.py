@@ -1,18 +1,22 @@
-"""The axes of a program: their names, what they are in, what ties them and what freezes them."""
+"""The axes of a program: their names, what they are in, what ties them and what freezes them.
+
+Nothing here changes once it is made: planning, which grows axes, makes further ones (:meth:`Axes.resized`).
+"""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import networkx as nx
 from torch import fx
 
-from fxgrow.algebra import Axis, Concat, Expr, Frozen, Leaf, Product, Unifier, axes_of, resolve, same_size, size_of
+from fxgrow.algebra import Axis, Concat, Expr, Frozen, Leaf, Product, axes_of, replaced, resolve, same_size, size_of
 from fxgrow.errors import SpecError, did_you_mean
 from fxgrow.ir.memory import Memory
 from fxgrow.ir.traced import Traced
@@ -30,7 +34,7 @@ class Member:
         return f"{self.tensor}:{self.dim}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class AxisInfo:
     """One named axis of the model.
 
@@ -46,7 +50,7 @@ class AxisInfo:
     name: str
     size: int
     role: str
-    members: list[Member]
+    members: tuple[Member, ...]
     reason: Frozen | None
     axis: Axis = field(repr=False)
 
@@ -55,25 +59,67 @@ class AxisInfo:
         return self.reason is None
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Axes:
     """The axes of a program; iterates :class:`AxisInfo`, and answers what is tied to what and why.
 
-    ``graph`` is a bipartite networkx graph of axes and ops: an edge says that the op handles the axis; the node of
-    each axis carries its name, size and frozen reason.
+    Attributes:
+        program: what was analysed.
+        dims: of every node that has any, as expressions over axes; a list of them for ops with several results.
+        uses: axis id to the nodes whose operands or results carry it, in graph order.
+        memory: which values share memory, and which ops write into it.
+        by_name: the axes that have names, which are those of parameters.
+        unknown_ops: without a rule, and the lines they are called in.
+        freezes: every dim that a rule froze, the op and why.
     """
 
-    def __init__(
-        self,
+    program: Traced
+    dims: Mapping[fx.Node, Any]
+    uses: Mapping[int, Sequence[fx.Node]]
+    memory: Memory
+    unknown_ops: Mapping[str, list[str]]
+    freezes: Sequence[tuple[Expr, fx.Node, str]] = ()
+    by_name: Mapping[str, AxisInfo] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def of(
+        cls,
         program: Traced,
-        unifier: Unifier,
-        dims: dict[fx.Node, Any],
-        unknown: dict[str, list[str]],
-        freezes: Sequence[tuple[Expr, fx.Node, str]] = (),
-    ):
-        self.program, self.unifier, self.unknown_ops, self._freezes = program, unifier, unknown, freezes
-        self.dims: dict[fx.Node, Any] = {n: resolve_all(d) for n, d in dims.items()}
-        #: filled in by naming, the last step of analysis
-        self.by_name: dict[str, AxisInfo] = {}
+        dims: Mapping[fx.Node, Any],
+        unknown: Mapping[str, list[str]],
+        freezes: Sequence[tuple[Expr, fx.Node, str]],
+    ) -> Axes:
+        """What analysis found, before the axes have names."""
+        known = MappingProxyType({n: _resolved(d) for n, d in dims.items()})
+        return cls(program, known, _uses(program.graph, known), Memory(program.graph), unknown, tuple(freezes))
+
+    def resized(self, axis: Axis, size: int) -> Axes:
+        """The same with another size of one axis."""
+        new = replace(axis, size=size)
+        made: dict[int, Any] = {}  # nodes that share a dim go on sharing it
+
+        def now(dim: Any) -> Any:
+            if isinstance(dim, list):
+                return [now(d) for d in dim]
+            if dim is not None and id(dim) not in made:
+                made[id(dim)] = replaced(dim, axis, new)
+            return None if dim is None else made[id(dim)]
+
+        dims = {n: now(self.dims[n]) for n in self.uses.get(axis.id, ()) if n in self.dims}
+        infos = {n: replace(i, size=size, axis=new) for n, i in self.by_name.items() if i.axis is axis}
+        return replace(
+            self,
+            dims=MappingProxyType({**self.dims, **dims}),
+            by_name=MappingProxyType({**self.by_name, **infos}),
+        )
+
+    def with_nodes(self, like: Mapping[fx.Node, fx.Node]) -> Axes:
+        """The same after nodes were added to the graph, each with the dims of another one."""
+        dims = dict(self.dims)
+        for node, other in like.items():
+            dims[node] = dims[other]
+        graph = self.program.graph
+        return replace(self, dims=MappingProxyType(dims), uses=_uses(graph, dims), memory=Memory(graph))
 
     def __iter__(self) -> Iterator[AxisInfo]:
         return iter(self.by_name.values())
@@ -89,30 +135,10 @@ class Axes:
         return {str(n.target): d for n, d in self.dims.items() if n.op == "get_attr" and isinstance(d, list)}
 
     @cached_property
-    def uses(self) -> dict[int, list[fx.Node]]:
-        """Axis id to the nodes whose operands or results carry it, in graph order."""
-        out: dict[int, list[fx.Node]] = {}
-        carried: dict[fx.Node, set[int]] = {}
-        for node in self.program.graph.nodes:
-            own = {a.id for d in flat_dims(self.dims.get(node)) for a in axes_of(d)}
-            carried[node] = own
-            touched = set(own)
-            for source in node.all_input_nodes:
-                touched |= carried.get(source, set())
-            for axis in touched:
-                out.setdefault(axis, []).append(node)
-        return out
-
-    @cached_property
-    def memory(self) -> Memory:
-        """Which values share memory, and which ops write into it."""
-        return Memory(self.program.graph)
-
-    @cached_property
     def blockers(self) -> dict[int, dict[fx.Node, str]]:
         """Axis id to every op whose rule froze it, with the first reason of each; ``frozen`` has the first op alone."""
         out: dict[int, dict[fx.Node, str]] = {}
-        for expr, node, why in self._freezes:
+        for expr, node, why in self.freezes:
             for axis in axes_of(expr):
                 out.setdefault(axis.id, {}).setdefault(node, why)
         return out
@@ -164,7 +190,7 @@ class Axes:
 
     def name_of(self, axis: Axis) -> str:
         for info in self:
-            if info.axis is axis:
+            if info.axis.id == axis.id:
                 return info.name
         return f"(unnamed axis of size {axis.size})"
 
@@ -217,7 +243,21 @@ class Axes:
         return "\n".join(lines)
 
 
-def resolve_all(dims: Any) -> Any:
+def _resolved(dims: Any) -> Any:
     if dims is None:
         return None
-    return [resolve_all(d) if isinstance(d, list) or d is None else resolve(d) for d in dims]
+    return [_resolved(d) if isinstance(d, list) or d is None else resolve(d) for d in dims]
+
+
+def _uses(graph: fx.Graph, dims: Mapping[fx.Node, Any]) -> Mapping[int, Sequence[fx.Node]]:
+    out: dict[int, list[fx.Node]] = {}
+    carried: dict[fx.Node, set[int]] = {}
+    for node in graph.nodes:
+        own = {a.id for d in flat_dims(dims.get(node)) for a in axes_of(d)}
+        carried[node] = own
+        touched = set(own)
+        for source in node.all_input_nodes:
+            touched |= carried.get(source, set())
+        for axis in touched:
+            out.setdefault(axis, []).append(node)
+    return MappingProxyType(out)

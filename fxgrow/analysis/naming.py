@@ -12,14 +12,14 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from fxgrow.algebra import Axis, Concat, Expr, Product, axes_of, is_static, resolve
+from fxgrow.algebra import Axis, Concat, Expr, Product, Unifier, axes_of, is_static, resolve
 from fxgrow.analysis.axes import Axes, AxisInfo, Member
 
 #: roles that rules announce, strongest first
 RANK = ("kv_heads", "groups", "heads", "head_dim", "value_dim", "experts", "positions", "vocab", "channels")
 
 
-def name_axes(axes: Axes) -> dict[str, AxisInfo]:
+def name_axes(axes: Axes, unifier: Unifier) -> dict[str, AxisInfo]:
     """Name every static axis of a parameter, with the buffers and constants it is in, in the order of appearance."""
     members: dict[int, list[Member]] = {}
     found: dict[int, Axis] = {}
@@ -37,18 +37,19 @@ def name_axes(axes: Axes) -> dict[str, AxisInfo]:
                         trainable.add(axis.id)
     residual = _residual_axes(axes)
     _mark_grouped_heads(axes, members)
+    has_vocab = any(a.roles.get("vocab", 0) >= 100 for a in unifier.axes)
     out: dict[str, AxisInfo] = {}
     for ident, axis in found.items():
         if ident not in trainable:
             continue  # masks and tables: never what a user grows
-        role = _role(axis, residual, axes)
+        role = _role(axis, residual, has_vocab)
         ops = [n.meta.get("module_path", "") for n in axes.uses.get(ident, ()) if n.op == "call_function"]
         stem = f"{_common_path([m.tensor for m in members[ident]], ops, axes)}/{role}"
         name, number = stem, 1
         while name in out:
             number += 1
             name = f"{stem}-{number}"
-        out[name] = AxisInfo(name, int(axis.size), role, members[ident], axis.frozen, axis)
+        out[name] = AxisInfo(name, int(axis.size), role, tuple(members[ident]), axis.frozen, axis)
     return out
 
 
@@ -84,7 +85,7 @@ def _mark_grouped_heads(axes: Axes, members: dict[int, list[Member]]) -> None:
                     outer.roles.setdefault("kv_heads", 1)
 
 
-def _role(axis: Axis, residual: dict[int, str], axes: Axes) -> str:
+def _role(axis: Axis, residual: dict[int, str], has_vocab: bool) -> str:
     roles = axis.roles
     reason = axis.frozen
     if reason is not None and reason.op == "input":
@@ -105,15 +106,11 @@ def _role(axis: Axis, residual: dict[int, str], axes: Axes) -> str:
     if axis.id in residual:
         return "residual"
     if "vocab" in roles or returned:
-        return "vocab" if _has_vocab(axes) else "outputs"
+        return "vocab" if has_vocab else "outputs"
     for role in RANK[5:]:
         if role in roles:
             return role
     return "hidden"
-
-
-def _has_vocab(axes: Axes) -> bool:
-    return any(a.roles.get("vocab", 0) >= 100 for a in axes.unifier.axes)
 
 
 def _residual_axes(axes: Axes) -> dict[int, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx
@@ -89,9 +91,8 @@ def analyse(program: Traced) -> Axes:
                 f"If it is element-wise: fxgrow.register_rule({name!r}, fxgrow.rules.Pointwise())",
                 stacklevel=3,
             )
-    axes = Axes(program, unifier, env, unknown, ctx.freezes)
-    axes.by_name = name_axes(axes)
-    return axes
+    axes = Axes.of(program, env, unknown, ctx.freezes)
+    return replace(axes, by_name=MappingProxyType(name_axes(axes, unifier)))
 
 
 def _output_nodes(node: fx.Node) -> list[fx.Node]:

@@ -22,6 +22,11 @@ def stacks_of(program: Traced) -> dict[str, list[int]]:
     return {k: sorted(v) for k, v in out.items()}
 
 
+def stack_name(stack: str) -> str:
+    """What users call a stack: its path, and ``.`` where the model itself is one."""
+    return stack or "."
+
+
 def block_path(stack: str, number: int | str) -> str:
     """Module path of a block; the model itself may be the stack."""
     return f"{stack}.{number}" if stack else str(number)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fxgrow.analysis.axes import AxisInfo
-from fxgrow.ir.stacks import block_path, stacks_of
+from fxgrow.ir.stacks import block_path, stack_name, stacks_of
 from fxgrow.program import Program
 
 
@@ -72,7 +72,7 @@ def inspection(program: Program) -> dict[str, Any]:
             for i in program.axes
         ],
         "stacks": [
-            {"stack": s or ".", "blocks": len(numbers), "kind": containers.get(block_path(s, numbers[0]), "")}
+            {"stack": stack_name(s), "blocks": len(numbers), "kind": containers.get(block_path(s, numbers[0]), "")}
             for s, numbers in stacks_of(program).items()
         ],
         "ties": dict(program.aliases),

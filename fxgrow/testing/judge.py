@@ -30,8 +30,9 @@ from fxgrow.ir.dtypes import is_fine
 from fxgrow.ir.graphs import copy_graph
 from fxgrow.ir.ops import OpOverload, operator_named, set_argument
 from fxgrow.ir.traced import Traced
-from fxgrow.passes.base import apply_edit, apply_rescale, rescale
-from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Edit
+from fxgrow.passes.base import GrowthPass
+from fxgrow.passes.changes import changes_of
+from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Rescale, Step
 from fxgrow.proof.growth import Grow, Outcome, UnequalCopies, dim_plan, size_edits
 from fxgrow.proof.ties import NUDGE, equal_almost
 from fxgrow.rules.annotation import Content, Site
@@ -480,18 +481,10 @@ class _Judge:
             if name in outcome.scales:
                 grown[name] = grown[name] * outcome.scales[name][0]
         graph = copy_graph(self.graph)
-        nodes = {n.name: n for n in graph.nodes}
-        for edit in edits:
-            apply_edit(graph, edit, nodes)
-        for (node, argument), value in outcome.edits.items():
-            apply_edit(graph, Edit(node=node, arguments={argument: value}), nodes)
-        names = list(self.results)
-        for node, factor in outcome.rescales.items():
-            apply_rescale(graph, rescale(nodes[node], factor, f"{node}_scale"), nodes)
-            names = [f"{n}_scale" if n == node else n for n in names]
-        for (user, node), factor in outcome.input_rescales.items():
-            apply_rescale(graph, rescale(nodes[node], factor, f"{node}_{user}", user), nodes)
-        return _execute(graph, grown, names)
+        changes = changes_of(graph, outcome, edits)
+        GrowthPass(Step(op="judge", request={})).change(graph, changes)
+        scaled = {c.node: c.name for c in changes if isinstance(c, Rescale) and c.user is None}
+        return _execute(graph, grown, [scaled.get(n, n) for n in self.results])
 
     def _materialise(self, t: Tensor, dim: int, plan: DimPlan, constant: float) -> Tensor:
         """Plainly: take, share, fill. Entries with one newborn id are the same but for a reader's sign."""

@@ -40,13 +40,9 @@ def plan_halve(state: passes.State, operation: Halve) -> list[Step]:
         raise fxgrow.SpecError(f"halve: {operation.layer!r} is no layer without a bias")
     (node,) = [u for n in state.graph.nodes if n.target == weight for u in n.users]
     step = Step(op="halve", request=operation.model_dump(mode="json"))
-    step.changes.append(Rescale(node=node.name, factor=2.0, name=f"{node.name}_double", why="halved"))
     state.tensors[weight].multiply(0.5)
     state.tensors[weight].gradient_scale *= 2.0
-    growth_pass = HalvePass(step, state.program)
-    for change in step.changes:
-        growth_pass.apply(state.graph, change)
-    state.structure_changed()
+    state.apply(step, [Rescale(node=node.name, factor=2.0, name=f"{node.name}_double", why="halved")])
     return [step]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import fx
@@ -29,17 +31,31 @@ def flat_module(program: fxgrow.Program) -> fx.GraphModule:
     return module
 
 
-def test_replaying_a_plans_steps_gives_the_planned_graph() -> None:
+REPLAYED: dict[str, list[dict[str, Any]]] = {
+    "widen, extend, deepen": [
+        {"op": "widen", "axis": "*/residual", "to": 48},
+        {"op": "widen", "axis": "*/head_dim", "factor": 2},
+        {"op": "extend", "axis": "*/vocab", "by": 6, "preserve": "approximate"},
+        {"op": "deepen", "stack": "transformer.h", "factor": 2, "init": "gate"},
+    ],
+    "deepen, deepen, widen": [
+        {"op": "deepen", "stack": "transformer.h", "after": [1, 0]},
+        {"op": "deepen", "stack": "transformer.h", "factor": 2, "init": "gate"},
+        {"op": "widen", "axis": "*/residual", "to": 48},
+    ],
+    "insert, deepen, widen": [
+        {"op": "insert", "layer": "linear", "after": "transformer.h.*.mlp"},
+        {"op": "deepen", "stack": "transformer.h", "by": 1},
+        {"op": "widen", "axis": "*/residual", "by": 3},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_replaying_a_plans_steps_gives_the_planned_graph(name: str) -> None:
     program = fxgrow.capture(small_gpt(), tokens())
-    spec = fxgrow.GrowthSpec.parse(
-        [
-            {"op": "widen", "axis": "*/residual", "to": 48},
-            {"op": "widen", "axis": "*/head_dim", "factor": 2},
-            {"op": "extend", "axis": "*/vocab", "by": 6, "preserve": "approximate"},
-            {"op": "deepen", "stack": "transformer.h", "factor": 2, "init": "gate"},
-        ]
-    )
-    plan, grown = plan_growth(program, spec)
+    containers = dict(program.containers)
+    plan, grown = plan_growth(program, fxgrow.GrowthSpec.parse(REPLAYED[name]))
     plan = fxgrow.GrowthPlan.from_json(plan.to_json())
     passes: list[GrowthPass] = [PASSES[s.op][1](s) for s in plan.steps]
     module = flat_module(program)
@@ -47,9 +63,27 @@ def test_replaying_a_plans_steps_gives_the_planned_graph() -> None:
         result = growth_pass(module)
         assert isinstance(result, PassResult)
         assert result.modified
-    planned = [(n.op, str(n.target)) for n in grown.graph.nodes]
-    replayed = [(n.op, str(n.target)) for n in module.graph.nodes]
-    assert replayed == planned
+    assert graph_of(module.graph) == graph_of(grown.graph)
+    assert module.meta["fxgrow"].containers == grown.containers
+    assert program.containers == containers
+
+
+def graph_of(graph: fx.Graph) -> list[str]:
+    """Every node with its arguments and its module."""
+    return [f"{n.name} = {n.target}{n.args}{n.kwargs} in {n.meta.get('module_path')}" for n in graph.nodes]
+
+
+def test_a_pass_that_moves_modules_asks_for_the_program() -> None:
+    program = fxgrow.capture(small_gpt(), tokens())
+    plan, grown = plan_growth(program, fxgrow.GrowthSpec.parse([{"op": "deepen", "stack": "transformer.h", "by": 1}]))
+    module = flat_module(program)
+    del module.meta["fxgrow"]
+    with pytest.raises(fxgrow.GrowthRefused, match="needs the program that the graph is of"):
+        PASSES["deepen"][1](plan.steps[0]).call(module)
+    module = flat_module(program)
+    del module.meta["fxgrow"]
+    PASSES["deepen"][1](plan.steps[0], program).call(module)
+    assert graph_of(module.graph) == graph_of(grown.graph)
 
 
 def test_a_pass_runs_in_a_pass_manager() -> None:
