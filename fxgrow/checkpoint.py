@@ -34,6 +34,7 @@ from fxgrow.growth import Growth
 from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, compile_condition, inputs_of
 from fxgrow.ir.provenance import edited
+from fxgrow.ir.running import run_eval
 from fxgrow.ir.serialize import graph_from_json, graph_to_json, path_name
 from fxgrow.ir.structure import check as check_structure
 from fxgrow.ir.traced import Call
@@ -94,7 +95,7 @@ class Loaded:
         for call, before in zip(self.program.calls, self.outputs, strict=True):
             if not call.serves(False):
                 continue
-            now = _run(self.module, call.args, call.kwargs)
+            now = trees.tensors_in(run_eval(self.module, call.args, call.kwargs))
             if len(now) != len(before):
                 raise CheckpointError(f"{call.name} returns {len(now)} tensors, the checkpoint has {len(before)}")
             worst = max([worst, *(e.relative_error for e in relative_errors(before, now))])
@@ -165,6 +166,7 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
         graph=graph_to_json(program.graph),
     )
     stored: dict[str, torch.Tensor] = {}
+    device = next(iter(tensors.values()), torch.empty(0)).device
     on_meta = any(t.is_meta for t in tensors.values())
     for number, call in enumerate(program.calls):
         record = CallRecord(name=call.name, inputs=call.inputs, training=call.training)
@@ -172,11 +174,11 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
         record.guards = [GuardRecord(**asdict(guard)) for guard in call.guards]
         record.constants = {n: encode_value(v, f"input {n}") for n, v in call.constants.items()}
         if examples and not on_meta:
-            device = next(iter(tensors.values()), torch.empty(0)).device
-            args, kwargs = _to_device((call.args, call.kwargs), device)
+            args, kwargs = trees.map_tensors(lambda x: x.to(device), (call.args, call.kwargs))
             record.args = _encode_inputs(args, "example args", stored)
             record.kwargs = _encode_inputs(kwargs, "example kwargs", stored)
-            for i, output in enumerate(_run(module, args, kwargs) if call.serves(False) else ()):
+            outputs = trees.tensors_in(run_eval(module, args, kwargs)) if call.serves(False) else []
+            for i, output in enumerate(outputs):
                 stored[f"output.{number}.{i}"] = output
         manifest.calls.append(record)
     files = {MODEL: tensors, **({EXAMPLES: stored} if stored else {})}
@@ -259,10 +261,6 @@ def _plain(model: BaseModel) -> dict[str, Any]:
     return out
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    return trees.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
-
-
 def _encode_inputs(inputs: Any, where: str, stored: dict[str, torch.Tensor]) -> Any:
     """Arguments as JSON; tensors go to ``stored``, and their names take their place."""
 
@@ -276,20 +274,6 @@ def _encode_inputs(inputs: Any, where: str, stored: dict[str, torch.Tensor]) -> 
         return "tensor", name
 
     return encode_value(inputs, where, refer)
-
-
-def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """Output tensors in eval mode, on copies of the inputs; the module is left as it is."""
-    modes = {name: m.training for name, m in module.named_modules()}
-    try:
-        module.eval()
-        with torch.no_grad():
-            copies = trees.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
-            result = module(*copies[0], **copies[1])
-    finally:
-        for name, m in module.named_modules():
-            m.training = modes[name]
-    return [x for x in trees.tree_leaves(result) if isinstance(x, torch.Tensor)]
 
 
 def _write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, saved: str) -> None:

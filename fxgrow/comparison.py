@@ -13,6 +13,7 @@ from fxgrow.checkpoint import Loaded
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import CheckpointError, ExactnessError
 from fxgrow.ir import trees
+from fxgrow.ir.running import run_eval
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import capture
 from fxgrow.verify.verification import output_numbers, relative_errors, widen_float
@@ -66,12 +67,7 @@ def compare(
     Where the plan appends entries to an output, of the old ones; outputs that it changes are left out. ``numbers`` are
     those of the call's outputs among all calls'.
     """
-    results = []
-    for module in (old, new):
-        copies = trees.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (args, kwargs))
-        with torch.no_grad():
-            results.append(module.eval()(*copies[0], **copies[1]))
-    leaves = [[t for t in trees.tree_leaves(r) if isinstance(t, torch.Tensor)] for r in results]
+    leaves = [trees.tensors_in(run_eval(module, args, kwargs)) for module in (old, new)]
     shapes = [[list(t.shape) for t in row] for row in leaves]
     differ = f"the models do not return the same: {shapes[0]} against {shapes[1]}"
     if len(leaves[0]) != len(leaves[1]):
@@ -92,24 +88,22 @@ def compare_float64(
     numbers: Sequence[int] | None = None,
 ) -> float:
     """The same with both graphs in float64, so that the arithmetic's rounding is out of the comparison."""
-    args, kwargs = trees.tree_map(
-        lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs)
-    )
+    args, kwargs = _floats_to(torch.float64, args, kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         modules = []
         for module in (old, new):
-            program = capture(module, *_undouble(module, args, kwargs))
+            dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+            program = capture(module, *_floats_to(dtype, args, kwargs))
             modules.append(regenerate(program, {n: widen_float(t) for n, t in program.tensors.items()}, double=True))
     return compare(modules[0], modules[1], args, kwargs, plan, numbers)
 
 
-def _undouble(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _floats_to(
+    dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs in the module's own dtype again, to capture it with."""
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    back: tuple[tuple[Any, ...], dict[str, Any]] = trees.tree_map(
-        lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs)
+    """Inputs with their floating-point tensors in another dtype."""
+    made: tuple[tuple[Any, ...], dict[str, Any]] = trees.map_tensors(
+        lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs)
     )
-    return back
+    return made

@@ -11,6 +11,7 @@ from torch import nn
 
 from fxgrow.errors import GrowthRefused, Refusal, SpecError, did_you_mean
 from fxgrow.growth import Growth, Verify, grow
+from fxgrow.ir.running import run_eval
 from fxgrow.ir.stacks import stack_name, stacks_of
 from fxgrow.program import Program, capture
 from fxgrow.verify.verification import relative_errors
@@ -89,12 +90,7 @@ def expand(
         raise GrowthRefused(f"the larger model's tensors do not fit the growth: {odd[0]}")
     trial = copy.deepcopy(big)
     trial.load_state_dict(state, strict=True)
-    modes = growth.module.training
-    with torch.no_grad():
-        inputs = capture(small, args, kwargs).calls[0]
-        new = trial.eval()(*inputs.args, **inputs.kwargs)
-        old = growth.module.eval()(*inputs.args, **inputs.kwargs)
-    growth.module.train(modes)
+    old, new = (run_eval(module, args, kwargs or {}) for module in (growth.module, trial))
     error = max((e.relative_error for e in relative_errors(old, new)), default=0.0)
     dtype = next((p.dtype for p in big.parameters()), torch.float32)
     if not error <= TOLERANCE.get(dtype, 1e-2):

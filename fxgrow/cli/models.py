@@ -222,17 +222,13 @@ def load_model(
             f"{INPUT_HELP}; or let the callable return (module, args)"
         )
     module = module.to(device)
-    args, kwargs = _moved((args, kwargs), device)
+    args, kwargs = trees.map_tensors(lambda x: x.to(device), (args, kwargs))
     return Named(module, tuple(args), dict(kwargs), reference)
 
 
 def _given(inputs: Sequence[str], device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     parsed = [parse_input(text, device) for text in inputs]
     return tuple(v for n, v in parsed if n is None), {n: v for n, v in parsed if n is not None}
-
-
-def _moved(value: Any, device: str) -> Any:
-    return trees.tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, value)
 
 
 def _unpack(result: Any, reference: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

@@ -119,7 +119,7 @@ class _Trail(TorchDispatchMode):
         self.known[id(tensor)] = (tensor, hash(digest))
 
     def digests(self, value: Any) -> list[Any]:
-        return [self._digest(x) for x in trees.tree_leaves(value) if isinstance(x, torch.Tensor)]
+        return [self._digest(x) for x in trees.tensors_in(value)]
 
     def _digest(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -147,7 +147,7 @@ class _Trail(TorchDispatchMode):
             self.drawn += 1
             before = (before, self.drawn)
         digest = hash((str(func), before))
-        for number, tensor in enumerate(t for t in trees.tree_leaves(out) if isinstance(t, torch.Tensor)):
+        for number, tensor in enumerate(trees.tensors_in(out)):
             self.known[id(tensor)] = (tensor, hash((digest, number)))
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:

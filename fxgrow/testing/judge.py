@@ -26,6 +26,7 @@ from fxgrow.algebra import Axis, Expr, Leaf, Product, is_static, leaves, resolve
 from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.relate import analyse
 from fxgrow.errors import GrowthRefused
+from fxgrow.ir import trees
 from fxgrow.ir.dtypes import is_fine
 from fxgrow.ir.graphs import copy_graph
 from fxgrow.ir.ops import OpOverload, operator_named, set_argument
@@ -128,7 +129,7 @@ def _single(op: Any, sample: Sample) -> tuple[fx.Graph, dict[str, Tensor], list[
 
     args = tuple(node(a) for a in sample.args)
     kwargs = {k: node(v) for k, v in sample.kwargs.items()}
-    result = op(*(_fresh(a) for a in sample.args), **{k: _fresh(v) for k, v in sample.kwargs.items()})
+    result = op(*trees.clones(sample.args), **trees.clones(sample.kwargs))
     call = graph.call_function(op, args, kwargs)
     call.meta = {"val": result, "module_path": "", "source": ""}
     results = [call]
@@ -171,7 +172,7 @@ def _call(node: fx.Node, operands: Mapping[fx.Node, Any], given: Mapping[str, An
         node = fx.Graph().node_copy(node, lambda n: n)
         for name, value in given.items():
             set_argument(node, name, value)
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _fresh(operands[n]))
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: trees.clones(operands[n]))
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -185,12 +186,6 @@ def _real_or_complex(value: Any) -> bool:
 
 def _continuous(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
-
-
-def _fresh(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return type(value)(map(_fresh, value)) if isinstance(value, list | tuple) else value
 
 
 def _execute(graph: fx.Graph, tensors: Mapping[str, Tensor], results: Sequence[str]) -> list[Tensor]:

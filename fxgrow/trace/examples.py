@@ -17,22 +17,18 @@ from fxgrow.trace.lines import place_of
 
 
 def as_calls(args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: Mapping[str, Any] | None) -> list[Call]:
+    """The ways of calling a model, each with inputs of its own: one tensor given twice is two inputs."""
     out = []
     if args or kwargs or not calls:
-        out.append(Call("forward", _distinct(tuple(args)), _distinct(dict(kwargs or {}))))
+        out.append(Call("forward", trees.clones(tuple(args)), trees.clones(dict(kwargs or {}))))
     for name, inputs in (calls or {}).items():
         if isinstance(inputs, Mapping):
-            out.append(Call(name, (), _distinct(dict(inputs))))
+            out.append(Call(name, (), trees.clones(dict(inputs))))
         elif isinstance(inputs, list | tuple):
-            out.append(Call(name, _distinct(tuple(inputs)), {}))
+            out.append(Call(name, trees.clones(tuple(inputs)), {}))
         else:
             raise CaptureError(f"calls[{name!r}] must be a tuple of arguments or a dict of keyword arguments")
     return out
-
-
-def _distinct(value: Any) -> Any:
-    """Clone tensors, so that one tensor passed twice is two inputs."""
-    return trees.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, value)
 
 
 def check_plain(model: nn.Module) -> None:
@@ -63,7 +59,7 @@ def check_signature(model: nn.Module, call: Call) -> None:
 def strange_dtypes(model: nn.Module, call: Call) -> bool:
     """Whether a float input has a dtype that no tensor of the model has: a trace does not notice that ops refuse it."""
     own = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-    given = {t.dtype for t in trees.tree_leaves((call.args, call.kwargs)) if isinstance(t, torch.Tensor)}
+    given = {t.dtype for t in trees.tensors_in((call.args, call.kwargs))}
     return bool(own) and any(d.is_floating_point and d not in own for d in given)
 
 
@@ -78,7 +74,7 @@ def check_example(model: nn.Module, call: Call) -> None:
         # with gradients, as it is trained: forwards that differentiate need them
         with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
-            torch.func.functional_call(model, buffers, _distinct(call.args), _distinct(call.kwargs))
+            torch.func.functional_call(model, buffers, trees.clones(call.args), trees.clones(call.kwargs))
     except Exception as error:
         shapes = ", ".join(_shown(x) for x in trees.tree_leaves((call.args, call.kwargs)))
         reason = str(error).strip().partition("\n")[0]

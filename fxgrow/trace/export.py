@@ -17,6 +17,7 @@ from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, find_guards, has_mixed_sizes, settle_sizes, weigh
 from fxgrow.ir.quiet import quiet
+from fxgrow.ir.running import in_mode
 from fxgrow.ir.symbolic import ON_DATA, oblivious_sizes
 from fxgrow.ir.traced import Call
 from fxgrow.ir.trail import Replica
@@ -46,19 +47,11 @@ def export_calls(
     model: nn.Module, calls: list[Call], dynamic: str, modes: tuple[bool, ...] = (True, False)
 ) -> list[list[tuple[torch.export.ExportedProgram, list[Guard]]]]:
     """Every call in train and in eval mode, with its guards; the modules' own modes are put back."""
-    before = {name: m.training for name, m in model.named_modules()}
-    was_training = model.training
     exported = []
-    try:
-        for call in calls:
-            pair = []
-            for mode in modes:
-                for name, m in model.named_modules():
-                    m.training = before[name]
-                if not mode:
-                    model.eval()
-                elif not was_training:
-                    model.train()
+    for call in calls:
+        pair = []
+        for mode in modes:
+            with in_mode(model, mode):
                 with custom_backwards() as used:
                     traced = _export(model, call.args, call.kwargs, dynamic)
                 check_ops(traced.graph, source_line)
@@ -66,10 +59,7 @@ def export_calls(
                     check_backward(model, traced, call.args, call.kwargs, used)
                 guards = find_guards(traced, user_line)
                 pair.append((traced, weigh(guards, Replica(model, traced, call.args, call.kwargs))))
-            exported.append(pair)
-    finally:
-        for name, m in model.named_modules():
-            m.training = before[name]
+        exported.append(pair)
     return exported
 
 

@@ -108,10 +108,6 @@ def _backward_error(model: nn.Module, exported: Any, inputs: tuple[Any, Any], sc
     return worst
 
 
-def _clones(value: Any) -> Any:
-    return trees.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, value)
-
-
 def _output_gradients(module: nn.Module, inputs: tuple[Any, Any], scale: float) -> dict[str, torch.Tensor | None]:
     """Gradients of a fixed random combination of the outputs, with one seed for dropout; empty where there are none.
 
@@ -122,8 +118,8 @@ def _output_gradients(module: nn.Module, inputs: tuple[Any, Any], scale: float) 
     tensors |= {n: b.detach().clone() for n, b in module.named_buffers()}
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
-        result = torch.func.functional_call(module, tensors, *_clones(inputs))
-        floats = [t for t in trees.tree_leaves(result) if isinstance(t, torch.Tensor) and t.requires_grad]
+        result = torch.func.functional_call(module, tensors, *trees.clones(inputs))
+        floats = [t for t in trees.tensors_in(result) if t.requires_grad]
         if not floats:
             return {}
         torch.manual_seed(1)

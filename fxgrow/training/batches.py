@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor
 
+from fxgrow.ir import trees
 from fxgrow.training.task import Batch
 
 
@@ -17,4 +17,6 @@ def seeded(seed: int, split: str, number: int) -> torch.Generator:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return tuple(item.to(device) if isinstance(item, Tensor) else item for item in batch)
+    """A micro-batch with its tensors on a device, nested ones too."""
+    moved: Batch = trees.map_tensors(lambda x: x.to(device), batch)
+    return moved

@@ -16,6 +16,7 @@ from torch import nn
 
 from fxgrow.compile import compile_regions
 from fxgrow.errors import FxgrowError
+from fxgrow.ir.running import in_mode
 from fxgrow.scheduler import GrowthEvent, GrowthScheduler
 from fxgrow.training.batches import seeded, to_device
 from fxgrow.training.checkpoints import restore, save
@@ -178,12 +179,8 @@ def due(run: Run, log: Log, epoch: float | None, metrics: Mapping[str, float]) -
 
 def evaluate(task: Task, model: nn.Module, batches: list[Batch]) -> float:
     """Mean loss over ``batches`` in eval mode, summed in float64; the model's mode is put back."""
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        total = math.fsum(task.loss(model, batch).item() for batch in batches)
-    model.train(was_training)
-    return total / len(batches)
+    with in_mode(model, False), torch.no_grad():
+        return math.fsum(task.loss(model, batch).item() for batch in batches) / len(batches)
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -31,6 +31,7 @@ from fxgrow.emit.module import regenerate
 from fxgrow.errors import ExactnessError
 from fxgrow.ir import trees
 from fxgrow.ir.dtypes import same_kind
+from fxgrow.ir.running import in_mode
 from fxgrow.ir.traced import Call, Traced
 from fxgrow.plan import GrowthPlan, TensorPlan
 from fxgrow.verify.execute import Runner, Tensors, draws, heeds_mode, same_draws
@@ -762,7 +763,7 @@ class Verification:
         for training in (False, True):
             if not self._served(training) or (training and (random or not self.plan.exact_elsewhere or self._one_mode)):
                 continue
-            with _mode_of(module, training), _mode_of(grown, training):
+            with in_mode(module, training), in_mode(grown, training):
                 if not self._native(module, grown, training, limit):
                     return
 
@@ -971,19 +972,6 @@ def _call(module: Callable[..., Any], trial: Trial) -> Any:
     copy = trial.copy()
     with torch.no_grad(), same_draws():
         return module(*copy.args, **copy.kwargs)
-
-
-@contextlib.contextmanager
-def _mode_of(module: nn.Module, training: bool) -> Iterator[None]:
-    """A mode for the time being; parts of a module in train mode that are not stay so."""
-    modes = {n: m.training for n, m in module.named_modules()}
-    if not (training and module.training):
-        module.train(training)
-    try:
-        yield
-    finally:
-        for n, m in module.named_modules():
-            m.training = modes[n]
 
 
 def _owners(module: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module, str]]:
