@@ -17,8 +17,8 @@ from torch import fx
 from fxgrow.emit.blocks import Region
 from fxgrow.ir.memory import Memory, viewed, writes
 from fxgrow.ir.ops import bound_arguments, op_name
-from fxgrow.rules.base import is_linear, rule_of
-from fxgrow.rules.forms import Pointwise
+from fxgrow.rules.base import is_linear, rule_of, selects
+from fxgrow.rules.forms import Pointwise, along_of
 
 #: f(f(x)) = f(x): repeating one of these changes nothing
 IDEMPOTENT = (
@@ -35,14 +35,6 @@ IDEMPOTENT = (
 _NOT_NEGATIVE = {
     f"aten.{n}"
     for n in ("relu6.default", "sigmoid.default", "softmax.int", "exp.default", "abs.default", "square.default")
-}
-
-#: ops that pick entries
-_PICKS = {f"aten.max_pool{n}d.default" for n in (1, 2, 3)} | {"aten.clone.default", "aten.contiguous.default"}
-
-#: ops that average entries, or scale them up: what is not negative stays so
-_AVERAGES = {f"aten.{kind}avg_pool{n}d.default" for kind in ("", "adaptive_") for n in (1, 2, 3)} | {
-    "aten.dropout.default"
 }
 
 _CASTS = (
@@ -163,7 +155,9 @@ class Identity:
         operands = value.all_input_nodes
         if mine in ("aten.cat.default", "aten.concat.default"):
             return all(self._fixed(o, f) for o in operands)
-        passes = viewed(value) == operands[:1] or mine in _PICKS or (relu and mine in _AVERAGES)
+        row = along_of(value)  # what is not negative stays so when it is averaged, or scaled up
+        averages = mine == "aten.dropout.default" or (row is not None and row.kind == "mean")
+        passes = viewed(value) == operands[:1] or selects(value) or (relu and averages)
         return passes and bool(operands) and self._fixed(operands[0], f)
 
     def _written_after(self, value: fx.Node) -> bool:

@@ -33,21 +33,16 @@ from fxgrow.plan import AxisMap, OutputGrowth
 from fxgrow.proof.growth import Grow, Outcome
 from fxgrow.rules.annotation import Content, Dims, Info, Site, infos
 from fxgrow.rules.base import Rule
+from fxgrow.rules.forms.along import depends_on_all
 from fxgrow.rules.indexing import indexed_dims
 
-#: ops whose result depends on all entries of a dim, and from which nothing old can be told apart afterwards
-_REDUCING = {
-    f"aten.{name}"
-    for names in (
-        ["cross_entropy_loss.default", "nll_loss.default", "nll_loss_nd.default", "kl_div.default"],
-        ["softmax.int", "_softmax.default", "log_softmax.int", "_log_softmax.default", "logsumexp.default"],
-        ["sum.dim_IntList", "sum.default", "mean.dim", "mean.default", "var.correction", "std.correction"],
-        ["amax.default", "amin.default", "max.dim", "min.dim", "max.default", "argmax.default", "argmin.default"],
-        ["topk.default", "sort.default", "argsort.default", "prod.dim_int", "any.dim", "all.dim"],
-        ["linalg_vector_norm.default"],
-    )
-    for name in names
-}
+#: losses over classes, whose result depends on all of them
+_LOSSES = (
+    "aten.cross_entropy_loss.default",
+    "aten.nll_loss.default",
+    "aten.nll_loss_nd.default",
+    "aten.kl_div.default",
+)
 
 
 @dataclass
@@ -114,7 +109,7 @@ class Extension(Grow):
             return rule.grow(self)
         except GrowthRefused as refusal:
             after = any(n in self.tainted for n in self.node.all_input_nodes)
-            reducing = op_name(self.node.target) in _REDUCING
+            reducing = op_name(self.node.target) in _LOSSES or depends_on_all(self.node)
             if self.tolerate and (reducing or after) and not self._has_fixed_operand():
                 self.tainted[self.node] = str(refusal)
                 return self._known(Content.FREE)

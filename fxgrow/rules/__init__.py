@@ -23,6 +23,6 @@ from fxgrow.rules import (  # noqa: F401 - importing them registers their rules
 )
 from fxgrow.rules.annotation import Content
 from fxgrow.rules.base import RULES, Rule, register_rule
-from fxgrow.rules.forms import Opaque, Pattern, Pointwise, Structural
+from fxgrow.rules.forms import Along, Opaque, Pattern, Pointwise, Structural
 
-__all__ = ["RULES", "Content", "Opaque", "Pattern", "Pointwise", "Rule", "Structural", "register_rule"]
+__all__ = ["RULES", "Along", "Content", "Opaque", "Pattern", "Pointwise", "Rule", "Structural", "register_rule"]

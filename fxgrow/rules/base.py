@@ -51,7 +51,7 @@ class Rule:
     #: side of a linear op with one such operand to the other. None: where it moves elements.
     linear: Fact | None = None
 
-    #: Whether every entry of the result is one of the operand's, chosen by size: an extremum.
+    #: Whether every entry of the result is one of the operand's: an extremum, or the nearest pixel.
     selects: Fact = False
 
     #: The operands in which the result jumps somewhere: comparisons, roundings, places of an extremum, poles. There,

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from fxgrow.rules.base import register_rule
-from fxgrow.rules.order import Blocked
+from fxgrow.rules.base import Rule, register_table
+from fxgrow.rules.forms import Along
 
 
-def _transformed(args: Any, rank: int) -> list[int]:
-    """The dims a transform runs over: those named, or the last ones that ``s`` gives sizes of, or all."""
+def table() -> dict[str, Rule]:
+    """Transforms of one dim, of two, of any number, and what puts their middle first."""
+    return {
+        """
+        aten.fft_fft aten.fft_ifft aten.fft_rfft aten.fft_irfft aten.fft_hfft aten.fft_ihfft
+        aten.fft_fft2 aten.fft_ifft2 aten.fft_rfft2 aten.fft_irfft2 aten.fft_hfft2 aten.fft_ihfft2
+        aten.fft_fftn aten.fft_ifftn aten.fft_rfftn aten.fft_irfftn aten.fft_hfftn aten.fft_ihfftn
+        aten.fft_fftshift aten.fft_ifftshift
+        """: Along(_transformed, "mixed", "a Fourier transform runs over it", result="new", moves=True),
+    }
+
+
+def _transformed(args: Mapping[str, Any], rank: int) -> list[int]:
+    """dim, or the last dims that s gives sizes of, or all"""
     dims = args.get("dim")
     if dims is None:
         sizes = args.get("s")
@@ -17,12 +30,4 @@ def _transformed(args: Any, rank: int) -> list[int]:
     return list(dims) if isinstance(dims, list | tuple) else [int(dims)]
 
 
-register_rule(
-    [
-        f"aten.fft_{kind}{rank}.default"
-        for kind in ("fft", "ifft", "rfft", "irfft", "hfft", "ihfft")
-        for rank in ("", "2", "n")
-    ]
-    + ["aten.fft_fftshift.default", "aten.fft_ifftshift.default"],
-    Blocked(_transformed, "a Fourier transform runs over it"),
-)
+register_table(__name__, table())

@@ -37,7 +37,7 @@ from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMa
 from fxgrow.proof.growth import Grow, Outcome, UnequalCopies, dim_plan, size_edits
 from fxgrow.proof.ties import NUDGE, equal_almost
 from fxgrow.rules.annotation import Content, Site
-from fxgrow.rules.base import RULES, implied_arguments, is_linear, jumping_operands, rule_of
+from fxgrow.rules.base import RULES, implied_arguments, is_linear, jumping_operands, rule_of, selects
 from fxgrow.rules.forms import Opaque
 from fxgrow.trace.tracer import trace
 
@@ -312,6 +312,8 @@ class _Judge:
                 continue
             if is_linear(node):
                 self._check_linear(node)
+            if selects(node):
+                self._check_selects(node)
             if rule.implied:
                 self._check_implied(node)
             if not isinstance(rule, Opaque) and not jumping_operands(node):
@@ -327,6 +329,13 @@ class _Judge:
                 self._fact_wrong(node, "said to be linear, and is not")
             if not _real_or_complex(z) and not torch.equal(x, z):
                 self._fact_wrong(node, "said to be linear, with a result that counts and depends on values")
+
+    def _check_selects(self, node: fx.Node) -> None:
+        operands = self._operands(node)
+        numbers = [v.flatten() for v in operands.values() if _real_or_complex(v)]
+        for result in _tensors(_call(node, operands)):
+            if numbers and _real_or_complex(result) and not torch.isin(result, torch.cat(numbers)).all():
+                self._fact_wrong(node, "said to pick entries of its operand, and gives others")
 
     def _check_smooth(self, node: fx.Node) -> None:
         """Numbers many of which are equal, or whole, give almost the same results when they are nudged."""

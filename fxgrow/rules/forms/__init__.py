@@ -1,9 +1,10 @@
 """The forms of rules: how a row of the table is read. Each derives ``relate``, ``grow`` and ``resize`` once."""
 
+from fxgrow.rules.forms.along import Along, along_of
 from fxgrow.rules.forms.made import Made
 from fxgrow.rules.forms.opaque import Opaque
 from fxgrow.rules.forms.pattern import Pattern, parse_pattern
 from fxgrow.rules.forms.pointwise import Pointwise
 from fxgrow.rules.forms.structural import Structural
 
-__all__ = ["Made", "Opaque", "Pattern", "Pointwise", "Structural", "parse_pattern"]
+__all__ = ["Along", "Made", "Opaque", "Pattern", "Pointwise", "Structural", "along_of", "parse_pattern"]
