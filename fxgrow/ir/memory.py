@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx
 
 from fxgrow.ir.traits import Trait, traits_of
 
+#: operands of an op, by name and place
+Operands = tuple[tuple[str, int], ...]
+
 
 @functools.cache
-def _facts(target: Any) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """Of an op: operands that results may view, those it writes into, and whether its schema declares the writes."""
+def _facts(target: Any) -> tuple[Operands, Operands, bool]:
+    """Of an op: operands that results may view, those it writes into, and whether its result is what it writes into."""
     schema = getattr(target, "_schema", None)
     if schema is None:
-        return (), (), True
+        return (), (), False
     traits = traits_of(target)
     out: set[str] = set()
     for result in schema.returns:
@@ -31,19 +34,16 @@ def _facts(target: Any) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
         views = tuple(a.name for a in tensors)
     if Trait.WRITES_NOTHING in traits:
         writes = ()
-    if Trait.HIDDEN_STATISTICS in traits:
-        return views, ("running_mean", "running_var"), False
-    return views, writes, True
+    if hidden := Trait.HIDDEN_STATISTICS in traits:
+        writes = ("running_mean", "running_var")
+    places = {a.name: i for i, a in enumerate(schema.arguments)}
+    returned = not hidden and len(schema.returns) == 1 and len(writes) == 1 and views == writes
+    return tuple((n, places[n]) for n in views), tuple((n, places[n]) for n in writes), returned
 
 
-def _operands(node: fx.Node, names: Iterable[str]) -> list[fx.Node]:
-    if not names:
-        return []
-    schema = node.target._schema  # type: ignore[union-attr]
-    positions = {a.name: i for i, a in enumerate(schema.arguments)}
+def _operands(node: fx.Node, operands: Operands) -> list[fx.Node]:
     out: list[fx.Node] = []
-    for name in names:
-        i = positions[name]
+    for name, i in operands:
         value = node.args[i] if i < len(node.args) else node.kwargs.get(name)
         out += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node)]
     return out
@@ -65,8 +65,7 @@ def writes(node: fx.Node) -> list[fx.Node]:
 
 def returns_what_it_writes(node: fx.Node) -> bool:
     """Whether the op's result is the operand it writes into, as that of ``add_`` and ``copy_`` is."""
-    views, written, declared = _facts(node.target)
-    return declared and len(written) == 1 and views == written and len(node.target._schema.returns) == 1  # type: ignore[union-attr]
+    return _facts(node.target)[2]
 
 
 class Memory:

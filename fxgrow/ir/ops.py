@@ -51,8 +51,10 @@ def nodes_among(arguments: Mapping[str, Any]) -> list[tuple[str, fx.Node]]:
     """The nodes among a call's arguments by name, those inside lists included."""
     out: list[tuple[str, fx.Node]] = []
     for name, value in arguments.items():
-        found = value if isinstance(value, list | tuple) else [value]
-        out += [(name, item) for item in found if isinstance(item, fx.Node)]
+        if isinstance(value, fx.Node):
+            out.append((name, value))
+        elif isinstance(value, list | tuple):
+            out += [(name, item) for item in value if isinstance(item, fx.Node)]
     return out
 
 

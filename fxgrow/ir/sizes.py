@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import weakref
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fxgrow.algebra import Size
 
@@ -23,16 +22,18 @@ def sizes_of(node: fx.Node) -> list[Size] | None:
     return shape_of(value) if isinstance(value, torch.Tensor) else None
 
 
-#: sizes of the fake tensors of traces: asked for again and again, and dynamic ones take time to read
-_SIZES: MutableMapping[torch.Tensor, tuple[Size, ...]] = WeakIdKeyDictionary()
+#: sizes of the fake tensors of traces, by id: asked for again and again, and dynamic ones take time to read
+_SIZES: dict[int, tuple[weakref.ref[torch.Tensor], tuple[Size, ...]]] = {}
 
 
 def shape_of(value: torch.Tensor) -> list[Size]:
     """Sizes of a tensor as :func:`sizes_of` gives them."""
-    known = _SIZES.get(value)
-    if known is None:
-        known = _SIZES[value] = tuple(map(_size, value.shape))
-    return list(known)
+    key = id(value)
+    found = _SIZES.get(key)
+    if found is None or found[0]() is not value:
+        alive = weakref.ref(value, lambda _: _SIZES.pop(key, None))
+        found = _SIZES[key] = alive, tuple(map(_size, value.shape))
+    return list(found[1])
 
 
 def _size(size: int | torch.SymInt) -> Size:
