@@ -209,21 +209,32 @@ class Axes:
 
     @cached_property
     def graph(self) -> nx.Graph:
+        """Axes, the tensors they are in and the ops that handle them, each by its name, neighbours in graph order.
+
+        Nodes have a ``kind``: an ``axis`` has its size, role and why it is frozen, an ``op`` its target and source.
+        The edge between an axis and a ``tensor`` has the ``dims`` in which it lies.
+        """
         out: nx.Graph[str] = nx.Graph()
-        infos = {i.axis.id: i for i in self}
+        tensors = self.program.tensors
         for info in self:
             out.add_node(info.name, kind="axis", size=info.size, role=info.role, frozen=str(info.reason or ""))
-        for ident, nodes in self.uses.items():
-            if ident not in infos:
-                continue
-            for node in nodes:
-                if node.op == "get_attr":
-                    out.add_node(str(node.target), kind="tensor")
-                    out.add_edge(infos[ident].name, str(node.target))
-                elif node.op == "call_function":
-                    out.add_node(node.name, kind="op", target=str(node.target), source=node.meta.get("source", ""))
-                    out.add_edge(infos[ident].name, node.name)
+            for member in info.members:
+                out.add_node(member.tensor, kind="tensor")
+                dims = out.edges[info.name, member.tensor]["dims"] if out.has_edge(info.name, member.tensor) else []
+                out.add_edge(info.name, member.tensor, dims=sorted({*dims, member.dim}))
+            for node in self.uses.get(info.axis.id, ()):
+                if node.op == "call_function":
+                    name = f"{node.name}()" if node.name in tensors else node.name
+                    out.add_node(name, kind="op", target=str(node.target), source=node.meta.get("source", ""))
+                    out.add_edge(info.name, name)
         return out
+
+    def around(self, name: str, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """The neighbours of an axis in the graph that are of a kind, and what the graph knows of each."""
+        for other, edge in self.graph.adj[name].items():
+            about = self.graph.nodes[other]
+            if about["kind"] == kind:
+                yield other, {**about, **edge}
 
     def explain(self, name: str) -> str:
         """Why an axis is frozen, or what grows with it: tensors, and the ops that tie them, with source lines."""
@@ -231,15 +242,12 @@ class Axes:
         lines = [f"{info.name}  size {info.size}, {'growable' if info.growable else 'frozen'}"]
         if info.reason is not None:
             lines.append(f"  frozen by {info.reason}")
-        lines.append("  in " + ", ".join(map(str, info.members)) if info.members else "  in no parameter")
-        seen: set[tuple[str, str]] = set()
-        for node in self.uses.get(info.axis.id, []):
-            if node.op != "call_function":
-                continue
-            key = (str(node.target), node.meta.get("source", ""))
-            if key not in seen:
-                seen.add(key)
-                lines.append(f"  => {node.target}" + (f"  {key[1]}" if key[1] else ""))
+        places = [
+            str(Member(tensor, dim)) for tensor, about in self.around(info.name, "tensor") for dim in about["dims"]
+        ]
+        lines.append("  in " + ", ".join(places) if places else "  in no parameter")
+        ops = dict.fromkeys((about["target"], about["source"]) for _, about in self.around(info.name, "op"))
+        lines += [f"  => {target}" + (f"  {source}" if source else "") for target, source in ops]
         return "\n".join(lines)
 
 

@@ -32,11 +32,7 @@ def draw_axes(program: Program, path: str | Path) -> None:
     from matplotlib import pyplot as plt
 
     groups = axis_groups(program)
-    tensors: dict[str, list[tuple[int, int]]] = {}  # name -> (dim, number of the axis group)
-    for number, group in enumerate(groups):
-        for member in group["members"]:
-            name, _, dim = member.rpartition(":")
-            tensors.setdefault(name, []).append((int(dim), number))
+    tensors = _lines(program, groups)
     described = _descriptions(program)
     order = {name: i for i, name in enumerate(described)}
     names = sorted(tensors, key=lambda n: order.get(n, len(order)))
@@ -87,6 +83,18 @@ def draw_axes(program: Program, path: str | Path) -> None:
         raise FxgrowError(f"the picture {path} cannot be written: {error}") from error
     finally:
         plt.close(figure)
+
+
+def _lines(program: Program, groups: list[dict[str, Any]]) -> dict[str, list[tuple[int, int]]]:
+    """What is drawn of the axis graph: tensor names as they are drawn, to (dim, number of the axis group)."""
+    stacks = stacks_of(program)
+    found: dict[str, dict[tuple[int, int], None]] = {}
+    for number, group in enumerate(groups):
+        for axis in group["names"]:
+            for tensor, about in program.axes.around(axis, "tensor"):
+                lines = found.setdefault(collapsed(tensor, stacks), {})
+                lines.update({(dim, number): None for dim in about["dims"]})
+    return {name: list(lines) for name, lines in found.items()}
 
 
 def _descriptions(program: Program) -> dict[str, str]:

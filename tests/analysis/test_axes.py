@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import fxgrow
 from fxgrow.algebra import leaves
@@ -99,3 +101,35 @@ def test_nothing_of_axes_can_be_assigned(program: fxgrow.Program) -> None:
         axes.dims[node] = []  # type: ignore[index]
     with pytest.raises(TypeError):
         axes.by_name["x"] = info  # type: ignore[index]
+
+
+class Named(nn.Module):
+    """A parameter that is called like an op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mul = nn.Parameter(torch.ones(3))
+        self.up, self.down = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.up(x)
+        return self.down(torch.mul(hidden, self.mul))  # type: ignore[no-any-return]
+
+
+def test_the_graph_holds_what_explain_says() -> None:
+    axes = fxgrow.capture(Named(), (torch.randn(5, 2),)).axes
+    (info,) = [i for i in axes if i.growable]
+    assert {str(m) for m in info.members} == {"mul:0", "up.weight:0", "up.bias:0", "down.weight:1"}
+    assert {name: about["dims"] for name, about in axes.around(info.name, "tensor")} == {
+        "mul": [0],
+        "up.weight": [0],
+        "up.bias": [0],
+        "down.weight": [1],
+    }
+    ops = [about["target"] for _, about in axes.around(info.name, "op")]
+    assert ops == ["aten.linear.default", "aten.mul.Tensor", "aten.linear.default"]
+    words = axes.explain(info.name)
+    assert "mul:0" in words
+    assert words.count("=> aten.linear.default") == 2
+    assert words.count("=> aten.mul.Tensor") == 1
+    assert axes.graph.nodes[info.name]["size"] == 3
