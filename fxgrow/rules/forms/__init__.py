@@ -6,5 +6,6 @@ from fxgrow.rules.forms.opaque import Opaque
 from fxgrow.rules.forms.pattern import Pattern, parse_pattern
 from fxgrow.rules.forms.pointwise import Pointwise
 from fxgrow.rules.forms.structural import Structural
+from fxgrow.rules.forms.written import Written
 
-__all__ = ["Along", "Made", "Opaque", "Pattern", "Pointwise", "Structural", "along_of", "parse_pattern"]
+__all__ = ["Along", "Made", "Opaque", "Pattern", "Pointwise", "Structural", "Written", "along_of", "parse_pattern"]
