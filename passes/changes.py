@@ -12,7 +12,7 @@ from torch import fx
 
 from fxgrow.ir.ops import operator_named, schema_of, set_argument
 from fxgrow.plan import Change, Edit, Rescale, resolve_references
-from fxgrow.proof.growth import Outcome
+from fxgrow.proof.outcome import Outcome
 
 Named = Callable[[str], fx.Node]  # finds a node, or refuses
 
@@ -22,11 +22,11 @@ Named = Callable[[str], fx.Node]  # finds a node, or refuses
 def changes_of(graph: fx.Graph, outcome: Outcome, sizes: Sequence[Edit]) -> list[Change]:
     """What has to change in a graph when an axis grows: sizes among arguments, and constants that keep the function."""
     by_node = {e.node: e for e in sizes}
-    for (node, argument), value in outcome.edits.items():
+    for (node, argument), value in outcome.graph.literals.items():
         edit = by_node.setdefault(node, Edit(node=node, why="constant"))
         edit.arguments[argument] = value
     changes: list[Change] = list(by_node.values())
-    if not outcome.rescales and not outcome.input_rescales:
+    if not outcome.graph.results and not outcome.graph.operands:
         return changes
     nodes = {n.name: n for n in graph.nodes}
     taken = set(nodes)
@@ -37,9 +37,9 @@ def changes_of(graph: fx.Graph, outcome: Outcome, sizes: Sequence[Edit]) -> list
         taken.add(name)
         return name
 
-    changes += [rescale(nodes[n], f, free(f"{n}_scale")) for n, f in outcome.rescales.items()]
+    changes += [rescale(nodes[n], f, free(f"{n}_scale")) for n, f in outcome.graph.results.items()]
     changes += [
-        rescale(nodes[n], f, free(f"{n}_scale_{user}"), user) for (user, n), f in outcome.input_rescales.items()
+        rescale(nodes[n], f, free(f"{n}_scale_{user}"), user) for (user, n), f in outcome.graph.operands.items()
     ]
     return changes
 

@@ -29,8 +29,11 @@ from fxgrow.ir.guards import moved
 from fxgrow.passes.base import GrowthPass, State, new_size, register_pass
 from fxgrow.passes.changes import changes_of
 from fxgrow.plan import FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisGrowth, DimPlan, OutputGrowth, Step
-from fxgrow.proof.extension import Extension, longest, members, short_dims
-from fxgrow.proof.growth import Outcome, dim_plan, size_edits
+from fxgrow.proof.extension import ExtensionProof, members
+from fxgrow.proof.lookups import longest, short_dims
+from fxgrow.proof.maps import dim_plan
+from fxgrow.proof.outcome import Outcome
+from fxgrow.proof.resize import size_edits
 from fxgrow.rules.annotation import Site
 from fxgrow.spec import Extend
 from fxgrow.weights.continuation import recognise
@@ -72,7 +75,7 @@ def plan_extend(state: State, op: Extend) -> list[Step]:
         else:
             queue.append(_Wanted(info, new))
     done: dict[int, int] = {}
-    runs: list[tuple[_Wanted, Extension, Outcome]] = []
+    runs: list[tuple[_Wanted, ExtensionProof, Outcome]] = []
     while queue:
         wanted = queue.pop(0)
         axis = wanted.info.axis
@@ -80,7 +83,7 @@ def plan_extend(state: State, op: Extend) -> list[Step]:
             continue
         if axis.id in done:
             runs = [r for r in runs if r[0].info.axis is not axis]
-        run = Extension(state.axes, axis, wanted.info.name, wanted.new, ranges, tolerate=op.preserve != "exact")
+        run = ExtensionProof(state.axes, axis, wanted.info.name, wanted.new, ranges, tolerate=op.preserve != "exact")
         runs.append((wanted, run, run.run()))
         done[axis.id] = wanted.new
         queue.extend(_followers(state, run, wanted, ranges))
@@ -124,7 +127,7 @@ def _only_buffers(state: State, info: AxisInfo) -> bool:
     return not any(state.is_parameter(m.tensor) for m in info.members)
 
 
-def _followers(state: State, run: Extension, wanted: _Wanted, ranges: Ranges) -> Iterator[_Wanted]:
+def _followers(state: State, run: ExtensionProof, wanted: _Wanted, ranges: Ranges) -> Iterator[_Wanted]:
     """Other tables and masks that limit the length of the input that the extended one is for."""
     reach: dict[Any, int] = {}  # the longest input that every look-up of the table allows
     for one in run.lookups:
@@ -146,11 +149,11 @@ def _followers(state: State, run: Extension, wanted: _Wanted, ranges: Ranges) ->
             yield _Wanted(_unnamed(state, short.dim), short.size, wanted.info.name)
 
 
-def _grow(state: State, op: Extend, wanted: _Wanted, run: Extension, outcome: Outcome, step: Step) -> None:
+def _grow(state: State, op: Extend, wanted: _Wanted, run: ExtensionProof, outcome: Outcome, step: Step) -> None:
     axes, info, new = state.axes, wanted.info, wanted.new
     old = info.size
 
-    changes = changes_of(state.graph, outcome, size_edits(axes, info.axis, new, run.refuse_at))
+    changes = changes_of(state.graph, outcome, size_edits(axes, info.axis, new, run.context.refuse_at))
     for name, i in members(axes, info.axis):
         if state.is_parameter(name):
             _plan_rows(state, op, name, i, info.axis, outcome)

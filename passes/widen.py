@@ -22,7 +22,10 @@ from fxgrow.plan import (
     NoisePlan,
     Step,
 )
-from fxgrow.proof.growth import Grow, Outcome, dim_plan, size_edits
+from fxgrow.proof.growth import GrowthProof
+from fxgrow.proof.maps import dim_plan
+from fxgrow.proof.outcome import Outcome
+from fxgrow.proof.resize import size_edits
 from fxgrow.rules.annotation import Content, Site
 from fxgrow.spec import Widen
 
@@ -112,10 +115,10 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
     axes, axis = state.axes, info.axis
     refusals: dict[str, str] = {}  # the reason, and the way it rules out
     for words, growth, content in candidates(op, info.size, new):
-        run = Grow(axes, axis, info.name, growth, content)
+        proof = GrowthProof(axes, axis, info.name, growth, content)
         try:
-            outcome = run.run()
-            sizes = size_edits(axes, axis, new, run.refuse_at)
+            outcome = proof.run()
+            sizes = size_edits(axes, axis, new, proof.context.refuse_at)
             break
         except GrowthRefused as refusal:
             refusals.setdefault(refusal.refusal.reason if refusal.refusal else str(refusal), words)
@@ -128,7 +131,7 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
         raise GrowthRefused("\n".join(lines))
     changes = changes_of(state.graph, outcome, sizes)
     _plan_tensors(state, op, info, outcome)
-    pinned = {c.value for c in run.pinned.values()}
+    pinned = {c.value for c in proof.contents.pinned.values()}
     exact_gradients = not (outcome.statistics and (growth.newborn > 0 or op.split == "uneven"))
     exact_gradients &= not outcome.uneven_gradients
     step.axes.append(
@@ -170,9 +173,9 @@ def _exact_ways(state: State, op: Widen, info: AxisInfo, new: int) -> list[str]:
             continue
         for _, growth, content in candidates(other, info.size, size):
             try:
-                run = Grow(state.axes, info.axis, info.name, growth, content)
-                run.run()
-                size_edits(state.axes, info.axis, size, run.refuse_at)
+                proof = GrowthProof(state.axes, info.axis, info.name, growth, content)
+                proof.run()
+                size_edits(state.axes, info.axis, size, proof.context.refuse_at)
             except GrowthRefused:
                 continue
             found.append(words)
@@ -243,11 +246,11 @@ def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> 
                     distribution=op.noise.distribution,
                     seed=op.noise.seed,
                 )
-    for name, (factor, fold) in outcome.scales.items():
+    for name, scale in outcome.scales.items():
         plan = state.tensors[name]
-        plan.multiply(factor)
-        if fold:
-            plan.gradient_scale /= factor
+        plan.multiply(scale.factor)
+        if scale.folded:
+            plan.gradient_scale /= scale.factor
 
 
 register_pass("widen", plan_widen, WidenPass)

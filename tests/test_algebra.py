@@ -24,7 +24,8 @@ from fxgrow.algebra import (
     size_of,
 )
 from fxgrow.plan import FILL_RANDOM, FILL_ZERO, AxisMap
-from fxgrow.proof.growth import Outcome, dim_plan
+from fxgrow.proof.maps import dim_plan
+from fxgrow.proof.outcome import Outcome
 
 fast = settings(max_examples=120, deadline=None)
 sizes = st.lists(st.integers(1, 4), min_size=1, max_size=4)

@@ -95,9 +95,9 @@ def test_the_failing_operation_is_numbered(model: Any) -> None:
 
 def test_a_wrong_rule_is_caught_by_the_receipt(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the planner errs, the measurement aborts the growth and the original stays."""
-    from fxgrow.proof.growth import Grow
+    from fxgrow.proof.context import ProofContext
 
-    monkeypatch.setattr(Grow, "contract", lambda self, exprs, owners, zero=None: 1.0)
+    monkeypatch.setattr(ProofContext, "contract", lambda self, exprs, owners, zero=None: 1.0)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(fxgrow.ExactnessError, match="bug in fxgrow"):
         fxgrow.grow(model, [{"op": "widen", "axis": "*/hidden", "factor": 2}], tokens())

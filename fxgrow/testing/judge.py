@@ -34,7 +34,11 @@ from fxgrow.ir.traced import Traced
 from fxgrow.passes.base import GrowthPass
 from fxgrow.passes.changes import changes_of
 from fxgrow.plan import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisMap, DimPlan, Rescale, Step
-from fxgrow.proof.growth import Grow, Outcome, UnequalCopies, dim_plan, size_edits
+from fxgrow.proof.growth import GrowthProof
+from fxgrow.proof.maps import dim_plan
+from fxgrow.proof.outcome import Outcome
+from fxgrow.proof.resize import size_edits
+from fxgrow.proof.sums import UnequalCopies
 from fxgrow.proof.ties import NUDGE, equal_almost
 from fxgrow.rules.annotation import Content, Site
 from fxgrow.rules.base import RULES, implied_arguments, is_linear, jumping_operands, rule_of, selects
@@ -397,14 +401,12 @@ class _Judge:
         if axis.frozen is not None:
             self._too_strict(axes, axis, case, tensors, old, name, str(axis.frozen))
             return
-        run = Grow(axes, axis, name, case.growth)
+        proof = GrowthProof(axes, axis, name, case.growth)
         for site in self._sites(axes, axis):
             if site[0] in case.activations:
-                run.pinned[site] = case.content
-                run.reasons[site] = "the judge"
-                run.forced.add(site)
+                proof.impose(site, case.content, "the judge")
         try:
-            outcome = run.run()
+            outcome = proof.run()
             edits = size_edits(axes, axis, case.growth.new, lambda node, why: GrowthRefused(why))
         except GrowthRefused as refusal:
             self.report.refused += 1
@@ -413,14 +415,14 @@ class _Judge:
             return
         self.report.accepted += 1
         try:
-            new = self._grown(axes, axis, case, outcome, run, edits, tensors)
+            new = self._grown(axes, axis, case, outcome, proof, edits, tensors)
         except Exception as error:
             self._wrong(name, case, f"the grown op fails: {type(error).__name__}: {error}")
             return
         finite = all(bool(t.isfinite().all()) for t in tensors.values())
         for result, before, after in zip(self.results, old, new, strict=True):
             node = next(n for n in self.graph.nodes if n.name == result)
-            dims = run.env.get(node, axes.dims.get(node))
+            dims = proof.context.dims_of(node)
             problem = _compare(dims, axis, case.growth, before, after, finite)
             if problem:
                 self._wrong(name, case, f"{result}: {problem}")
@@ -463,12 +465,12 @@ class _Judge:
         axis: Axis,
         case: _Case,
         outcome: Outcome,
-        run: Grow,
+        proof: GrowthProof,
         edits: Sequence[Any],
         tensors: Mapping[str, Tensor],
     ) -> list[Tensor]:
         def fill(site: Site) -> int:
-            content = run.pinned.get(site, outcome.carriers.get(site, Content.FREE))
+            content = proof.contents.pinned.get(site, outcome.carriers.get(site, Content.FREE))
             if content is Content.ZERO:
                 return FILL_ZERO
             if content in (Content.MEAN, Content.CONST):
@@ -483,7 +485,7 @@ class _Judge:
                     constant = outcome.constants.get(name, 0.0)
                     grown[name] = self._materialise(grown[name], i, plan, constant)
             if name in outcome.scales:
-                grown[name] = grown[name] * outcome.scales[name][0]
+                grown[name] = grown[name] * outcome.scales[name].factor
         graph = copy_graph(self.graph)
         changes = changes_of(graph, outcome, edits)
         GrowthPass(Step(op="judge", request={})).change(graph, changes)

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from fxgrow.analysis.context import AnalysisContext
 from fxgrow.passes import base as passes
-from fxgrow.proof import growth, ties
+from fxgrow.proof import interpreter, scales, ties
 from fxgrow.rules import norm, pointwise
 from fxgrow.rules.base import RULES, moves
 from fxgrow.rules.forms import Structural
@@ -48,7 +48,7 @@ def _guards() -> None:
 
 def _whole_numbers() -> None:
     """Sums of whole numbers over copies are multiplied by a fraction."""
-    growth.Grow._check_whole = lambda *_: None  # type: ignore[method-assign]
+    scales.Scales._check_whole = lambda *_: None  # type: ignore[method-assign]
     exact = passes.rescale
 
     def rescale(*args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ def _mode_literals() -> None:
 
 def _state() -> None:
     """What a call leaves in a buffer is not held against what the next one assumes."""
-    growth.Grow._check_state = lambda _: None  # type: ignore[method-assign]
+    interpreter.Interpreter._check_state = lambda _: None  # type: ignore[method-assign]
 
 
 def _casts() -> None:
@@ -82,7 +82,7 @@ def _scales() -> None:
     def keeps(node: Any) -> bool:
         return moves(node) and isinstance(node.args[0], torch.fx.Node)
 
-    growth._keeps_scale = keeps
+    scales._keeps_scale = keeps
 
 
 def _ties() -> None:
@@ -93,7 +93,7 @@ def _ties() -> None:
 def _unseen_operands() -> None:
     """Operands that a rule never asked for do not freeze; ``diff``, which looks at all of them now, is as it was."""
     AnalysisContext.freeze_unseen = lambda *_: None  # type: ignore[method-assign]
-    growth.Grow._grow = lambda self, rule: rule.grow(self)  # type: ignore[method-assign]
+    interpreter.FollowRule.take = lambda self, rule: rule.grow(self.context)  # type: ignore[method-assign]
 
     def diff(ctx: Any, dims: Any) -> Any:
         i = ctx.args["dim"] % len(dims)
