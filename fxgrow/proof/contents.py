@@ -82,7 +82,7 @@ class AskedContents:
         if not info.sources:
             raise call.refuse(f"{why}, and no weights of the model decide what new units hold there")
         changed = False
-        for site in info.sources:
+        for site in sorted(info.sources):
             changed |= self.pin(call, site, content, why)
         if not changed:
             raise call.refuse(
