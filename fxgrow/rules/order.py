@@ -10,6 +10,7 @@ from torch import fx
 from fxgrow.ir.ops import bound_arguments
 from fxgrow.rules.base import Rule, register_table
 from fxgrow.rules.forms import Along, Opaque
+from fxgrow.rules.forms.along import keeps_fractions
 
 
 def table() -> dict[str, Rule]:
@@ -42,7 +43,7 @@ def table() -> dict[str, Rule]:
             role="experts",
         ),
         # entry after entry
-        "aten.cumsum": Along("dim", "mixed", ordered, result="new", moves=True),
+        "aten.cumsum": Along("dim", "mixed", ordered, result="new", moves=True, linear=keeps_fractions),
         "aten.cumprod aten.logcumsumexp aten.cummax aten.cummin": Along(
             "dim", "mixed", ordered, result="new", moves=True, linear=False
         ),

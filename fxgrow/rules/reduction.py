@@ -6,11 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import fx
+
 from fxgrow.algebra import product, quotient, size_of
+from fxgrow.ir.ops import bound_arguments
 from fxgrow.rules.annotation import Dims
 from fxgrow.rules.base import Rule, register_table
 from fxgrow.rules.context import Context
 from fxgrow.rules.forms import Along, Opaque, Structural
+from fxgrow.rules.forms.along import in_whole_numbers
 
 
 def table() -> dict[str, Rule]:
@@ -22,7 +26,9 @@ def table() -> dict[str, Rule]:
         "aten.mean aten.mean.dim": Along("dim", "mean"),
         "aten.sum aten.sum.dim_IntList": Along("dim", "sum"),
         "aten.count_nonzero aten.count_nonzero.dim_IntList": Along("dim", "count"),
-        "aten.linalg_vector_norm aten.norm.ScalarOpt_dim": Along("dim", "norm", _other_norm),
+        "aten.linalg_vector_norm aten.norm.ScalarOpt_dim": Along(
+            "dim", "norm", _other_norm, jumps=_where_order_0_counts
+        ),
         """
         aten.var aten.var.dim aten.var.correction
         aten.var_mean.dim aten.var_mean.correction
@@ -99,7 +105,7 @@ def table() -> dict[str, Rule]:
             3, "interpolation", pooled, result="new", role="spatial"
         ),
         "aten.grid_sampler aten.grid_sampler_2d aten.grid_sampler_3d": Along(
-            _space, "interpolation", sampled, result="new", others={"grid": 1}
+            _space, "interpolation", sampled, result="new", others={"grid": 1}, jumps=_where_nearest
         ),
     }
 
@@ -109,15 +115,30 @@ def reduced_dims(args: Mapping[str, Any], rank: int) -> list[int]:
     return Along("dim", "mean").dims_over(args, rank)
 
 
+def _order(args: Mapping[str, Any]) -> float:
+    order = args.get("ord", args.get("p"))
+    return 2.0 if order is None else float(order)
+
+
 def _other_norm(args: Mapping[str, Any]) -> str:
     """a norm of another order than 2"""
-    order = args.get("ord", args.get("p", 2))
-    return "" if order in (2, 2.0, None) else "its entries are reduced in a way that growth would change"
+    return "" if _order(args) == 2 else "its entries are reduced in a way that growth would change"
+
+
+def _where_order_0_counts(node: fx.Node) -> list[fx.Node]:
+    """where order 0 counts the entries that are not zero"""
+    return node.all_input_nodes if _order(bound_arguments(node)) == 0 else in_whole_numbers(node)
 
 
 def _space(args: Mapping[str, Any], rank: int) -> list[int]:
     """the dims after samples and channels"""
     return list(range(2, rank))
+
+
+def _where_nearest(node: fx.Node) -> list[fx.Node]:
+    """the grid, where the nearest pixel is taken"""
+    args = bound_arguments(node)
+    return [args["grid"]] if args["interpolation_mode"] == 1 else []
 
 
 def _patches(ctx: Context, dims: Dims) -> Dims:

@@ -348,7 +348,7 @@ SAMPLES |= {
     "aten.ctc_loss.IntList": [S(r(6, 2, 4).log_softmax(-1), 1 + i(3, 2, 2), [6, 6], [2, 2])],
     "aten.ctc_loss.Tensor": [S(r(6, 2, 4).log_softmax(-1), 1 + i(3, 2, 2), torch.tensor([6, 6]), torch.tensor([2, 2]))],
     "aten.grid_sampler.default": [S(r(2, 3, 4, 4), r(2, 5, 5, 2).tanh(), 0, 0, False)],
-    "aten.grid_sampler_2d.default": [S(r(2, 3, 4, 4), r(2, 5, 5, 2).tanh(), 0, 0, False)],
+    "aten.grid_sampler_2d.default": [S(r(2, 3, 4, 4), r(2, 5, 5, 2).tanh(), mode, 0, False) for mode in (0, 1, 2)],
     "aten.grid_sampler_3d.default": [S(r(2, 3, 4, 4, 4), r(2, 5, 5, 5, 3).tanh(), 0, 0, False)],
     # look-ups
     "aten.embedding.default": [S(r(5, 4), i(5, 2, 3))],
@@ -496,7 +496,10 @@ SAMPLES |= {
     "aten._safe_softmax.default": [S(r(3, 4), 1)],
     "aten.var_mean.correction": [S(r(3, 4), [1], correction=0), S(r(3, 4), correction=0)],
     "aten.logsumexp.default": [S(r(3, 4), [1])],
-    "aten.linalg_vector_norm.default": [S(r(3, 4), 2, [1]), S(r(3, 4), 2, [0, 1]), S(r(3, 4), 1, [1])],
+    "aten.linalg_vector_norm.default": [
+        *(S(r(3, 4), 2, [1]), S(r(3, 4), 2, [0, 1])),
+        *(S(r(3, 4), order, [1]) for order in (0, 0.5, 1, float("inf"), -1)),
+    ],
     "aten.norm.ScalarOpt_dim": [S(r(3, 4), 2, [1])],
     # shapes
     "aten.view.default": [S(r(3, 8), [3, 2, 4]), S(r(3, 2, 4), [3, 8]), S(r(3, 8), [-1, 4]), S(r(6, 4), [2, 12])],
@@ -570,7 +573,7 @@ SAMPLES |= {
     # order
     "aten.roll.default": [S(r(3, 4), [1], [1])],
     "aten.flip.default": [S(r(3, 4), [1])],
-    "aten.cumsum.default": [S(r(3, 4), 1), S(r(), 0)],
+    "aten.cumsum.default": [S(r(3, 4), 1), S(r(), 0), S(r(3, 4), 1, dtype=torch.int64)],
     "aten.cumprod.default": [S(r(3, 4), 1)],
     "aten.sort.default": [S(r(3, 4), 1)],
     "aten.argsort.default": [S(r(3, 4), 1)],

@@ -15,6 +15,7 @@ from fxgrow.program import capture
 from fxgrow.rules import RULES
 from fxgrow.rules.base import Row
 from fxgrow.rules.forms import Along
+from fxgrow.rules.forms.along import in_whole_numbers
 from fxgrow.testing.judge import Report, Sample, check
 
 
@@ -69,6 +70,14 @@ POOLED, INDICES = torch.nn.functional.max_pool2d(IMAGE, 2, return_indices=True)
         ),
         ("aten.pad.default", {"linear": True}, Sample(r(3, 4), [1, 2], "constant", 1.0), "said to be linear"),
         ("aten.max.dim", {"jumps": False}, Sample(r(3, 4), 1), "jumps where numbers are equal"),
+        (
+            "aten.linalg_vector_norm.default",
+            {"jumps": in_whole_numbers},
+            Sample(r(3, 4), 0, [1]),
+            "jumps where numbers",
+        ),
+        ("aten.grid_sampler_2d.default", {"jumps": False}, Sample(IMAGE, PLACES, 1, 0, False), "jumps where numbers"),
+        ("aten.cumsum.default", {"linear": True}, Sample(r(3, 4), 1, dtype=torch.int64), "said to be linear"),
         ("aten.sum.dim_IntList", {"selects": True}, Sample(r(3, 4), [1]), "said to pick entries"),
     ],
 )
@@ -118,6 +127,15 @@ def test_indices_of_an_unpooling_follow_its_operand(monkeypatch: pytest.MonkeyPa
     assert not report.wrong, report.wrong
     monkeypatch.setitem(RULES, "aten.max_unpool2d.default", saying("aten.max_unpool2d.default", others={}))
     assert any("does not follow its operand indices" in f.detail for f in check(there_and_back, [Sample(IMAGE)]).strict)
+
+
+def test_sums_in_whole_numbers_do_not_keep_the_mean() -> None:
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm((4 * x).sum(0, dtype=torch.int64).to(torch.float64), [x.shape[-1]])
+
+    report = check(rounded, [Sample(r(3, 5))])
+    assert report.accepted > 0
+    assert not report.wrong, report.wrong
 
 
 class Router(torch.nn.Module):

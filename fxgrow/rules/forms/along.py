@@ -39,9 +39,17 @@ _SUMS = ("mean", "sum", "interpolation")
 
 def in_whole_numbers(node: fx.Node) -> list[fx.Node]:
     """All of them, where a result is of whole numbers or truth values, or is one of several."""
+    return [] if _is_real(node) else node.all_input_nodes
+
+
+def _is_real(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    smooth = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-    return [] if smooth else node.all_input_nodes
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def keeps_fractions(node: fx.Node) -> bool:
+    """unless dtype makes whole numbers of real ones"""
+    return _is_real(node) or not _is_real(node.all_input_nodes[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +168,8 @@ class Along(Row):
                 else:
                     ctx.freeze(dim, why)
         if not linear:
-            out = [d if self.kind in _SUMS else annotate(d, _nonlinear) for d in map(ctx.close, out)]
+            keep = self.kind in _SUMS and keeps_fractions(ctx.node)
+            out = [d if keep else annotate(d, _nonlinear) for d in map(ctx.close, out)]
         return self._results(ctx, out, over, why)
 
     def _statistic(self, ctx: GrowthContext, grown: Dims, over: Dims) -> None:
