@@ -28,6 +28,7 @@ from fxgrow.ir.ops import bound_arguments, op_name
 from fxgrow.rules.annotation import Dims
 from fxgrow.rules.context import Context, GrowthContext
 from fxgrow.rules.resize import Resize
+from fxgrow.rules.values import ANYTHING, KnownRanges, Range, RangeOf, held
 
 Fact = bool | Callable[[fx.Node], bool]
 
@@ -53,6 +54,12 @@ class Rule:
 
     #: Whether every entry of the result is one of the operand's: an extremum, or the nearest pixel.
     selects: Fact = False
+
+    #: What every entry of the result is: a number, or the name of the argument that holds it.
+    value: float | str | None = None
+
+    #: What values the entries of the result can take, from those of the operands; see :mod:`fxgrow.rules.values`.
+    range: RangeOf | None = None
 
     #: The operands in which the result jumps somewhere: comparisons, roundings, places of an extremum, poles. There,
     #: numbers that are equal up to rounding may give quite different results. True: all of them.
@@ -90,6 +97,8 @@ class Row(Rule):
     moves: bool = False
     linear: Fact | None = None
     selects: Fact = False
+    value: float | str | None = None
+    range: RangeOf | None = None
     jumps: bool | Callable[[fx.Node], list[fx.Node]] = False
     implied: Mapping[str, Callable[[torch.dtype], float]] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
@@ -195,6 +204,23 @@ def selects(node: fx.Node) -> bool:
     """Whether a call picks entries by their size. See :attr:`Rule.selects`."""
     rule = rule_of(node)
     return rule is not None and _holds(rule.selects, node)
+
+
+def value_of(node: fx.Node) -> Any:
+    """What every entry of a call's result is: a number, or the node that holds it; None where that is not known."""
+    rule = rule_of(node)
+    value = rule.value if rule is not None else None
+    return bound_arguments(node)[value] if isinstance(value, str) else value
+
+
+def range_of(node: fx.Node, ranges: KnownRanges) -> Range:
+    """What values the entries of a call's one result can take. See :attr:`Rule.range`."""
+    rule, result = rule_of(node), node.meta.get("val")
+    if rule is None or not isinstance(result, torch.Tensor):
+        return ANYTHING
+    if rule.value is not None:
+        return held(ranges.of(value_of(node)), result.dtype)
+    return held(rule.range(ranges, bound_arguments(node)), result.dtype) if rule.range is not None else ANYTHING
 
 
 def jumping_operands(node: fx.Node) -> list[fx.Node]:

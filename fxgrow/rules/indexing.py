@@ -11,6 +11,7 @@ from torch import fx
 
 from fxgrow.algebra import Conflict, Expr, is_static, resolve, same_size, size_of
 from fxgrow.ir.ops import bound_arguments
+from fxgrow.rules import values
 from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
 from fxgrow.rules.base import Rule, register_table
 from fxgrow.rules.context import Context, GrowthContext
@@ -22,8 +23,8 @@ def table() -> dict[str, Rule]:
     """The rows of this family."""
     return {
         # the same for all that is not looked up
-        "aten.index.Tensor": Structural(index, moves=False, linear=True),
-        "aten.index_select": Structural(index_select, moves=False, linear=True),
+        "aten.index.Tensor": Structural(index, moves=False, linear=True, range=values.of_operand),
+        "aten.index_select": Structural(index_select, moves=False, linear=True, range=values.of_operand),
         # look-ups in which numbers, or what they pick, grow too
         "aten.gather": Gather(),
         "aten.take_along_dim": TakeAlongDim(),
@@ -186,6 +187,7 @@ class Gather(Rule):
 
     special = "numbers are met entry by entry along some dims, of which they may be the first ones only"
     linear = True
+    range = staticmethod(values.of_operand)
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims, index, at = self._operands(ctx)

@@ -41,8 +41,9 @@ from fxgrow.proof.resize import size_edits
 from fxgrow.proof.sums import UnequalCopies
 from fxgrow.proof.ties import NUDGE, equal_almost
 from fxgrow.rules.annotation import Content, Site
-from fxgrow.rules.base import RULES, implied_arguments, is_linear, jumping_operands, rule_of, selects
+from fxgrow.rules.base import RULES, implied_arguments, is_linear, jumping_operands, range_of, rule_of, selects
 from fxgrow.rules.forms import Opaque
+from fxgrow.rules.values import ANYTHING, Bound, Range
 from fxgrow.trace.tracer import trace
 
 #: largest relative error of a claim that holds, in float64; in a coarser dtype it is that dtype's rounding
@@ -225,6 +226,28 @@ def _program(graph: fx.Graph, tensors: dict[str, Tensor]) -> Traced:
     )
 
 
+class _Observed:
+    """The ranges of a call's operands, as they are."""
+
+    def __init__(self, operands: Mapping[fx.Node, Any]) -> None:
+        self.operands = operands
+
+    def of(self, value: Any) -> Range:
+        if isinstance(value, fx.Node):
+            return self.range(self.operands[value])
+        return Range(value, value) if isinstance(value, int | float) else ANYTHING
+
+    def size(self, value: Any) -> Bound:
+        found = self.of(value)
+        return found.low if found.low == found.high else None
+
+    @staticmethod
+    def range(value: Any) -> Range:
+        if not isinstance(value, Tensor) or not value.numel() or value.is_complex():
+            return ANYTHING
+        return Range(value.min().item(), value.max().item())
+
+
 # the judge ----------------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +341,8 @@ class _Judge:
                 self._check_linear(node)
             if selects(node):
                 self._check_selects(node)
+            if rule.value is not None or rule.range is not None:
+                self._check_range(node)
             if rule.implied:
                 self._check_implied(node)
             if not isinstance(rule, Opaque) and not jumping_operands(node):
@@ -360,6 +385,19 @@ class _Judge:
                 if not unset and not equal_almost(a, b):
                     self._fact_wrong(node, "its result jumps where numbers are equal, and its rule does not say so")
                     return
+
+    def _check_range(self, node: fx.Node) -> None:
+        """Every entry of the result is what the rule says, whatever the operands hold."""
+        for sign in (None, 1, -1):
+            operands = self._operands(node)
+            for n, v in operands.items() if sign is not None else ():
+                if _real_or_complex(v) and not v.is_complex():
+                    operands[n] = sign * v.abs()
+            results = _tensors(_call(node, operands))
+            found = range_of(node, _Observed(operands))
+            if len(results) == 1 and results[0].numel() and not found.holds(_Observed.range(results[0])):
+                self._fact_wrong(node, f"its entries are said to be from {found.low} to {found.high}, and are not")
+                return
 
     def _check_implied(self, node: fx.Node) -> None:
         """Spelled out or not, in every dtype, for small numbers, large ones, and ones that are not finite."""
@@ -412,6 +450,9 @@ class _Judge:
             self.report.refused += 1
             if not isinstance(refusal, UnequalCopies):
                 self._too_strict(axes, axis, case, tensors, old, name, str(refusal))
+            return
+        except Exception as error:
+            self._wrong(name, case, f"re-emitting its literals fails: {type(error).__name__}: {error}")
             return
         self.report.accepted += 1
         try:
