@@ -120,7 +120,7 @@ class Trials:
             if not isinstance(leaf, torch.Tensor) or shape is None:
                 out.append(leaf)
                 continue
-            wanted = [int(sympy.sympify(e).subs(every)) if not isinstance(e, int) else e for e in shape]
+            wanted = [e if isinstance(e, int) else every[e] if e in every else int(e.subs(every)) for e in shape]
             scaled = factors if self._batch is not None and shape and shape[0] == self._batch else factors[:1]
             out.append(_other(leaf, wanted, scaled, rows, fresh, generator))
             shapes.append("×".join(map(str, wanted)) or "scalar")

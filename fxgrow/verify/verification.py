@@ -503,12 +503,13 @@ class Verification:
                 if pair is None:
                     continue
                 a, b = pair
-                gap = float(difference(a, b).max()) / (largest or 1.0)
-                if gap <= 1024 * torch.finfo(torch.float64).eps:
-                    gradient = max(gradient or 0.0, gap)
+                gap = difference(a, b)
+                small = float(gap.max()) / (largest or 1.0)
+                if small <= 1024 * torch.finfo(torch.float64).eps:
+                    gradient = max(gradient or 0.0, small)
                     continue  # zero but for rounding: key biases, biases before a batch norm
                 error = judged(
-                    slice_error(a, b, gradient_limit),
+                    slice_error(a, b, gradient_limit, gap=gap),
                     gradient_limit.relative / 1000,
                     self._expected_gradient(name, found),
                     lambda moves, base, a=a, b=b: slice_error(a, b, gradient_limit, moves, base),

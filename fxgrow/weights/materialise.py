@@ -11,7 +11,7 @@ import torch
 from fxgrow import kernels
 from fxgrow.errors import FxgrowError, GrowthRefused
 from fxgrow.ir.dtypes import is_fine, same_kind
-from fxgrow.plan import DimPlan, GrowthPlan, Stage, TensorPlan
+from fxgrow.plan import GrowthPlan, Stage, TensorPlan
 from fxgrow.weights.moments import POWERS, Moment
 
 
@@ -20,12 +20,12 @@ def _vector(values: np.ndarray | None, dtype: torch.dtype) -> torch.Tensor | Non
 
 
 class _Map:
-    """What kernels need of one dim's plan. ``closes``: its shares add up to 1 for every unit, so that it may split."""
+    """What kernels need of one dim. ``closes``: its shares add up to 1 for every unit, so that it may split."""
 
-    def __init__(self, dim: DimPlan) -> None:
-        index = torch.from_numpy(np.ascontiguousarray(dim.index))
-        fill, share = _vector(dim.fill, torch.uint8), _vector(dim.split, torch.float64)
-        self.closes = dim.split is not None and np.allclose(_group_sums(dim.index, dim.split), 1.0)
+    def __init__(self, entries: np.ndarray, shares: np.ndarray | None, fills: np.ndarray | None) -> None:
+        index = torch.from_numpy(np.ascontiguousarray(entries))
+        fill, share = _vector(fills, torch.uint8), _vector(shares, torch.float64)
+        self.closes = shares is not None and np.allclose(_group_sums(entries, shares), 1.0)
         self.scaled = kernels.DimMap(index=index, scale=share, fill=fill)
         self.split = kernels.DimMap(index=index, split=share, fill=fill)
 
@@ -33,12 +33,12 @@ class _Map:
 _MAPS: OrderedDict[tuple[bytes | None, ...], _Map] = OrderedDict()
 
 
-def _map(dim: DimPlan) -> _Map:
+def _map(index: np.ndarray, shares: np.ndarray | None, fill: np.ndarray | None = None) -> _Map:
     """One object for dims that grow alike (those of repeated blocks do), as kernels prepare their tables per object."""
-    key = tuple(None if a is None else a.tobytes() for a in (dim.index, dim.split, dim.fill))
+    key = tuple(None if a is None else a.tobytes() for a in (index, shares, fill))
     found = _MAPS.get(key)
     if found is None:
-        found = _MAPS[key] = _Map(dim)
+        found = _MAPS[key] = _Map(index, shares, fill)
         while len(_MAPS) > 64:
             _MAPS.popitem(last=False)
     else:
@@ -91,7 +91,7 @@ def _materialise_stage(
         stage = stage.model_copy(update={"dims": [*stage.dims, None] if stage.dims else []})
         return torch.view_as_complex(_materialise_stage(stage, torch.view_as_real(source), held, key, dtype.to_real()))
     dims = [None if i in held else d for i, d in enumerate(stage.dims)] or [None] * source.dim()
-    maps = [None if d is None else _map(d) for d in dims]
+    maps = [None if d is None else _map(d.index, d.split, d.fill) for d in dims]
     # the dim whose copies must add up exactly: the last one with shares
     closing = next((i for i in reversed(range(len(maps))) if (m := maps[i]) is not None and m.closes), None)
     spread = 0.0
@@ -227,9 +227,7 @@ def materialise_moment(
         factor = None if d.gradient is None or not of_gradient else d.gradient**of_gradient
         if d.split is not None and of_value:
             factor = d.split**of_value * (1.0 if factor is None else factor)
-        dims.append(
-            kernels.DimMap(index=torch.from_numpy(np.ascontiguousarray(index)), scale=_vector(factor, torch.float64))
-        )
+        dims.append(_map(index, factor).scaled)
     scale = plan.gradient_scale**of_gradient * plan.scale**of_value
     if moment.is_complex():
         parts = torch.view_as_real(moment.detach().resolve_conj())

@@ -8,7 +8,8 @@ import torch
 
 from fxgrow.kernels import native
 from fxgrow.plan import DimPlan, TensorPlan
-from fxgrow.weights.materialise import _map, materialise_tensor
+from fxgrow.weights import materialise
+from fxgrow.weights.materialise import _map, materialise_moment, materialise_tensor
 
 
 def _twice(n: int, split: float | None = None) -> DimPlan:
@@ -17,10 +18,21 @@ def _twice(n: int, split: float | None = None) -> DimPlan:
 
 
 def test_dims_that_grow_alike_share_their_tables() -> None:
-    assert _map(_twice(6, 0.5)) is _map(_twice(6, 0.5))
-    assert _map(_twice(6, 0.5)) is not _map(_twice(6, 0.25))
-    assert _map(_twice(6, 0.5)) is not _map(_twice(6))
-    assert _map(_twice(6, 0.5)).closes and not _map(_twice(6)).closes
+    def of(dim: DimPlan) -> materialise._Map:
+        return _map(dim.index, dim.split, dim.fill)
+
+    assert of(_twice(6, 0.5)) is of(_twice(6, 0.5))
+    assert of(_twice(6, 0.5)) is not of(_twice(6, 0.25))
+    assert of(_twice(6, 0.5)) is not of(_twice(6))
+    assert of(_twice(6, 0.5)).closes and not of(_twice(6)).closes
+
+
+def test_moments_share_the_tables_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = TensorPlan(source="w", shape=[12], dims=[_twice(6)])
+    materialise_tensor(plan, torch.ones(6))
+    monkeypatch.setattr(materialise, "_Map", None)  # nothing is made anew
+    grown = materialise_moment(plan, torch.arange(6.0), "gradient", scale_gradients=True)
+    assert torch.equal(grown, torch.arange(6.0).repeat(2))
 
 
 @pytest.mark.skipif(native.available() is not None, reason="no C++ compiler")
