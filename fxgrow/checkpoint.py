@@ -186,7 +186,8 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
     def write(place: Callable[[str], Path]) -> None:
         for name, content in files.items():
             _write_tensors(content, place(name), str(manifest.saved))
-        _write_text(place(MANIFEST), _lines(manifest.model_dump(mode="json", exclude_none=True)))
+        text = _lines(manifest.model_dump(mode="json", exclude_none=True))
+        place(MANIFEST).write_text(text, encoding="utf-8")
 
     try:
         publish(path, [*files, MANIFEST], write, str(manifest.saved), lambda: _present(path), [EXAMPLES])
@@ -322,10 +323,6 @@ def _lines(data: dict[str, Any]) -> str:
         else:
             parts.append(f" {compact(key)}: {compact(value)}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 # loading --------------------------------------------------------------------------------------------------------------

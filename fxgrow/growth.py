@@ -223,7 +223,7 @@ def build(
         kernels.release(program.tensor(name))
 
     with _timed(seconds, "materialise"):
-        tensors = dict(materialise_all(plan, lambda n: program.tensor(n), done=free if consume else None))
+        tensors = dict(materialise_all(plan, program.tensor, done=free if consume else None))
     with _timed(seconds, "regenerate"):
         module = regenerate(grown_program, tensors)
     return module, tensors

@@ -114,9 +114,3 @@ def run_many(jobs: list[tuple[Job, Tensor]], backend: str | None, fresh: list[bo
     for k, (job, out) in enumerate(jobs):
         if k not in done:
             run(job, out, backend, fresh[k])
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a device to finish, for timing."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

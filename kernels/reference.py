@@ -118,7 +118,7 @@ def _values(job: Job, entries: Sequence[slice]) -> Tensor:
         x = torch.where(literal, x, x * factor)
     if FILL_RANDOM in present:
         lines = [_along(job.units(d, at) * job.virtual_strides[d], d, n, job) for d, at in enumerate(entries)]
-        raw = _draw(job, lines, None, philox.RANDOM, job.random_key, "bytes", shape)
+        raw = _draw(job, lines, None, philox.RANDOM, job.random_key, "bytes")
         random = raw.to(job.compute) * torch.tensor(
             job.random_std * philox.UNIT["bytes"], dtype=job.compute, device=job.device
         )
@@ -137,7 +137,6 @@ def _draw(
     purpose: int,
     key: tuple[int, int],
     distribution: str,
-    shape: Sequence[int],
 ) -> Tensor:
     """float32 draws at L = Σ lines (each along its own dim), with a node per entry of one dim."""
     where: Tensor = torch.zeros((), dtype=torch.int64, device=job.device)
@@ -155,7 +154,7 @@ def _draw(
         quad = (where >> 2) + first + distinct // many
         words = torch.stack(_words(quad, (distinct % many).expand_as(quad), purpose, key), -1).flatten(-2)
         raw = words.index_select(words.dim() - 1, inverse * 4 + (columns & 3))
-        return draw_values(raw, distribution)
+        return philox.draw(raw, distribution)
     for line in lines:
         where = where + line
     where = where.expand(torch.broadcast_shapes(where.shape, () if node is None else node.shape))
@@ -163,10 +162,6 @@ def _draw(
     at = torch.zeros_like(quad) if node is None else node.expand_as(quad)
     w0, w1, w2, w3 = _words(quad, at, purpose, key)
     raw = torch.where(lane < 2, torch.where(lane == 0, w0, w1), torch.where(lane == 2, w2, w3))
-    return draw_values(raw, distribution)
-
-
-def draw_values(raw: Tensor, distribution: str) -> Tensor:
     return philox.draw(raw, distribution)
 
 
@@ -200,7 +195,7 @@ def _block(job: Job, entries: Sequence[slice]) -> Tensor:
             _along(np.arange(span.start, span.stop) * job.target_strides[d], d, n, job)
             for d, span in enumerate(entries)
         ]
-        raw = _draw(job, lines, None, philox.INDEPENDENT, job.noise_key, job.noise.distribution, shape)
+        raw = _draw(job, lines, None, philox.INDEPENDENT, job.noise_key, job.noise.distribution)
         e = raw.to(job.compute) * _constant(job, job.amplitude(job.noise.scale))
         copy = torch.zeros((1,) * n, dtype=torch.bool, device=job.device)
         for d, span in enumerate(entries):
@@ -232,7 +227,7 @@ def _halve(job: Job, tree: Tree, x: Tensor, lines: Sequence[Tensor], at: slice, 
         if job.tree_noise:
             assert job.noise is not None
             node = _along(tree.node[level, at].astype(np.int64), d, n, job)
-            raw = _draw(job, lines, node, philox.SPLIT, job.noise_key, job.noise.distribution, shape)
+            raw = _draw(job, lines, node, philox.SPLIT, job.noise_key, job.noise.distribution)
             spread = tree.spread[level, at] * job.amplitude(job.noise.scale)
             e = raw.to(job.compute) * _along(spread, d, n, job, job.compute)
             m = m + torch.where(negative, -e, e)
@@ -250,7 +245,7 @@ def _pairs(job: Job, pair: np.ndarray, x: Tensor, lines: Sequence[Tensor], shape
     assert d is not None
     assert job.noise is not None
     node = _along(np.abs(pair).astype(np.int64), d, n, job)
-    raw = _draw(job, lines, node, philox.PAIR, job.noise_key, job.noise.distribution, shape)
+    raw = _draw(job, lines, node, philox.PAIR, job.noise_key, job.noise.distribution)
     z = _round(raw.to(job.compute) * _constant(job, job.amplitude(job.noise.newborn_scale)), job)
     sign = _along(pair, d, n, job)
     return torch.where(sign == 0, x, torch.where(sign < 0, -z, z))
@@ -283,7 +278,7 @@ def random_means(job: Job, over: tuple[int, ...], table: Tensor) -> None:
             continue
         coordinates = [span.get(d, units[d]) for d in range(n)]
         lines = [_along(u * job.virtual_strides[d], d, n, job) for d, u in enumerate(coordinates)]
-        raw = _draw(job, lines, None, philox.RANDOM, job.random_key, "bytes", [len(u) for u in coordinates])
+        raw = _draw(job, lines, None, philox.RANDOM, job.random_key, "bytes")
         mean = (halving_sum((raw.to(job.compute) * std).to(torch.float64), over) / count).to(job.compute)
         block = tuple(_along(np.zeros(1, np.int64) if d in over else coordinates[d], d, n, job) for d in range(n))
         table[block] = torch.where(born_here, mean, table[block])

@@ -47,7 +47,7 @@ def test_kills(fresh: bool) -> None:
     assert not found.missing and not found.torn and not found.left, str(found)
 
 
-STEPS = ["os.replace", "os.rename", "os.fsync", "shutil.rmtree", "save_file", "_write_text", "Path.unlink"]
+STEPS = ["os.replace", "os.rename", "os.fsync", "shutil.rmtree", "save_file", "Path.write_text", "Path.unlink"]
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Any:
         (publish.os, "fsync"),
         (publish.shutil, "rmtree"),
         (checkpoint, "save_file"),
-        (checkpoint, "_write_text"),
+        (Path, "write_text"),
         (Path, "unlink"),
     ):
         wrap(owner, name)
@@ -267,7 +267,7 @@ def test_a_full_disk_is_called_one(
 
     owner, name = {
         "safetensors": (checkpoint, "save_file"),
-        "text": (checkpoint, "_write_text"),
+        "text": (Path, "write_text"),
         "sync": (publish, "_sync"),
     }[where]
     monkeypatch.setattr(owner, name, full)

@@ -65,6 +65,15 @@ _BERT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
 }
+_SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+}
 
 
 class Logits(nn.Module):
@@ -133,13 +142,7 @@ def _whisper() -> Example:
     cfg = transformers.WhisperConfig(
         vocab_size=V,
         num_mel_bins=8,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
+        **_SEQ2SEQ,
         max_source_positions=8,
         max_target_positions=16,
         pad_token_id=0,
@@ -218,13 +221,7 @@ FAMILIES: dict[str, dict[str, Maker]] = {
         "bart": _encoder_decoder(
             "BartConfig",
             "BartForConditionalGeneration",
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
+            **_SEQ2SEQ,
             max_position_embeddings=32,
         ),
         "vit": _vit,

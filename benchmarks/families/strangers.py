@@ -11,6 +11,7 @@ from benchmarks.families.huggingface import (
     _BERT,
     _GPT2,
     _LLAMA,
+    _SEQ2SEQ,
     _TUPLE,
     Logits,
     _encoder_decoder,
@@ -107,13 +108,7 @@ FAMILIES: dict[str, dict[str, Maker]] = {
         "pegasus": _encoder_decoder(
             "PegasusConfig",
             "PegasusForConditionalGeneration",
-            d_model=32,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=48,
-            decoder_ffn_dim=48,
+            **_SEQ2SEQ,
             max_position_embeddings=32,
         ),
         "deit": _image(

@@ -188,12 +188,6 @@ class Axes:
             found[infos[0].name] = infos[0]
         return list(found.values())
 
-    def name_of(self, axis: Axis) -> str:
-        for info in self:
-            if info.axis.id == axis.id:
-                return info.name
-        return f"(unnamed axis of size {axis.size})"
-
     def describe(self, dim: Expr) -> str:
         """A dim in words: ``heads 4 x head_dim 8 + ...``."""
         names = {i.axis.id: i.name.rpartition("/")[2] for i in self}

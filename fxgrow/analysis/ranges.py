@@ -96,7 +96,7 @@ class Ranges:
         name = op_name(node.target)
         args = bound_arguments(node)
         if name == "aten.slice.Tensor":
-            return self._numbers_up_to(node, args) or self.of(args["self"])
+            return self._numbers_up_to(args) or self.of(args["self"])
         found = _OPS.get(name.split(".")[1] if name.startswith("aten.") else name)
         return found(self, args) if found is not None else ANYTHING
 
@@ -108,7 +108,7 @@ class Ranges:
             return ANYTHING
         return Range(_plain(tensor.min().item()), _plain(tensor.max().item()))
 
-    def _numbers_up_to(self, node: fx.Node, args: dict[str, Any]) -> Range | None:
+    def _numbers_up_to(self, args: dict[str, Any]) -> Range | None:
         """The first numbers of a buffer that counts: the slice's length bounds them."""
         source = args["self"]
         while isinstance(source, fx.Node) and op_name(source.target) in _SAME:

@@ -456,7 +456,7 @@ class _Judge:
             return
         self.report.accepted += 1
         try:
-            new = self._grown(axes, axis, case, outcome, proof, edits, tensors)
+            new = self._grown(axes, axis, outcome, proof, edits, tensors)
         except Exception as error:
             self._wrong(name, case, f"the grown op fails: {type(error).__name__}: {error}")
             return
@@ -504,7 +504,6 @@ class _Judge:
         self,
         axes: Axes,
         axis: Axis,
-        case: _Case,
         outcome: Outcome,
         proof: GrowthProof,
         edits: Sequence[Any],
