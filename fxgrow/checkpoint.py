@@ -33,7 +33,7 @@ from fxgrow.errors import CheckpointError, DiskError
 from fxgrow.growth import Growth
 from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, compile_condition, inputs_of
-from fxgrow.ir.provenance import edited
+from fxgrow.ir.provenance import edited, provenance_of
 from fxgrow.ir.running import run_eval
 from fxgrow.ir.serialize import graph_from_json, graph_to_json, path_name
 from fxgrow.ir.structure import check as check_structure
@@ -133,8 +133,9 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
     module = growth if isinstance(growth, nn.Module) else growth.module
     plan = None if isinstance(growth, nn.Module) else growth.plan
     receipt = None if isinstance(growth, nn.Module) else growth.receipt
-    program = module.meta.get("fxgrow") if isinstance(module, fx.GraphModule) else None
-    if not isinstance(program, Program):
+    found = provenance_of(module)
+    program = found and found.program
+    if not isinstance(program, Program) or not isinstance(module, fx.GraphModule):
         raise CheckpointError(
             "only modules made by fxgrow can be saved this way; save others with safetensors.torch.save_model"
         )

@@ -21,6 +21,7 @@ from fxgrow.analysis.relate import analyse
 from fxgrow.devices import check_memory
 from fxgrow.errors import GrowthRefused, SpecError
 from fxgrow.ir.graphs import NodesByName, copy_graph
+from fxgrow.ir.provenance import provenance_of, remember
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.traced import Traced
 from fxgrow.limits import check_elements, check_units
@@ -196,8 +197,8 @@ class GrowthPass(PassBase):
     Planning applies them by :meth:`State.apply`; in a pass manager ``call`` edits ``graph_module.graph`` in place and
     reports whether anything changed. Parameters that do not exist yet are left as dangling ``get_attr`` targets, to be
     materialised from the plan's tensors. Passes that move modules need the graph's
-    :class:`~fxgrow.ir.traced.Traced`, which ``graph_module.meta["fxgrow"]`` holds; its module tree (``containers``)
-    follows the graph.
+    :class:`~fxgrow.ir.traced.Traced`: ``program``, or what the graph module remembers (:mod:`fxgrow.ir.provenance`),
+    whose module tree (``containers``) then follows the graph.
 
     A pass of another operation overrides :meth:`apply` where it has changes of its own.
     """
@@ -209,12 +210,12 @@ class GrowthPass(PassBase):
         self._named: NodesByName | None = None
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        held, given = graph_module.meta.get("fxgrow"), self.program
-        found = held or given
-        self.program = found and replace(found, containers=dict(found.containers))
+        held, given = provenance_of(graph_module), self.program
+        program = held.program if held is not None else given
+        self.program = program and replace(program, containers=dict(program.containers))
         self.change(graph_module.graph, self.step.changes)
-        if held is not None:  # for the pass that comes next
-            graph_module.meta["fxgrow"] = self.program
+        if held is not None and self.program is not None:  # for the pass that comes next
+            remember(graph_module, replace(held, program=self.program))
         self.program = given
         return PassResult(graph_module, bool(self.step.changes))
 
@@ -254,8 +255,8 @@ class GrowthPass(PassBase):
         """
         if self.program is None:
             raise GrowthRefused(
-                f"pass {self.op} moves modules, and needs the program that the graph is of: "
-                'set graph_module.meta["fxgrow"] to it'
+                f"pass {self.op} moves modules, and needs the program that the graph is of: its second argument, or "
+                "what fxgrow.ir.provenance.remember gave the graph module"
             )
         return self.program
 

@@ -19,7 +19,7 @@ from fxgrow.emit.checks import check_inputs
 from fxgrow.emit.graphs import call_graphs, clean_graph
 from fxgrow.errors import CheckpointError, InputError
 from fxgrow.ir.modules import child_of, order_children
-from fxgrow.ir.provenance import code_of, edited
+from fxgrow.ir.provenance import Provenance, code_of, edited, provenance_of, remember
 from fxgrow.ir.serialize import graph_from_json, graph_to_json
 from fxgrow.ir.structure import check, rebuild
 from fxgrow.ir.traced import Call, Traced, matching_calls
@@ -62,13 +62,12 @@ def regenerate(
     for alias, name in program.aliases.items():
         _register_alias(module, program, alias, name)
     _order_children(module, program)
-    module.meta["fxgrow"] = program.without_tensors()
-    if isinstance(module, CallsModule):
-        module.meta["fxgrow_graphs"] = targets
+    made = Provenance(program.without_tensors(), graphs=() if plain else tuple(targets))
+    remember(module, made)
     module.graph = targets[0]
     share_classes(own)
     module.train(program.training)
-    module.meta["fxgrow_code"] = code_of(module)
+    remember(module, dataclasses.replace(made, code=code_of(module)))
     return module
 
 
@@ -76,7 +75,7 @@ class RegeneratedModule(fx.GraphModule):
     """A GraphModule that can be pickled, though its ``meta`` holds a graph."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return reduce(self) if "fxgrow" in self.meta else super().__reduce_ex__(protocol)
+        return reduce(self) if provenance_of(self) is not None else super().__reduce_ex__(protocol)
 
 
 class CallsModule(RegeneratedModule):
@@ -88,10 +87,10 @@ class CallsModule(RegeneratedModule):
 
     def recompile(self) -> Any:
         code = super().recompile()
-        meta = self.__dict__.get("meta", {})  # not there yet while the constructor runs
-        graphs, program = meta.get("fxgrow_graphs"), meta.get("fxgrow")
-        if graphs is None or program is None:
+        found = provenance_of(self)
+        if found is None or not found.graphs:
             return code
+        graphs, program = found.graphs, found.program
         cls = type(self)
         functions = [cls.forward]
         for graph in graphs[1:]:
@@ -212,12 +211,13 @@ def reduce(module: fx.GraphModule) -> tuple[Callable[..., fx.GraphModule], tuple
     Raises:
         pickle.PicklingError: the module's graph was edited, or holds something that cannot be stored.
     """
-    program: Traced = module.meta["fxgrow"]
-    if edited(module):
+    found = provenance_of(module)
+    if found is None or edited(module):
         raise pickle.PicklingError(
             "the graph of this grown module was edited after the growth, and the edits would be lost; pickle its state "
             "dict, or grow the edited module once more"
         )
+    program = found.program
     own: dict[str, torch.Tensor] = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),

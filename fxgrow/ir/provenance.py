@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
-from torch import fx
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fxgrow.ir.traced import Traced
+
+_KEY = "fxgrow"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a module comes from.
+
+    Attributes:
+        program: with shapes in place of tensors.
+        code: as it was generated; empty for a module that was not.
+        graphs: of a module that has one for each of several ways of calling it.
+    """
+
+    program: Traced
+    code: str = ""
+    graphs: tuple[fx.Graph, ...] = ()
+
+
+def remember(module: fx.GraphModule, what: Provenance) -> None:
+    module.meta[_KEY] = what
+
+
+def provenance_of(module: nn.Module) -> Provenance | None:
+    """What a module remembers; None for one that was not made from a program."""
+    # a graph module has no ``meta`` while its constructor runs
+    found = getattr(module, "meta", {}).get(_KEY) if isinstance(module, fx.GraphModule) else None
+    return Provenance(found) if isinstance(found, Traced) else found
 
 
 def edited(module: fx.GraphModule) -> bool:
     """Whether somebody changed a regenerated module since it was made."""
-    return code_of(module) != module.meta.get("fxgrow_code")
+    found = provenance_of(module)
+    return found is None or code_of(module) != found.code
 
 
 def code_of(module: fx.GraphModule) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from fxgrow.errors import CaptureError
-from fxgrow.ir.provenance import edited
+from fxgrow.ir.provenance import edited, provenance_of
 from fxgrow.ir.traced import Call, Traced, matching_calls, program_of
 from fxgrow.trace.examples import as_calls, check_example, check_plain, check_signature, strange_dtypes
 from fxgrow.trace.export import export_calls, export_less
@@ -100,10 +100,10 @@ def _remembered(model: nn.Module, calls: list[Call]) -> Traced | None:
 
     It keeps what a new trace of generated code would lose: module paths inside blocks, and the user's source lines.
     """
-    if not isinstance(model, fx.GraphModule) or "fxgrow" not in model.meta:
+    found = provenance_of(model)
+    if found is None or not isinstance(model, fx.GraphModule):
         return None
-
-    before: Traced = model.meta["fxgrow"]
+    before = found.program
     if edited(model):
         return None  # somebody changed it: trace what is there now
     examples: dict[int, Call] = {}

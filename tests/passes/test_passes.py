@@ -13,6 +13,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 import fxgrow
 from fxgrow.growth import plan_growth
 from fxgrow.ir.graphs import copy_graph
+from fxgrow.ir.provenance import Provenance, provenance_of, remember
 from fxgrow.passes import PASSES, GrowthPass
 from tests.models import small_gpt, tokens
 
@@ -27,7 +28,7 @@ def test_every_pass_is_a_pass_base() -> None:
 def flat_module(program: fxgrow.Program) -> fx.GraphModule:
     module = fx.GraphModule(torch.nn.Module(), fx.Graph())
     module._graph = copy_graph(program.graph)
-    module.meta["fxgrow"] = program
+    remember(module, Provenance(program))
     return module
 
 
@@ -64,7 +65,9 @@ def test_replaying_a_plans_steps_gives_the_planned_graph(name: str) -> None:
         assert isinstance(result, PassResult)
         assert result.modified
     assert graph_of(module.graph) == graph_of(grown.graph)
-    assert module.meta["fxgrow"].containers == grown.containers
+    held = provenance_of(module)
+    assert held is not None
+    assert held.program.containers == grown.containers
     assert program.containers == containers
 
 
@@ -77,11 +80,11 @@ def test_a_pass_that_moves_modules_asks_for_the_program() -> None:
     program = fxgrow.capture(small_gpt(), tokens())
     plan, grown = plan_growth(program, fxgrow.GrowthSpec.parse([{"op": "deepen", "stack": "transformer.h", "by": 1}]))
     module = flat_module(program)
-    del module.meta["fxgrow"]
+    module.meta.clear()
     with pytest.raises(fxgrow.GrowthRefused, match="needs the program that the graph is of"):
         PASSES["deepen"][1](plan.steps[0]).call(module)
     module = flat_module(program)
-    del module.meta["fxgrow"]
+    module.meta.clear()
     PASSES["deepen"][1](plan.steps[0], program).call(module)
     assert graph_of(module.graph) == graph_of(grown.graph)
 
