@@ -33,8 +33,7 @@ IDEMPOTENT = (
 
 #: ops whose result a ReLU leaves as it is
 _NOT_NEGATIVE = {
-    f"aten.{n}"
-    for n in ("relu6.default", "sigmoid.default", "softmax.int", "exp.default", "abs.default", "square.default")
+    f"aten.{n}" for n in ("relu6.default", "sigmoid.default", "exp.default", "abs.default", "square.default")
 }
 
 _CASTS = (
@@ -149,13 +148,13 @@ class Identity:
         name, mine = _plain(f), _plain(value)
         if mine == name and _literals(value) == _literals(f):
             return True
-        relu = name == "aten.relu.default"
-        if relu and mine in _NOT_NEGATIVE:
+        relu, row = name == "aten.relu.default", along_of(value)
+        if relu and (mine in _NOT_NEGATIVE or (row is not None and row.kind == "softmax")):
             return True
         operands = value.all_input_nodes
         if mine in ("aten.cat.default", "aten.concat.default"):
             return all(self._fixed(o, f) for o in operands)
-        row = along_of(value)  # what is not negative stays so when it is averaged, or scaled up
+        # what is not negative stays so when it is averaged, or scaled up
         averages = mine == "aten.dropout.default" or (row is not None and row.kind == "mean")
         passes = viewed(value) == operands[:1] or selects(value) or (relu and averages)
         return passes and bool(operands) and self._fixed(operands[0], f)

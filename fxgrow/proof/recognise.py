@@ -9,7 +9,7 @@ from torch import fx
 from fxgrow.analysis.axes import Axes
 from fxgrow.ir.ops import bound_arguments, op_name
 from fxgrow.rules.base import is_linear, moves
-from fxgrow.rules.reduction import reduced_dims
+from fxgrow.rules.forms import along_of
 
 _ZEROS = ("aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default")
 _FILLED = ("aten.full.default", "aten.full_like.default", "aten.new_full.default")
@@ -42,14 +42,15 @@ def mean_of(axes: Axes, value: Any) -> tuple[fx.Node, list[int]] | None:
     """(x, dims) where ``value`` is ``x.mean(dims, keepdim=True)``."""
     while isinstance(value, fx.Node) and op_name(value.target) == "aten.mul.Tensor" and value.meta.get("rescale"):
         value = value.args[0]
-    if not isinstance(value, fx.Node) or op_name(value.target) != "aten.mean.dim":
+    row = along_of(value)
+    if row is None or row.kind != "mean" or row.result != "reduced":
         return None
     args = bound_arguments(value)
     source = args["self"]
     dims = axes.dims.get(source)
-    if not args["keepdim"] or dims is None or axes.memory.written(source):
+    if not args.get("keepdim") or dims is None or axes.memory.written(source):
         return None
-    return source, reduced_dims(args, len(dims))
+    return source, row.dims_over(args, len(dims))
 
 
 def is_square(value: Any) -> bool:

@@ -54,7 +54,7 @@ def table() -> dict[str, Rule]:
         # softmax: n copies of an entry share its weight, so that the result times n is as it was
         "aten.softmax.int aten._softmax aten._safe_softmax": Along("dim", "softmax", result="same"),
         "aten.log_softmax.int aten._log_softmax": Along(
-            "dim", "softmax", "softmax runs over it", result="same"
+            "dim", "log_softmax", "softmax runs over it", result="same"
         ),  # a logarithm cannot be scaled
         # windows
         "aten.avg_pool1d aten.adaptive_avg_pool1d": Along(1, "mean", pooled, result="new", role="spatial"),
@@ -108,11 +108,6 @@ def table() -> dict[str, Rule]:
             _space, "interpolation", sampled, result="new", others={"grid": 1}, jumps=_where_nearest
         ),
     }
-
-
-def reduced_dims(args: Mapping[str, Any], rank: int) -> list[int]:
-    """The dims a reduction runs over, as non-negative numbers; all of them where none is named."""
-    return Along("dim", "mean").dims_over(args, rank)
 
 
 def _order(args: Mapping[str, Any]) -> float:

@@ -58,7 +58,7 @@ POOLED, INDICES = torch.nn.functional.max_pool2d(IMAGE, 2, return_indices=True)
         ("aten.amax.default", {"kind": "mean"}, Sample(r(3, 4), [1]), "said to hold the mean"),
         ("aten.softmax.int", {"kind": "mean"}, Sample(r(3, 4), 1), "copies do not hold"),
         ("aten.cumprod.default", {"kind": "interpolation"}, Sample(r(3, 4), 1), "said to hold the mean"),
-        ("aten.log_softmax.int", {"why": ""}, Sample(r(3, 4), 1), "copies do not hold"),
+        ("aten.log_softmax.int", {"kind": "softmax", "why": ""}, Sample(r(3, 4), 1), "copies do not hold"),
         ("aten.linalg_vector_norm.default", {"why": ""}, Sample(r(3, 4), 1, [1]), "copies do not hold"),
         ("aten.grid_sampler_2d.default", {"others": {}}, Sample(IMAGE, PLACES, 0, 0, False), "fails"),
         ("aten.diff.default", {"others": {"prepend": None}}, Sample(r(3, 4), 1, 1, None, r(3, 2)), "fails"),

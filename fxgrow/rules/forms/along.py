@@ -25,6 +25,7 @@ Kind = Literal[
     "deviation",
     "extremum",
     "softmax",
+    "log_softmax",
     "sorted",
     "interpolation",
     "mixed",
@@ -61,8 +62,8 @@ class Along(Row):
             the arguments and the rank.
         kind: what happens there. Statistics, which growth may leave exact: ``mean``; ``sum``; ``count`` of the entries
             that are not zero; ``norm``, of order 2; ``variance`` and ``deviation``, with their correction;
-            ``extremum``, of truth values too; ``softmax``. Others: entries ``sorted`` by size; ``interpolation``;
-            ``mixed`` in any other way.
+            ``extremum``, of truth values too; ``softmax``. Others: ``log_softmax``; entries ``sorted`` by size;
+            ``interpolation``; ``mixed`` in any other way.
         why: why the dims cannot grow, in words or as a function of the arguments that gives them; empty where they can.
         result: what becomes of the dims: ``reduced`` to nothing, or to 1 where the call keeps them; the ``same``;
             ``new``, dims of their own, which cannot grow.
@@ -271,8 +272,8 @@ def _correction(args: Mapping[str, Any]) -> float:
 # what others ask ------------------------------------------------------------------------------------------------------
 
 
-def along_of(node: fx.Node) -> Along | None:
-    """The row of a call that does something along dims; None for any other."""
+def along_of(node: Any) -> Along | None:
+    """The row of a call that does something along dims; None for any other value."""
     rule = rule_of(node)
     return rule if isinstance(rule, Along) else None
 
@@ -280,4 +281,4 @@ def along_of(node: fx.Node) -> Along | None:
 def depends_on_all(node: fx.Node) -> bool:
     """Whether results depend on all entries along dims, so that no old one could be told from them."""
     row = along_of(node)
-    return row is not None and (row.result == "reduced" or row.kind in ("softmax", "sorted"))
+    return row is not None and (row.result == "reduced" or row.kind in ("softmax", "log_softmax", "sorted"))
