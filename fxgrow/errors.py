@@ -59,12 +59,13 @@ class GrowthRefused(FxgrowError):
     """The growth asked for cannot be proved exact; the message gives the op, the source line and the reason.
 
     Attributes:
-        refusal: the parts of the message, where it is about one axis, stack or layer.
+        refusal: the parts of the message, where it is about one axis, stack or layer; of several ways that were tried
+            the first.
     """
 
-    def __init__(self, message: str | Refusal) -> None:
+    def __init__(self, message: str | Refusal, refusal: Refusal | None = None) -> None:
         super().__init__(str(message))
-        self.refusal = message if isinstance(message, Refusal) else None
+        self.refusal = message if isinstance(message, Refusal) else refusal
 
 
 class ExactnessError(FxgrowError):
@@ -99,3 +100,10 @@ def did_you_mean(wrong: str, known: Iterable[str], near: Sequence[str] = (), cut
 
 
 _MOST = 16
+
+
+def reworded(error: FxgrowError, message: str) -> FxgrowError:
+    """The same error with another message: one that says where it happened, say."""
+    if isinstance(error, GrowthRefused):
+        return GrowthRefused(message, error.refusal)
+    return (SpecError if isinstance(error, SpecError) else type(error))(message)

@@ -16,7 +16,7 @@ from fxgrow import kernels
 from fxgrow.compile import compile_regions
 from fxgrow.devices import check_memory
 from fxgrow.emit.module import regenerate
-from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.errors import FxgrowError, SpecError, reworded
 from fxgrow.ir.traced import Traced, program_of
 from fxgrow.limits import check_elements
 from fxgrow.optim.carry import carry
@@ -96,8 +96,7 @@ def plan_growth(program: Program, spec: GrowthSpec) -> tuple[GrowthPlan, Program
                 check_elements(name, tensor.shape)
         except FxgrowError as error:
             if len(spec.operations) > 1:
-                kind = SpecError if isinstance(error, SpecError) else type(error)
-                raise kind(f"operations.{number} ({operation.op}): {error}") from error
+                raise reworded(error, f"operations.{number} ({operation.op}): {error}") from error
             raise
     plan.tensors = state.tensors
     plan.aliases = dict(state.program.aliases)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field, ValidationError
 
-from fxgrow.errors import FxgrowError, SpecError, did_you_mean
+from fxgrow.errors import FxgrowError, SpecError, did_you_mean, reworded
 from fxgrow.growth import Growth, grow, plan_growth
 from fxgrow.limits import OPERATIONS
 from fxgrow.optim.carry import check_optimizer
@@ -172,7 +172,7 @@ class GrowthScheduler:
             except FxgrowError as error:
                 found = re.fullmatch(r"operations\.(\d+) (\(.*)", str(error), re.DOTALL)
                 where = f"operations.{int(found[1]) - first} {found[2]}" if found else str(error)
-                raise type(error)(f"growths.{number} ({growth.name or growth.trigger}): {where}") from error
+                raise reworded(error, f"growths.{number} ({growth.name or growth.trigger}): {where}") from error
             sizes.append(plan.parameters_after)
         return sizes
 

@@ -140,7 +140,7 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
         try:
             init, zeroed = blocks.identity(source, after, op.init)
         except GrowthRefused as refusal:
-            raise GrowthRefused(f"{refusal}{blocks.others(numbers, op.init)}") from None
+            raise GrowthRefused(f"{refusal}{blocks.others(numbers, op.init)}", refusal.refusal) from None
         new_number = order[0][0] + position
         zeros[len(clones)] = zeroed
         clones.append(

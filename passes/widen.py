@@ -114,6 +114,7 @@ def candidates(op: Widen, old: int, new: int) -> Iterator[tuple[str, AxisMap, Co
 def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) -> None:
     axes, axis = state.axes, info.axis
     refusals: dict[str, str] = {}  # the reason, and the way it rules out
+    parts: list[Refusal | None] = []
     for words, growth, content in candidates(op, info.size, new):
         proof = GrowthProof(axes, axis, info.name, growth, content)
         try:
@@ -122,13 +123,14 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
             break
         except GrowthRefused as refusal:
             refusals.setdefault(refusal.refusal.reason if refusal.refusal else str(refusal), words)
+            parts.append(refusal.refusal)
     else:
         (first, _), *others = refusals.items()
         lines = [str(Refusal(info.name, first, old=info.size, new=new))]
         lines += [f"nor as {words}: {reason}" for reason, words in others]
         ways = [f"`{w}`" for w in _exact_ways(state, op, info, new)]
         lines += [f"(exact for {info.name}: {' or '.join(ways)})"] if ways else []
-        raise GrowthRefused("\n".join(lines))
+        raise GrowthRefused("\n".join(lines), parts[0])
     changes = changes_of(state.graph, outcome, sizes)
     _plan_tensors(state, op, info, outcome)
     pinned = {c.value for c in proof.contents.pinned.values()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 
-from fxgrow.errors import GrowthRefused, Refusal
+from fxgrow.errors import GrowthRefused, InputError, Refusal, reworded
 
 
 def test_a_refusal_says_what_failed_where_and_why() -> None:
@@ -24,3 +24,6 @@ def test_an_error_keeps_the_parts_of_its_message() -> None:
     assert str(error) == str(refusal)
     assert error.refusal == refusal
     assert GrowthRefused("the plan belongs to another graph").refusal is None
+    assert str(reworded(error, "operations.1: no")) == "operations.1: no"
+    assert reworded(error, "operations.1: no").refusal == refusal  # type: ignore[attr-defined]
+    assert type(reworded(InputError("x"), "y")) is InputError

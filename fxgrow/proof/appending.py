@@ -67,7 +67,8 @@ class Append:
             if reducing and not self.tolerate:
                 raise GrowthRefused(
                     f"{refusal}. Only what is computed from it changes: leave it out of the call (return the logits, "
-                    "and compute the loss outside), or set preserve: approximate, which keeps all other outputs exact"
+                    "and compute the loss outside), or set preserve: approximate, which keeps all other outputs exact",
+                    refusal.refusal,
                 ) from None
             raise
 

@@ -41,8 +41,8 @@ class Contents(Protocol):
             GrowthRefused: it cannot be.
         """
 
-    def left(self, call: GrowingCall, buffer: fx.Node, assumed: Info, left: Info) -> None:
-        """A call leaves in a buffer what the next one assumes.
+    def check_state(self, call: GrowingCall, buffer: fx.Node, assumed: Info, left: Info) -> None:
+        """A call of the model leaves in a buffer what the next one assumes of its new entries.
 
         Raises:
             Restart: the two were not the same.
@@ -114,7 +114,7 @@ class AskedContents:
         self.reasons[site] = f"{call.op} at {call.source}"
         return True
 
-    def left(self, call: GrowingCall, buffer: fx.Node, assumed: Info, left: Info) -> None:
+    def check_state(self, call: GrowingCall, buffer: fx.Node, assumed: Info, left: Info) -> None:
         """Where they differ, new entries of the buffer may hold anything; and where an op cannot do with that, what is
         written has to be what it asks for."""
         mean = assumed.content is Content.MEAN and left.content is Content.CONST
@@ -145,7 +145,7 @@ class GivenContents:
     def pin(self, call: GrowingCall, site: Site, content: Content, why: str) -> bool:
         raise call.refuse(f"{why}, so that new entries would change its result")
 
-    def left(self, call: GrowingCall, buffer: fx.Node, assumed: Info, left: Info) -> None:
+    def check_state(self, call: GrowingCall, buffer: fx.Node, assumed: Info, left: Info) -> None:
         """Nothing is assumed."""
 
 

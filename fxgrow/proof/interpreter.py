@@ -199,7 +199,7 @@ class Interpreter:
         for node, dims in self.context.env.items() if self.context.newborn else ():
             if node.op == "get_attr" and self.memory.written(node):
                 for assumed, left in zip(_infos_of(self._load(node)), _infos_of(dims), strict=True):
-                    self.context.contents.left(self.context, node, assumed, left)
+                    self.context.contents.check_state(self.context, node, assumed, left)
 
 
 def _infos_of(dims: Any) -> list[Info]:
