@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 from torch import fx
 
-from fxgrow.algebra import Expr, is_static, resolve, same_size, size_of
+from fxgrow.algebra import Expr, is_static, resolve, size_of
 from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.ranges import Bound, Ranges
-from fxgrow.ir.ops import bound_arguments, op_name
-from fxgrow.ir.sizes import sizes_of
 from fxgrow.rules.annotation import Dims
-from fxgrow.rules.indexing import indexed_dims
+from fxgrow.rules.base import picks
 
 
 @dataclass
@@ -35,38 +32,10 @@ class Lookup:
 
 def lookups_of(node: fx.Node, ranges: Ranges) -> Iterator[Lookup]:
     """The dims of its operands from which an op picks entries by number, and how many entries it needs there."""
-    if node.op != "call_function":
-        return
-    name, args = op_name(node.target), bound_arguments(node)
-
-    def need(index: Any) -> Bound:
-        high = ranges.of(index).high
-        return None if high is None else high + 1
-
-    if name in ("aten.embedding.default", "aten.embedding_bag.default", "aten.embedding_bag.padding_idx"):
-        yield Lookup(node, args["weight"], 0, need(args["indices"]))
-    elif name == "aten.embedding_renorm_.default":
-        yield Lookup(node, args["self"], 0, need(args["indices"]))
-    elif name == "aten.slice.Tensor":
-        rank = len(sizes_of(args["self"]) or [])
-        end = args["end"]
-        literal = isinstance(end, int) or end is None
-        yield Lookup(node, args["self"], int(args["dim"]) % rank, None if literal else ranges.size(end))
-    elif name == "aten.select.int":
-        rank = len(sizes_of(args["self"]) or [])
-        yield Lookup(node, args["self"], int(args["dim"]) % rank, need(args["index"]))
-    elif name in ("aten.index_select.default", "aten.gather.default"):
-        sizes, index = sizes_of(args["self"]) or [], sizes_of(args["index"]) or []
-        at = int(args["dim"]) % max(1, len(sizes))
-        yield Lookup(node, args["self"], at, need(args["index"]))
-        if name == "aten.gather.default":
-            for i, (mine, theirs) in enumerate(zip(sizes, index, strict=False)):
-                if i != at and not same_size(mine, theirs):
-                    yield Lookup(node, args["self"], i, theirs)
-    elif name == "aten.index.Tensor":
-        for numbers, covered in indexed_dims(args["indices"]):
-            for i in covered:
-                yield Lookup(node, args["self"], i, need(numbers))
+    for one in picks(node):
+        high = ranges.of(one.numbers).high
+        last = ranges.size(one.first) if isinstance(one.first, fx.Node) else one.first
+        yield Lookup(node, one.operand, one.dim, last if one.numbers is None else None if high is None else high + 1)
 
 
 def longest(need: Bound, size: int) -> tuple[sympy.Symbol, int] | None:

@@ -33,6 +33,21 @@ from fxgrow.rules.values import ANYTHING, KnownRanges, Range, RangeOf, held
 Fact = bool | Callable[[fx.Node], bool]
 
 
+@dataclass(frozen=True)
+class Picked:
+    """A dim of an operand from which a call picks entries by number.
+
+    Attributes:
+        numbers: those that are picked: a node, or a number.
+        first: how many of the first ones are picked instead, a size or the node that gives one; None: not known.
+    """
+
+    operand: fx.Node
+    dim: int
+    numbers: Any = None
+    first: Any = None
+
+
 class Rule:
     """Base of all rules. Subclasses override what they need.
 
@@ -54,6 +69,9 @@ class Rule:
 
     #: Whether every entry of the result is one of the operand's: an extremum, or the nearest pixel.
     selects: Fact = False
+
+    #: The dims of operands from which a call picks entries by number, so that further ones may follow the old ones.
+    picks: Callable[[fx.Node], list[Picked]] | None = None
 
     #: What every entry of the result is: a number, or the name of the argument that holds it.
     value: float | str | None = None
@@ -97,6 +115,7 @@ class Row(Rule):
     moves: bool = False
     linear: Fact | None = None
     selects: Fact = False
+    picks: Callable[[fx.Node], list[Picked]] | None = None
     value: float | str | None = None
     range: RangeOf | None = None
     jumps: bool | Callable[[fx.Node], list[fx.Node]] = False
@@ -204,6 +223,12 @@ def selects(node: fx.Node) -> bool:
     """Whether a call picks entries by their size. See :attr:`Rule.selects`."""
     rule = rule_of(node)
     return rule is not None and _holds(rule.selects, node)
+
+
+def picks(node: fx.Node) -> list[Picked]:
+    """The dims of its operands from which a call picks entries by number. See :attr:`Rule.picks`."""
+    rule = rule_of(node)
+    return rule.picks(node) if rule is not None and rule.picks is not None else []
 
 
 def value_of(node: fx.Node) -> Any:

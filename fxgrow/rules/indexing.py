@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import fx
 
 from fxgrow.algebra import Conflict, Expr, is_static, resolve, same_size, size_of
 from fxgrow.ir.ops import bound_arguments
+from fxgrow.ir.sizes import sizes_of
 from fxgrow.rules import values
 from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
-from fxgrow.rules.base import Rule, register_table
+from fxgrow.rules.base import Picked, Rule, register_table
 from fxgrow.rules.context import Context, GrowthContext
 from fxgrow.rules.forms import Opaque, Structural
 from fxgrow.rules.resize import Resize
@@ -23,8 +24,12 @@ def table() -> dict[str, Rule]:
     """The rows of this family."""
     return {
         # the same for all that is not looked up
-        "aten.index.Tensor": Structural(index, moves=False, linear=True, range=values.of_operand),
-        "aten.index_select": Structural(index_select, moves=False, linear=True, range=values.of_operand),
+        "aten.index.Tensor": Structural(
+            index, moves=False, linear=True, range=values.of_operand, picks=picked_by_indices
+        ),
+        "aten.index_select": Structural(
+            index_select, moves=False, linear=True, range=values.of_operand, picks=picked_by_index
+        ),
         # look-ups in which numbers, or what they pick, grow too
         "aten.gather": Gather(),
         "aten.take_along_dim": TakeAlongDim(),
@@ -132,6 +137,33 @@ def index_select(ctx: Context, dims: Dims) -> Dims:
     return [*map(ctx.close, dims[:i]), *(ctx.opaque(s, _BY_NUMBER) for s in size), *map(ctx.close, dims[i + 1 :])]
 
 
+def picked_by_indices(node: fx.Node) -> list[Picked]:
+    """the dims that indices stand for, by theirs"""
+    args = bound_arguments(node)
+    found = indexed_dims(args["indices"])
+    return [Picked(args["self"], i, numbers=numbers) for numbers, covered in found for i in covered]
+
+
+def picked_by_index(node: fx.Node) -> list[Picked]:
+    """dim, by index"""
+    args = bound_arguments(node)
+    return [Picked(args["self"], int(args["dim"]) % max(1, len(sizes_of(args["self"]) or [])), numbers=args["index"])]
+
+
+def gathered(node: fx.Node) -> list[Picked]:
+    """dim, by index, and of the others the first ones, where index has fewer"""
+    (looked_up,), args = picked_by_index(node), bound_arguments(node)
+    pairs = enumerate(zip(sizes_of(args["self"]) or [], sizes_of(args["index"]) or [], strict=False))
+    shorter = [(i, theirs) for i, (mine, theirs) in pairs if i != looked_up.dim and not same_size(mine, theirs)]
+    return [looked_up, *(Picked(args["self"], i, first=theirs) for i, theirs in shorter)]
+
+
+def picked_rows(node: fx.Node) -> list[Picked]:
+    """the rows of a table, by indices"""
+    args = bound_arguments(node)
+    return [Picked(args["weight" if "weight" in args else "self"], 0, numbers=args["indices"])]
+
+
 # classes ------------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +177,7 @@ def picked(index: Expr) -> Expr:
 class Embedding(Rule):
     """Rows picked by number: the rows' axis is an index, the columns pass."""
 
+    picks = staticmethod(picked_rows)
     special = "the dims of the numbers, which may grow, come first, and those of the table after its first follow"
     linear = True
 
@@ -185,6 +218,7 @@ class OneHot(Rule):
 class Gather(Rule):
     """``gather(x, dim, index)``: entry by entry along every other dim, a look-up along ``dim``."""
 
+    picks: Callable[[fx.Node], list[Picked]] | None = staticmethod(gathered)
     special = "numbers are met entry by entry along some dims, of which they may be the first ones only"
     linear = True
     range = staticmethod(values.of_operand)
@@ -222,6 +256,8 @@ class Gather(Rule):
 
 class TakeAlongDim(Gather):
     """``take_along_dim``: a gather of tensors that broadcast; only those of one shape are followed."""
+
+    picks = None  # along a dim that broadcasts, all entries
 
     @staticmethod
     def _operands(ctx: Context) -> tuple[Dims, Dims, int]:
@@ -265,6 +301,7 @@ BAG_MAX = 2
 class EmbeddingBag(Rule):
     """Sums, means or maxima of rows picked by number: the rows' axis is an index, the columns pass."""
 
+    picks = staticmethod(picked_rows)
     special = "what its results are depends on how it reduces"
 
     def jumps(self, node: fx.Node) -> list[fx.Node]:
@@ -297,6 +334,7 @@ class Renorm(Rule):
     It divides by the norm plus 1e-7, a constant that no argument sets. Zeros leave a row's norm, copies do not.
     """
 
+    picks = staticmethod(picked_rows)
     special = "it writes into the table, and divides by a norm plus a constant that is no argument"
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:

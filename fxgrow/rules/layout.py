@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from torch import fx
+
 from fxgrow.algebra import (
     UNIT,
     Concat,
@@ -27,8 +29,10 @@ from fxgrow.algebra import (
     same_size,
     size_of,
 )
-from fxgrow.ir.sizes import literal_size
+from fxgrow.ir.ops import bound_arguments
+from fxgrow.ir.sizes import literal_size, sizes_of
 from fxgrow.rules.annotation import Dims
+from fxgrow.rules.base import Picked
 from fxgrow.rules.context import Context
 from fxgrow.rules.resize import Resize
 
@@ -621,6 +625,19 @@ def select(ctx: Context, dims: Dims) -> Dims:
     if ctx.units(dims[i]) is None:
         ctx.freeze(dims[i], f"entry {ctx.args['index']} is picked by its number")
     return [*dims[:i], *dims[i + 1 :]]
+
+
+def selected(node: fx.Node) -> list[Picked]:
+    """entry index of dim"""
+    args = bound_arguments(node)
+    return [Picked(args["self"], int(args["dim"]) % len(sizes_of(args["self"]) or []), numbers=args["index"])]
+
+
+def sliced(node: fx.Node) -> list[Picked]:
+    """the first entries of dim, of a number that the model computes"""
+    args = bound_arguments(node)
+    end = args["end"] if isinstance(args["end"], fx.Node) else None
+    return [Picked(args["self"], int(args["dim"]) % len(sizes_of(args["self"]) or []), first=end)]
 
 
 def _bounds(args: dict[str, Any], total: Size) -> tuple[Any, Any, int]:

@@ -70,9 +70,9 @@ def table() -> dict[str, Rule]:
         "aten.column_stack": Structural(layout.column_stack, operand="tensors"),
         "aten.stack": Structural(layout.stack, operand="tensors"),
         # one part
-        "aten.slice.Tensor": Structural(layout.slice_range, layout.resize_slice),
+        "aten.slice.Tensor": Structural(layout.slice_range, layout.resize_slice, picks=layout.sliced),
         "aten.narrow": Structural(layout.narrow, layout.resize_narrow),
-        "aten.select.int": Structural(layout.select),
+        "aten.select.int": Structural(layout.select, picks=layout.selected),
     }
 
 

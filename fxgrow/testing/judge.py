@@ -29,6 +29,7 @@ from fxgrow.errors import GrowthRefused
 from fxgrow.ir import trees
 from fxgrow.ir.dtypes import is_fine
 from fxgrow.ir.graphs import copy_graph
+from fxgrow.ir.memory import writes
 from fxgrow.ir.ops import OpOverload, operator_named, set_argument
 from fxgrow.ir.traced import Traced
 from fxgrow.passes.base import GrowthPass
@@ -41,7 +42,7 @@ from fxgrow.proof.resize import size_edits
 from fxgrow.proof.sums import UnequalCopies
 from fxgrow.proof.ties import NUDGE, equal_almost
 from fxgrow.rules.annotation import Content, Site
-from fxgrow.rules.base import RULES, implied_arguments, is_linear, jumping_operands, range_of, rule_of, selects
+from fxgrow.rules.base import RULES, implied_arguments, is_linear, jumping_operands, picks, range_of, rule_of, selects
 from fxgrow.rules.forms import Opaque
 from fxgrow.rules.values import ANYTHING, Bound, Range
 from fxgrow.trace.tracer import trace
@@ -183,6 +184,13 @@ def _call(node: fx.Node, operands: Mapping[fx.Node, Any], given: Mapping[str, An
 
 def _tensors(value: Any) -> list[Tensor]:
     return [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, Tensor)]
+
+
+def _from_the_end(numbers: Any) -> bool:
+    """Whether numbers may count from the end, or are a mask, which has no entries for more."""
+    if isinstance(numbers, Tensor):
+        return numbers.dtype is torch.bool or bool((numbers < 0).any())
+    return bool(numbers < 0)
 
 
 def _real_or_complex(value: Any) -> bool:
@@ -341,6 +349,7 @@ class _Judge:
                 self._check_linear(node)
             if selects(node):
                 self._check_selects(node)
+            self._check_picks(node)
             if rule.value is not None or rule.range is not None:
                 self._check_range(node)
             if rule.implied:
@@ -385,6 +394,26 @@ class _Judge:
                 if not unset and not equal_almost(a, b):
                     self._fact_wrong(node, "its result jumps where numbers are equal, and its rule does not say so")
                     return
+
+    def _check_picks(self, node: fx.Node) -> None:
+        """Further entries, after those of a dim that numbers pick from, change nothing."""
+        operands = self._operands(node)
+        before = _tensors(_call(node, operands))
+        for one in picks(node):
+            table, numbers = operands[one.operand], one.first if one.numbers is None else one.numbers
+            counted = operands[numbers] if isinstance(numbers, fx.Node) else numbers
+            if counted is None or not table.dim() or _from_the_end(counted):
+                continue
+            more = torch.cat([table, self._drawn_like(table).narrow(one.dim, 0, 1)], one.dim)
+            try:
+                after = _tensors(_call(node, {**operands, one.operand: more}))
+                if writes(node):  # the table is the result
+                    after = [x.narrow(one.dim, 0, table.shape[one.dim]) for x in after]
+            except (RuntimeError, IndexError) as error:
+                self._fact_wrong(node, f"said to pick entries of dim {one.dim} by number, and fails with more: {error}")
+                continue
+            if not all(map(_close, before, after)):
+                self._fact_wrong(node, f"said to pick entries of dim {one.dim} by number, and uses others")
 
     def _check_range(self, node: fx.Node) -> None:
         """Every entry of the result is what the rule says, whatever the operands hold."""

@@ -1,16 +1,17 @@
-"""What rules say of the values of results: that a wrong claim is found, and what a dtype leaves of a range."""
+"""What rules say of the values of results, and of what is picked: a wrong claim is found; what a dtype leaves."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 import sympy
 import torch
 
 from fxgrow.rules import RULES, values
-from fxgrow.rules.base import Row
+from fxgrow.rules.base import Picked, Row
 from fxgrow.rules.values import ANYTHING, FLAG, Range, RangeOf, held
 from fxgrow.testing.judge import Sample, check
 
@@ -54,3 +55,28 @@ def test_what_a_dtype_leaves_of_a_range(found: Range, dtype: torch.dtype, left: 
 def test_ranges_that_hold_others() -> None:
     assert Range(0, 3).holds(Range(1, 3)) and ANYTHING.holds(ANYTHING) and Range(0).holds(Range(0, math.inf))
     assert not Range(0, 3).holds(Range(1, 4)) and not Range(0, 3).holds(ANYTHING)
+
+
+def columns(node: torch.fx.Node) -> list[Picked]:
+    table, numbers = node.all_input_nodes
+    return [Picked(table, 1, numbers=numbers)]
+
+
+def the_first(node: torch.fx.Node) -> list[Picked]:
+    return [Picked(node.all_input_nodes[0], 0, first=1)]
+
+
+@pytest.mark.parametrize(
+    ("op", "wrong", "sample"),
+    [
+        ("aten.index_select.default", columns, Sample(torch.randn(3, 4), 0, torch.tensor([1, 0]))),
+        ("aten.flip.default", the_first, Sample(torch.randn(3), [0])),
+    ],
+)
+def test_what_is_not_picked_by_number_is_found(
+    op: str, wrong: Callable[[torch.fx.Node], list[Picked]], sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = RULES[op]
+    assert isinstance(row, Row)
+    monkeypatch.setitem(RULES, op, dataclasses.replace(row, picks=wrong))
+    assert any("said to pick entries" in x.detail for x in check(op, [sample]).wrong)
