@@ -36,8 +36,8 @@ from fxgrow.ir.guards import Guard, compile_condition, inputs_of
 from fxgrow.ir.provenance import edited, provenance_of
 from fxgrow.ir.running import run_eval
 from fxgrow.ir.serialize import graph_from_json, graph_to_json, path_name
-from fxgrow.ir.structure import check as check_structure
 from fxgrow.ir.traced import Call
+from fxgrow.ir.treespecs import check as check_treespec
 from fxgrow.ir.values import decode_value, encode_value
 from fxgrow.manifest import (
     EXAMPLES,
@@ -171,7 +171,7 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
     on_meta = any(t.is_meta for t in tensors.values())
     for number, call in enumerate(program.calls):
         record = CallRecord(name=call.name, inputs=call.inputs, training=call.training)
-        record.structure, record.nested, record.sizes = call.structure, call.nested, call.sizes
+        record.structure, record.nested, record.sizes = call.treespec, call.nested, call.sizes
         record.guards = [GuardRecord(**asdict(guard)) for guard in call.guards]
         record.constants = {n: encode_value(v, f"input {n}") for n, v in call.constants.items()}
         if examples and not on_meta:
@@ -428,9 +428,9 @@ def _read_calls(
         constants = {n: decode_value(v, {}, f"{where}: input {n}") for n, v in record.constants.items()}
         for text in (record.structure, *(t for t, _ in record.nested.values())):
             if text is not None:
-                check_structure(text)
+                check_treespec(text)
         call = Call(record.name, args, kwargs, list(record.inputs), constants)
-        call.training, call.structure, call.nested = record.training, record.structure, dict(record.nested)
+        call.training, call.treespec, call.nested = record.training, record.structure, dict(record.nested)
         call.sizes, call.guards = dict(record.sizes), [Guard(**guard.model_dump()) for guard in record.guards]
         for guard in call.guards:
             try:

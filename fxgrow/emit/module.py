@@ -21,8 +21,8 @@ from fxgrow.errors import CheckpointError, InputError
 from fxgrow.ir.modules import child_of, order_children
 from fxgrow.ir.provenance import Provenance, code_of, edited, provenance_of, remember
 from fxgrow.ir.serialize import graph_from_json, graph_to_json
-from fxgrow.ir.structure import check, rebuild
 from fxgrow.ir.traced import Call, Traced, matching_calls
+from fxgrow.ir.treespecs import check, rebuild
 
 
 def regenerate(
@@ -48,8 +48,8 @@ def regenerate(
     own: dict[str, nn.Module] = {}
     targets = [split_blocks(program, g, own) if hierarchical else g for g in graphs]
     for call, graph in zip(program.calls, targets, strict=False):
-        if call.structure is not None:
-            _restructure(graph, call.structure)
+        if call.treespec is not None:
+            _restructure(graph, call.treespec)
     for call, graph in zip(program.calls, targets, strict=False):
         check_inputs(graph, call)
     plain = len(graphs) == 1 and not any(c.nested or c.constants or c.training is not None for c in program.calls)
@@ -119,7 +119,7 @@ class CallsModule(RegeneratedModule):
             chosen = found[0]
             if len(found) > 1:  # sizes decide; where none is for them, the first says why not
                 chosen = next((n for n in found if _fits(calls[n], together)), chosen)
-            call, given = calls[chosen], calls[chosen].leaves(together) or {}
+            call, given = calls[chosen], calls[chosen].flatten(together) or {}
             # a plain value has no default where a tensor comes after it
             values = {n: given[n] if n in call.inputs else call.constants.get(n) for n in taken[chosen]}
             return functions[chosen](self, **values)
@@ -134,7 +134,7 @@ class CallsModule(RegeneratedModule):
 
 
 def _fits(call: Call, given: Mapping[str, Any]) -> bool:
-    leaves = call.leaves(given) or {}
+    leaves = call.flatten(given) or {}
     return call.fits({n: leaves[n].shape for n in call.inputs})
 
 
@@ -144,11 +144,11 @@ def _signature(call: Call) -> str:
     return f"{call.label}({', '.join([*(n for n in call.inputs if n not in inside), *call.nested, *constants])})"
 
 
-def _restructure(graph: fx.Graph, structure: str) -> None:
+def _restructure(graph: fx.Graph, treespec: str) -> None:
     """Return the model's own kind of output instead of its leaves."""
     output = graph.output_node()
     with graph.inserting_before(output):
-        output.args = (graph.call_function(rebuild, (list(output.args[0]), structure)),)  # type: ignore[arg-type]
+        output.args = (graph.call_function(rebuild, (list(output.args[0]), treespec)),)  # type: ignore[arg-type]
 
 
 # modules ----------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def restore(
 ) -> fx.GraphModule:
     """The inverse of :func:`reduce`."""
     for call in fields["calls"]:
-        for text in (call.structure, *(t for t, _ in call.nested.values())):
+        for text in (call.treespec, *(t for t, _ in call.nested.values())):
             if text is not None:
                 check(text)
     program = Traced(**{**fields, "graph": graph_from_json(fields["graph"])})

@@ -11,7 +11,7 @@ from torch import fx
 
 from fxgrow.errors import CaptureError
 from fxgrow.ir.guards import Guard, broken
-from fxgrow.ir.structure import take_apart
+from fxgrow.ir.treespecs import take_apart
 
 
 @dataclass
@@ -19,11 +19,11 @@ class Call:
     """One way of calling a model: its name, example inputs, and what tells it from the others.
 
     ``inputs`` are the forward parameters that take tensors, ``constants`` the values of those that do not.
-    ``nested`` are the parameters that take a list, tuple or dict of them: each to its structure (see
-    :mod:`fxgrow.ir.structure`) and the names of its leaves. ``training`` is the mode it serves, None for both.
+    ``nested`` are the parameters that take a list, tuple or dict of them: each to its treespec (see
+    :mod:`fxgrow.ir.treespecs`) and the names of its leaves. ``training`` is the mode it serves, None for both.
     ``sizes`` are those of the tensors, None in dims that may differ from call to call.
     ``guards`` are the conditions on them under which the graph is the model (see :mod:`fxgrow.ir.guards`).
-    ``structure`` describes what it returns where that is no plain tuple, list or dict; the graph then returns leaves.
+    ``treespec`` describes what it returns where that is no plain tuple, list or dict; the graph then returns leaves.
     """
 
     name: str
@@ -32,16 +32,16 @@ class Call:
     inputs: list[str] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
     training: bool | None = None
-    structure: str | None = None
+    treespec: str | None = None
     nested: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     sizes: dict[str, list[int | None]] = field(default_factory=dict)
     guards: list[Guard] = field(default_factory=list)
 
-    def leaves(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    def flatten(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
         """The arguments with nested ones taken apart; None where they are not built like the example's."""
         out = dict(given)
-        for name, (structure, names) in self.nested.items():
-            found = take_apart(out.pop(name, None), structure)
+        for name, (treespec, names) in self.nested.items():
+            found = take_apart(out.pop(name, None), treespec)
             if found is None:
                 return None
             out |= dict(zip(names, found, strict=True))
@@ -152,7 +152,7 @@ def matching_calls(
     together = {**dict(zip(names, args, strict=False)), **kwargs}
     found = []
     for number in asked:
-        call, given = calls[number], calls[number].leaves(together)
+        call, given = calls[number], calls[number].flatten(together)
         if given is None or {n for n, v in given.items() if isinstance(v, torch.Tensor)} != set(call.inputs):
             continue
         others = {n for n in (*given, *call.constants) if n not in call.inputs}

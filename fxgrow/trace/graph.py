@@ -16,9 +16,9 @@ from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
 from fxgrow.ir.memory import Memory, writes
 from fxgrow.ir.ops import HigherOrderOperator
-from fxgrow.ir.structure import describe
 from fxgrow.ir.traced import Call, Traced
 from fxgrow.ir.traits import Trait, traits_of
+from fxgrow.ir.treespecs import describe
 from fxgrow.trace.constants import fold_constants
 from fxgrow.trace.lines import source_line
 
@@ -300,7 +300,7 @@ def _structure(call: Call, flat: list[Any], spec: Any) -> Any:
 
     if plain(tree):
         return tree
-    call.structure = describe(tree, spec)
+    call.treespec = describe(tree, spec)
     return tuple(flat)
 
 

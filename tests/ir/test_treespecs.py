@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 import fxgrow
-from fxgrow.ir import structure
+from fxgrow.ir import treespecs
 from tests.models import trained
 
 Both = namedtuple("Both", "logits aux")
@@ -29,7 +29,7 @@ pytree.register_pytree_node(
     Output,
     lambda o: ([o.logits, o.hidden], None),
     lambda leaves, _: Output(*leaves),
-    serialized_type_name="tests.ir.test_structure.Output",
+    serialized_type_name="tests.ir.test_treespecs.Output",
 )
 
 
@@ -84,9 +84,9 @@ def test_modes_may_return_different_structures() -> None:
 
 
 def test_an_unknown_class_is_named_when_loading() -> None:
-    text = structure.describe(Output(torch.ones(1)), pytree.tree_flatten(Output(torch.ones(1)))[1])
+    text = treespecs.describe(Output(torch.ones(1)), pytree.tree_flatten(Output(torch.ones(1)))[1])
     with pytest.raises(fxgrow.CheckpointError, match=r"other\.Output.*import the package"):
-        structure.check(text.replace("tests.ir.test_structure.Output", "other.Output"))
+        treespecs.check(text.replace("tests.ir.test_treespecs.Output", "other.Output"))
 
 
 class Takes(nn.Module):

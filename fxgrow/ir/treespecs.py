@@ -1,7 +1,7 @@
-"""What a model takes and returns besides tensors: lists, dicts, dataclasses registered with pytree, named tuples.
+"""Treespecs: the lists, dicts, registered dataclasses and named tuples around the tensors a model takes and returns.
 
-A graph takes and returns tensors one by one; the structure around them is kept as text, so that it can be stored and
-is never unpickled.
+A graph takes and returns tensors one by one, the leaves of a tree. PyTorch calls what stands around them its treespec;
+it is kept as text here, so that it can be stored and is never unpickled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _KNOWN: dict[str, Any] = {}
 
 
 def describe(value: Any, spec: Any) -> str:
-    """The structure ``spec`` of ``value`` as text for :func:`rebuild`.
+    """The treespec ``spec`` of ``value`` as text for :func:`rebuild`.
 
     Raises:
         CaptureError: a class in it is not registered with pytree under a name of its own.
@@ -38,7 +38,7 @@ def describe(value: Any, spec: Any) -> str:
 
 
 def check(text: str) -> None:
-    """Whether this process knows the classes of a structure.
+    """Whether this process knows the classes of a treespec.
 
     Raises:
         CheckpointError: it does not; the message says which is missing.
@@ -54,7 +54,7 @@ def check(text: str) -> None:
 
 
 def rebuild(leaves: Sequence[Any], text: str) -> Any:
-    """The structure that :func:`describe` described, around ``leaves``."""
+    """The value whose treespec :func:`describe` wrote, around other leaves."""
     return pytree.tree_unflatten(list(leaves), _KNOWN[text])
 
 
