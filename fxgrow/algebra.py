@@ -8,6 +8,11 @@ axes, every other op *unifies* the dims of its operands.
 Canonical form (what :func:`resolve` returns): an expression is a :class:`Product` of unbound axes whose last factor may
 be a :class:`Concat`; products over a Concat on the left are distributed into it. Two unified dims therefore list the
 same axes in the same order. Sizes are Python ints, or sympy expressions where a dim is dynamic.
+
+A *dim* belongs to one tensor and has a number; an *axis* runs through the dims of many tensors. An :class:`Axis` has no
+name: :class:`fxgrow.analysis.axes.NamedAxis`, which ``program.axes`` iterates, is one with a name and a role. How much
+an axis grows is no part of it and stands in :mod:`fxgrow.plan`. A :class:`Leaf` is an axis where it occurs in a dim;
+the leaves of nested Python values are PyTorch's (:mod:`fxgrow.ir.trees`).
 """
 
 from __future__ import annotations

@@ -4,6 +4,11 @@ A plan says how each axis grows (:class:`AxisGrowth`), how each tensor of the ne
 one (:class:`TensorPlan`, one map per dim), and how the graph changes (:class:`Edit`, :class:`CloneBlock`,
 :class:`InsertLayer`). Parameters, buffers, optimizer moments and checkpoints are all made by the same tensor plans.
 Plans round-trip through JSON; index maps are run-length encoded there.
+
+One growth of an axis has three forms. :class:`AxisMap` is where planning begins: which old unit each new one copies,
+and with which share. In every tensor that has the axis it becomes the :class:`DimPlan` of a dim, which is what a plan
+holds and the file says; the kernels take it as arrays (:class:`fxgrow.kernels.DimMap`). :class:`AxisGrowth` is the
+account of it for people: its name, and its size before and after.
 """
 
 from __future__ import annotations

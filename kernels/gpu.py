@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxgrow.kernels.job import FLOATS, Job
 from fxgrow.kernels.maps import FILL_MEAN, FILL_RANDOM, FILL_ZERO, OLD, Dim, DimMap, Noise, cuts_of
-from fxgrow.kernels.native import Axis, axes, cache_folder, mean_layout
+from fxgrow.kernels.native import Loop, cache_folder, loops, mean_layout
 from fxgrow.kernels.philox import DISTRIBUTIONS, UNIT
 from fxgrow.kernels.prepare import prepare
 from fxgrow.publish import replacing
@@ -85,18 +85,18 @@ def run(job: Job, out: Tensor) -> None:
     bits = job.plain and job.source is not None and job.source.dtype == job.dtype
     if not bits and (job.dtype not in FLOATS or (job.source is not None and job.source.dtype not in FLOATS)):
         raise Unsupported("integers are only gathered")
-    lined = axes(job, out)
-    column = lined[-1]
+    nest = loops(job, out)
+    column = nest[-1]
     if column.target_stride != 1 and column.local > 1:
         raise Unsupported("a destination with a strided last dim")
     if max(column.local, column.dim.virtual) >= 1 << 30:
         raise Unsupported("rows of more than 2^30 columns")
     with torch.cuda.device(out.device) if out.device.type == "cuda" else torch.no_grad():
-        plan = scatter_plan(job, lined)
+        plan = scatter_plan(job, nest)
         if plan is not None:
             _scatter(job, out, plan)
         else:
-            _gather(job, out, lined, bits)
+            _gather(job, out, nest, bits)
 
 
 # ---- the scatter form ----
@@ -136,13 +136,13 @@ def _uniform(dim: Dim) -> tuple[int, bool] | None:
     return None
 
 
-def scatter_plan(job: Job, lined: list[Axis]) -> Scatter | None:
+def scatter_plan(job: Job, nest: list[Loop]) -> Scatter | None:
     """How the scatter form would do a job, or ``None`` where it cannot."""
-    if job.source is None or job.births or job.scale != 1 or job.independent or job.pair_noise or len(lined) > 2:
+    if job.source is None or job.births or job.scale != 1 or job.independent or job.pair_noise or len(nest) > 2:
         return None
-    if any(axis.dim.scale is not None for axis in lined):
+    if any(loop.dim.scale is not None for loop in nest):
         return None
-    column = lined[-1]
+    column = nest[-1]
     uniform = _uniform(column.dim)
     if uniform is None or not column.whole or (column.source_stride != 1 and column.dim.source > 1):
         return None
@@ -165,9 +165,9 @@ def scatter_plan(job: Job, lined: list[Axis]) -> Scatter | None:
         lean = tuple(leans.tolist())
     if job.tree_noise and (not split or width % 4):
         return None
-    if len(lined) == 1:
+    if len(nest) == 1:
         return Scatter(1, width, 0, width, column.local, 1, 0, 1, 0, 0, leaves, interleaved, split, lean)
-    row = lined[0]
+    row = nest[0]
     if row.split or (job.tree_noise and row.linear[1] % 4):
         return None
     steps = (row.source_stride, row.target_stride)
@@ -259,11 +259,11 @@ def _on(values: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
 
-def _gather(job: Job, out: Tensor, lined: list[Axis], bits: bool) -> None:
+def _gather(job: Job, out: Tensor, nest: list[Loop], bits: bool) -> None:
     import triton
     import triton.language as tl
 
-    device, column, outer = out.device, lined[-1], lined[:-1]
+    device, column, outer = out.device, nest[-1], nest[:-1]
     source = job.source
     if bits and source is not None:
         if out.element_size() not in _INT_OF:
@@ -274,10 +274,10 @@ def _gather(job: Job, out: Tensor, lined: list[Axis], bits: bool) -> None:
     nothing = torch.zeros(8, dtype=torch.float64, device=device)
     births = bool(job.births) or default != OLD
     codes = np.full(column.local, default, np.uint8) if column.dim.fill is None else column.dim.fill[span]
-    layout = mean_layout(job, lined)
+    layout = mean_layout(job, nest)
     bases = np.cumsum([0] + [table.numel() for _, _, table in layout]).tolist()
     means = torch.cat([table.flatten() for _, _, table in layout]) if layout else nothing
-    split = next((axis for axis in lined if axis.split), None)
+    split = next((loop for loop in nest if loop.split), None)
     entries, levels = 1, 0
     nodes, numbers, pairs = nothing, nothing, nothing
     tree = split.dim.tree if split is not None else None
@@ -306,7 +306,7 @@ def _gather(job: Job, out: Tensor, lined: list[Axis], bits: bool) -> None:
     block, warps = GATHER_TILE
     block = max(16, min(block, triton.next_power_of_2(column.local)))
     later = job.independent and column.dim.copy is not None
-    total = int(np.prod([axis.local for axis in outer])) if outer else 1
+    total = int(np.prod([loop.local for loop in outer])) if outer else 1
     scales = column.dim.scale
     fixed: dict[str, Any] = {
         "units": nothing if column.dim.index is None else _on(column.dim.index[span], device),
@@ -334,7 +334,7 @@ def _gather(job: Job, out: Tensor, lined: list[Axis], bits: bool) -> None:
         "HAS_SOURCE": source is not None and source.numel() > 0,
         "HAS_BIRTHS": births,
         "HAS_MEANS": bool(layout),
-        "HAS_FACTOR": job.scale != 1 or any(axis.dim.scale is not None for axis in lined),
+        "HAS_FACTOR": job.scale != 1 or any(loop.dim.scale is not None for loop in nest),
         "HAS_SCALES": scales is not None,
         "SPLIT": 0 if split is None else 1 if split is column else 2,
         "TREE": levels > 0,
@@ -368,7 +368,7 @@ def _gather(job: Job, out: Tensor, lined: list[Axis], bits: bool) -> None:
 
 def _row_tables(
     job: Job,
-    outer: list[Axis],
+    outer: list[Loop],
     lo: int,
     count: int,
     layout: list[tuple[set[int], list[int], Tensor]],
@@ -387,30 +387,30 @@ def _row_tables(
     order[torch.tensor([0, 3, 2, 1, OLD], device=device)] = torch.arange(5, device=device)
     units: list[Tensor] = []
     coordinates: list[Tensor] = []
-    for axis in reversed(outer):
-        coordinates.insert(0, rest % axis.local)
-        rest = rest // axis.local
-    for d, (axis, at) in enumerate(zip(outer, coordinates, strict=True)):
-        place = at + axis.offset
-        unit = place if axis.dim.index is None else _on(axis.dim.index, device)[place]
+    for loop in reversed(outer):
+        coordinates.insert(0, rest % loop.local)
+        rest = rest // loop.local
+    for d, (loop, at) in enumerate(zip(outer, coordinates, strict=True)):
+        place = at + loop.offset
+        unit = place if loop.dim.index is None else _on(loop.dim.index, device)[place]
         units.append(unit)
-        virtual, split, target = axis.linear
-        offsets[:, 0] += unit * axis.source_stride
-        offsets[:, 1] += at * axis.target_stride
+        virtual, split, target = loop.linear
+        offsets[:, 0] += unit * loop.source_stride
+        offsets[:, 1] += at * loop.target_stride
         offsets[:, 2] += unit * virtual
-        offsets[:, 3] += (unit if axis.split else place) * split
+        offsets[:, 3] += (unit if loop.split else place) * split
         offsets[:, 4] += place * target
-        if axis.split:
+        if loop.split:
             offsets[:, 7] = at
-        if axis.dim.scale is not None:
-            factor = factor * _on(axis.dim.scale, device)[place]
-        if axis.dim.fill is not None:
-            own = _on(axis.dim.fill, device)[place]
+        if loop.dim.scale is not None:
+            factor = factor * _on(loop.dim.scale, device)[place]
+        if loop.dim.fill is not None:
+            own = _on(loop.dim.fill, device)[place]
             code = torch.where(order[own.long()] < order[code.long()], own, code)
             flags[:, 1] |= own == FILL_RANDOM
             mean_set |= (own == FILL_MEAN).long() << d
-        if axis.dim.copy is not None:
-            flags[:, 2] |= _on(axis.dim.copy, device)[place]
+        if loop.dim.copy is not None:
+            flags[:, 2] |= _on(loop.dim.copy, device)[place]
     flags[:, 0] = code
     for (over, strides, _), base in zip(layout, bases, strict=False):
         rows = sum(1 << d for d in over if d < len(outer))

@@ -246,8 +246,8 @@ class _Groups:
 
 
 @dataclass(eq=False)
-class Axis:
-    """A dim after merging neighbours: a prepared dim, the local range, and strides in elements."""
+class Loop:
+    """A loop of the nest that fills a tensor: dims after merging neighbours, the local range, strides in elements."""
 
     dim: Dim
     offset: int
@@ -263,11 +263,11 @@ class Axis:
         return self.offset == 0 and self.local == self.dim.size
 
 
-def axes(job: Job, out: Tensor) -> list[Axis]:
-    """The dims of a job with ungrown neighbours merged; trailing ones of a few elements fold into a grown dim."""
-    result: list[Axis] = []
+def loops(job: Job, out: Tensor) -> list[Loop]:
+    """The dims of a job as loops, ungrown neighbours merged; trailing ones of a few elements fold into a grown dim."""
+    result: list[Loop] = []
     for d, dim in enumerate(job.dims):
-        axis = Axis(
+        loop = Loop(
             dim,
             job.offset[d],
             job.local[d],
@@ -278,15 +278,15 @@ def axes(job: Job, out: Tensor) -> list[Axis]:
             [d],
         )
         if result:
-            axis = _merge(job, result[-1], axis, result) or axis
-        result.append(axis)
+            loop = _merge(job, result[-1], loop, result) or loop
+        result.append(loop)
     if not result:
-        return [Axis(Dim(1, 1, 1), 0, 1, 1, 1, (1, 1, 1), False, [])]
+        return [Loop(Dim(1, 1, 1), 0, 1, 1, 1, (1, 1, 1), False, [])]
     return result
 
 
-def _merge(job: Job, left: Axis, right: Axis, into: list[Axis]) -> Axis | None:
-    """`left` and `right` as one axis (taking `left` off the list), or ``None`` where they do not merge."""
+def _merge(job: Job, left: Loop, right: Loop, into: list[Loop]) -> Loop | None:
+    """`left` and `right` as one loop (taking `left` off the list), or ``None`` where they do not merge."""
     if not (right.dim.identity and right.whole):
         return None
     n = right.dim.size
@@ -305,7 +305,7 @@ def _merge(job: Job, left: Axis, right: Axis, into: list[Axis]) -> Axis | None:
         merged = _expanded(left.dim, n)
     into.pop()
     one = n == 1 and not left.dim.identity
-    return Axis(
+    return Loop(
         merged,
         left.offset * n,
         left.local * n,
@@ -385,10 +385,10 @@ class OuterTable:
         return [_address(a) for a in (*outer, self.paired, self.scale, self.copy)]
 
 
-def outer_table(axis: Axis, default: int, paired: bool) -> OuterTable:
-    dim, lo, hi = axis.dim, axis.offset, axis.offset + axis.local
+def outer_table(loop: Loop, default: int, paired: bool) -> OuterTable:
+    dim, lo, hi = loop.dim, loop.offset, loop.offset + loop.local
     if dim.index is None:
-        n = axis.local
+        n = loop.local
         zeros, at = np.zeros(n, np.int64), np.arange(n + 1)
         code, lean = np.full(n, default, np.uint8), np.zeros(1)
         return OuterTable(at[:-1] + lo, at, at[:-1], zeros, code, zeros, lean, zeros, None, None, None, set())
@@ -401,7 +401,7 @@ def outer_table(axis: Axis, default: int, paired: bool) -> OuterTable:
     pair_group = np.zeros(len(groups.start), bool)
     np.logical_or.at(pair_group, of_group, is_pair)
     is_cut = np.zeros(dim.size, bool) if dim.tree is None else dim.tree.active[0][entry]
-    together = is_cut | pair_group[of_group] | (not axis.split)
+    together = is_cut | pair_group[of_group] | (not loop.split)
     here = (entry >= lo) & (entry < hi)
     # groups that are not cut in a split dim fall apart into single entries
     label = np.where(together, of_group, len(groups.start) + np.arange(dim.size))[here]
@@ -464,11 +464,11 @@ class Piece:
         return _Segment(self.first, self.count, units, *flags, base, self.step, scatter, lean, self.lean_step, scale)
 
 
-def gather_pieces(axis: Axis, default: int) -> list[Piece]:
+def gather_pieces(loop: Loop, default: int) -> list[Piece]:
     """Columns in destination order, one destination per column: for noise addressed by destination columns."""
-    dim, lo, hi = axis.dim, axis.offset, axis.offset + axis.local
+    dim, lo, hi = loop.dim, loop.offset, loop.offset + loop.local
     if dim.index is None:
-        return [_run(lo, axis.local, 0, default, None)]
+        return [_run(lo, loop.local, 0, default, None)]
     unit = dim.index[lo:hi]
     code = np.full(hi - lo, default, np.uint8) if dim.fill is None else dim.fill[lo:hi]
     scale = None if dim.scale is None else dim.scale[lo:hi]
@@ -490,11 +490,11 @@ def _run(first: int, count: int, base: int, code: int, scale: Floats | None) -> 
     return Piece(first, count, None, 1, False, False, code, np.array([base]), 1, None, np.zeros(1), 0, scale)
 
 
-def scatter_pieces(axis: Axis, default: int, paired: bool) -> list[Piece] | None:
+def scatter_pieces(loop: Loop, default: int, paired: bool) -> list[Piece] | None:
     """Columns in source order, each with all its destinations; ``None`` where copies have scales of their own."""
-    dim, lo, hi = axis.dim, axis.offset, axis.offset + axis.local
+    dim, lo, hi = loop.dim, loop.offset, loop.offset + loop.local
     if dim.index is None:
-        return gather_pieces(axis, default)
+        return gather_pieces(loop, default)
     groups = _group(dim)
     many = groups.count > 1
     if dim.scale is not None and many.any():
@@ -584,28 +584,28 @@ def _affine(unit: Ints, target: Ints) -> tuple[list[int], list[int]]:
 _tables: weakref.WeakKeyDictionary[Dim, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
 
 
-def _cached(axis: Axis, kind: str, *arguments: Any) -> Any:
+def _cached(loop: Loop, kind: str, *arguments: Any) -> Any:
     make = {"outer": outer_table, "gather": gather_pieces, "scatter": scatter_pieces}[kind]
-    if axis.dim.index is None:
-        return make(axis, *arguments)  # type: ignore[operator]
-    known = _tables.setdefault(axis.dim, {})
-    key = (kind, axis.offset, axis.local, axis.split, *arguments)
+    if loop.dim.index is None:
+        return make(loop, *arguments)  # type: ignore[operator]
+    known = _tables.setdefault(loop.dim, {})
+    key = (kind, loop.offset, loop.local, loop.split, *arguments)
     if key not in known:
-        known[key] = make(axis, *arguments)  # type: ignore[operator]
+        known[key] = make(loop, *arguments)  # type: ignore[operator]
     return known[key]
 
 
-def mean_layout(job: Job, lined: list[Axis]) -> list[tuple[set[int], list[int], Tensor]]:
-    """The tables of means: axes averaged over, stride per axis (0 for those), table."""
+def mean_layout(job: Job, nest: list[Loop]) -> list[tuple[set[int], list[int], Tensor]]:
+    """The tables of means: loops averaged over, stride per loop (0 for those), table."""
     result = []
     for over, means in job.means.items():
         averaged: set[int] = set()
-        strides = [0] * len(lined)
-        for d, axis in enumerate(lined):
-            if any(over >> part & 1 for part in axis.parts):
+        strides = [0] * len(nest)
+        for d, loop in enumerate(nest):
+            if any(over >> part & 1 for part in loop.parts):
                 averaged.add(d)
             else:
-                real = [part for part in axis.parts if means.shape[part] > 1]
+                real = [part for part in loop.parts if means.shape[part] > 1]
                 strides[d] = means.stride(real[-1]) if real else 0
         result.append((averaged, strides, means))
     return result
@@ -626,10 +626,10 @@ def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
         raise Unsupported("conversion between types that are not floating")
     if out.is_complex() or (not computed and out.element_size() not in (1, 2, 4, 8, 16)) or out.is_quantized:
         raise Unsupported(f"{out.dtype}")
-    lined = axes(job, out)
-    if len(lined) > 4:
+    nest = loops(job, out)
+    if len(nest) > 4:
         raise Unsupported("more than four grown dims")
-    column = lined[-1]
+    column = nest[-1]
     if column.target_stride != 1 and column.local > 1:
         raise Unsupported("a destination with a strided last dim")
     task = _Task()
@@ -644,15 +644,15 @@ def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
     elif job.constant:
         bits = torch.tensor([job.constant]).to(job.dtype).view(torch.uint8)
         ctypes.memmove(task.constant_bits, bits.data_ptr(), bits.numel())
-    task.rows_outer = len(lined) - 1
+    task.rows_outer = len(nest) - 1
     task.split_outer = -1
     sizes: set[int] = set()
-    for d, axis in enumerate(lined[:-1]):
-        table = _cached(axis, "outer", fill, job.pair_noise)
+    for d, loop in enumerate(nest[:-1]):
+        table = _cached(loop, "outer", fill, job.pair_noise)
         keep.append(table)
-        spans = (axis.source_stride, axis.target_stride, *axis.linear, axis.offset)
+        spans = (loop.source_stride, loop.target_stride, *loop.linear, loop.offset)
         task.outer[d] = _Outer(len(table.unit), *table.addresses, *spans)
-        if axis.split:
+        if loop.split:
             task.split_outer = d
             sizes = table.sizes
     by_target = task.split_outer >= 0 and (job.tree_noise or job.pair_noise)
@@ -691,8 +691,8 @@ def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
         cuts.append(_Cuts(n, *(_address(a) for a in arrays)))
     table_of_cuts = (_Cuts * max(len(cuts), 1))(*cuts)
     task.cut = ctypes.addressof(table_of_cuts)
-    for over, strides, means in mean_layout(job, lined):
-        places = sum(1 << (3 if axis is column else d) for d, axis in enumerate(lined) if d in over)
+    for over, strides, means in mean_layout(job, nest):
+        places = sum(1 << (3 if loop is column else d) for d, loop in enumerate(nest) if d in over)
         task.means[places] = means.data_ptr()
         task.mean_stride[places][:] = strides[:-1] + [0] * (4 - len(strides)) + strides[-1:]
     size = out.numel() * out.element_size()

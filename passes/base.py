@@ -16,7 +16,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxgrow.algebra import Axis, size_of
-from fxgrow.analysis.axes import Axes, AxisInfo
+from fxgrow.analysis.axes import Axes, NamedAxis
 from fxgrow.analysis.relate import analyse
 from fxgrow.devices import check_memory
 from fxgrow.errors import GrowthRefused, SpecError
@@ -121,7 +121,7 @@ class State:
         program.buffers = _ordered(program.buffers, stack)
         program.containers = _ordered(program.containers, stack)
 
-    def check_room(self, info: AxisInfo, new: int) -> None:
+    def check_room(self, info: NamedAxis, new: int) -> None:
         """Whether there is memory for an axis of ``new`` units, from sizes alone: nothing is made yet.
 
         Raises:
@@ -166,7 +166,7 @@ def _ordered(table: dict[str, Any], stack: str) -> dict[str, Any]:
     return {n: table[n] for n in (next(queue) if number(name) is not None else name for name in list(table))}
 
 
-def new_size(op: Widen | Extend, info: AxisInfo) -> int:
+def new_size(op: Widen | Extend, info: NamedAxis) -> int:
     """The size asked for.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fxgrow.algebra import Axis
-from fxgrow.analysis.axes import Axes, AxisInfo, Member
+from fxgrow.analysis.axes import Axes, Member, NamedAxis
 from fxgrow.analysis.ranges import Ranges
 from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.guards import moved
@@ -49,7 +49,7 @@ class ExtendPass(GrowthPass):
 class _Wanted:
     """An axis to extend; ``because`` of which other one it has to follow."""
 
-    info: AxisInfo
+    info: NamedAxis
     new: int
     because: str = ""
 
@@ -98,7 +98,7 @@ def plan_extend(state: State, op: Extend) -> list[Step]:
     return [step]
 
 
-def _find(state: State, pattern: str) -> list[AxisInfo]:
+def _find(state: State, pattern: str) -> list[NamedAxis]:
     """The axes that a spec names; a buffer's dim is an axis too, though it has no name of its own."""
     try:
         return state.axes.find(pattern)
@@ -112,7 +112,7 @@ def _find(state: State, pattern: str) -> list[AxisInfo]:
         raise
 
 
-def _unnamed(state: State, axis: Axis) -> AxisInfo:
+def _unnamed(state: State, axis: Axis) -> NamedAxis:
     """An axis of buffers, named after the first of them."""
     for info in state.axes:
         if info.axis is axis:
@@ -120,10 +120,10 @@ def _unnamed(state: State, axis: Axis) -> AxisInfo:
     found = tuple(Member(name, i) for name, i in members(state.axes, axis))
     if not found:
         raise GrowthRefused("an axis of no parameter or buffer")
-    return AxisInfo(str(found[0]), int(axis.size), "positions", found, axis.frozen, axis)
+    return NamedAxis(str(found[0]), int(axis.size), "positions", found, axis.frozen, axis)
 
 
-def _only_buffers(state: State, info: AxisInfo) -> bool:
+def _only_buffers(state: State, info: NamedAxis) -> bool:
     return not any(state.is_parameter(m.tensor) for m in info.members)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fxgrow.analysis.axes import AxisInfo
+from fxgrow.analysis.axes import NamedAxis
 from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.dtypes import is_fine
 from fxgrow.passes.base import GrowthPass, State, new_size, register_pass
@@ -64,7 +64,7 @@ def plan_widen(state: State, op: Widen) -> list[Step]:
     return [step]
 
 
-def _frozen(infos: list[AxisInfo]) -> str:
+def _frozen(infos: list[NamedAxis]) -> str:
     """A line for every reason, with all the axes that it freezes."""
     by_reason: dict[str, list[str]] = {}
     for info in infos:
@@ -111,7 +111,7 @@ def candidates(op: Widen, old: int, new: int) -> Iterator[tuple[str, AxisMap, Co
         yield words if op.fan_out != "random" else "new random units", AxisMap.add(old, new, paired=False), content
 
 
-def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) -> None:
+def _grow_axis(state: State, op: Widen, info: NamedAxis, new: int, step: Step) -> None:
     axes, axis = state.axes, info.axis
     refusals: dict[str, str] = {}  # the reason, and the way it rules out
     parts: list[Refusal | None] = []
@@ -160,7 +160,7 @@ def _grow_axis(state: State, op: Widen, info: AxisInfo, new: int, step: Step) ->
     state.apply(step, changes, {axis: new})
 
 
-def _exact_ways(state: State, op: Widen, info: AxisInfo, new: int) -> list[str]:
+def _exact_ways(state: State, op: Widen, info: NamedAxis, new: int) -> list[str]:
     """Growths near the one refused that are exact: whole copies around its size, or the other kind of fill."""
     even = new + (new - info.size) % 2
     whole = dict.fromkeys((new // info.size * info.size, -(-new // info.size) * info.size))
@@ -185,7 +185,7 @@ def _exact_ways(state: State, op: Widen, info: AxisInfo, new: int) -> list[str]:
     return found
 
 
-def _plan_tensors(state: State, op: Widen, info: AxisInfo, outcome: Outcome) -> None:
+def _plan_tensors(state: State, op: Widen, info: NamedAxis, outcome: Outcome) -> None:
     """Give every parameter and buffer that carries the axis its map."""
     growth = outcome.growth
     program = state.program

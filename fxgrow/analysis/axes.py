@@ -35,7 +35,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class AxisInfo:
+class NamedAxis:
     """One named axis of the model.
 
     Attributes:
@@ -61,7 +61,7 @@ class AxisInfo:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Axes:
-    """The axes of a program; iterates :class:`AxisInfo`, and answers what is tied to what and why.
+    """The axes of a program; iterates :class:`NamedAxis`, and answers what is tied to what and why.
 
     Attributes:
         program: what was analysed.
@@ -79,7 +79,7 @@ class Axes:
     memory: Memory
     unknown_ops: Mapping[str, list[str]]
     freezes: Sequence[tuple[Expr, fx.Node, str]] = ()
-    by_name: Mapping[str, AxisInfo] = field(default_factory=lambda: MappingProxyType({}))
+    by_name: Mapping[str, NamedAxis] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
     def of(
@@ -121,13 +121,13 @@ class Axes:
         graph = self.program.graph
         return replace(self, dims=MappingProxyType(dims), uses=_uses(graph, dims), memory=Memory(graph))
 
-    def __iter__(self) -> Iterator[AxisInfo]:
+    def __iter__(self) -> Iterator[NamedAxis]:
         return iter(self.by_name.values())
 
     def __len__(self) -> int:
         return len(self.by_name)
 
-    def __getitem__(self, name: str) -> AxisInfo:
+    def __getitem__(self, name: str) -> NamedAxis:
         return self.by_name[name]
 
     def tensor_dims(self) -> dict[str, Dims]:
@@ -143,7 +143,7 @@ class Axes:
                 out.setdefault(axis.id, {}).setdefault(node, why)
         return out
 
-    def find(self, pattern: str) -> list[AxisInfo]:
+    def find(self, pattern: str) -> list[NamedAxis]:
         """Axes by a glob over names, or by a parameter's dim (``mlp.c_fc.weight:0``, the name may be a glob).
 
         Raises:
@@ -160,13 +160,13 @@ class Axes:
         near = [i.name for i in self if i.role in roles][:4]
         raise SpecError(f"no axis matches {pattern!r}; {did_you_mean(pattern, self.by_name, near, cutoff=0.4)}")
 
-    def _by_dim(self, tensor: str, dim: int, pattern: str) -> list[AxisInfo]:
+    def _by_dim(self, tensor: str, dim: int, pattern: str) -> list[NamedAxis]:
         table = self.tensor_dims()
         aliases = self.program.aliases
         matching = [n for n in [*table, *aliases] if fnmatch.fnmatchcase(n, tensor)]
         if not matching:
             raise SpecError(f"{pattern!r}: no parameter matches {tensor!r}; {did_you_mean(tensor, table, cutoff=0.4)}")
-        found: dict[str, AxisInfo] = {}
+        found: dict[str, NamedAxis] = {}
         for name in matching:
             dims = table[aliases.get(name, name)]
             if not -len(dims) <= dim < len(dims):

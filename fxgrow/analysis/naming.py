@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from torch import fx
 
 from fxgrow.algebra import Axis, Concat, Expr, Product, Unifier, axes_of, is_static, resolve
-from fxgrow.analysis.axes import Axes, AxisInfo, Member
+from fxgrow.analysis.axes import Axes, Member, NamedAxis
 
 #: roles that rules announce, strongest first
 RANK = ("kv_heads", "groups", "heads", "head_dim", "value_dim", "experts", "positions", "vocab", "channels")
 
 
-def name_axes(axes: Axes, unifier: Unifier) -> dict[str, AxisInfo]:
+def name_axes(axes: Axes, unifier: Unifier) -> dict[str, NamedAxis]:
     """Name every static axis of a parameter, with the buffers and constants it is in, in the order of appearance."""
     members: dict[int, list[Member]] = {}
     found: dict[int, Axis] = {}
@@ -38,7 +38,7 @@ def name_axes(axes: Axes, unifier: Unifier) -> dict[str, AxisInfo]:
     residual = _residual_axes(axes)
     _mark_grouped_heads(axes, members)
     has_vocab = any(a.roles.get("vocab", 0) >= 100 for a in unifier.axes)
-    out: dict[str, AxisInfo] = {}
+    out: dict[str, NamedAxis] = {}
     for ident, axis in found.items():
         if ident not in trainable:
             continue  # masks and tables: never what a user grows
@@ -49,7 +49,7 @@ def name_axes(axes: Axes, unifier: Unifier) -> dict[str, AxisInfo]:
         while name in out:
             number += 1
             name = f"{stem}-{number}"
-        out[name] = AxisInfo(name, int(axis.size), role, tuple(members[ident]), axis.frozen, axis)
+        out[name] = NamedAxis(name, int(axis.size), role, tuple(members[ident]), axis.frozen, axis)
     return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fxgrow.analysis.axes import AxisInfo
+from fxgrow.analysis.axes import NamedAxis
 from fxgrow.ir.stacks import block_path, stack_name, stacks_of
 from fxgrow.program import Program
 
@@ -23,7 +23,7 @@ def collapsed(name: str, stacks: dict[str, list[int]]) -> str:
 def axis_groups(program: Program) -> list[dict[str, Any]]:
     """Axes, those of repeated blocks together, as plain data."""
     stacks = stacks_of(program)
-    groups: dict[tuple[str, bool], list[AxisInfo]] = {}
+    groups: dict[tuple[str, bool], list[NamedAxis]] = {}
     for info in program.axes:
         groups.setdefault((collapsed(info.name, stacks), info.growable), []).append(info)
     rows = []
