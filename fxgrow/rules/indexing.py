@@ -24,12 +24,8 @@ def table() -> dict[str, Rule]:
     """The rows of this family."""
     return {
         # the same for all that is not looked up
-        "aten.index.Tensor": Structural(
-            index, moves=False, linear=True, range=values.of_operand, picks=picked_by_indices
-        ),
-        "aten.index_select": Structural(
-            index_select, moves=False, linear=True, range=values.of_operand, picks=picked_by_index
-        ),
+        "aten.index.Tensor": Structural(index, moves=False, linear=True, picks=picked_by_indices),
+        "aten.index_select": Structural(index_select, moves=False, linear=True, picks=picked_by_index),
         # look-ups in which numbers, or what they pick, grow too
         "aten.gather": Gather(),
         "aten.take_along_dim": TakeAlongDim(),

@@ -11,6 +11,7 @@ from fxgrow.ir.ops import bound_arguments
 from fxgrow.rules.base import Rule, register_table
 from fxgrow.rules.forms import Along, Opaque
 from fxgrow.rules.forms.along import keeps_fractions
+from fxgrow.rules.values import of_operand, running_sum
 
 
 def table() -> dict[str, Rule]:
@@ -19,11 +20,11 @@ def table() -> dict[str, Rule]:
     ordered = "its entries depend on their order"
     return {
         # entries elsewhere
-        "aten.roll": Along("dims", "mixed", "its entries are rolled", result="new", moves=True),
-        "aten.flip": Along("dims", "mixed", reversed_, result="new", moves=True),
-        "aten.fliplr": Along(_second, "mixed", reversed_, result="new", moves=True),
-        "aten.flipud": Along(_first, "mixed", reversed_, result="new", moves=True),
-        "aten.rot90": Along("dims", "mixed", "it is rotated", result="new", moves=True),
+        "aten.roll": Along("dims", "mixed", "its entries are rolled", result="new", moves=True, range=of_operand),
+        "aten.flip": Along("dims", "mixed", reversed_, result="new", moves=True, range=of_operand),
+        "aten.fliplr": Along(_second, "mixed", reversed_, result="new", moves=True, range=of_operand),
+        "aten.flipud": Along(_first, "mixed", reversed_, result="new", moves=True, range=of_operand),
+        "aten.rot90": Along("dims", "mixed", "it is rotated", result="new", moves=True, range=of_operand),
         "aten.tril aten.triu": Along(2, "mixed", "a triangle is cut out", result="new", moves=True),
         "aten.pad aten.constant_pad_nd": Along(
             _padded, "mixed", "it is padded", result="new", moves=True, linear=_pads_with_zeros
@@ -43,7 +44,9 @@ def table() -> dict[str, Rule]:
             role="experts",
         ),
         # entry after entry
-        "aten.cumsum": Along("dim", "mixed", ordered, result="new", moves=True, linear=keeps_fractions),
+        "aten.cumsum": Along(
+            "dim", "mixed", ordered, result="new", moves=True, linear=keeps_fractions, range=running_sum
+        ),
         "aten.cumprod aten.logcumsumexp aten.cummax aten.cummin": Along(
             "dim", "mixed", ordered, result="new", moves=True, linear=False
         ),

@@ -15,6 +15,7 @@ from fxgrow.rules.base import Rule, register_table
 from fxgrow.rules.context import Context
 from fxgrow.rules.forms import Along, Opaque, Structural
 from fxgrow.rules.forms.along import in_whole_numbers
+from fxgrow.rules.values import of_operand
 
 
 def table() -> dict[str, Rule]:
@@ -36,6 +37,8 @@ def table() -> dict[str, Rule]:
         "aten.std aten.std.dim aten.std.correction": Along("dim", "deviation"),
         """
         aten.amax aten.amin aten.max aten.max.dim aten.min aten.min.dim
+        """: Along("dim", "extremum", selects=True, range=of_operand),
+        """
         aten.any aten.any.dim aten.any.dims aten.all aten.all.dim aten.all.dims
         """: Along("dim", "extremum", selects=True),
         # statistics that cannot take copies, or that no model has needed yet
@@ -77,8 +80,8 @@ def table() -> dict[str, Rule]:
         "aten.max_unpool3d": Along(
             3, "mixed", "unpooling runs over it", result="new", role="spatial", others={"indices": None}
         ),
-        "aten.im2col": Structural(_patches, moves=False),
-        "aten.col2im": Structural(_folded, moves=False),
+        "aten.im2col": Structural(_patches, moves=False, range=None),
+        "aten.col2im": Structural(_folded, moves=False, range=None),
         # images at other places
         """
         aten.upsample_nearest1d aten.upsample_nearest1d.vec

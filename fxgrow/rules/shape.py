@@ -48,7 +48,7 @@ def table() -> dict[str, Rule]:
         "aten.pixel_unshuffle": Structural(layout.pixel_unshuffle),
         "aten.unfold": Structural(layout.unfold),
         "aten.diagonal": Structural(layout.diagonal),
-        "aten.diag_embed": Structural(layout.diag_embed),
+        "aten.diag_embed": Structural(layout.diag_embed, range=None),
         "aten.view_as_real": Structural(layout.view_as_real),
         "aten.view_as_complex": Structural(layout.view_as_complex),
         # into parts

@@ -11,6 +11,7 @@ from fxgrow.rules.annotation import Dims
 from fxgrow.rules.base import Row
 from fxgrow.rules.context import Context, GrowthContext
 from fxgrow.rules.resize import Resize
+from fxgrow.rules.values import RangeOf, of_operand
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class Structural(Row):
     literals: Callable[[Resize], None] | None = None
     operand: str | None = None
     moves: bool = field(default=True, kw_only=True)
+    range: RangeOf | None = field(default=of_operand, kw_only=True)
 
     @property
     def notation(self) -> str:
