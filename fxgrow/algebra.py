@@ -207,6 +207,8 @@ def leaves(expr: Expr) -> Iterator[Axis | Leaf]:
 
 def axes_of(expr: Expr) -> list[Axis]:
     """Distinct axes of an expression, resolved, in memory order."""
+    if isinstance(expr, Axis) and expr.binding is None:
+        return [expr]
     seen: dict[int, Axis] = {}
     for leaf in leaves(resolve(expr)):
         axis = leaf.axis if isinstance(leaf, Leaf) else leaf

@@ -86,7 +86,8 @@ class Interpreter:
         raise self.context.refuse_all("no choice of its new weights suits every op")
 
     def _interpret(self) -> None:
-        env, ties, call = self.context.env, Ties(self.context.dims_of), 0
+        env, call = self.context.env, 0
+        ties = Ties(self.context.dims_of) if self.growth.counts.max() > 1 else None
         for node in self.axes.uses.get(self.axis.id, []):
             if node.op == "get_attr":
                 env[node] = self._load(node)
@@ -104,8 +105,8 @@ class Interpreter:
 
     # one op
 
-    def _call(self, node: fx.Node, ties: Ties) -> Any:
-        """Annotated dims of an op's results."""
+    def _call(self, node: fx.Node, ties: Ties | None) -> Any:
+        """Annotated dims of an op's results; ``ties``: where units have copies."""
         self.context.at(node)
         rule = rule_of(node)
         if rule is None:
@@ -118,7 +119,7 @@ class Interpreter:
             raise
         except Exception as error:  # a proof that fails is no proof
             raise self.context.refuse(f"fxgrow's rule fails here ({type(error).__name__}: {error})") from error
-        if self.growth.counts.max() > 1 and not ties.follow(node, rule, result):
+        if ties is not None and not ties.follow(node, rule, result):
             raise self.context.refuse(
                 "it tells numbers apart that are equal by construction, such as a maximum and the entries that "
                 "it is taken of; between copies they are equal up to rounding only. With a margin it grows: "

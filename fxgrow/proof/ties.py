@@ -40,6 +40,8 @@ class Ties:
     def follow(self, node: fx.Node, rule: Rule, result: Any) -> bool:
         """Take the next op of the graph. False: it tells numbers apart that are equal by construction."""
         self._catch_up(node)
+        if not self.began and not isinstance(rule, Pointwise) and not selects(node):
+            return True  # nothing to pass on, and nothing begins here
         numbers = [n for n in node.all_input_nodes if _real(n)]
         here = {n: sum(1 for d in flat_dims(self.dims(n)) for _ in infos(d)) for n in numbers}
         after = sum(1 for d in flat_dims(result) for _ in infos(d))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fxgrow.algebra import (
+    Axis,
     Expr,
     Leaf,
     leaves,
@@ -92,6 +93,8 @@ def annotate(expr: Expr, f: Callable[[Info], Info]) -> Expr:
 
 def infos(expr: Expr) -> list[Info]:
     """Annotations of the growing axis's occurrences in a dim, in memory order."""
+    if isinstance(expr, Axis):
+        return []
     return [x.info for x in leaves(expr) if isinstance(x, Leaf)]
 
 
