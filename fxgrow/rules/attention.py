@@ -7,8 +7,13 @@ from typing import Any
 
 from fxgrow.algebra import Conflict, Expr, is_unit, resolve, size_of
 from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
-from fxgrow.rules.base import Rule, register_rule
+from fxgrow.rules.base import Rule, register_table
 from fxgrow.rules.context import Context, GrowthContext
+
+
+def table() -> dict[str, Rule]:
+    """Attention is one op."""
+    return {"aten.scaled_dot_product_attention": ScaledDotProductAttention()}
 
 
 class ScaledDotProductAttention(Rule):
@@ -19,6 +24,8 @@ class ScaledDotProductAttention(Rule):
     ``1/sqrt(k)`` depends on the size and becomes a literal. Grouped queries (``enable_gqa``) split the query heads into
     kv_heads x group.
     """
+
+    special = "a sum, a softmax and a sum in one, whose scale follows a size, and heads in groups"
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         q, k, v = (ctx.dims(x) for x in ("query", "key", "value"))
@@ -108,4 +115,4 @@ class ScaledDotProductAttention(Rule):
         return annotate(total, one)
 
 
-register_rule("aten.scaled_dot_product_attention.default", ScaledDotProductAttention())
+register_table(__name__, table())

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 
-from torch import fx
-
 from fxgrow.algebra import UNIT, Conflict, Expr, is_unit, resolve
 from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
-from fxgrow.rules.base import Rule, register_rule
+from fxgrow.rules.base import Rule, register_table
 from fxgrow.rules.context import Context, GrowthContext
+
+
+def table() -> dict[str, Rule]:
+    """No two are alike: each is a function of two vectors of its own, and copies are taken back in its own way."""
+    return {
+        "aten.cosine_similarity": CosineSimilarity(),
+        "aten.cdist aten._cdist_forward": PairwiseDistances(),
+        "aten.pairwise_distance": RowDistance(),
+        "aten.pdist": PairsOfRows(),
+    }
 
 
 def _nonlinear(info: Info) -> Info:
@@ -33,6 +41,8 @@ def _zero_together(ctx: GrowthContext, exprs: list[Expr]) -> int:
 
 class CosineSimilarity(Rule):
     """The angle between two vectors: copies in both leave it; ``eps``, the least norm, grows like the norms."""
+
+    special = "copies cancel, but for the least norm"
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         a, b, at = self._operands(ctx)
@@ -67,11 +77,10 @@ class CosineSimilarity(Rule):
         return a, b, int(ctx.args["dim"]) % len(a)
 
 
-register_rule("aten.cosine_similarity.default", CosineSimilarity())
-
-
 class PairwiseDistances(Rule):
     """``cdist``: "... p m, ... r m -> ... p r"; over m, a 2-norm of differences."""
+
+    special = "a norm of differences, of every two rows"
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         a, b = self._operands(ctx)
@@ -100,9 +109,6 @@ class PairwiseDistances(Rule):
         return a, b
 
 
-register_rule(["aten.cdist.default", "aten._cdist_forward.default"], PairwiseDistances())
-
-
 def _copies_root(n: int, order: float) -> float:
     """By how much n copies of every term make a norm of that order larger."""
     if math.isinf(order):
@@ -112,6 +118,8 @@ def _copies_root(n: int, order: float) -> float:
 
 class RowDistance(Rule):
     """``pairwise_distance``: a norm of ``x1 - x2 + eps`` over the last dim, row by row."""
+
+    special = "a norm of differences, to each of which eps is added"
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         out = []
@@ -146,14 +154,11 @@ class RowDistance(Rule):
         return [(a[i] if -i <= len(a) else UNIT, b[i] if -i <= len(b) else UNIT) for i in range(-rank, 0)]
 
 
-register_rule("aten.pairwise_distance.default", RowDistance())
-
-
 class PairsOfRows(Rule):
     """``pdist``: a norm of the difference of every two rows."""
 
-    def jumps(self, node: fx.Node) -> list[fx.Node]:
-        return node.all_input_nodes
+    special = "its entries are pairs of the entries of one dim"
+    jumps = True
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.dims("self")
@@ -171,4 +176,4 @@ class PairsOfRows(Rule):
         return ctx.result_dims
 
 
-register_rule("aten.pdist.default", PairsOfRows())
+register_table(__name__, table())

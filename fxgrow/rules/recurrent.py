@@ -8,8 +8,20 @@ from torch import fx
 
 from fxgrow.algebra import Conflict, Expr, concat, is_unit, resolve, size_of
 from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
-from fxgrow.rules.base import Rule, register_rule
+from fxgrow.rules.base import Rule, register_table
 from fxgrow.rules.context import Context, GrowthContext
+
+
+def table() -> dict[str, Rule]:
+    """By the number of gates."""
+    return {
+        "aten.lstm.input": Layers(4),
+        "aten.gru.input": Layers(3),
+        "aten.rnn_tanh.input aten.rnn_relu.input": Layers(1),
+        "aten.lstm_cell": Cell(4),
+        "aten.gru_cell": Cell(3),
+        "aten.rnn_tanh_cell aten.rnn_relu_cell": Cell(1),
+    }
 
 
 def _opened(expr: Expr) -> Expr:
@@ -25,8 +37,16 @@ class _Gates(Rule):
     it can be copied however often; the recurrent weights of its copies share.
     """
 
+    special = "it feeds its own state back through a weight that both writes and reads the hidden axis"
+
     def __init__(self, gates: int) -> None:
         self.gates = gates
+
+    @staticmethod
+    def _states(ctx: Context) -> list[Dims]:
+        """The hidden state, and the cell's where there is one."""
+        value = ctx.args["hx"]
+        return [ctx.operand(s) for s in (value if isinstance(value, list | tuple) else [value])]
 
     def _relate(self, ctx: Context, x: Expr, hidden: Expr, weights: list[Any]) -> None:
         w_ih, w_hh, *biases = [ctx.dims(w) for w in weights]
@@ -95,8 +115,7 @@ class Layers(_Gates):
 
     def _operands(self, ctx: Context) -> tuple[Dims, Expr, list[Dims]]:
         x = ctx.operand("input")
-        value = ctx.args["hx"]
-        states = [ctx.operand(s) for s in (value if isinstance(value, list | tuple) else [value])]
+        states = self._states(ctx)
         weights = ctx.operand(ctx.args["params"][1])
         if is_unit(states[0][-1]) or size_of(weights[0]) != self.gates * size_of(states[0][-1]):
             raise Conflict("a recurrence with projections, or of one unit")
@@ -112,11 +131,6 @@ class Layers(_Gates):
         if len(cells) != directions * ctx.args["num_layers"]:
             raise Conflict("a recurrence with projections")
         return [cells[i : i + directions] for i in range(0, len(cells), directions)]
-
-
-register_rule("aten.lstm.input", Layers(4))
-register_rule("aten.gru.input", Layers(3))
-register_rule(["aten.rnn_tanh.input", "aten.rnn_relu.input"], Layers(1))
 
 
 class Cell(_Gates):
@@ -142,16 +156,12 @@ class Cell(_Gates):
         out = [[*lead, new] for _ in states]
         return out if ctx.result_count is not None else out[0]
 
-    @staticmethod
-    def _operands(ctx: Context) -> tuple[Dims, list[Dims], list[Any]]:
-        x, value = ctx.operand("input"), ctx.args["hx"]
-        states = [ctx.operand(s) for s in (value if isinstance(value, list | tuple) else [value])]
+    def _operands(self, ctx: Context) -> tuple[Dims, list[Dims], list[Any]]:
+        x, states = ctx.operand("input"), self._states(ctx)
         if any(is_unit(s[-1]) for s in states):
             raise Conflict("a recurrence of one unit")
         weights = [ctx.args[n] for n in ("w_ih", "w_hh", "b_ih", "b_hh")]
         return x, states, [w for w in weights if w is not None]
 
 
-register_rule("aten.lstm_cell.default", Cell(4))
-register_rule("aten.gru_cell.default", Cell(3))
-register_rule(["aten.rnn_tanh_cell.default", "aten.rnn_relu_cell.default"], Cell(1))
+register_table(__name__, table())
