@@ -8,7 +8,8 @@ which then is -1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,7 @@ from torch import fx
 from fxgrow.emit.blocks import Region
 from fxgrow.ir.memory import Memory, viewed, writes
 from fxgrow.ir.ops import bound_arguments, op_name
-from fxgrow.rules.base import is_linear, rule_of, selects
+from fxgrow.rules.base import factors, is_linear, rule_of, selects, weights
 from fxgrow.rules.forms import Pointwise, along_of
 
 #: f(f(x)) = f(x): repeating one of these changes nothing
@@ -45,20 +46,6 @@ _CASTS = (
     "aten.clone.default",
     "aten.alias.default",
 )
-
-#: ops whose result is zero when these parameters are
-_PROJECTIONS: dict[str, tuple[str, ...]] = {
-    "aten.linear.default": ("weight", "bias"),
-    "aten.addmm.default": ("mat2", "self"),
-    "aten.batch_norm.default": ("weight", "bias"),
-    "aten.layer_norm.default": ("weight", "bias"),
-    "aten.rms_norm.default": ("weight",),
-    "aten.group_norm.default": ("weight", "bias"),
-    **{f"aten.conv{n}d.{o}": ("weight", "bias") for n in (1, 2, 3) for o in ("default", "padding")},
-}
-
-#: ops whose result is zero when one of the operands is
-_PRODUCTS = ("aten.mul.Tensor", "aten.mul_.Tensor", "aten.matmul.default", "aten.mm.default", "aten.bmm.default")
 
 Values = dict[str, float]  # parameter -> what it has to hold in every entry
 
@@ -173,15 +160,13 @@ class Identity:
         if len(node.users) > 1:
             return None  # its value is also used elsewhere in the block
         name, args = op_name(node.target), bound_arguments(node)
-        if name in _PROJECTIONS:
-            given = [args.get(o) for o in _PROJECTIONS[name]]
-            return None if given[0] is None else merged([self._solve(v, 0.0) for v in given if v is not None])
+        if layer := weights(node):
+            return merged([self._solve(v, 0.0) for v in layer])
+        if product := factors(node):
+            inner = [o for o in product if o in self._inside]
+            found = (self._zero(o) for o in inner), (self._solve(o, 0.0) for o in product)
+            return next((values for values in itertools.chain(*found) if values), None)
         operands = [a for a in args.values() if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor)]
-        if name in _PRODUCTS or name == "aten.div.Tensor":
-            operands = operands[:1] if name == "aten.div.Tensor" else operands
-            tries: list[Callable[[fx.Node], Values | None]] = [self._zero, lambda o: self._solve(o, 0.0)]
-            inner = [o for o in operands if o in self._inside]
-            return next((v for f, os in zip(tries, (inner, operands), strict=True) for o in os if (v := f(o))), None)
         if name in ("aten.add.Tensor", "aten.sub.Tensor") and len(operands) == 2:
             return merged([self._zero(o) for o in operands])
         alone = len(operands) == 1 and _keeps_zero(node)

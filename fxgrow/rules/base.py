@@ -89,6 +89,10 @@ class Rule:
     #: Tensor arguments of which the op takes the dtype or the device alone.
     ignored: tuple[str, ...] = ()
 
+    #: Operands that are a layer's parameters, its weight first. The result is linear in them, all that a call has of
+    #: them taken together: scaled where they are scaled, and zero where they are zero.
+    weights: tuple[str, ...] = ()
+
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         """Dims of the result(s), after unifying the dims of the operands. None: the result is not a tensor."""
         raise NotImplementedError
@@ -103,6 +107,10 @@ class Rule:
 
     def resize(self, ctx: Resize) -> None:
         """Re-emit the literal arguments that depend on sizes. The default changes nothing."""
+
+    def factors(self, node: fx.Node) -> list[fx.Node]:
+        """The operands each of which makes the result zero where it is zero, whatever the others are."""
+        return []
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,6 +129,7 @@ class Row(Rule):
     jumps: bool | Callable[[fx.Node], list[fx.Node]] = False
     implied: Mapping[str, Callable[[torch.dtype], float]] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -255,6 +264,22 @@ def jumping_operands(node: fx.Node) -> list[fx.Node]:
     if isinstance(found, bool):
         return node.all_input_nodes if found else []
     return found(node)
+
+
+def weights(node: fx.Node) -> list[fx.Node]:
+    """The operands of a call that are a layer's weight and bias; none without a weight. See :attr:`Rule.weights`."""
+    rule = rule_of(node)
+    if rule is None or not rule.weights:
+        return []
+    given = bound_arguments(node)
+    first, *rest = (given.get(name) for name in rule.weights)
+    return [v for v in (first, *rest) if isinstance(v, fx.Node)] if isinstance(first, fx.Node) else []
+
+
+def factors(node: fx.Node) -> list[fx.Node]:
+    """The operands of a call each of which makes its result zero where it is zero. See :meth:`Rule.factors`."""
+    rule = rule_of(node)
+    return rule.factors(node) if rule is not None else []
 
 
 def _holds(fact: Fact, node: fx.Node) -> bool:

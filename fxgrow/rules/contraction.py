@@ -20,8 +20,15 @@ def table() -> dict[str, Rule]:
     """The rows of contractions."""
     return {
         # layers
-        "aten.linear": Pattern("... i, o i, o? -> ... o", ["input", "weight", "bias"], sum="i"),
-        "aten.bilinear": Pattern("... i, ... j, o i j, o? -> ... o", ["input1", "input2", "weight", "bias"], sum="i j"),
+        "aten.linear": Pattern(
+            "... i, o i, o? -> ... o", ["input", "weight", "bias"], sum="i", weights=("weight", "bias")
+        ),
+        "aten.bilinear": Pattern(
+            "... i, ... j, o i j, o? -> ... o",
+            ["input1", "input2", "weight", "bias"],
+            sum="i j",
+            weights=("weight", "bias"),
+        ),
         """
         aten.conv1d aten.conv2d aten.conv3d
         aten.conv1d.padding aten.conv2d.padding aten.conv3d.padding
@@ -32,6 +39,7 @@ def table() -> dict[str, Rule]:
             why="the spatial extent of a convolution",
             roles=CONVOLVED,
             literals={"groups": "g"},
+            weights=("weight", "bias"),
         ),
         "aten.conv_transpose1d aten.conv_transpose2d.input aten.conv_transpose3d.input": Pattern(
             _transposed_convolution,
@@ -40,6 +48,7 @@ def table() -> dict[str, Rule]:
             why="the spatial extent of a convolution",
             roles=CONVOLVED,
             literals={"groups": "g"},
+            weights=("weight", "bias"),
         ),
         # products of two
         "aten.mm": Pattern("m k, k n -> m n", ["self", "mat2"], sum="k"),
@@ -54,7 +63,9 @@ def table() -> dict[str, Rule]:
         "aten.kron": Pattern(_kron, ["self", "other"]),
         "aten.tensordot": Pattern(_tensordot, ["self", "other"], sum=missing_in_result),
         # products of two, added to a third
-        "aten.addmm": Pattern("m n, m k, k n -> m n", ["self", "mat1", "mat2"], sum="k", bias=("self",)),
+        "aten.addmm": Pattern(
+            "m n, m k, k n -> m n", ["self", "mat1", "mat2"], sum="k", bias=("self",), weights=("mat2", "self")
+        ),
         "aten.addmv": Pattern("m, m k, k -> m", ["self", "mat", "vec"], sum="k", bias=("self",)),
         "aten.addr": Pattern("m n, m, n -> m n", ["self", "vec1", "vec2"], bias=("self",)),
         "aten.addbmm": Pattern("m n, b m k, b k n -> m n", ["self", "batch1", "batch2"], sum="b k", bias=("self",)),

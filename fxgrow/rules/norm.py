@@ -86,6 +86,7 @@ class LastDimsNorm(Rule):
     """LayerNorm and RMSNorm, ``... n, n?, n? -> ... n`` over the last dims."""
 
     special = "new units in the mean, and scales of its weight and eps"
+    weights = ("weight", "bias")
 
     def __init__(self, needed: Content, implied: Mapping[str, Callable[[torch.dtype], float]] | None = None) -> None:
         self.needed, self.implied = needed, implied or {}
@@ -127,6 +128,7 @@ class BatchNorm(Rule):
     """
 
     special = "the dims that it takes statistics over grow where nothing keeps a running average"
+    weights = ("weight", "bias")
 
     channels = Pattern("b c ..., c?, c?, c?, c? -> b c ...", _OPERANDS, roles={"c": "channels"}, newborn=_NEWBORN)
 
@@ -152,6 +154,7 @@ class InstanceNorm(Rule):
     """``b c *, c?, c?, c?, c? -> b c *``: each sample's channel by itself, over the spatial dims."""
 
     special = "running statistics freeze the batch, and new units of zeros are divided by eps"
+    weights = ("weight", "bias")
 
     channels = Pattern(
         "b c *, c?, c?, c?, c? -> b c *",
@@ -178,6 +181,7 @@ class GroupNorm(Rule):
     """``b (g c) *, (g c)?, (g c)? -> b (g c) *``: groups are independent, each normalised with the spatial dims."""
 
     special = "groups that reach across concatenated parts, and one group, which is a layer norm"
+    weights = ("weight", "bias")
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.operand("input")

@@ -42,7 +42,18 @@ from fxgrow.proof.resize import size_edits
 from fxgrow.proof.sums import UnequalCopies
 from fxgrow.proof.ties import NUDGE, equal_almost
 from fxgrow.rules.annotation import Content, Site
-from fxgrow.rules.base import RULES, implied_arguments, is_linear, jumping_operands, picks, range_of, rule_of, selects
+from fxgrow.rules.base import (
+    RULES,
+    factors,
+    implied_arguments,
+    is_linear,
+    jumping_operands,
+    picks,
+    range_of,
+    rule_of,
+    selects,
+    weights,
+)
 from fxgrow.rules.forms import Opaque
 from fxgrow.rules.values import ANYTHING, Bound, Range
 from fxgrow.trace.tracer import trace
@@ -346,7 +357,11 @@ class _Judge:
             if rule is None:
                 continue
             if is_linear(node):
-                self._check_linear(node)
+                self._check_linear(node, node.all_input_nodes, "said to be linear")
+            if weights(node):
+                self._check_linear(node, weights(node), "said to be linear in its weights")
+            for operand in factors(node):
+                self._check_zero(node, operand)
             if selects(node):
                 self._check_selects(node)
             self._check_picks(node)
@@ -357,16 +372,25 @@ class _Judge:
             if not isinstance(rule, Opaque) and not jumping_operands(node):
                 self._check_smooth(node)
 
-    def _check_linear(self, node: fx.Node) -> None:
+    def _check_linear(self, node: fx.Node, operands: Sequence[fx.Node], said: str) -> None:
         first, second = self._operands(node), self._operands(node)
-        second = {n: self._drawn_like(v) for n, v in second.items()}
-        sum_of_two = {n: 2 * v - 3 * second[n] if _real_or_complex(v) else v for n, v in first.items()}
+        second = {n: self._drawn_like(v) if n in operands else v for n, v in second.items()}
+        sum_of_two = dict(first)
+        for n in operands:
+            if _real_or_complex(first[n]):
+                sum_of_two[n] = 2 * first[n] - 3 * second[n]
         a, b, both = (_tensors(_call(node, x)) for x in (first, second, sum_of_two))
         for x, y, z in zip(a, b, both, strict=True):
             if _real_or_complex(z) and not _close(2 * x - 3 * y, z):
-                self._fact_wrong(node, "said to be linear, and is not")
+                self._fact_wrong(node, f"{said}, and is not")
             if not _real_or_complex(z) and not torch.equal(x, z):
-                self._fact_wrong(node, "said to be linear, with a result that counts and depends on values")
+                self._fact_wrong(node, f"{said}, with a result that counts and depends on values")
+
+    def _check_zero(self, node: fx.Node, operand: fx.Node) -> None:
+        operands = self._operands(node)
+        operands[operand] = torch.zeros_like(operands[operand])
+        if any(bool(result.count_nonzero()) for result in _tensors(_call(node, operands))):
+            self._fact_wrong(node, f"said to be zero where its operand {operand.name} is, and is not")
 
     def _check_selects(self, node: fx.Node) -> None:
         operands = self._operands(node)

@@ -143,6 +143,10 @@ FOUND: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, float]]] = {
         lambda s, x: x + (s.a(x) + torch.tanh(s.b(x))),
         {"a.weight": 0.0, "a.bias": 0.0, "b.weight": 0.0, "b.bias": 0.0},
     ),
+    "an einsum with a weight": (
+        lambda s, x: x + torch.einsum("bi,ji->bj", torch.sigmoid(s.a(x)), s.b.weight),
+        {"b.weight": 0.0},
+    ),
     "two sums with a ReLU each": (
         lambda s, x: F.relu(F.relu(x + s.a(x)) + s.b(x)),
         {"a.weight": 0.0, "a.bias": 0.0, "b.weight": 0.0, "b.bias": 0.0},

@@ -12,7 +12,7 @@ from samples import SAMPLES
 from torch import Tensor, nn
 
 from fxgrow.program import capture
-from fxgrow.rules import RULES, Pattern
+from fxgrow.rules import RULES, Pattern, Pointwise
 from fxgrow.rules.forms.pattern import missing_in_result
 from fxgrow.testing.judge import Report, Sample, check
 
@@ -106,3 +106,27 @@ def test_roles_name_axes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_letters_that_a_result_lacks() -> None:
     assert missing_in_result("... i *x, o (i j) -> ... o") == "i j"
+
+
+@pytest.mark.parametrize(
+    ("op", "weights"),
+    [
+        ("aten.addmm.default", ("mat2", "mat1")),
+        ("aten.linear.default", ("weight",)),
+        ("aten.conv1d.default", ("bias",)),
+    ],
+)
+def test_weights_in_which_the_result_is_not_linear_are_found(op: str, weights: tuple[str, ...], judged: Any) -> None:
+    report = judged(op, weights=weights)
+    assert any("linear in its weights" in f.detail for f in report.wrong), report
+
+
+@pytest.mark.parametrize(("op", "operand"), [("aten.add.Tensor", "t0"), ("aten.div.Tensor", "t1")])
+def test_factors_that_do_not_make_the_result_zero_are_found(
+    op: str, operand: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = RULES[op]
+    assert isinstance(row, Pointwise)
+    monkeypatch.setitem(RULES, op, dataclasses.replace(row, combine="mul", jumps=False))
+    report = check(op, [Sample(r(3, 4), r(3, 4).exp())])
+    assert any(f"zero where its operand {operand} is" in f.detail for f in report.wrong), report

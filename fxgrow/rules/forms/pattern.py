@@ -21,6 +21,7 @@ from fxgrow.algebra import (
     same_size,
     size_of,
 )
+from fxgrow.ir.ops import bound_arguments
 from fxgrow.ir.sizes import literal_size
 from fxgrow.rules.annotation import Content, Dims, add_contents, annotate
 from fxgrow.rules.base import Row
@@ -281,6 +282,10 @@ class Pattern(Row):
             assert rank is None or rank == len(dims), (self.notation, rank, dims)
             results.append(dims)
         return results[0] if len(results) == 1 else results
+
+    def factors(self, node: fx.Node) -> list[fx.Node]:
+        given = [(name, value) for name, value in self._given(bound_arguments(node)) if isinstance(value, fx.Node)]
+        return [value for _, value in given] if all(name not in self.bias for name, _ in given) else []
 
     # growth ------------------------------------------------------------------------------------------------------
 

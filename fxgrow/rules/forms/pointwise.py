@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import fx
+
 from fxgrow.algebra import UNIT, Expr, is_unit, resolve
 from fxgrow.rules.annotation import Content, Dims, Info, annotate
-from fxgrow.rules.base import Row
+from fxgrow.rules.base import Row, jumping_operands
 from fxgrow.rules.context import Context, GrowthContext
 
 
@@ -30,6 +33,13 @@ class Pointwise(Row):
     @property
     def notation(self) -> str:
         return "..., ... -> ..."
+
+    def factors(self, node: fx.Node) -> list[fx.Node]:
+        """Those of a product; a quotient has a pole where its divisor is zero, and what ``out`` held does not count."""
+        if self.combine != "mul":
+            return []
+        others = [*jumping_operands(node), node.kwargs.get("out")]
+        return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor) and n not in others]
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         shape = ctx.shape
