@@ -15,7 +15,7 @@ growth is refused. Where an input's length is what a table limits, everything el
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from fxgrow.ir.guards import moved
 from fxgrow.passes.base import GrowthPass, State, new_size, register_pass
 from fxgrow.passes.changes import changes_of
 from fxgrow.plan import FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisGrowth, DimPlan, OutputGrowth, Step
-from fxgrow.proof.extension import ExtensionProof, members
+from fxgrow.proof.extension import ExtensionProof
 from fxgrow.proof.lookups import longest, short_dims
 from fxgrow.proof.maps import dim_plan
 from fxgrow.proof.outcome import Outcome
@@ -65,7 +65,7 @@ def plan_extend(state: State, op: Extend) -> list[Step]:
     step = Step(op="extend", request=op.model_dump(exclude_defaults=True, mode="json"))
     queue = []
     for info in _find(state, op.axis):
-        if info.growable and not _only_buffers(state, info):
+        if info.growable and not _only_buffers(state, info.members):
             why = "its entries are neither looked up by number nor returned; widen grows it"
             raise GrowthRefused(Refusal(info.name, why, "extend"))
         new = new_size(op, info)
@@ -75,22 +75,22 @@ def plan_extend(state: State, op: Extend) -> list[Step]:
         else:
             queue.append(_Wanted(info, new))
     done: dict[int, int] = {}
-    runs: list[tuple[_Wanted, ExtensionProof, Outcome]] = []
+    proofs: list[tuple[_Wanted, ExtensionProof, Outcome]] = []
     while queue:
         wanted = queue.pop(0)
         axis = wanted.info.axis
         if done.get(axis.id, 0) >= wanted.new:
             continue
         if axis.id in done:
-            runs = [r for r in runs if r[0].info.axis is not axis]
-        run = ExtensionProof(state.axes, axis, wanted.info.name, wanted.new, ranges, tolerate=op.preserve != "exact")
-        runs.append((wanted, run, run.run()))
+            proofs = [p for p in proofs if p[0].info.axis is not axis]
+        proof = ExtensionProof(state.axes, axis, wanted.info.name, wanted.new, ranges, tolerate=op.preserve != "exact")
+        proofs.append((wanted, proof, proof.run()))
         done[axis.id] = wanted.new
-        queue.extend(_followers(state, run, wanted, ranges))
+        queue.extend(_followers(state, proof, wanted, ranges))
     before = state.axes
-    for wanted, run, outcome in runs:
-        _grow(state, op, wanted, run, outcome, step)
-    _continue_buffers(state, before, [w for w, _, _ in runs], step)
+    for wanted, proof, outcome in proofs:
+        _grow(state, op, wanted, proof, outcome, step)
+    _continue_buffers(state, before, [w for w, _, _ in proofs], step)
     if step.changed_outputs:
         step.exactness = "approximate"
         listed = ", ".join(map(str, step.changed_outputs))
@@ -107,7 +107,7 @@ def _find(state: State, pattern: str) -> list[NamedAxis]:
         table = state.axes.tensor_dims()
         if tensor in table and dim.lstrip("-").isdigit() and -len(table[tensor]) <= int(dim) < len(table[tensor]):
             axis = table[tensor][int(dim)]
-            if isinstance(axis, Axis) and not any(state.is_parameter(name) for name, _ in members(state.axes, axis)):
+            if isinstance(axis, Axis) and _only_buffers(state, state.axes.members_of(axis)):
                 return [_unnamed(state, axis)]
         raise
 
@@ -117,20 +117,20 @@ def _unnamed(state: State, axis: Axis) -> NamedAxis:
     for info in state.axes:
         if info.axis is axis:
             return info
-    found = tuple(Member(name, i) for name, i in members(state.axes, axis))
+    found = tuple(state.axes.members_of(axis))
     if not found:
         raise GrowthRefused("an axis of no parameter or buffer")
     return NamedAxis(str(found[0]), int(axis.size), "positions", found, axis.frozen, axis)
 
 
-def _only_buffers(state: State, info: NamedAxis) -> bool:
-    return not any(state.is_parameter(m.tensor) for m in info.members)
+def _only_buffers(state: State, members: Iterable[Member]) -> bool:
+    return not any(state.is_parameter(m.tensor) for m in members)
 
 
-def _followers(state: State, run: ExtensionProof, wanted: _Wanted, ranges: Ranges) -> Iterator[_Wanted]:
+def _followers(state: State, proof: ExtensionProof, wanted: _Wanted, ranges: Ranges) -> Iterator[_Wanted]:
     """Other tables and masks that limit the length of the input that the extended one is for."""
     reach: dict[Any, int] = {}  # the longest input that every look-up of the table allows
-    for one in run.lookups:
+    for one in proof.lookups:
         found = longest(one.need, wanted.new)
         if found is not None:
             reach[found[0]] = min(found[1], reach.get(found[0], found[1]))
@@ -140,7 +140,7 @@ def _followers(state: State, run: ExtensionProof, wanted: _Wanted, ranges: Range
                 continue
             where = short.lookup.node.meta.get("source", "")
             at = f"{short.lookup.node.target}" + (f" at {where}" if where else "")
-            if not isinstance(short.dim, Axis) or not members(state.axes, short.dim):
+            if not isinstance(short.dim, Axis) or not state.axes.members_of(short.dim):
                 why = (
                     f"{at} takes {short.size} entries of {short.lookup.operand.name} then, which is computed with "
                     "a size of its own and cannot follow. Make it a buffer, or compute it from the input's length"
@@ -149,15 +149,15 @@ def _followers(state: State, run: ExtensionProof, wanted: _Wanted, ranges: Range
             yield _Wanted(_unnamed(state, short.dim), short.size, wanted.info.name)
 
 
-def _grow(state: State, op: Extend, wanted: _Wanted, run: ExtensionProof, outcome: Outcome, step: Step) -> None:
+def _grow(state: State, op: Extend, wanted: _Wanted, proof: ExtensionProof, outcome: Outcome, step: Step) -> None:
     axes, info, new = state.axes, wanted.info, wanted.new
     old = info.size
 
-    changes = changes_of(state.graph, outcome, size_edits(axes, info.axis, new, run.context.refuse_at))
-    for name, i in members(axes, info.axis):
-        if state.is_parameter(name):
-            _plan_rows(state, op, name, i, info.axis, outcome)
-    how = f"appended, {op.init}" if not _only_buffers(state, info) else "continued"
+    changes = changes_of(state.graph, outcome, size_edits(axes, info.axis, new, proof.context.refuse_at))
+    for member in axes.members_of(info.axis):
+        if state.is_parameter(member.tensor):
+            _plan_rows(state, op, member, info.axis, outcome)
+    how = f"appended, {op.init}" if not _only_buffers(state, info.members) else "continued"
     step.axes.append(
         AxisGrowth(
             name=info.name,
@@ -172,8 +172,8 @@ def _grow(state: State, op: Extend, wanted: _Wanted, run: ExtensionProof, outcom
             how=how + (f", as {wanted.because} needs" if wanted.because else ""),
         )
     )
-    _note_outputs(step, run.outputs)
-    step.changed_outputs = sorted({*step.changed_outputs, *run.changed_outputs})
+    _note_outputs(step, proof.outputs)
+    step.changed_outputs = sorted({*step.changed_outputs, *proof.changed_outputs})
     for call in state.program.calls:
         call.guards = moved(call.guards, old, new)
     state.apply(step, changes, {info.axis: new})
@@ -190,8 +190,9 @@ def _note_outputs(step: Step, grown: list[OutputGrowth]) -> None:
             step.outputs.append(one)
 
 
-def _plan_rows(state: State, op: Extend, name: str, i: int, axis: Axis, outcome: Outcome) -> None:
+def _plan_rows(state: State, op: Extend, member: Member, axis: Axis, outcome: Outcome) -> None:
     """New entries of a trained tensor."""
+    name, i = member.tensor, member.dim
     plan = state.tensors[name]
     code = {"mean": FILL_MEAN, "zero": FILL_ZERO, "random": FILL_RANDOM}[op.init]
     if code == FILL_RANDOM and len(plan.shape) < 2:
@@ -217,9 +218,9 @@ def _continue_buffers(state: State, axes: Axes, extended: list[_Wanted], step: S
     """Buffers go on by their pattern, all their extended dims at once. ``axes`` are those before."""
     grown: dict[str, dict[int, _Wanted]] = {}
     for wanted in extended:
-        for name, i in members(axes, wanted.info.axis):
-            if not state.is_parameter(name):
-                grown.setdefault(name, {})[i] = wanted
+        for member in axes.members_of(wanted.info.axis):
+            if not state.is_parameter(member.tensor):
+                grown.setdefault(member.tensor, {})[member.dim] = wanted
     words: dict[str, list[str]] = {}
     for name, dims in grown.items():
         plan = state.tensors[name]

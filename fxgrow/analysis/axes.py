@@ -16,7 +16,20 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
-from fxgrow.algebra import Axis, Concat, Expr, Frozen, Leaf, Product, axes_of, replaced, resolve, same_size, size_of
+from fxgrow.algebra import (
+    Axis,
+    Concat,
+    Expr,
+    Frozen,
+    Leaf,
+    Product,
+    axes_of,
+    leaves,
+    replaced,
+    resolve,
+    same_size,
+    size_of,
+)
 from fxgrow.errors import SpecError, did_you_mean
 from fxgrow.ir.memory import Memory
 from fxgrow.ir.traced import Traced
@@ -133,6 +146,16 @@ class Axes:
     def tensor_dims(self) -> dict[str, Dims]:
         """The dims of every parameter, buffer and constant that the graph reads."""
         return {str(n.target): d for n, d in self.dims.items() if n.op == "get_attr" and isinstance(d, list)}
+
+    def members_of(self, axis: Axis) -> list[Member]:
+        """Where an axis appears in parameters and buffers, also one that has no name."""
+        found: dict[Member, None] = {}
+        for node in self.uses.get(axis.id, ()):
+            if node.op == "get_attr":
+                for i, dim in enumerate(self.dims[node]):
+                    if axis in leaves(dim):
+                        found[Member(str(node.target), i)] = None
+        return list(found)
 
     @cached_property
     def blockers(self) -> dict[int, dict[fx.Node, str]]:

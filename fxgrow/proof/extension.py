@@ -85,7 +85,7 @@ class ExtensionProof:
                 raise self.context.refuse_all(f"{node.target} writes what changes with it in place")
         exact = 0
         self.outputs, self.changed_outputs = [], []
-        for number, out in enumerate(tensor_outputs(self.axes.program.graph)):
+        for number, out in enumerate(_tensor_outputs(self.axes.program.graph)):
             if out in changed:
                 self.changed_outputs.append(number)
             else:
@@ -130,7 +130,7 @@ class ExtensionProof:
             )
 
 
-def tensor_outputs(graph: fx.Graph) -> list[fx.Node]:
+def _tensor_outputs(graph: fx.Graph) -> list[fx.Node]:
     """The tensors that the model returns, those of several calls one after the other."""
     (out,) = (n for n in graph.nodes if n.op == "output")
     return [
@@ -151,15 +151,4 @@ def _after(start: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def members(axes: Axes, axis: Axis) -> list[tuple[str, int]]:
-    """Tensors and dims in which the axis appears."""
-    found: dict[tuple[str, int], None] = {}
-    for node in axes.uses.get(axis.id, []):
-        if node.op == "get_attr":
-            for i, dim in enumerate(axes.dims[node]):
-                if axis in list(leaves(dim)):
-                    found[str(node.target), i] = None
-    return list(found)
-
-
-__all__ = ["ExtensionProof", "members", "tensor_outputs"]
+__all__ = ["ExtensionProof"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,3 +333,10 @@ def test_a_finding_names_its_probe() -> None:
     text = script(Finding("wrong", "off", case, Probe("forward", 1, 20, -8.0), 4))
     assert "randn(4, 5" in text and "* -8" in text
     compile(text, "finding", "exec")
+
+
+def test_every_mend_can_be_taken_back() -> None:
+    """In a process of its own: what a mend replaces has not moved."""
+    code = "from tests.fuzz.without import MENDS\nfor mend in MENDS.values(): mend.undo()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr

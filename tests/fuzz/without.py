@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fxgrow.analysis.context import AnalysisContext
-from fxgrow.passes import base as passes
+from fxgrow.ir.ops import bound_arguments
+from fxgrow.passes import changes
 from fxgrow.proof import interpreter, scales, ties
 from fxgrow.rules import norm, pointwise
 from fxgrow.rules.base import RULES, moves
@@ -31,25 +32,31 @@ from fxgrow.rules.forms import Structural
 from fxgrow.trace import export, modes
 
 
+def _replace(owner: Any, name: str, new: Any) -> None:
+    """Put another function in a place that there is: a name that has moved is not set for nothing."""
+    assert hasattr(owner, name), f"{owner.__name__} has no {name} any more"
+    setattr(owner, name, new)
+
+
 def _implied_constants() -> None:
     """A norm without eps is taken to have that of its result's dtype."""
 
-    def eps(self: Any, ctx: Any) -> float:
-        given = ctx.args.get("eps")
-        return float(given) if given is not None else float(torch.finfo(ctx.node.meta["val"].dtype).eps)
+    def implied(node: torch.fx.Node) -> dict[str, float]:
+        given = bound_arguments(node).get("eps")
+        return {} if given is not None else {"eps": float(torch.finfo(node.meta["val"].dtype).eps)}
 
-    norm.LastDimsNorm._eps = eps  # type: ignore[method-assign]
+    _replace(norm, "implied_arguments", implied)
 
 
 def _guards() -> None:
     """The conditions of the trace on sizes are dropped."""
-    export.find_guards = lambda *_: []
+    _replace(export, "find_guards", lambda *_: [])
 
 
 def _whole_numbers() -> None:
     """Sums of whole numbers over copies are multiplied by a fraction."""
-    scales.Scales._check_whole = lambda *_: None  # type: ignore[method-assign]
-    exact = passes.rescale
+    _replace(scales.Scales, "_check_whole", lambda *_: None)
+    exact = changes.rescale
 
     def rescale(*args: Any, **kwargs: Any) -> Any:
         return exact(*args, **kwargs).model_copy(update={"divisor": None})
@@ -61,12 +68,12 @@ def _whole_numbers() -> None:
 
 def _mode_literals() -> None:
     """Literals that differ between train and eval are all taken to be flags."""
-    modes._is_mode = lambda *_: True
+    _replace(modes, "_is_mode", lambda *_: True)
 
 
 def _state() -> None:
     """What a call leaves in a buffer is not held against what the next one assumes."""
-    interpreter.Interpreter._check_state = lambda _: None  # type: ignore[method-assign]
+    _replace(interpreter.Interpreter, "_check_state", lambda _: None)
 
 
 def _casts() -> None:
@@ -82,18 +89,18 @@ def _scales() -> None:
     def keeps(node: Any) -> bool:
         return moves(node) and isinstance(node.args[0], torch.fx.Node)
 
-    scales._keeps_scale = keeps
+    _replace(scales, "_keeps_scale", keeps)
 
 
 def _ties() -> None:
     """Ops that jump where copies are equal by construction are taken to keep them equal."""
-    ties.Ties.follow = lambda *_: True  # type: ignore[method-assign]
+    _replace(ties.Ties, "follow", lambda *_: True)
 
 
 def _unseen_operands() -> None:
     """Operands that a rule never asked for do not freeze; ``diff``, which looks at all of them now, is as it was."""
-    AnalysisContext.freeze_unseen = lambda *_: None  # type: ignore[method-assign]
-    interpreter.FollowRule.take = lambda self, rule: rule.grow(self.context)  # type: ignore[method-assign]
+    _replace(AnalysisContext, "freeze_unseen", lambda *_: None)
+    _replace(interpreter.FollowRule, "take", lambda self, rule: rule.grow(self.context))
 
     def diff(ctx: Any, dims: Any) -> Any:
         i = ctx.args["dim"] % len(dims)
