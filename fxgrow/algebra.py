@@ -23,6 +23,8 @@ from typing import Any
 
 import sympy
 
+from fxgrow.errors import placed
+
 Size = Any  # int, or sympy.Expr for a dynamic dim
 
 
@@ -39,8 +41,7 @@ class Frozen:
     source: str = ""
 
     def __str__(self) -> str:
-        where = f" at {self.source}" if self.source else ""
-        return f"{self.op}{where}: {self.reason}" if self.op else f"{self.reason}{where}"
+        return placed(self.reason, self.op, self.source)
 
 
 @dataclass(frozen=True, eq=False)

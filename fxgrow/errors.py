@@ -23,6 +23,12 @@ class SpecError(FxgrowError, ValueError):
     """A spec, a schedule or a name in it is wrong."""
 
 
+def placed(why: str, op: str, line: str) -> str:
+    """A reason with the op and the user's line where it holds, as far as they are known."""
+    where = f" at {line}" if line else ""
+    return f"{op}{where}: {why}" if op else f"{why}{where}"
+
+
 @dataclass(frozen=True)
 class Refusal:
     """Why something cannot be grown, and where it fails; the text of it is the message.
@@ -46,9 +52,7 @@ class Refusal:
     @property
     def reason(self) -> str:
         """Where and why, without what was asked for."""
-        if not self.op:
-            return self.why
-        return f"{self.op} at {self.line}: {self.why}" if self.line else f"{self.op}: {self.why}"
+        return placed(self.why, self.op, self.line)
 
     def __str__(self) -> str:
         sizes = "" if self.new is None else f" to {self.new}" if self.old is None else f" from {self.old} to {self.new}"
