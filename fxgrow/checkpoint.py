@@ -33,6 +33,7 @@ from fxgrow.errors import CheckpointError, DiskError
 from fxgrow.growth import Growth
 from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, compile_condition, inputs_of
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.provenance import edited, provenance_of
 from fxgrow.ir.running import run_eval
 from fxgrow.ir.serialize import graph_from_json, graph_to_json, path_name
@@ -501,7 +502,7 @@ def _check_names(manifest: Manifest, graph: fx.Graph, path: Path) -> None:
     for node in graph.nodes:
         if node.op == "get_attr" and node.target != "training" and str(node.target) not in manifest.tensors:
             raise CheckpointError(f"{where}: graph node {node.name} reads {node.target}, which is no stored tensor")
-        sizes = node.meta.get("sizes")
+        sizes = info_of(node).sizes
         record = manifest.tensors.get(str(node.target)) if node.op == "get_attr" else None
         if record is not None and sizes is not None and list(sizes) != record.shape:
             raise CheckpointError(

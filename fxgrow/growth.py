@@ -17,6 +17,7 @@ from fxgrow.compile import compile_regions
 from fxgrow.devices import check_memory
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import FxgrowError, SpecError, reworded
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.traced import Traced, program_of
 from fxgrow.limits import check_elements
 from fxgrow.optim.carry import carry
@@ -252,7 +253,7 @@ def _caveats(program: Program) -> list[str]:
             "mask of its own, so that what is read through them varies less, and behind anything that is not linear "
             "the mean moves, too"
         )
-    if any(n.meta.get("checkpointed") for n in program.graph.nodes):
+    if any(info_of(n).checkpointed for n in program.graph.nodes):
         notes.append(
             "activation checkpointing is traced away: the grown module keeps every activation for its backward; apply "
             "torch.utils.checkpoint to its blocks again"

@@ -21,6 +21,7 @@ from fxgrow.analysis.relate import analyse
 from fxgrow.devices import check_memory
 from fxgrow.errors import GrowthRefused, SpecError
 from fxgrow.ir.graphs import NodesByName, copy_graph
+from fxgrow.ir.nodes import info_of, note
 from fxgrow.ir.provenance import provenance_of, remember
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.traced import Traced
@@ -88,7 +89,7 @@ class State:
             return
         axes = self._axes
         if before:
-            added = [n for n in self.graph.nodes if n not in before and n.meta.get("rescale")]
+            added = [n for n in self.graph.nodes if n not in before and info_of(n).rescale]
             axes = axes.with_nodes({n: n.all_input_nodes[0] for n in added})
         for axis, size in (grown or {}).items():
             axes = axes.resized(axis, size)
@@ -149,9 +150,9 @@ def _note_sizes(axes: Axes, nodes: Sequence[fx.Node]) -> None:
         if dims is None:
             continue
         if dims and any(isinstance(d, list) or d is None for d in dims):
-            node.meta["result_sizes"] = [None if d is None else [size_of(x) for x in d] for d in dims]
+            note(node, result_sizes=[None if d is None else [size_of(x) for x in d] for d in dims])
         elif sizes_of(node) is not None:
-            node.meta["sizes"] = [size_of(d) for d in dims]
+            note(node, sizes=[size_of(d) for d in dims])
 
 
 def _ordered(table: dict[str, Any], stack: str) -> dict[str, Any]:

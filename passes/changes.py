@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxgrow.ir.nodes import info_of, meta_like, note
 from fxgrow.ir.ops import operator_named, schema_of, set_argument
 from fxgrow.plan import Change, Edit, Rescale, resolve_references
 from fxgrow.proof.outcome import Outcome
@@ -74,9 +75,7 @@ def _times(before: fx.Node, size: fx.Node, factor: int) -> fx.Node:
     """A dynamic size times a number, as an op before a node."""
     with before.graph.inserting_before(before):
         out = before.graph.call_function(operator.mul, (size, factor))
-    out.meta = {**before.meta, "val": size.meta["val"] * factor}
-    for key in ("sizes", "result_sizes"):
-        out.meta.pop(key, None)
+    out.meta = {**meta_like(before, sizes=None, result_sizes=None), "val": size.meta["val"] * factor}
     return out
 
 
@@ -91,8 +90,7 @@ def apply_rescale(change: Rescale, named: Named) -> None:
         target, args, kwargs = torch.ops.aten.div.Tensor_mode, (node, change.divisor), {"rounding_mode": "floor"}
     with node.graph.inserting_after(node):
         new = node.graph.create_node("call_function", target, args, kwargs, name=change.name)
-    new.meta = dict(node.meta)
-    new.meta["rescale"] = True
+    new.meta = meta_like(node, rescale=True)
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and only in (None, user))
 
 
@@ -104,11 +102,19 @@ NEW = "+"
 
 def rename_modules(graph: fx.Graph, prefixes: dict[str, str]) -> None:
     """Rename module paths in targets and metadata; temporary names of new blocks become their numbers."""
+    known: dict[str, str] = {}  # most nodes share their module with others
+
+    def renamed(path: str) -> str:
+        if path not in known:
+            known[path] = renamed_path(path, prefixes)
+        return known[path]
+
     for node in graph.nodes:
         if node.op == "get_attr":
-            node.target = renamed_path(str(node.target), prefixes)
-        if "module_path" in node.meta:
-            node.meta["module_path"] = renamed_path(node.meta["module_path"], prefixes)
+            node.target = renamed(str(node.target))
+        path = info_of(node).module_path
+        if renamed(path) != path:
+            note(node, module_path=renamed(path))
 
 
 def renamed_path(name: str, prefixes: dict[str, str]) -> str:

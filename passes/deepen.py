@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from torch import fx
 from fxgrow.emit.blocks import Region, block_regions
 from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.memory import Memory, writes
+from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of
 from fxgrow.ir.ops import op_name
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.stacks import block_path, children_of, stack_name, stacks_of
@@ -186,12 +188,7 @@ class _Blocks:
     def _identity(self, source: int, after: int, init: str) -> tuple[Any, Values]:
         path = block_path(self.stack, source)
         mine = [r for r in self.regions if r.path == path]
-        ran = {
-            n.meta.get("call", 0)
-            for n in self.graph.nodes
-            if n.op == "call_function" and (n.meta.get("module_path", "") + ".").startswith(path + ".")
-        }
-        if not mine or {r.call for r in mine} != ran:
+        if not mine or {r.call for r in mine} != self.ran.get(path):
             raise self.refuse(f"the forward calls {path} more than once, or never", "Deepen a stack that runs once")
         values = merged([self._in_one_call(r, after, init) for r in mine])
         if values is not None:
@@ -199,6 +196,18 @@ class _Blocks:
         for region in mine:
             self._check_gate(region)
         return "gate", {}
+
+    @functools.cached_property
+    def ran(self) -> dict[str, set[int]]:
+        """The calls of the model that run each module of the stack, by its path."""
+        found: dict[str, set[int]] = {}
+        prefix = block_path(self.stack, "")
+        for node in self.graph.nodes:
+            info = info_of(node)
+            if node.op == "call_function" and info.module_path.startswith(prefix):
+                number = info.module_path[len(prefix) :].partition(".")[0]
+                found.setdefault(prefix + number, set()).add(info.call)
+        return found
 
     def shared(self) -> list[str]:
         """Tensors of a block that are read outside it too: a copy of the block reads them as the block does."""
@@ -256,7 +265,7 @@ class _Blocks:
             )
         found = search.find() if init in ("auto", "zero") else None
         if found is None and init == "zero":
-            line = region.outputs[0].meta.get("source", "")
+            line = info_of(region.outputs[0]).source
             raise self.refuse(
                 f"init: zero needs a block that returns its input plus branches that end in layers of its own, which "
                 f"can be set to zero; {region.path} returns something else ({line})",
@@ -277,7 +286,7 @@ class _Blocks:
 
 
 def _at(node: fx.Node) -> str:
-    source = node.meta.get("source", "")
+    source = info_of(node).source
     return f"{node.target} at {source}" if source else str(node.target)
 
 
@@ -360,9 +369,9 @@ def clone_region(graph: fx.Graph, change: CloneBlock, region: Region, regions: l
             assert change.gate is not None
             alpha = graph.get_attr(f"{new_path}.alpha")
             dtype = getattr(region.outputs[0].meta.get("val"), "dtype", torch.float32)
-            alpha.meta = {"val": torch.empty((), dtype=dtype, device="meta"), "module_path": new_path, "source": ""}
+            alpha.meta = meta_of(torch.empty((), dtype=dtype, device="meta"), NodeInfo(module_path=new_path))
             aten = torch.ops.aten
-            meta = {**_renamed_meta(region.outputs[0], renamed), "module_path": new_path}
+            meta = meta_like(region.outputs[0], module_path=new_path)
             difference = graph.call_function(aten.sub.Tensor, (out, before))
             gated = graph.call_function(aten.mul.Tensor, (difference, alpha))
             out = graph.call_function(aten.add.Tensor, (before, gated))
@@ -374,9 +383,7 @@ def clone_region(graph: fx.Graph, change: CloneBlock, region: Region, regions: l
 
 
 def _renamed_meta(node: fx.Node, renamed: Callable[[str], str]) -> dict[str, Any]:
-    meta = dict(node.meta)
-    meta["module_path"] = renamed(meta.get("module_path", ""))
-    return meta
+    return meta_like(node, module_path=renamed(info_of(node).module_path))
 
 
 # tensors ----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from fxgrow.analysis.axes import Axes, Member, NamedAxis
 from fxgrow.analysis.ranges import Ranges
 from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.guards import moved
+from fxgrow.ir.nodes import info_of
 from fxgrow.passes.base import GrowthPass, State, new_size, register_pass
 from fxgrow.passes.changes import changes_of
 from fxgrow.plan import FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisGrowth, DimPlan, OutputGrowth, Step
@@ -138,7 +139,7 @@ def _followers(state: State, proof: ExtensionProof, wanted: _Wanted, ranges: Ran
         for short in short_dims(state.axes, ranges, symbol, most):
             if short.dim is wanted.info.axis:
                 continue
-            where = short.lookup.node.meta.get("source", "")
+            where = info_of(short.lookup.node).source
             at = f"{short.lookup.node.target}" + (f" at {where}" if where else "")
             if not isinstance(short.dim, Axis) or not state.axes.members_of(short.dim):
                 why = (

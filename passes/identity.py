@@ -17,6 +17,7 @@ from torch import fx
 
 from fxgrow.emit.blocks import Region
 from fxgrow.ir.memory import Memory, viewed, writes
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import bound_arguments, op_name
 from fxgrow.rules.base import factors, is_linear, rule_of, selects, weights
 from fxgrow.rules.forms import Pointwise, along_of
@@ -223,7 +224,7 @@ def _keeps_zero(node: fx.Node) -> bool:
 
 
 def _same_call(node: fx.Node, call: int) -> bool:
-    return bool(node.meta.get("call", 0) == call)
+    return bool(info_of(node).call == call)
 
 
 def _plain(node: fx.Node) -> str:

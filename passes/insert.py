@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxgrow.errors import GrowthRefused, Refusal, SpecError, did_you_mean
+from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of, note
 from fxgrow.ir.ops import op_name, operator_named
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.stacks import block_path
@@ -47,7 +48,7 @@ def plan_insert(state: State, op: Insert) -> list[Step]:
         SpecError: no layer matches, or its output has no dim for the layer.
         GrowthRefused: the layer's output is not one value, or its width is dynamic.
     """
-    ran = {n.meta.get("module_path", "") for n in state.graph.nodes if n.op == "call_function"} - {""}
+    ran = {info_of(n).module_path for n in state.graph.nodes if n.op == "call_function"} - {""}
     ran |= {p for path in ran for p in _ancestors(path)}
     names = [p for p in state.program.containers if p in ran and fnmatch.fnmatchcase(p, op.after)]
     if not names:
@@ -92,13 +93,7 @@ def _refusal(name: str, why: str) -> GrowthRefused:
 
 def _output_of(graph: fx.Graph, name: str, call: int) -> fx.Node | None:
     """The one tensor that a module hands on in one of the model's calls; None where that call does not run it."""
-    inside = [
-        n
-        for n in graph.nodes
-        if n.op == "call_function"
-        and n.meta.get("call", 0) == call
-        and (n.meta.get("module_path", "") + ".").startswith(name + ".")
-    ]
+    inside = [n for n in graph.nodes if n.op == "call_function" and info_of(n).call == call and info_of(n).inside(name)]
     members = set(inside)
     outputs = [n for n in inside if sizes_of(n) is not None and any(u not in members for u in n.users)]
     if not inside:
@@ -109,7 +104,7 @@ def _output_of(graph: fx.Graph, name: str, call: int) -> fx.Node | None:
             f"{len(outputs)} tensors that it computes are used outside it, and the new layer can follow one only; name "
             "a layer inside it",
         )
-    times = {n.meta.get("module_call", name) for n in inside}
+    times = {info_of(n).module_call for n in inside}
     if any("@" in t for t in times):
         raise _refusal(name, "the forward calls it more than once")
     return outputs[0]
@@ -223,12 +218,10 @@ def insert_layer(node: fx.Node, change: InsertLayer) -> None:
 
     def attribute(leaf: str, shape: list[int], kind: torch.dtype = dtype) -> fx.Node:
         out = graph.get_attr(f"{change.path}.{leaf}")
-        out.meta = {"val": torch.empty(shape, dtype=kind, device="meta"), "module_path": change.path, "source": ""}
+        out.meta = meta_of(torch.empty(shape, dtype=kind, device="meta"), NodeInfo(module_path=change.path))
         return out
 
-    call = {"call": node.meta["call"]} if "call" in node.meta else {}
-
-    meta = {**node.meta, "module_path": change.path, "module_call": change.path, "source": ""}
+    meta = meta_like(node, module_path=change.path, module_call=change.path, source="")
     n = change.size
     with graph.inserting_after(node):
         anchor = graph.call_function(aten.alias.default, (node,))
@@ -246,11 +239,11 @@ def insert_layer(node: fx.Node, change: InsertLayer) -> None:
             )
         else:
             flag = graph.get_attr("training")
-            flag.meta = {"module_path": change.path, "val": None, "is_flag": True, "source": "", **call}
+            flag.meta = meta_of(None, NodeInfo(module_path=change.path, is_flag=True, call=info_of(node).call))
             count = attribute("num_batches_tracked", [], torch.int64)
             counted = graph.call_function(aten.add_.Tensor, (count, flag))
             counted.meta = {**meta, "val": count.meta["val"]}
-            counted.meta.pop("sizes", None)
+            note(counted, sizes=None)
             statistics = [attribute(x, [n]) for x in ("weight", "bias", "running_mean", "running_var")]
             out = graph.call_function(aten.batch_norm.default, (node, *statistics, flag, 0.1, BATCH_NORM_EPS, True))
         out.meta = dict(meta)

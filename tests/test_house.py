@@ -58,3 +58,32 @@ def test_nothing_is_imported_for_types_alone() -> None:
 
 def test_the_guide_shows_the_layers_of_the_contract() -> None:
     assert picture() in GUIDE.read_text(encoding="utf-8"), "python -m tests.layers --write"
+
+
+#: keys of ``node.meta`` that torch itself writes
+TORCHS = {"val", "stack_trace", "nn_module_stack"}
+
+
+def metadata_keys(tree: ast.AST) -> Iterator[str]:
+    """Keys of some ``x.meta`` that are spelled as text."""
+    for node in ast.walk(tree):
+        key: ast.AST | None = None
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith(".meta"):
+            key = node.slice
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".meta.get", ".meta.pop")):
+            key = node.args[0]
+        elif isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]).endswith(".meta"):
+            key = node.left
+        if isinstance(key, ast.Constant):
+            yield str(key.value)
+
+
+def test_what_is_known_of_nodes_and_modules_is_typed() -> None:
+    found = {
+        f"{f.relative_to(ROOT.parent)}: {key}"
+        for f in FILES
+        for key in metadata_keys(ast.parse(f.read_text(encoding="utf-8")))
+        if key not in TORCHS
+    }
+    assert not found, "fields of fxgrow.ir.nodes.NodeInfo and fxgrow.ir.provenance.Provenance: " + ", ".join(found)
+    assert list(metadata_keys(ast.parse("n.meta['a'], n.meta.get('b', 0), n.meta.pop('c'), 'd' in n.meta"))) != []

@@ -32,6 +32,7 @@ from fxgrow.algebra import (
 )
 from fxgrow.errors import SpecError, did_you_mean
 from fxgrow.ir.memory import Memory
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.traced import Traced
 from fxgrow.rules.annotation import Dims, flat_dims
 
@@ -242,7 +243,7 @@ class Axes:
             for node in self.uses.get(info.axis.id, ()):
                 if node.op == "call_function":
                     name = f"{node.name}()" if node.name in tensors else node.name
-                    out.add_node(name, kind="op", target=str(node.target), source=node.meta.get("source", ""))
+                    out.add_node(name, kind="op", target=str(node.target), source=info_of(node).source)
                     out.add_edge(info.name, name)
         return out
 

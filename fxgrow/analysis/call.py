@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxgrow.algebra import Conflict, Expr, Size, Unifier, resolve
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import bound_arguments, nodes_among
 from fxgrow.ir.sizes import result_sizes, sizes_of
 from fxgrow.rules.annotation import Dims
@@ -50,7 +51,7 @@ class CallContext:
     @property
     def source(self) -> str:
         """The user's line, where it is known."""
-        return str(self.node.meta.get("source", ""))
+        return str(info_of(self.node).source)
 
     @property
     def shape(self) -> list[Size]:

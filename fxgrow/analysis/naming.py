@@ -14,6 +14,7 @@ from torch import fx
 
 from fxgrow.algebra import Axis, Concat, Expr, Product, Unifier, axes_of, is_static, resolve
 from fxgrow.analysis.axes import Axes, Member, NamedAxis
+from fxgrow.ir.nodes import info_of
 
 #: roles that rules announce, strongest first
 RANK = ("kv_heads", "groups", "heads", "head_dim", "value_dim", "experts", "positions", "vocab", "channels")
@@ -43,7 +44,7 @@ def name_axes(axes: Axes, unifier: Unifier) -> dict[str, NamedAxis]:
         if ident not in trainable:
             continue  # masks and tables: never what a user grows
         role = _role(axis, residual, has_vocab)
-        ops = [n.meta.get("module_path", "") for n in axes.uses.get(ident, ()) if n.op == "call_function"]
+        ops = [info_of(n).module_path for n in axes.uses.get(ident, ()) if n.op == "call_function"]
         stem = f"{_common_path([m.tensor for m in members[ident]], ops, axes)}/{role}"
         name, number = stem, 1
         while name in out:

@@ -15,6 +15,7 @@ from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.context import AnalysisContext
 from fxgrow.analysis.naming import name_axes
 from fxgrow.ir import trees
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import op_name
 from fxgrow.ir.sizes import result_sizes, sizes_of
 from fxgrow.ir.traced import Traced
@@ -64,7 +65,7 @@ def analyse(program: Traced) -> Axes:
             rule = rule_of(node)
             ctx.at(node)
             if rule is None:
-                unknown.setdefault(name, []).append(node.meta.get("source", ""))
+                unknown.setdefault(name, []).append(info_of(node).source)
                 rule = Opaque(f"fxgrow has no rule for {name}")
             try:
                 env[node] = rule.relate(ctx)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from fxgrow.ir.nodes import NodeInfo, info_of, meta_of
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.stacks import block_of, stacks_of
 from fxgrow.ir.traced import Traced
@@ -43,7 +44,8 @@ def block_regions(program: Traced, graph: fx.Graph, stack: str | None = None) ->
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        key = (node.meta.get("call", 0), block_of(node.meta.get("module_path", ""), stacks))
+        info = info_of(node)
+        key = (info.call, block_of(info.module_path, stacks))
         if not runs or runs[-1][0] != key:
             runs.append((key, []))
         runs[-1][1].append(node)
@@ -81,9 +83,7 @@ def _owned(node: fx.Node, path: str, inside: set[fx.Node], call: int) -> bool:
         return False
     if node.target == "training":
         return True
-    return str(node.target).startswith(path + ".") and all(
-        u in inside for u in node.users if u.meta.get("call", 0) == call
-    )
+    return str(node.target).startswith(path + ".") and all(u in inside for u in node.users if info_of(u).call == call)
 
 
 def split_blocks(program: Traced, graph: fx.Graph, children: dict[str, nn.Module]) -> fx.Graph:
@@ -121,7 +121,7 @@ def split_blocks(program: Traced, graph: fx.Graph, children: dict[str, nn.Module
         region = inside
         call = out.call_module(region.path, tuple(value(n) for n in region.inputs if n not in region.sizes))
         value_of_call = region.outputs[0].meta.get("val") if region.outputs else None  # none: it only writes state
-        call.meta = {"module_path": region.path, "source": "", "val": value_of_call}
+        call.meta = meta_of(value_of_call, NodeInfo(module_path=region.path))
         if len(region.outputs) == 1:
             env[region.outputs[0]] = call
         else:

@@ -9,6 +9,7 @@ from torch import fx
 
 from fxgrow.errors import InputError
 from fxgrow.ir.guards import check_guards, compile_condition, inputs_of
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.traced import Call
 
 
@@ -30,7 +31,7 @@ def check_size(value: torch.Tensor, sizes: Sequence[int | None], name: str) -> N
 def check_inputs(graph: fx.Graph, call: Call) -> None:
     """Check, first of all, the input dims that are numbers in the graph, and its guards."""
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    inputs = {n.meta.get("input", str(n.target)): n for n in placeholders}
+    inputs = {info_of(n).input or str(n.target): n for n in placeholders}
     if call.guards:
         names = list(dict.fromkeys(n for g in call.guards for n in inputs_of(g.condition)))
         guards = [(g.condition, g.source, g.edge) for g in call.guards]

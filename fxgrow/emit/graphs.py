@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxgrow.ir.nodes import NodeInfo, info_of, meta_of
 from fxgrow.ir.ops import set_argument
 from fxgrow.ir.traced import Traced
 from fxgrow.rules.base import implied_arguments
@@ -33,14 +34,14 @@ def call_graphs(program: Traced, graph: fx.Graph) -> list[fx.Graph]:
         for node in graph.nodes:
             if node.op == "output":
                 own.output(fx.map_arg(node.args[0][number], value))
-            elif node.op == "placeholder" and node.meta.get("call", 0) == number:
-                name = node.meta["input"]
+            elif node.op == "placeholder" and info_of(node).call == number:
+                name = info_of(node).input or str(node.target)
                 is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
                 env[node] = own.placeholder(
                     name, **({} if is_tensor or not node.args else {"default_value": node.args[0]})
                 )
                 env[node].meta = dict(node.meta)
-            elif node.op == "call_function" and node.meta.get("call", 0) == number:
+            elif node.op == "call_function" and info_of(node).call == number:
                 env[node] = own.node_copy(node, value)
         out.append(own)
     return out
@@ -55,7 +56,7 @@ def clean_graph(graph: fx.Graph, double: bool) -> fx.Graph:
         new = env[node] = out.node_copy(node, lambda n: env[n])
         if node.op == "call_function":
             if isinstance(new.kwargs.get("device"), torch.device):
-                call = node.meta.get("call", 0)
+                call = info_of(node).call
                 if call not in devices:
                     devices[call] = _device_node(out, new, env.values(), call)
                 new.kwargs = {**new.kwargs, "device": devices[call]}
@@ -69,7 +70,7 @@ def clean_graph(graph: fx.Graph, double: bool) -> fx.Graph:
 
 def _device_node(graph: fx.Graph, before: fx.Node, nodes: Any, call: int) -> Any:
     """The device of the call's first tensor input (or of a parameter), read when the module runs."""
-    inputs = [n for n in nodes if n.op == "placeholder" and n.meta.get("call", 0) == call]
+    inputs = [n for n in nodes if n.op == "placeholder" and info_of(n).call == call]
     candidates = [n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)]
     candidates += [n for n in nodes if n.op == "get_attr" and isinstance(n.meta.get("val"), torch.Tensor)]
     if not candidates:
@@ -77,7 +78,7 @@ def _device_node(graph: fx.Graph, before: fx.Node, nodes: Any, call: int) -> Any
     place = inputs[-1] if candidates[0].op == "placeholder" else candidates[0]
     with graph.inserting_after(place):
         node = graph.create_node("call_function", builtins.getattr, (candidates[0], "device"), name="device")
-    node.meta = {"module_path": "", "val": None, "source": "", **({"call": call} if call else {})}
+    node.meta = meta_of(None, NodeInfo(call=call))
     return node
 
 

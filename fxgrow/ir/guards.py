@@ -28,6 +28,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from fxgrow.errors import CaptureError, InputError
+from fxgrow.ir.nodes import note
 from fxgrow.ir.trail import Replica
 from fxgrow.ir.traits import Trait, traits_of
 
@@ -255,10 +256,10 @@ def settle_sizes(exported: torch.export.ExportedProgram) -> None:
 
     for node, value in zip(exported.graph.nodes, values, strict=True):
         if isinstance(value, torch.Tensor) and any(map(unsettled, value.shape)):
-            node.meta["sizes"] = sizes(value)
+            note(node, sizes=sizes(value))
         elif isinstance(value, list | tuple):
             if any(unsettled(s) for v in value if isinstance(v, torch.Tensor) for s in v.shape):
-                node.meta["result_sizes"] = [sizes(v) if isinstance(v, torch.Tensor) else None for v in value]
+                note(node, result_sizes=[sizes(v) if isinstance(v, torch.Tensor) else None for v in value])
         elif unsettled(value):
             size = settle(value)
             hint = value.node.hint

@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import CeilToInt, CleanDiv, FloorDiv, FloorToInt, Max, Min, Mod, PythonMod, TruncToInt
 
 from fxgrow.errors import CheckpointError
+from fxgrow.ir.nodes import info_of, note
 from fxgrow.ir.ops import OpOverload
 from fxgrow.ir.sizes import result_sizes, sizes_of
 from fxgrow.ir.values import decode_value, encode_value
@@ -145,11 +146,20 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
             entry["kwargs"] = {k: encode_value(v, f"{where}: {k}", _refer) for k, v in node.kwargs.items()}
         if (value := _encode_result(node)) is not None:
             entry["value"] = value
-        for key, short in (("module_path", "module"), ("module_call", "module_call"), ("source", "source")):
-            if node.meta.get(key):
-                entry[short] = _relative(node.meta[key]) if key == "source" else node.meta[key]
-        entry.update({key: True for key in ("is_flag", "rescale") if node.meta.get(key)})
-        entry.update({key: node.meta[key] for key in ("call", "input") if key in node.meta})
+        info = info_of(node)
+        entry |= {
+            key: value
+            for key, value in (
+                ("module", info.module_path),
+                ("module_call", info.module_call),
+                ("source", _relative(info.source) if info.source else ""),
+                ("is_flag", info.is_flag),
+                ("rescale", info.rescale),
+                ("call", info.call),
+                ("input", info.input),
+            )
+            if value
+        }
         out.append(entry)
     return out
 
@@ -250,9 +260,10 @@ def _decode_result(node: fx.Node, value: Any, environment: ShapeEnv, where: str)
         elif "results" in value:
             pairs = [None if e is None else tensor(e) for e in value["results"]]
             node.meta["val"] = [None if p is None else p[0] for p in pairs]
-            node.meta["result_sizes"] = [None if p is None else p[1] for p in pairs]
+            note(node, result_sizes=[None if p is None else p[1] for p in pairs])
         else:
-            node.meta["val"], node.meta["sizes"] = tensor(value)
+            node.meta["val"], sizes = tensor(value)
+            note(node, sizes=sizes)
     except (KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{where}: cannot read its value {str(value)[:80]}") from error
 
@@ -298,15 +309,16 @@ def graph_from_json(entries: Iterable[Mapping[str, Any]]) -> fx.Graph:
         if node.name != name:  # a name that FX would not give by itself
             node.name = name
         _decode_result(node, entry.get("value"), environment, where)
-        node.meta["module_path"] = str(entry.get("module", ""))
-        node.meta["source"] = str(entry.get("source", ""))
-        if "module_call" in entry:
-            node.meta["module_call"] = str(entry["module_call"])
-        if "call" in entry:
-            node.meta["call"] = _typed(entry["call"], int, where)
-        if "input" in entry:
-            node.meta["input"] = _identifier(entry["input"], where)
-        node.meta.update({key: True for key in ("is_flag", "rescale") if entry.get(key)})
+        note(
+            node,
+            module_path=str(entry.get("module", "")),
+            module_call=str(entry.get("module_call", "")),
+            source=str(entry.get("source", "")),
+            is_flag=bool(entry.get("is_flag")),
+            rescale=bool(entry.get("rescale")),
+            call=_typed(entry.get("call", 0), int, where),
+            input=_identifier(entry["input"], where) if "input" in entry else None,
+        )
         nodes[name] = node
     if not nodes or next(reversed(graph.nodes)).op != "output" or sum(n.op == "output" for n in graph.nodes) != 1:
         raise CheckpointError("the stored graph does not end in its one output")

@@ -9,15 +9,17 @@ import torch
 from torch import fx
 
 from fxgrow.algebra import Size
+from fxgrow.ir.nodes import info_of
 
 
 def sizes_of(node: fx.Node) -> list[Size] | None:
     """Sizes of a node's tensor: ints, or sympy expressions where dynamic; None where the result is no tensor.
 
-    ``node.meta["sizes"]`` holds them where a growth has changed them since capture.
+    What is known of the node goes before its example value: a growth changes sizes, and guards settle some.
     """
-    if "sizes" in node.meta:
-        return list(node.meta["sizes"])
+    known = info_of(node).sizes
+    if known is not None:
+        return list(known)
     value = node.meta.get("val")
     return shape_of(value) if isinstance(value, torch.Tensor) else None
 
@@ -55,8 +57,9 @@ def literal_size(value: Any) -> Size | None:
 
 def result_sizes(node: fx.Node) -> list[list[Size] | None] | None:
     """Sizes of each result of an op with several, None where it has one."""
-    if "result_sizes" in node.meta:
-        return list(node.meta["result_sizes"])
+    known = info_of(node).result_sizes
+    if known is not None:
+        return [None if sizes is None else list(sizes) for sizes in known]
     value = node.meta.get("val")
     if isinstance(value, list | tuple):
         return [shape_of(v) if isinstance(v, torch.Tensor) else None for v in value]

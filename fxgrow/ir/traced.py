@@ -70,8 +70,8 @@ class Traced:
 
     Attributes:
         graph: ATen ops; parameters, buffers and constants are ``get_attr`` nodes, inputs placeholders, and the output
-            node holds the model's own output structure. ``node.meta["val"]`` is a fake tensor,
-            ``node.meta["module_path"]`` the module the op ran in, ``node.meta["source"]`` the user's line.
+            node holds the model's own output structure. ``node.meta["val"]`` is a fake tensor;
+            :func:`fxgrow.ir.nodes.info_of` tells the module the op ran in, the user's line and more.
         parameters, buffers, constants: by name; the tensors are the model's own, not copies.
         aliases: further names of a tied parameter or buffer, to the name it is kept under.
         persistent: names of the buffers that are in the state dict.
@@ -80,7 +80,7 @@ class Traced:
         mode_reason: why train and eval have graphs of their own; empty where they share one.
         args, kwargs: the example inputs (clones), of the first call where there are several.
         calls: every way of calling the model that was captured. With several, the graph holds them side by side: the
-            nodes of call k > 0 have ``meta["call"] == k``, parameters are shared, the output node is a tuple.
+            nodes know the number of their call, parameters are shared, the output node is a tuple.
         signature, defaults: the forward method's parameters in order, and the plain values they default to.
     """
 

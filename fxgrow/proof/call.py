@@ -12,6 +12,7 @@ from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.call import CallContext
 from fxgrow.errors import GrowthRefused, Refusal
 from fxgrow.ir.dtypes import is_fine
+from fxgrow.ir.nodes import info_of
 from fxgrow.plan import AxisMap
 from fxgrow.proof.outcome import Outcome
 from fxgrow.rules.annotation import Info, Site, infos
@@ -60,7 +61,7 @@ class GrowingCall(CallContext):
 
     @property
     def in_eval(self) -> bool:
-        calls, number = self.axes.program.calls, self.node.meta.get("call", 0)
+        calls, number = self.axes.program.calls, info_of(self.node).call
         return number >= len(calls) or calls[number].serves(False)
 
     def takes_shares(self, site: Site) -> bool:
@@ -94,7 +95,7 @@ class GrowingCall(CallContext):
 
     def refuse_at(self, node: fx.Node, why: str, kind: type[GrowthRefused] = GrowthRefused) -> GrowthRefused:
         """The error to raise where the growth fails at another op of the graph."""
-        op, line = str(node.target), node.meta.get("source", "")
+        op, line = str(node.target), info_of(node).source
         return kind(Refusal(self.name, why, self.verb, self.growth.old, self.growth.new, op, line))
 
     def refuse_all(self, why: str) -> GrowthRefused:

@@ -21,6 +21,7 @@ from fxgrow.analysis.ranges import Ranges
 from fxgrow.errors import GrowthRefused
 from fxgrow.ir import trees
 from fxgrow.ir.memory import writes
+from fxgrow.ir.nodes import info_of
 from fxgrow.plan import AxisMap, OutputGrowth
 from fxgrow.proof.appending import Append, starts_with_old
 from fxgrow.proof.contents import GivenContents
@@ -73,7 +74,7 @@ class ExtensionProof:
                 continue
             for dim, expr in enumerate(own):
                 if self.axis in list(leaves(expr)):
-                    name = node.meta.get("input", node.name)
+                    name = info_of(node).input or node.name
                     raise self.context.refuse_all(
                         f"it is dim {dim} of the input {name!r}, of a fixed size, which callers would have to change"
                     )

@@ -15,6 +15,7 @@ from torch import fx
 from fxgrow.algebra import Axis, Conflict, Expr, Leaf, leaves, map_leaves
 from fxgrow.errors import GrowthRefused
 from fxgrow.ir.memory import returns_what_it_writes, writes
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import op_name
 from fxgrow.ir.sizes import result_sizes, sizes_of
 from fxgrow.proof.contents import Restart
@@ -94,9 +95,9 @@ class Interpreter:
             elif node.op == "call_function":
                 if sizes_of(node) is None and all(r is None for r in result_sizes(node) or []):
                     continue
-                if node.meta.get("call", 0) != call:  # calls are made in any order: each begins with what all assume
+                if info_of(node).call != call:  # calls are made in any order: each begins with what all assume
                     self._check_state()
-                    call = node.meta.get("call", 0)
+                    call = info_of(node).call
                     env |= {n: self._load(n) for n in env if n.op == "get_attr"}
                 env[node] = self._call(node, ties)
                 for target in writes(node):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from fxgrow.analysis.axes import Axes
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import bound_arguments, op_name
 from fxgrow.rules.base import is_linear, moves
 from fxgrow.rules.forms import along_of
@@ -40,7 +41,7 @@ def _made_of_zeros(axes: Axes, node: fx.Node, before: fx.Node) -> bool:
 
 def mean_of(axes: Axes, value: Any) -> tuple[fx.Node, list[int]] | None:
     """(x, dims) where ``value`` is ``x.mean(dims, keepdim=True)``."""
-    while isinstance(value, fx.Node) and op_name(value.target) == "aten.mul.Tensor" and value.meta.get("rescale"):
+    while isinstance(value, fx.Node) and op_name(value.target) == "aten.mul.Tensor" and info_of(value).rescale:
         value = value.args[0]
     row = along_of(value)
     if row is None or row.kind != "mean" or row.result != "reduced":

@@ -16,6 +16,7 @@ from fxgrow.algebra import (
     same_size,
     size_of,
 )
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import bound_arguments, op_name
 from fxgrow.plan import Edit
 from fxgrow.rules.annotation import Dims
@@ -69,11 +70,11 @@ class Resize:
 
     def _before(self) -> list[fx.Node]:
         """The nodes of the same call that run before this one."""
-        call, out = self.node.meta.get("call", 0), []
+        call, out = info_of(self.node).call, []
         for node in self.node.graph.nodes:
             if node is self.node:
                 break
-            if node.meta.get("call", 0) == call:
+            if info_of(node).call == call:
                 out.append(node)
         return out
 

@@ -30,6 +30,7 @@ from fxgrow.ir import trees
 from fxgrow.ir.dtypes import is_fine
 from fxgrow.ir.graphs import copy_graph
 from fxgrow.ir.memory import writes
+from fxgrow.ir.nodes import meta_of
 from fxgrow.ir.ops import OpOverload, operator_named, set_argument
 from fxgrow.ir.traced import Traced
 from fxgrow.passes.base import GrowthPass
@@ -141,21 +142,21 @@ def _single(op: Any, sample: Sample) -> tuple[fx.Graph, dict[str, Tensor], list[
         tensors[name] = value
         fixed = not _continuous(value) and value.dtype is not torch.bool
         made = graph.placeholder(name) if fixed else graph.get_attr(name)
-        made.meta = {"val": value, "module_path": "", "source": ""}
+        made.meta = meta_of(value)
         return made
 
     args = tuple(node(a) for a in sample.args)
     kwargs = {k: node(v) for k, v in sample.kwargs.items()}
     result = op(*trees.clones(sample.args), **trees.clones(sample.kwargs))
     call = graph.call_function(op, args, kwargs)
-    call.meta = {"val": result, "module_path": "", "source": ""}
+    call.meta = meta_of(result)
     results = [call]
     if isinstance(result, list | tuple):
         results = []
         for i, value in enumerate(result):
             if isinstance(value, Tensor):
                 part = graph.call_function(operator.getitem, (call, i))
-                part.meta = {"val": value, "module_path": "", "source": ""}
+                part.meta = meta_of(value)
                 results.append(part)
     return graph, tensors, results
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from fxgrow.ir.memory import Memory, writes
+from fxgrow.ir.nodes import meta_like
 from fxgrow.ir.ops import OpOverload
 
 #: a computed constant of more entries than this stays computed
@@ -41,8 +42,7 @@ def fold_constants(graph: fx.Graph, constants: dict[str, torch.Tensor]) -> None:
         constants[name] = values[node].detach().clone()
         with graph.inserting_before(next(iter(graph.nodes))):
             attribute = graph.get_attr(name)
-        attribute.meta = {**node.meta, "module_path": ""}
-        attribute.meta.pop("call", None)
+        attribute.meta = meta_like(node, module_path="", call=0)
         node.replace_all_uses_with(attribute)
 
 

@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
 from fxgrow.ir.memory import Memory, writes
+from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of, note
 from fxgrow.ir.ops import HigherOrderOperator
 from fxgrow.ir.traced import Call, Traced
 from fxgrow.ir.traits import Trait, traits_of
@@ -52,7 +53,7 @@ def traced_from(
         shared = set(attributes.values())
         for node in graph.nodes:
             if number and node not in before and node not in shared:
-                node.meta["call"] = number
+                note(node, call=number)
         for node in exported.graph.nodes:
             for path, cls in (node.meta.get("nn_module_stack") or {}).values():
                 types.setdefault(_clean(path), cls if isinstance(cls, str) else cls.__qualname__)
@@ -133,7 +134,7 @@ def _trace_into(
         name = aliases.get(name, name)
         if name not in attributes:
             attributes[name] = graph.get_attr(name)
-            attributes[name].meta = {"val": node.meta.get("val"), "module_path": name.rpartition(".")[0], "source": ""}
+            attributes[name].meta = meta_of(node.meta.get("val"), NodeInfo(module_path=name.rpartition(".")[0]))
         return attributes[name]
 
     def is_input(node: fx.Node) -> bool:
@@ -160,7 +161,7 @@ def _trace_into(
                 else:
                     new = graph.placeholder(label, default_value=value)
                     call.constants[node.name] = value
-                new.meta = {"val": node.meta.get("val"), "module_path": "", "source": "", "input": node.name}
+                new.meta = meta_of(node.meta.get("val"), NodeInfo(input=node.name))
                 env[node] = new
             else:
                 raise CaptureError(f"input {node.name} is a {spec.kind.name.lower()}, which is not supported")
@@ -260,15 +261,17 @@ def _meta(node: fx.Node) -> dict[str, Any]:
     calls = list(stack.values())[-1][0] if stack else ""
     if path.startswith("_empty_nn_module_stack"):
         path = calls = ""
-    return {
-        "val": node.meta.get("val"),
-        "module_path": path,
-        "module_call": calls,
-        "source": source_line(node.meta.get("stack_trace") or ""),
-        **{key: node.meta[key] for key in ("sizes", "result_sizes") if key in node.meta},
+    lines = node.meta.get("stack_trace") or ""
+    info = NodeInfo(
+        module_path=path,
+        module_call=calls,
+        source=source_line(lines),
+        sizes=info_of(node).sizes,
+        result_sizes=info_of(node).result_sizes,
         # activation checkpointing leaves no trace in the graph but the line that calls it
-        **({"checkpointed": True} if re.search(r"checkpoint\w*\(", node.meta.get("stack_trace") or "") else {}),
-    }
+        checkpointed=re.search(r"checkpoint\w*\(", lines) is not None,
+    )
+    return meta_of(node.meta.get("val"), info)
 
 
 def _clean(path: str) -> str:
@@ -304,9 +307,9 @@ def _structure(call: Call, flat: list[Any], spec: Any) -> Any:
     return tuple(flat)
 
 
-def _without_sizes(node: fx.Node) -> dict[str, Any]:
+def _without_sizes(node: fx.Node, **changes: Any) -> dict[str, Any]:
     """A node's metadata for another value at its place."""
-    return {k: v for k, v in node.meta.items() if k not in ("sizes", "result_sizes")}
+    return meta_like(node, sizes=None, result_sizes=None, **changes)
 
 
 def _rewire(graph: fx.Graph, node: fx.Node, path: tuple[Any, ...], eval_value: Any) -> None:
@@ -317,7 +320,7 @@ def _rewire(graph: fx.Graph, node: fx.Node, path: tuple[Any, ...], eval_value: A
         literal = literal[key]
     with graph.inserting_before(node):
         flag = graph.get_attr("training")
-        flag.meta = {**_without_sizes(node), "val": None, "is_flag": True}
+        flag.meta = {**_without_sizes(node, is_flag=True), "val": None}
         if literal is True and eval_value is False:
             value = flag
         elif isinstance(literal, int | float) and eval_value in (0, False):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import schema_of
 from fxgrow.ir.traits import Trait, traits_of
 from fxgrow.verify.execute import op_of
@@ -78,7 +79,7 @@ class Exercise:
         for node, seen in self._seen.items():
             said = self._say(node, seen)
             if said:
-                place = node.meta.get("source") or node.meta.get("module_path") or node.name
+                place = info_of(node).source or info_of(node).module_path or node.name
                 out[f"{op_of(node)} at {place}: {said}"] = None
         named = list(out)
         return named[:_NAMED] + ([f"and {len(named) - _NAMED} more places"] if len(named) > _NAMED else [])

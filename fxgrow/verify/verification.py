@@ -31,6 +31,7 @@ from fxgrow.emit.module import regenerate
 from fxgrow.errors import ExactnessError
 from fxgrow.ir import trees
 from fxgrow.ir.dtypes import same_kind
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.running import in_mode
 from fxgrow.ir.traced import Call, Traced
 from fxgrow.plan import GrowthPlan, TensorPlan
@@ -403,7 +404,7 @@ class Verification:
         inputs = [n for n in graph.nodes if n.op == "placeholder"]
         trials, captured = Trials(self._examples[call], inputs, seed=call), self._calls[call]
         for trial in trials.mixed() if slot == "mixed" else trials.longer():
-            leaves = dict(zip((str(n.meta.get("input", n.target)) for n in inputs), trial.leaves, strict=False))
+            leaves = dict(zip((info_of(n).input or str(n.target) for n in inputs), trial.leaves, strict=False))
             shapes = {n: tuple(t.shape) for n, t in leaves.items() if isinstance(t, torch.Tensor)}
             if not set(captured.sizes) <= set(shapes) or captured.fits(shapes):
                 yield trial

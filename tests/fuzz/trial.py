@@ -18,6 +18,7 @@ from torch import nn
 
 import fxgrow
 from fxgrow.errors import CaptureError, FxgrowError
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import op_name
 from tests.fuzz import specs
 from tests.fuzz.compose import Rejected
@@ -272,7 +273,8 @@ def _count(out: Outcome, growth: fxgrow.Growth) -> None:
             continue
         name = op_name(node.target)
         out.ops.add(name)
-        if any("sizes" in n.meta or "result_sizes" in n.meta for n in (node, *node.all_input_nodes)):
+        known = [info_of(n) for n in (node, *node.all_input_nodes)]
+        if any(i.sizes is not None or i.result_sizes is not None for i in known):
             out.touched.add(name)
 
 

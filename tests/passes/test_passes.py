@@ -13,6 +13,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 import fxgrow
 from fxgrow.growth import plan_growth
 from fxgrow.ir.graphs import copy_graph
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.provenance import Provenance, provenance_of, remember
 from fxgrow.passes import PASSES, GrowthPass
 from tests.models import small_gpt, tokens
@@ -73,7 +74,7 @@ def test_replaying_a_plans_steps_gives_the_planned_graph(name: str) -> None:
 
 def graph_of(graph: fx.Graph) -> list[str]:
     """Every node with its arguments and its module."""
-    return [f"{n.name} = {n.target}{n.args}{n.kwargs} in {n.meta.get('module_path')}" for n in graph.nodes]
+    return [f"{n.name} = {n.target}{n.args}{n.kwargs} in {info_of(n).module_path}" for n in graph.nodes]
 
 
 def test_a_pass_that_moves_modules_asks_for_the_program() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import fxgrow
 from fxgrow.algebra import is_static
 from fxgrow.emit.module import regenerate
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.sizes import shape_of
 from fxgrow.trace.lines import source_line
 from tests.models import assert_same, small_cnn, small_gpt, tokens, trained
@@ -29,9 +30,9 @@ def test_names_ties_and_source_lines() -> None:
     assert set(program.parameters) == {n for n, _ in model.named_parameters()}
     assert program.aliases == {"lm_head.weight": "transformer.wte.weight"}
     linear = [n for n in program.graph.nodes if "linear" in str(n.target)]
-    assert linear[0].meta["module_path"] == "transformer.h.0.attn.c_attn"
-    assert "model.py:" in linear[0].meta["source"]
-    assert "c_attn" in linear[0].meta["source"]
+    assert info_of(linear[0]).module_path == "transformer.h.0.attn.c_attn"
+    assert "model.py:" in info_of(linear[0]).source
+    assert "c_attn" in info_of(linear[0]).source
 
 
 def test_one_tensor_passed_twice_is_two_inputs() -> None:
