@@ -111,7 +111,7 @@ class AskedContents:
                 f"have to {_HOLD[known]}"
             )
         self.pinned[site] = content
-        self.reasons[site] = f"{call.op} at {call.source}"
+        self.reasons[site] = f"{call.op} at {call.source}" if call.source else call.op
         return True
 
     def check_state(self, call: GrowingCall, buffer: fx.Node, assumed: Info, left: Info) -> None:

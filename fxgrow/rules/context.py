@@ -1,7 +1,8 @@
 """What a rule sees: the vocabulary in which rules are written.
 
-Two interpreters run the rules, and each is a context: analysis, which ties dims to axes, and the proof, which follows
-one growing axis. What both offer is :class:`Context`, so that a function on dims serves the two alike.
+Two interpreters run the rules, and each has a context: analysis, which ties dims to axes (``AnalysisContext``), and the
+proof, which follows one growing axis (``ProofContext``). What both offer is :class:`Context`, so that a function on
+dims serves the two alike.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ class GrowthContext(Context, Protocol):
         """
 
     def demand(self, info: Info, content: Content, why: str) -> None:
-        """Ask the writers that reach this value for a content of newborn entries, and start over."""
+        """Ask the parameters that make this value for a content of its new entries, and start over."""
 
     def pin(self, expr: Expr, content: Content) -> None:
         """A parameter must hold this content in its newborn entries."""
