@@ -85,7 +85,7 @@ class Concat:
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """An occurrence of an axis in a dim with something known about it (used when growth is propagated)."""
+    """An occurrence of an axis in a dim with something known about it, while the axis grows."""
 
     axis: Axis
     info: Any
