@@ -2,7 +2,8 @@
 
 The first line of a docstring is the relation: letters are dims, ``(a b)`` is a dim that is the product of two, outer
 factor first, ``a + b`` one whose parts lie end to end, ``1`` a dim of size one, ``…`` any others, which stay. Beside a
-function stands, as ``resize_…``, the one that re-emits the literal arguments of the op that depend on sizes.
+function stands, as ``resize_…``, the one that re-emits the literal arguments of the op that depend on sizes: its first
+line says which.
 """
 
 from __future__ import annotations
@@ -68,17 +69,17 @@ def reshape(ctx: Context, dims: Dims) -> Dims:
 
 
 def resize_view(ctx: Resize) -> None:
-    """The sizes in ``size``."""
+    """the sizes in size"""
     ctx.set_shape("size", ctx.dims(ctx.node))
 
 
 def resize_reshape(ctx: Resize) -> None:
-    """The sizes in ``shape``."""
+    """the sizes in shape"""
     ctx.set_shape("shape", ctx.dims(ctx.node))
 
 
 def resize_unflatten(ctx: Resize) -> None:
-    """The sizes in ``sizes``, of the factors of one dim."""
+    """the sizes in sizes, of the factors of one dim"""
     source = ctx.dims(ctx.args["self"])
     dim = int(ctx.args["dim"]) % len(source)
     ctx.set_shape("sizes", ctx.dims(ctx.node)[dim : dim + len(ctx.args["sizes"])])
@@ -182,7 +183,10 @@ def expand(ctx: Context, dims: Dims) -> Dims:
 
 
 def resize_expand(ctx: Resize) -> None:
-    """The sizes in ``size``; a -1 among them says that a dim stays as it is, and stands for no size of a broadcast."""
+    """the sizes in size
+
+    A -1 among them says that a dim stays as it is, and stands for no size of a broadcast.
+    """
     before, after = ctx.dims(ctx.args["self"]), ctx.dims(ctx.node)
     sizes = list(ctx.args["size"])
     lead = len(after) - len(before)
@@ -268,12 +272,12 @@ def _laid_end_to_end(ctx: Context, dims: Dims, repeats: Sequence[Any]) -> Dims:
 
 
 def resize_repeat(ctx: Resize) -> None:
-    """The numbers in ``repeats``."""
+    """the numbers in repeats"""
     _resize_repeats(ctx, "repeats")
 
 
 def resize_tile(ctx: Resize) -> None:
-    """The numbers in ``dims``."""
+    """the numbers in dims"""
     _resize_repeats(ctx, "dims")
 
 
@@ -304,7 +308,7 @@ def repeat_interleave(ctx: Context, dims: Dims) -> Dims:
 
 
 def resize_repeat_interleave(ctx: Resize) -> None:
-    """The number in ``repeats``, and the size in ``output_size``."""
+    """the number in repeats, and the size in output_size"""
     i = int(ctx.args["dim"]) % len(ctx.dims(ctx.args["self"]))
     before, after = ctx.dims(ctx.args["self"])[i], ctx.dims(ctx.node)[i]
     ctx.set("repeats", ctx.new_size(after) // ctx.new_size(before))
@@ -323,7 +327,7 @@ def channel_shuffle(ctx: Context, dims: Dims) -> Dims:
 
 
 def resize_channel_shuffle(ctx: Resize) -> None:
-    """The number in ``groups``."""
+    """the number in groups"""
     channels = ctx.dims(ctx.args["input" if "input" in ctx.args else "self"])[1]
     groups = int(ctx.args["groups"])
     outer, _ = Unifier().regroup([channels], [groups, size_of(channels) // groups])
@@ -421,7 +425,7 @@ def chunk(ctx: Context, dims: Dims) -> list[Dims]:
 
 
 def resize_split(ctx: Resize) -> None:
-    """The parts' sizes; where they become unequal, the op becomes ``split_with_sizes``."""
+    """the sizes of the parts, to split_with_sizes"""
     _resize_parts(ctx, int(ctx.args["dim"]) % len(ctx.dims(ctx.args["self"])))
 
 
@@ -436,7 +440,7 @@ def hsplit(ctx: Context, dims: Dims) -> list[Dims]:
 
 
 def resize_hsplit(ctx: Resize) -> None:
-    """The same, of the second dim."""
+    """the sizes of the parts of the second dim, to split_with_sizes"""
     _resize_parts(ctx, min(1, len(ctx.dims(ctx.args["self"])) - 1))
 
 
@@ -446,7 +450,7 @@ def vsplit(ctx: Context, dims: Dims) -> list[Dims]:
 
 
 def resize_vsplit(ctx: Resize) -> None:
-    """The same, of the first dim."""
+    """the sizes of the parts of the first dim, to split_with_sizes"""
     _resize_parts(ctx, 0)
 
 
@@ -456,7 +460,7 @@ def dsplit(ctx: Context, dims: Dims) -> list[Dims]:
 
 
 def resize_dsplit(ctx: Resize) -> None:
-    """The same, of the third dim."""
+    """the sizes of the parts of the third dim, to split_with_sizes"""
     _resize_parts(ctx, 2)
 
 
@@ -579,7 +583,7 @@ def slice_range(ctx: Context, dims: Dims) -> Dims:
 
 
 def resize_slice(ctx: Resize) -> None:
-    """``start`` and ``end``."""
+    """start and end"""
     dims = ctx.dims(ctx.args["self"])
     i = int(ctx.args["dim"]) % len(dims)
     total = size_of(dims[i])
@@ -610,7 +614,7 @@ def narrow(ctx: Context, dims: Dims) -> Dims:
 
 
 def resize_narrow(ctx: Resize) -> None:
-    """``start`` and ``length``."""
+    """start and length"""
     dims = ctx.dims(ctx.args["self"])
     i = int(ctx.args["dim"]) % len(dims)
     start = ctx.args["start"] + (size_of(dims[i]) if ctx.args["start"] < 0 else 0)
