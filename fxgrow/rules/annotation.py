@@ -62,6 +62,10 @@ class Info:
         """The same entries after an op that leaves ``content`` of them; ``zeroable``: the op maps zero to zero."""
         return Info(content, self.sources, zeroable=self.zeroable and zeroable)
 
+    def changed(self) -> Info:
+        """The same entries after an op that maps them in ways not followed: those that do not vary still do not."""
+        return self.becomes(self.content if self.content is Content.CONST else Content.FREE, zeroable=False)
+
 
 def add_contents(a: Content, b: Content) -> Content:
     if Content.CONST in (a, b):

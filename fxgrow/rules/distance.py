@@ -20,10 +20,6 @@ def table() -> dict[str, Rule]:
     }
 
 
-def _nonlinear(info: Info) -> Info:
-    return info.becomes(info.content if info.content is Content.CONST else Content.FREE, zeroable=False)
-
-
 def _zero_together(ctx: GrowthContext, exprs: list[Expr]) -> int:
     """Copies of each term of a sum over a dim of two operands, whose new entries must be zero in both."""
     for e in exprs:
@@ -59,7 +55,7 @@ class CosineSimilarity(Rule):
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         a, b, at = self._operands(ctx)
         out = [
-            annotate(ctx.close(ctx.combine(x, y, "any")), _nonlinear)
+            annotate(ctx.close(ctx.combine(x, y, "any")), Info.changed)
             for i, (x, y) in enumerate(zip(a, b, strict=True))
             if i != at
         ]
@@ -94,7 +90,7 @@ class PairwiseDistances(Rule):
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         a, b = self._operands(ctx)
         lead = [ctx.close(ctx.combine(x, y, "any")) for x, y in zip(a[:-2], b[:-2], strict=True)]
-        out = [annotate(d, _nonlinear) for d in (*lead, ctx.close(a[-2]), ctx.close(b[-2]))]
+        out = [annotate(d, Info.changed) for d in (*lead, ctx.close(a[-2]), ctx.close(b[-2]))]
         if ctx.grows(a[-1]):
             n = _zero_together(ctx, [a[-1], b[-1]])
             if n != 1:
@@ -131,7 +127,7 @@ class RowDistance(Rule):
 
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         *lead, last = self._pairs(ctx)
-        out = [annotate(ctx.close(ctx.combine(x, y, "any")), _nonlinear) for x, y in lead]
+        out = [annotate(ctx.close(ctx.combine(x, y, "any")), Info.changed) for x, y in lead]
         over = [d for d in last if not is_unit(d)]
         if any(map(ctx.grows, over)):
             if ctx.newborn and ctx.args["eps"] != 0:

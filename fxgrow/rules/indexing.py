@@ -284,11 +284,7 @@ class Bucketize(Rule):
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         if any(ctx.grows(d) for d in ctx.dims("boundaries") or []):
             raise ctx.refuse("its entries are edges of numbered buckets")
-
-        def one(info: Info) -> Info:
-            return info.becomes(info.content if info.content is Content.CONST else Content.FREE, zeroable=False)
-
-        return [annotate(ctx.close(d), one) for d in ctx.dims("self") or []]
+        return [annotate(ctx.close(d), Info.changed) for d in ctx.dims("self") or []]
 
 
 BAG_MAX = 2

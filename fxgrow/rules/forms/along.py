@@ -170,7 +170,7 @@ class Along(Row):
                     ctx.freeze(dim, why)
         if not linear:
             keep = self.kind in _SUMS and keeps_fractions(ctx.node)
-            out = [d if keep else annotate(d, _nonlinear) for d in map(ctx.close, out)]
+            out = [d if keep else annotate(d, Info.changed) for d in map(ctx.close, out)]
         return self._results(ctx, out, over, why)
 
     def _statistic(self, ctx: GrowthContext, grown: Dims, over: Dims) -> None:
@@ -245,10 +245,6 @@ class Along(Row):
             if ctx.result_count is not None:
                 raise ctx.refuse("variance and mean come from one op; take var() and mean() by themselves")
             ctx.rescale_output(factor**0.5 if self.kind == "deviation" else factor)
-
-
-def _nonlinear(info: Info) -> Info:
-    return info.becomes(info.content if info.content is Content.CONST else Content.FREE, zeroable=False)
 
 
 def _check_new_at_mean(ctx: GrowthContext, grown: Dims, over: list[Expr]) -> None:
