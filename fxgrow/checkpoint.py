@@ -440,7 +440,9 @@ def _read_calls(
             except ValueError as error:
                 raise CheckpointError(f"{where}: a guard of call {record.name} cannot be read: {error}") from error
             if unknown:
-                raise CheckpointError(f"{where}: a guard of call {record.name} speaks of {unknown.pop()!r}, no input")
+                raise CheckpointError(
+                    f"{where}: a guard of call {record.name} names {unknown.pop()!r}, which is no input of it"
+                )
         calls.append(call)
         prefix = f"output.{number}."
         found = sorted((n for n in stored if n.startswith(prefix)), key=lambda n: int(n.rpartition(".")[2]))
@@ -475,7 +477,7 @@ def read_tensors(
 
 def _check_tensors(manifest: Manifest, tensors: dict[str, torch.Tensor], path: Path) -> None:
     mistakes = [f"{n} is missing" for n in manifest.tensors if n not in tensors]
-    mistakes += [f"{n} is in no manifest" for n in tensors if n not in manifest.tensors]
+    mistakes += [f"{n} is not in the manifest" for n in tensors if n not in manifest.tensors]
     for name, record in manifest.tensors.items():
         if name not in tensors:
             continue
@@ -485,7 +487,7 @@ def _check_tensors(manifest: Manifest, tensors: dict[str, torch.Tensor], path: P
         if said != found:
             mistakes.append(f"{name} is {found}, the manifest says {said}")
         elif record.channels_last and tensor.dim() != 4:
-            mistakes.append(f"{name} has {tensor.dim()} dims, and the manifest says channels_last, which takes 4")
+            mistakes.append(f"{name} has {tensor.dim()} dims, but channels_last in the manifest, which needs 4")
         elif record.channels_last:
             tensors[name] = tensor.to(memory_format=torch.channels_last)
     if mistakes:

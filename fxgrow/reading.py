@@ -94,14 +94,14 @@ def as_mapping(given: Any, where: str, key: str) -> dict[str, Any]:
     """What a spec or a schedule was given as, with names for keys; a bare list is its ``key``.
 
     Raises:
-        SpecError: it is neither a mapping nor a list, or has a key that is no text.
+        SpecError: it is neither a mapping nor a list, or has the key is not a string.
     """
     if isinstance(given, list | tuple):
         given = {key: list(given)}
     if not isinstance(given, Mapping):
         raise SpecError(f"{where}: expected a mapping with `{key}`, got {type(given).__name__}")
     if odd := [k for k in given if not isinstance(k, str)]:
-        raise SpecError(f"{where}: {str(odd[0])[:80]!r}: a key that is no text")
+        raise SpecError(f"{where}: {str(odd[0])[:80]!r}: the key is not a string")
     return dict(given)
 
 

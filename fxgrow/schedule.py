@@ -81,12 +81,20 @@ class OptimizerPolicy(Strict):
 
     policy: Literal["exact", "asymmetric", "copy", "reset"] = Field(
         "asymmetric",
-        description="exact: the grown run follows the small one; asymmetric: old entries keep their state, newborn "
-        "ones start fresh under a re-warmed learning rate; copy: state copied as it is; reset: none",
+        description="exact: the grown model takes the steps that the small one would; asymmetric: old entries keep "
+        "their state, new ones start without momentum and warm up; copy: copies inherit the state; reset: no state",
     )
-    warmup: Count = Field(250, ge=0, description="asymmetric: steps of the newborn entries' own learning rate")
-    peak: float | None = Field(None, gt=0, le=1e6, description="asymmetric: its top, as a factor on the common one")
-    ramp: Count | None = Field(None, ge=1, description="exact: steps after which all entries learn alike; none: never")
+    warmup: Count = Field(
+        250, ge=0, description="asymmetric: steps over which the learning rate of new entries warms up"
+    )
+    peak: float | None = Field(
+        None, gt=0, le=1e6, description="asymmetric: the highest learning rate of new entries, as a factor"
+    )
+    ramp: Count | None = Field(
+        None,
+        ge=1,
+        description="exact: steps over which the per-slice learning rates go back to the common one; none: never",
+    )
 
 
 class Unchanged(Strict):

@@ -269,10 +269,13 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         "refers to the node 'output'",
     ),
     "unknown tensor": (lambda d: node(d, "transformer_h_0_ln_1_weight").update(target="nowhere"), "no stored tensor"),
-    "no output": (lambda d: d["graph"].pop(), "does not end in its one output"),
+    "no output": (lambda d: d["graph"].pop(), "does not end in one output"),
     "wrong tie": (lambda d: d["ties"].update({"a.b": "c"}), "a.b is tied to c"),
     "wrong shape": (lambda d: d["tensors"]["transformer.wpe.weight"].update(shape=[1, 2]), "the manifest says"),
-    "lost tensor": (lambda d: d["tensors"].pop("transformer.wpe.weight"), "transformer.wpe.weight is in no manifest"),
+    "lost tensor": (
+        lambda d: d["tensors"].pop("transformer.wpe.weight"),
+        "transformer.wpe.weight is not in the manifest",
+    ),
     "bad plan": (lambda d: d["plan"].update(steps=[{"op": 1}]), "plan or receipt"),
     "attribute": (
         lambda d: node(d, "linear").update(target="builtins.getattr", args=[{"node": "layer_norm"}, "__class__"]),

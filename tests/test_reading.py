@@ -42,7 +42,7 @@ TEXTS = {
     "long": ("a: " + "b" * (1 << 20) + "\n", "longer than 1.0 MiB"),
     "empty": ("\n", "expected a mapping|got NoneType"),
     "number": ("3.5\n", "expected a mapping"),
-    "number key": ("{1: 2}\n", "a key that is no text"),
+    "number key": ("{1: 2}\n", "the key is not a string"),
 }
 
 

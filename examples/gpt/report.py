@@ -151,7 +151,7 @@ def parted(lines: list[Line], growth: Line) -> str:
     return (
         f"| {growth['name']} | {line['step'] - growth['step']} | "
         + (f"{copies} | {line['apart_max']:.1e} | {line['apart_min']:.1e} |" if copies else "– | – | – |")
-        + (f" {line['born_zero_max']:.1e} |" if "born_zero_max" in line else " – |")
+        + (f" {line['zero_max']:.1e} |" if "zero_max" in line else " – |")
     )
 
 
@@ -200,10 +200,10 @@ def text(lines: list[Line], scratch: list[Line], out: Path, picture: Path) -> st
         "",
         "Right after a widening, many rows and columns of the weights are equal to the bit: the copies of one unit. "
         "*Steps* later (before the next growth), the largest difference between any two copies, and the largest "
-        "difference within the pair that is still nearest to each other. For a deepening: the weights that were born "
-        "zero, and the smallest of their largest elements.",
+        "difference within the pair that has parted least. For a deepening: the weights that began "
+        "at zero, and the smallest of their largest elements now.",
         "",
-        "| growth | steps | pairs | largest difference | nearest pair | born zero, now |",
+        "| growth | steps | pairs | largest difference | least parted pair | zero at first, now |",
         "|---|---:|---:|---:|---:|---:|",
         *(parted(lines, growth) for growth in growths),
         "",

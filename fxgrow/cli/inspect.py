@@ -69,7 +69,7 @@ def inspect(
     table = Table(title="axes", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("name", overflow="fold")
     table.add_column("size", justify="right")
-    table.add_column("in or, where it cannot grow, why", overflow="fold", ratio=1)
+    table.add_column("where it is used, or why it cannot grow", overflow="fold", ratio=1)
     for group in axis_groups(program):
         names, sizes = group["names"], group["sizes"]
         text = _members(group["members"]) if group["growable"] else f"frozen: {group['reason']}"

@@ -48,7 +48,7 @@ def show_receipt(console: Console, receipt: Receipt, said: Sequence[str] = ()) -
         ("relative error, float64", error(receipt.error_float64)),
         ("  train mode", error(receipt.error_float64_train)),
         ("relative error, own dtype", error(receipt.error_native)),
-        ("gradients against the map", error(receipt.gradient_error)),
+        ("relative error, gradients", error(receipt.gradient_error)),
         ("compared on", "; ".join(["the example", *receipt.inputs]) if receipt.measured != "nothing" else "nothing"),
         ("not exercised", "; ".join(receipt.unexercised) or "nothing was found"),
         ("new weights without gradient", ", ".join(receipt.dead_parameters) or "none"),

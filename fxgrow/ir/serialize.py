@@ -297,7 +297,7 @@ def graph_from_json(entries: Iterable[Mapping[str, Any]]) -> fx.Graph:
         elif op == "output":
             target = "output"
         else:
-            raise CheckpointError(f"{where} is a {op!r}, which a stored graph has not")
+            raise CheckpointError(f"{where} is a {op!r}, which a stored graph does not have")
         args = tuple(decode_value(a, {"node": nodes}, where) for a in _typed(entry.get("args", []), list, where))
         kwargs = {
             _identifier(k, where): decode_value(v, {"node": nodes}, where)
@@ -321,7 +321,7 @@ def graph_from_json(entries: Iterable[Mapping[str, Any]]) -> fx.Graph:
         )
         nodes[name] = node
     if not nodes or next(reversed(graph.nodes)).op != "output" or sum(n.op == "output" for n in graph.nodes) != 1:
-        raise CheckpointError("the stored graph does not end in its one output")
+        raise CheckpointError("the stored graph does not end in one output")
     try:
         graph.lint()
     except RuntimeError as error:

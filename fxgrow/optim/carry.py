@@ -86,11 +86,11 @@ def carry(
         new: the grown model's parameters by name.
         optimizer: left as it is. It may hold a part of the model's parameters, where others hold the rest.
         policy: ``exact``: the small model's trajectory goes on unchanged (refused where the growth does not map
-            gradients exactly); ``asymmetric``: old entries keep their moments, newborn ones start with none and get a
-            re-warmed learning rate of their own; ``copy``: every copy inherits its unit's moments, scaled like its
+            gradients exactly); ``asymmetric``: old entries keep their moments, new ones start with none, and their
+            learning rate warms up; ``copy``: every copy inherits its unit's moments, scaled like its
             gradient; ``reset``: no state, and no rates of earlier growths.
-        warmup: ``asymmetric``: steps of the newborn entries' own learning rate.
-        peak: ``asymmetric``: its highest multiple of the current learning rate.
+        warmup: ``asymmetric``: steps over which the learning rate of new entries warms up, and returns.
+        peak: ``asymmetric``: its highest value, as a multiple of the current learning rate.
         ramp: ``exact``: steps over which the per-slice factors go to 1; None: they stay.
         newcomers: whether parameters that were made of nothing join this optimizer; None: where their siblings are.
 
@@ -103,8 +103,9 @@ def carry(
     if policy == "exact" and not plan.exact_gradients:
         axes = ", ".join(f"{a.name} ({a.old} -> {a.new})" for a in plan.axes if not a.exact_gradients)
         raise FxgrowError(
-            f"policy 'exact' needs gradients that map exactly, but statistics run over padded or unevenly split axes: "
-            f"{axes}. Use policy 'asymmetric' or 'copy', or grow by whole even copies"
+            "policy 'exact' needs a growth whose gradients follow from the small model's, but statistics (of a norm, a "
+            f"softmax) run over padded or unevenly split axes: {axes}. Use policy 'asymmetric' or 'copy', or grow by "
+            "whole even copies"
         )
     members, old_of = _members(optimizer, names, new, plans, newcomers)
     made = _construct(optimizer, members, new)
@@ -157,8 +158,8 @@ def _members(
             source = names.get(id(p))
             if source is None:
                 raise FxgrowError(
-                    f"the optimizer holds a parameter of shape {tuple(p.shape)} that is not one of the grown model's "
-                    "source; carry the optimizer that trains the model that was grown"
+                    f"the optimizer holds a parameter of shape {tuple(p.shape)} that the model did not have when it "
+                    "was grown; carry the optimizer that trains that model"
                 )
             for name in by_source.get(source, []):
                 members[number].append(name)
@@ -174,8 +175,8 @@ def _members(
             if mine and len(mine) < len(siblings) and not alone:
                 other = next(n for n in siblings if n not in group_of)
                 raise FxgrowError(
-                    f"the growth makes a new parameter {name}, and of its nearest siblings this optimizer holds some "
-                    f"({mine[0]}) and another one others ({other}). Say which takes the new parameters: "
+                    f"the growth makes a new parameter {name}, and of the parameters beside it this optimizer holds "
+                    f"some ({mine[0]}) and another one the rest ({other}). Say which takes the new parameters: "
                     "carry(optimizer, newcomers=True), and newcomers=False for the other"
                 )
             if mine:

@@ -146,7 +146,7 @@ def _read_state(file: Path) -> _Saved:
 def _set_random_state(tensors: Mapping[str, Tensor]) -> None:
     saved, own = tensors["rng.cpu"], torch.get_rng_state()
     if saved.dtype != own.dtype or saved.shape != own.shape:
-        raise ValueError("the state of the random numbers is not one of this PyTorch's")
+        raise ValueError("the state of the random generator is of another PyTorch")
     torch.set_rng_state(saved)
     if "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -192,4 +192,4 @@ def compare(saved: Mapping[str, Any], own: Mapping[str, Any], what: str) -> None
             mistakes.append(f"{name} is {saved[name]} in the checkpoint, {own[name]} in the model")
     if mistakes:
         more = f"; and {len(mistakes) - 5} more" if len(mistakes) > 5 else ""
-        raise CheckpointError(f"{what} is another one: {'; '.join(mistakes[:5])}{more}")
+        raise CheckpointError(f"{what} does not match: {'; '.join(mistakes[:5])}{more}")

@@ -54,8 +54,8 @@ class Copies:
 
         Returns:
             ``copies``: number of pairs, ``apart_max``: largest difference of any weight of any two copies,
-            ``apart_min``: the same for the two copies that are still nearest to each other; ``born_zero_max``: the
-            smallest over the weights set to zero of their now largest element. Keys without an object are left out.
+            ``apart_min``: the same for the two copies that have parted least; ``zero_max``: the largest element of the
+            one of ``zeros`` that has moved least. Keys that nothing can be said of are left out.
         """
         weights = dict(model.named_parameters())
         result: dict[str, Any] = {}
@@ -68,5 +68,5 @@ class Copies:
                 every = torch.cat(apart)
                 result = {"copies": every.numel(), "apart_max": float(every.max()), "apart_min": float(every.min())}
             if self.zeros:
-                result["born_zero_max"] = min(float(weights[name].abs().max()) for name in self.zeros)
+                result["zero_max"] = min(float(weights[name].abs().max()) for name in self.zeros)
         return result

@@ -18,16 +18,16 @@ def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer) -> None:
         ValueError: it is not.
     """
     if not isinstance(saved, dict) or set(saved) != {"state", "param_groups"} or not isinstance(saved["state"], dict):
-        raise ValueError("it is no optimizer's state")
+        raise ValueError("it is not the state of an optimizer")
     own = optimizer.state_dict()["param_groups"]
     groups = saved["param_groups"]
     if not isinstance(groups, list) or len(groups) != len(own):
-        raise ValueError(f"it has not the {len(own)} parameter groups of this optimizer")
+        raise ValueError(f"this optimizer has {len(own)} parameter groups, and it has not")
     for number, (theirs, mine) in enumerate(zip(groups, own, strict=True)):
         # per-slice rates come and go: a warm-up that the replay begins may have ended before the checkpoint
         own_keys = set(mine) - {KEY, STEPS}
         if not isinstance(theirs, dict) or set(theirs) - {KEY, STEPS} != own_keys or theirs["params"] != mine["params"]:
-            raise ValueError(f"parameter group {number} is not like this optimizer's")
+            raise ValueError(f"parameter group {number} does not have the keys or the parameters of this optimizer's")
         odd = [k for k in mine if k in own_keys and not _alike(theirs[k], mine[k])]
         if odd:
             raise ValueError(f"{odd[0]} of parameter group {number} is {str(theirs[odd[0]])[:40]!r}")
@@ -38,7 +38,7 @@ def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer) -> None:
         kinds |= dict.fromkeys(mine["params"], _state_kinds(optimizer, group))
     for number, entries in saved["state"].items():
         if number not in parameters or not isinstance(entries, dict):
-            raise ValueError(f"state of parameter {str(number)[:40]!r}, which this optimizer has not")
+            raise ValueError(f"state of parameter {str(number)[:40]!r}, which this optimizer does not have")
         shape = parameters[number].shape
         lost = kinds[number].keys() - entries.keys()
         if lost and entries:

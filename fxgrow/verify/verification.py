@@ -75,14 +75,18 @@ class Receipt(BaseModel):
     gradient_error: float | None = Field(
         None, description="largest relative difference between the grown gradients and the plan's map of the old ones"
     )
-    dead_parameters: list[str] = Field(default_factory=list, description="newborn entries without gradient in 2 steps")
+    dead_parameters: list[str] = Field(
+        default_factory=list, description="new entries that get no gradient within 2 steps"
+    )
     inputs: list[str] = Field(default_factory=list, description="what the models were compared on, besides the example")
     unexercised: list[str] = Field(
         default_factory=list, description="branches and factors that no input reached: nothing is known about them"
     )
     limits: dict[str, float] = Field(default_factory=dict, description="what each error may reach")
     amplification: float | None = Field(
-        None, description="units in the last place that an output moves by for one in every value; where looked into"
+        None,
+        description="how much the model amplifies rounding: by how many units in the last place an output moves "
+        "where every value moves by one; only where it was measured",
     )
     params_before: int = 0
     params_after: int = 0

@@ -79,7 +79,7 @@ def test_copies_part_and_inserted_blocks_wake_up(finished: tuple[Path, str]) -> 
         assert after["apart_max"] > 0
     assert lines[-1]["event"] == "strict_load"
     last = [line for line in lines if line["event"] == "eval"][-1]
-    assert last["born_zero_max"] > 0
+    assert last["zero_max"] > 0
 
 
 def test_the_screen_ends_with_where_things_are_and_they_are_there(finished: tuple[Path, str]) -> None:

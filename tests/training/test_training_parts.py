@@ -61,9 +61,9 @@ def test_copies_are_found_by_value_and_their_parting_measured() -> None:
         assert measured["apart_min"] == 0.0
         net.down.weight.zero_()
         zeros = Copies.of(net)
-        assert zeros.measure(net) == {"born_zero_max": 0.0}
+        assert zeros.measure(net) == {"zero_max": 0.0}
         net.down.weight[0, 1] = -2
-        assert zeros.measure(net) == {"born_zero_max": 2.0}
+        assert zeros.measure(net) == {"zero_max": 2.0}
 
 
 def test_losses_come_from_tuples_mappings_and_tensors() -> None:
