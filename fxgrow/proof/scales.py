@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from fxgrow.ir.ops import bound_arguments, nodes_among, op_name
+from fxgrow.ir.ops import nodes_among, op_name
 from fxgrow.proof.call import GrowingCall
 from fxgrow.proof.contents import Restart
 from fxgrow.proof.outcome import Scale
-from fxgrow.rules.base import is_linear
+from fxgrow.rules.base import is_linear, weights
 
 _MULTIPLIES = ("aten.mul.Tensor", "aten.mul.Scalar")
 _DIVIDES = ("aten.div.Tensor", "aten.div.Scalar")
@@ -104,20 +104,12 @@ class Scales:
             source = source.args[0]
         if self.no_fold or not isinstance(source, fx.Node) or len(source.users) != 1:
             return False
-        if op_name(source.target) not in _NORMS:
+        layer = weights(source) if op_name(source.target) in _NORMS else []
+        if any(value.op != "get_attr" or self.call.axes.memory.written(value) for value in layer):
             return False
-        args = bound_arguments(source)
-        names = []
-        for operand in ("weight", "bias"):
-            value = args.get(operand)
-            if value is None and operand == "bias":
-                continue
-            if not isinstance(value, fx.Node) or value.op != "get_attr" or self.call.axes.memory.written(value):
-                return False
-            names.append(str(value.target))
-        for name in names:
-            self.folds.setdefault(name, {})[source.name] = factor
-        return True
+        for value in layer:
+            self.folds.setdefault(str(value.target), {})[source.name] = factor
+        return bool(layer)
 
     def scale_shared(self, operand: str, factor: float) -> bool:
         """Multiply a parameter, provided that every op that uses it asks for the same. False where that is hopeless."""
