@@ -21,7 +21,7 @@ from fxgrow.ir.nodes import info_of
 from fxgrow.ir.traced import Traced, program_of
 from fxgrow.limits import check_elements
 from fxgrow.optim.carry import carry
-from fxgrow.passes.base import State, run_operation
+from fxgrow.passes.state import State, run_operation
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program, capture
 from fxgrow.spec import GrowthSpec

@@ -23,9 +23,10 @@ from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.stacks import block_path, children_of, stack_name, stacks_of
 from fxgrow.ir.traced import Traced
 from fxgrow.limits import check_blocks
-from fxgrow.passes.base import GrowthPass, State, register_pass
+from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.changes import NEW, renamed_path
 from fxgrow.passes.identity import IDEMPOTENT, Identity, Values, merged, same_value
+from fxgrow.passes.state import State
 from fxgrow.plan import Change, CloneBlock, Renumber, Step, TensorPlan
 from fxgrow.spec import Deepen
 

@@ -27,8 +27,9 @@ from fxgrow.analysis.ranges import Ranges
 from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.guards import moved
 from fxgrow.ir.nodes import info_of
-from fxgrow.passes.base import GrowthPass, State, new_size, register_pass
+from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.changes import changes_of
+from fxgrow.passes.state import State, new_size
 from fxgrow.plan import FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisGrowth, DimPlan, OutputGrowth, Step
 from fxgrow.proof.extension import ExtensionProof
 from fxgrow.proof.lookups import longest, short_dims

@@ -15,9 +15,10 @@ from fxgrow.ir.ops import op_name, operator_named
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.stacks import block_path
 from fxgrow.ir.traced import Traced
-from fxgrow.passes.base import GrowthPass, State, register_pass
+from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.changes import renamed_path
 from fxgrow.passes.identity import IDEMPOTENT
+from fxgrow.passes.state import State
 from fxgrow.plan import Change, InsertLayer, Renumber, Step, TensorPlan
 from fxgrow.spec import Insert
 

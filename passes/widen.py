@@ -10,8 +10,9 @@ import numpy as np
 from fxgrow.analysis.axes import NamedAxis
 from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.dtypes import is_fine
-from fxgrow.passes.base import GrowthPass, State, new_size, register_pass
+from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.changes import changes_of
+from fxgrow.passes.state import State, new_size
 from fxgrow.plan import (
     FILL_CONSTANT,
     FILL_MEAN,

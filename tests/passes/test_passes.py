@@ -15,7 +15,8 @@ from fxgrow.growth import plan_growth
 from fxgrow.ir.graphs import copy_graph
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.provenance import Provenance, provenance_of, remember
-from fxgrow.passes import PASSES, GrowthPass
+from fxgrow.passes import PASSES, GrowthPass, State
+from fxgrow.plan import Step
 from tests.models import small_gpt, tokens
 
 
@@ -114,3 +115,9 @@ def test_a_plan_of_another_graph_is_refused() -> None:
     module = flat_module(other)
     with pytest.raises(fxgrow.GrowthRefused, match="another graph"):
         PASSES["widen"][1](plan.steps[0]).call(module)
+
+
+def test_a_step_of_an_operation_without_a_pass_is_refused() -> None:
+    state = State.start(fxgrow.capture(torch.nn.Linear(4, 4), (torch.randn(2, 4),)))
+    with pytest.raises(fxgrow.GrowthRefused, match="no pass is registered for operation 'nothing'"):
+        state.apply(Step(op="nothing", request={}), [])
