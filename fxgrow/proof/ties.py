@@ -19,7 +19,7 @@ from torch import fx
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.rules.annotation import Content, flat_dims, infos
 from fxgrow.rules.base import GetItem, Rule, is_linear, jumping_operands, moves, rule_of, selects
-from fxgrow.rules.forms import Pointwise
+from fxgrow.rules.forms import Pointwise, Written
 
 #: how far apart, relatively, values are that stand for numbers equal up to rounding
 NUDGE = 1e-9
@@ -86,7 +86,7 @@ def equal_almost(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _passes(rule: Rule, node: fx.Node) -> bool:
     """Whether the results of an op are numbers of its operands, entry by entry, as they are or changed alike."""
-    return rule.moves or isinstance(rule, Pointwise | GetItem) or selects(node) or is_linear(node)
+    return rule.moves or isinstance(rule, Pointwise | Written | GetItem) or selects(node) or is_linear(node)
 
 
 def _real(node: fx.Node) -> bool:

@@ -387,6 +387,8 @@ def top(h: Tensor) -> Tensor:
         lambda h: (h.unsqueeze(-1) >= h.unsqueeze(-2)).to(h.dtype).mean(-1) * h,
         lambda h: (h - top(h)).argmax(0) * h,
         lambda h: (1 / (top(h) - h)).nan_to_num(posinf=0.0) * h,
+        lambda h: h * (h >= torch.zeros_like(top(h)).index_copy(0, torch.arange(6), top(h))).to(h.dtype),
+        lambda h: h * (h >= top(h).scatter(1, torch.zeros(6, 1, dtype=torch.int64), top(h))).to(h.dtype),
     ],
 )
 def test_what_tells_copies_apart_is_refused(f: Callable[[Tensor], Tensor], operation: dict[str, Any]) -> None:
