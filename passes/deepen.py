@@ -25,9 +25,10 @@ from fxgrow.ir.traced import Traced
 from fxgrow.limits import check_blocks
 from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.changes import NEW, renamed_path
-from fxgrow.passes.identity import IDEMPOTENT, Identity, Values, merged, same_value
+from fxgrow.passes.identity import Identity, Values, merged, same_value
 from fxgrow.passes.state import State
 from fxgrow.plan import Change, CloneBlock, Renumber, Step, TensorPlan
+from fxgrow.rules.base import idempotent
 from fxgrow.spec import Deepen
 
 
@@ -328,7 +329,8 @@ def _adds_to(out: fx.Node, source: fx.Node, region: Region) -> bool:
     out = same_value(out)
     if out is source:
         return True
-    if out not in region.nodes or op_name(out.target) not in ("aten.add.Tensor", "aten.add_.Tensor", *IDEMPOTENT):
+    adds = op_name(out.target) in ("aten.add.Tensor", "aten.add_.Tensor")
+    if out not in region.nodes or not (adds or idempotent(out)):
         return False
     return any(isinstance(a, fx.Node) and _adds_to(a, source, region) for a in out.args[:2])
 

@@ -19,34 +19,8 @@ from fxgrow.emit.blocks import Region
 from fxgrow.ir.memory import Memory, viewed, writes
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import bound_arguments, op_name
-from fxgrow.rules.base import factors, is_linear, rule_of, selects, weights
-from fxgrow.rules.forms import Pointwise, along_of
-
-#: f(f(x)) = f(x): repeating one of these changes nothing
-IDEMPOTENT = (
-    "aten.relu.default",
-    "aten.relu_.default",
-    "aten.relu6.default",
-    "aten.relu6_.default",
-    "aten.hardtanh.default",
-    "aten.hardtanh_.default",
-    "aten.abs.default",
-)
-
-#: ops whose result a ReLU leaves as it is
-_NOT_NEGATIVE = {
-    f"aten.{n}" for n in ("relu6.default", "sigmoid.default", "exp.default", "abs.default", "square.default")
-}
-
-_CASTS = (
-    "aten.to.dtype",
-    "aten.to.dtype_layout",
-    "aten._to_copy.default",
-    "aten.type_as.default",
-    "aten.contiguous.default",
-    "aten.clone.default",
-    "aten.alias.default",
-)
+from fxgrow.rules.base import casts, copies, detaches, factors, idempotent, keeps_zero, not_negative, selects, weights
+from fxgrow.rules.forms import along_of
 
 Values = dict[str, float]  # parameter -> what it has to hold in every entry
 
@@ -111,7 +85,7 @@ class Identity:
         if out not in self._inside:
             return None
         name, args = op_name(out.target), bound_arguments(out)
-        if name in IDEMPOTENT and isinstance(out.args[0], fx.Node):
+        if idempotent(out) and isinstance(out.args[0], fx.Node):
             rest = self._terms(out.args[0])
             if rest is None or not self._fixed(self.before[0], out):
                 return None
@@ -137,14 +111,14 @@ class Identity:
         if mine == name and _literals(value) == _literals(f):
             return True
         relu, row = name == "aten.relu.default", along_of(value)
-        if relu and (mine in _NOT_NEGATIVE or (row is not None and row.kind == "softmax")):
+        if relu and not_negative(value):
             return True
         operands = value.all_input_nodes
         if mine in ("aten.cat.default", "aten.concat.default"):
             return all(self._fixed(o, f) for o in operands)
         # what is not negative stays so when it is averaged, or scaled up
         averages = mine == "aten.dropout.default" or (row is not None and row.kind == "mean")
-        passes = viewed(value) == operands[:1] or selects(value) or (relu and averages)
+        passes = viewed(value) == operands[:1] or copies(value) or selects(value) or (relu and averages)
         return passes and bool(operands) and self._fixed(operands[0], f)
 
     def _written_after(self, value: fx.Node) -> bool:
@@ -170,8 +144,8 @@ class Identity:
         operands = [a for a in args.values() if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor)]
         if name in ("aten.add.Tensor", "aten.sub.Tensor") and len(operands) == 2:
             return merged([self._zero(o) for o in operands])
-        alone = len(operands) == 1 and _keeps_zero(node)
-        return self._zero(operands[0]) if alone or name in _CASTS else None
+        alone = len(operands) == 1 and keeps_zero(node)
+        return self._zero(operands[0]) if alone or casts(node) else None
 
     def _solve(self, value: object, target: float) -> Values | None:
         """The one parameter of the block's own that a value is made of, and what makes the value ``target``."""
@@ -193,8 +167,8 @@ class Identity:
                 return self._solve(args["self"], target + other)
         if len(value.all_input_nodes) != 1:
             return None
-        moves = viewed(value) == value.all_input_nodes or name in _CASTS
-        return self._solve(value.args[0], target) if moves or (target == 0 and _keeps_zero(value)) else None
+        passes = viewed(value) == value.all_input_nodes or copies(value) or casts(value)
+        return self._solve(value.args[0], target) if passes or (target == 0 and keeps_zero(value)) else None
 
 
 def merged(found: Iterable[Values | None]) -> Values | None:
@@ -209,18 +183,13 @@ def merged(found: Iterable[Values | None]) -> Values | None:
 
 def same_value(node: fx.Node) -> fx.Node:
     """Through casts to the dtype the value has already (``x.float()`` in a float32 model) and copies of it."""
-    while node.op == "call_function" and op_name(node.target) in _CASTS and isinstance(node.args[0], fx.Node):
-        before, after = node.args[0].meta.get("val"), node.meta.get("val")
-        if getattr(before, "dtype", None) != getattr(after, "dtype", None):
+    while (copies(node) and not detaches(node)) or casts(node):
+        source = node.all_input_nodes[0]
+        before, after = source.meta.get("val"), node.meta.get("val")
+        if any(getattr(before, fact, None) != getattr(after, fact, None) for fact in ("dtype", "device")):
             break
-        node = node.args[0]
+        node = source
     return node
-
-
-def _keeps_zero(node: fx.Node) -> bool:
-    """Whether an op of one operand maps zeros to zeros."""
-    rule = rule_of(node)
-    return is_linear(node) or (isinstance(rule, Pointwise) and rule.zero is True)
 
 
 def _same_call(node: fx.Node, call: int) -> bool:
@@ -236,4 +205,4 @@ def _literals(node: fx.Node) -> dict[str, object]:
     return {n: a for n, a in bound_arguments(node).items() if n not in ("self", "input")}
 
 
-__all__ = ["IDEMPOTENT", "Identity", "Values", "merged", "same_value"]
+__all__ = ["Identity", "Values", "merged", "same_value"]

@@ -17,9 +17,9 @@ from fxgrow.ir.stacks import block_path
 from fxgrow.ir.traced import Traced
 from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.changes import renamed_path
-from fxgrow.passes.identity import IDEMPOTENT
 from fxgrow.passes.state import State
 from fxgrow.plan import Change, InsertLayer, Renumber, Step, TensorPlan
+from fxgrow.rules.base import idempotent, jumping_operands
 from fxgrow.spec import Insert
 
 BATCH_NORM_EPS = 1e-5
@@ -138,8 +138,13 @@ def _layer_after(op: Insert, name: str, node: fx.Node) -> InsertLayer:
         rank=rank,
         kernel_size=op.kernel_size,
         bias=op.bias,
-        activation=op_name(node.target) if op.activation == "auto" and op_name(node.target) in IDEMPOTENT else None,
+        activation=op_name(node.target) if op.activation == "auto" and _repeats(node) else None,
     )
+
+
+def _repeats(node: fx.Node) -> bool:
+    """Whether an activation may follow the layer once more, and lets gradients through to it."""
+    return idempotent(node) and not jumping_operands(node)
 
 
 def _place(program: Traced, name: str, width: int) -> tuple[str, dict[str, str]]:

@@ -13,7 +13,7 @@ from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import bound_arguments, nodes_among
 from fxgrow.ir.sizes import result_sizes, sizes_of
 from fxgrow.rules.annotation import Dims
-from fxgrow.rules.base import Rule, moves
+from fxgrow.rules.base import Rule, casts, copies, moves
 
 
 class CallContext:
@@ -130,19 +130,20 @@ def from_parameter(value: Any) -> bool:
     return False
 
 
-_COPIES = {
-    f"aten.{n}" for n in ("lift_fresh_copy.default", "detach_.default", "detach.default", "to.dtype", "clone.default")
-}
-
-
 def constant_value(value: Any, constants: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """The value of a constant tensor, seen through copies; None where it is none, or on the meta device."""
-    while isinstance(value, fx.Node) and value.op == "call_function" and str(value.target) in _COPIES:
+    dtypes = []
+    while copies(value) or casts(value):
+        dtypes.append(value.meta["val"].dtype)
         value = value.args[0]
     if not isinstance(value, fx.Node) or value.op != "get_attr":
         return None
     found = constants.get(str(value.target))
-    return None if found is None or found.is_meta else found
+    if found is None or found.is_meta:
+        return None
+    for dtype in reversed(dtypes):
+        found = found.to(dtype)
+    return found
 
 
 __all__ = ["CallContext", "constant_value", "from_parameter"]

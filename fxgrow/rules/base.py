@@ -28,7 +28,7 @@ from fxgrow.ir.ops import bound_arguments, op_name
 from fxgrow.rules.annotation import Dims
 from fxgrow.rules.context import Context, GrowthContext
 from fxgrow.rules.resize import Resize
-from fxgrow.rules.values import ANYTHING, KnownRanges, Range, RangeOf, held
+from fxgrow.rules.values import ANYTHING, KnownRanges, Range, RangeOf, UnknownRanges, held
 
 Fact = bool | Callable[[fx.Node], bool]
 
@@ -93,6 +93,22 @@ class Rule:
     #: them taken together: scaled where they are scaled, and zero where they are zero.
     weights: tuple[str, ...] = ()
 
+    #: Whether f(0) = 0: the result is zero where all operands of real or complex numbers are. A function is given the
+    #: call's arguments.
+    zero: bool | Callable[[dict[str, Any]], bool] = False
+
+    #: Whether a call changes the dtype of its first operand's numbers, or where they are stored, and nothing else.
+    casts: bool = False
+
+    #: Whether the result holds the first operand's numbers as they are, in its dtype.
+    copies: bool = False
+
+    #: Whether no gradient passes through.
+    detaches: bool = False
+
+    #: Whether f(f(x)) = f(x), for a call with one tensor operand and its literals.
+    idempotent: bool = False
+
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         """Dims of the result(s), after unifying the dims of the operands. None: the result is not a tensor."""
         raise NotImplementedError
@@ -130,10 +146,15 @@ class Row(Rule):
     implied: Mapping[str, Callable[[torch.dtype], float]] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
+    zero: bool | Callable[[dict[str, Any]], bool] = False
+    casts: bool = False
+    copies: bool = False
+    detaches: bool = False
+    idempotent: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in ("linear", "selects", "jumps"):
+        for name in ("linear", "selects", "jumps", "zero"):
             if inspect.isfunction(cls.__dict__.get(name)):
                 raise TypeError(f"{cls.__name__}.{name} is a column: give it to the row, do not define it as a method")
 
@@ -280,6 +301,45 @@ def factors(node: fx.Node) -> list[fx.Node]:
     """The operands of a call each of which makes its result zero where it is zero. See :meth:`Rule.factors`."""
     rule = rule_of(node)
     return rule.factors(node) if rule is not None else []
+
+
+def keeps_zero(node: Any) -> bool:
+    """Whether a call's result is zero where its operands of real or complex numbers are. See :attr:`Rule.zero`."""
+    rule = rule_of(node)
+    if rule is None:
+        return False
+    if is_linear(node) or rule.casts:
+        return True
+    return rule.zero(bound_arguments(node)) if callable(rule.zero) else rule.zero
+
+
+def casts(node: Any) -> bool:
+    """Whether a call only changes a dtype or a place. See :attr:`Rule.casts`."""
+    rule = rule_of(node)
+    return rule is not None and rule.casts
+
+
+def copies(node: Any) -> bool:
+    """Whether a call gives the numbers that it was given. See :attr:`Rule.copies`."""
+    rule = rule_of(node)
+    return rule is not None and rule.copies
+
+
+def detaches(node: Any) -> bool:
+    """Whether a call passes no gradient on. See :attr:`Rule.detaches`."""
+    rule = rule_of(node)
+    return rule is not None and rule.detaches
+
+
+def idempotent(node: Any) -> bool:
+    """Whether a call repeated changes nothing. See :attr:`Rule.idempotent`."""
+    rule = rule_of(node)
+    return rule is not None and rule.idempotent
+
+
+def not_negative(node: Any) -> bool:
+    """Whether a call's result has no negative entry, whatever its operands hold. See :attr:`Rule.range`."""
+    return isinstance(node, fx.Node) and range_of(node, UnknownRanges()).not_negative
 
 
 def _holds(fact: Fact, node: fx.Node) -> bool:

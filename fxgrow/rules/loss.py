@@ -2,47 +2,87 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from fxgrow.algebra import is_unit
+from fxgrow.rules import values
 from fxgrow.rules.annotation import Content, Dims, annotate, infos
-from fxgrow.rules.base import register_rule
+from fxgrow.rules.base import Row, Rule, register_table
 from fxgrow.rules.context import Context, GrowthContext
 from fxgrow.rules.forms import Pointwise
+
+
+def table() -> dict[str, Rule]:
+    """Losses of two tensors."""
+    return {
+        "aten.mse_loss aten.l1_loss aten.smooth_l1_loss aten.huber_loss": ElementLoss(
+            zero=True, range=values.from_zero
+        ),
+        "aten.kl_div": ElementLoss(domain=logarithm_of_target, jumps=True),
+        "aten.poisson_nll_loss": ElementLoss(domain=logarithm_of_input, jumps=True),
+        "aten.soft_margin_loss aten.hinge_embedding_loss": ElementLoss(jumps=True),
+        "aten.binary_cross_entropy_with_logits": ElementLoss(jumps=True),
+        "aten.binary_cross_entropy": ElementLoss(
+            domain=("self", "target"),
+            why="new units may lie outside of 0 to 1, where the loss is not defined",
+            jumps=True,
+        ),
+    }
+
+
+def logarithm_of_target(args: dict[str, Any]) -> tuple[str, ...]:
+    """``target``, unless it is a logarithm already"""
+    return () if args["log_target"] is True else ("target",)
+
+
+def logarithm_of_input(args: dict[str, Any]) -> tuple[str, ...]:
+    """``input``, unless it is a logarithm already"""
+    return () if args["log_input"] is True else ("input",)
+
 
 NONE, MEAN, SUM = 0, 1, 2
 
 
 @dataclass(frozen=True, eq=False)
-class ElementLoss(Pointwise):
+class ElementLoss(Row):
     """A loss of two tensors and, for some, weights.
 
     An average bears n copies of every entry as it is, a sum is n times as large. Entries that are zero in both tensors
     add nothing where ``zero`` says so: then a sum stays, and an average is over more entries.
 
     Attributes:
-        domain: only numbers between 0 and 1 are taken, so that new entries of unknown value are not.
+        domain, why: as :class:`~fxgrow.rules.forms.Pointwise` has them.
     """
 
-    domain: bool = False
+    domain: tuple[str, ...] | Callable[[dict[str, Any]], tuple[str, ...]] = field(default=(), kw_only=True)
+    why: str = field(default=Pointwise.why, kw_only=True)
 
-    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
+    @property
+    def notation(self) -> str:
+        return "..., ... -> ... or one number"
+
+    @property
+    def entries(self) -> Pointwise:
+        """The loss of each entry."""
+        return Pointwise(domain=self.domain, why=self.why)
+
+    def relate(self, ctx: Context) -> Dims:
+        if ctx.args["reduction"] == NONE:
+            return self.entries.relate(ctx)
         operands = [dims for _, dims in ctx.tensor_operands()]
         rank = max(map(len, operands), default=0)
-        if ctx.args["reduction"] == NONE:
-            return super().relate(ctx)
         for i in range(-rank, 0):
             exprs = [d[i] for d in operands if -i <= len(d) and not is_unit(d[i])]
             for other in exprs[1:]:
                 ctx.unify(exprs[0], other)
         return []
 
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
+    def grow(self, ctx: GrowthContext) -> Dims:
         if ctx.args["reduction"] == NONE:
-            if ctx.newborn and self.domain and any(ctx.grows(d) for _, dims in ctx.tensor_operands() for d in dims):
-                raise ctx.refuse("new units may lie outside of 0 to 1, where the loss is not defined")
-            out = super().grow(ctx)
-            return [annotate(d, lambda info: info.becomes(info.content, zeroable=False)) for d in out or []]
+            out = self.entries.grow(ctx)
+            return [annotate(d, lambda info: info.becomes(info.content, zeroable=False)) for d in out]
         operands = [dims for _, dims in ctx.tensor_operands()]
         rank = max(map(len, operands), default=0)
         over = []
@@ -78,15 +118,4 @@ class ElementLoss(Pointwise):
             ctx.rescale_output(factor)
 
 
-register_rule(
-    [f"aten.{n}.default" for n in ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")], ElementLoss(zero=True)
-)
-register_rule(
-    [
-        f"aten.{n}.default"
-        for n in ("kl_div", "soft_margin_loss", "poisson_nll_loss", "hinge_embedding_loss")
-        + ("binary_cross_entropy_with_logits",)
-    ],
-    ElementLoss(jumps=True),
-)
-register_rule("aten.binary_cross_entropy.default", ElementLoss(domain=True, jumps=True))
+register_table(__name__, table())

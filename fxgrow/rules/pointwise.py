@@ -2,343 +2,264 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
 
-from fxgrow.algebra import UNIT, Expr, is_unit
-from fxgrow.ir.dtypes import is_fine
-from fxgrow.rules.annotation import Content, Dims, Info, Site, annotate, infos
-from fxgrow.rules.base import moves, register_rule, rule_of
+from fxgrow.algebra import is_unit
+from fxgrow.rules import values
+from fxgrow.rules.annotation import Dims
+from fxgrow.rules.base import Rule, casts, moves, register_table
 from fxgrow.rules.context import Context, GrowthContext
-from fxgrow.rules.forms import Opaque, Pointwise, Structural
+from fxgrow.rules.forms import Cast, Opaque, Pointwise, Structural
+from fxgrow.rules.forms.cast import holds_numbers
+from fxgrow.rules.forms.pointwise import through
 
 
-def _with_in_place(names: str) -> list[str]:
-    out = []
-    for name in names.split():
-        base, _, overload = name.partition(".")
-        out += [f"aten.{base}.{overload or 'default'}", f"aten.{base}_.{overload or 'default'}"]
-    return out
+def table() -> dict[str, Rule]:
+    """Element-wise ops."""
+    return {
+        # functions of one number, f(0) = 0
+        "aten.relu(_) aten.abs(_)": Pointwise(zero=True, idempotent=True, range=values.absolute),
+        "aten.relu6(_)": Pointwise(zero=True, idempotent=True, range=values.from_zero),
+        "aten.square(_)": Pointwise(zero=True, range=values.from_zero),
+        "aten.neg(_) aten.rad2deg(_) aten.deg2rad(_) aten.positive": Pointwise(zero=True, mean=True),
+        (
+            "aten.gelu(_) aten.silu(_) aten.mish(_) aten.elu(_) aten.selu(_) aten.celu(_) aten.leaky_relu(_) "
+            "aten.hardswish(_) aten.softshrink(_)"
+        ): Pointwise(zero=True),
+        (
+            "aten.sin(_) aten.tan(_) aten.atan(_) aten.sinh(_) aten.tanh(_) aten.asinh(_) aten.expm1(_) aten.erf(_) "
+            "aten.special_i1(_) aten.special_i1e(_) aten.special_bessel_j1(_)"
+        ): Pointwise(zero=True),
+        "aten.sign(_) aten.hardshrink(_)": Pointwise(zero=True, jumps=True, idempotent=True),
+        "aten.frac(_) aten.angle(_)": Pointwise(zero=True, jumps=True),
+        "aten.nan_to_num(_)": Pointwise(zero=True, implied={"posinf": largest, "neginf": lowest}, idempotent=True),
+        "aten.hardtanh(_)": Pointwise(zero=zero_is_between, idempotent=True),
+        "aten.clamp(_)": Pointwise(zero=zero_is_between, idempotent=True, range=values.clamped),
+        "aten.fake_quantize_per_tensor_affine": Pointwise(zero=True, jumps=True),
+        "aten.prelu": PReLU(),
+        "aten.glu": Glu(),
+        # other functions of one number, finite everywhere
+        (
+            "aten.softplus(_) aten.exp(_) aten.exp2(_) aten.cosh(_) aten.i0(_) aten.special_i0e(_) aten.erfc(_) "
+            "aten.special_erfcx(_)"
+        ): Pointwise(range=values.from_zero),
+        "aten.sigmoid(_) aten.hardsigmoid(_) aten.special_ndtr(_)": Pointwise(range=values.fraction),
+        (
+            "aten.log_sigmoid(_) aten.cos(_) aten.sinc(_) aten.special_log_ndtr(_) aten.special_bessel_j0(_)"
+        ): Pointwise(),
+        "aten.pow.Scalar": Pointwise(),  # a number to the power of a tensor
+        "aten.clamp_min(_) aten.clamp_max(_)": Pointwise(idempotent=True, range=values.clamped),
+        "aten.clamp.Tensor": Pointwise(range=values.clamped),
+        "aten.sgn(_) aten.round(_) aten.floor(_) aten.ceil(_) aten.trunc(_)": Pointwise(jumps=True, idempotent=True),
+        "aten.round(_).decimals": Pointwise(jumps=True),
+        "aten.threshold(_)": Pointwise(jumps=True, idempotent=True),
+        # functions of one number that are not finite everywhere
+        "aten.sqrt(_) aten.rsqrt(_) aten.acos(_) aten.acosh(_)": Pointwise(
+            domain=("self",), jumps=True, range=values.from_zero
+        ),
+        (
+            "aten.log(_) aten.log2(_) aten.log10(_) aten.log1p(_) aten.logit(_) aten.reciprocal(_) aten.asin(_) "
+            "aten.atanh(_) aten.erfinv(_) aten.special_ndtri(_) aten.special_entr aten.lgamma(_) aten.digamma(_) "
+            "aten.polygamma aten.mvlgamma"
+        ): Pointwise(domain=("self",), jumps=True),
+        "aten.pow.Tensor_Scalar aten.pow_.Scalar aten.float_power.Tensor_Scalar": Pointwise(
+            zero=positive_power,
+            domain=base_of_power,
+            why="the new units' values may be outside the domain of x ** {exponent}",
+            jumps=rough_power,
+        ),
+        # sums; with one tensor operand the other is a literal
+        "aten.add(_).Tensor aten.add(_).Scalar": Pointwise(
+            "add", zero=adds_nothing, mean=True, neutral=True, range=values.total
+        ),
+        "aten.sub(_).Tensor aten.sub(_).Scalar": Pointwise(
+            "add", zero=adds_nothing, mean=True, neutral=True, centres=True, range=values.difference
+        ),
+        "aten.rsub.Tensor aten.rsub.Scalar": Pointwise("add", zero=other_is_zero, mean=True, neutral=True),
+        # products and quotients
+        "aten.mul(_).Tensor aten.mul(_).Scalar": Pointwise("mul", zero=True, mean=True, range=values.times),
+        "aten.div(_).Tensor aten.div(_).Scalar": Pointwise(
+            "mul",
+            zero=by_a_number,
+            mean=True,
+            domain=("other",),
+            why="divides by new units whose values may be 0",
+            jumps=divisor,
+        ),
+        "aten.div.out": Pointwise(
+            "mul",
+            zero=by_a_number,
+            mean=True,
+            into="out",
+            domain=("other",),
+            why="divides by new units whose values may be 0",
+            jumps=divisor,
+        ),
+        "aten.div.Tensor_mode aten.floor_divide aten.fmod.Tensor": Pointwise(domain=("other",), jumps=True),
+        "aten.fmod.Scalar": Pointwise(jumps=True),
+        "aten.remainder.Tensor": Pointwise(domain=("other",), jumps=True, range=values.remainder),
+        "aten.remainder.Scalar": Pointwise(jumps=True, range=values.remainder),
+        "aten.addcmul(_)": Pointwise(),
+        "aten.addcdiv(_)": Pointwise(domain=("tensor2",), jumps=True),
+        # other functions of two numbers
+        "aten.pow.Tensor_Tensor aten.float_power.Tensor_Tensor": Pointwise(domain=("self", "exponent"), jumps=True),
+        (
+            "aten.xlogy.Tensor aten.special_xlog1py aten.ldexp.Tensor aten.special_gammainc aten.special_gammaincc"
+        ): Pointwise(domain=("self", "other"), jumps=True),
+        "aten.maximum aten.max.other": Pointwise("zero", range=values.larger),
+        "aten.minimum aten.min.other": Pointwise("zero", range=values.smaller),
+        "aten.clamp_min.Tensor aten.clamp_max.Tensor": Pointwise("zero", range=values.clamped),
+        "aten.fmax aten.fmin aten.complex": Pointwise("zero"),
+        "aten.hypot": Pointwise("zero", range=values.from_zero),
+        "aten.copysign.Tensor": Pointwise("zero", jumps=True),
+        "aten.copysign.Scalar": Pointwise(zero=True),
+        "aten.polar(_) aten.logaddexp(_) aten.logaddexp2(_)": Pointwise(),
+        "aten.atan2(_) aten.heaviside(_)": Pointwise(jumps=True),
+        "aten.lerp(_).Tensor aten.lerp(_).Scalar": Pointwise(),
+        # one of two values
+        "aten.where.self aten.where.ScalarOther aten.where.ScalarSelf aten.where.Scalar": Pointwise(
+            branches=("self", "other"), range=values.chosen
+        ),
+        "aten.masked_fill(_).Scalar aten.masked_fill(_).Tensor": Pointwise(branches=("self", "value")),
+        # truth values
+        "aten.isnan(_) aten.isposinf(_) aten.isneginf(_) aten.isreal(_) aten.isclose(_)": Pointwise(),
+        "aten.isinf(_) aten.isfinite(_) aten.signbit(_)": Pointwise(jumps=True),
+        (
+            "aten.eq.Scalar aten.ne.Scalar aten.lt.Scalar aten.le.Scalar aten.gt.Scalar aten.ge.Scalar "
+            "aten.eq.Tensor aten.ne.Tensor aten.lt.Tensor aten.le.Tensor aten.gt.Tensor aten.ge.Tensor"
+        ): Pointwise(jumps=True),
+        "aten.logical_not(_) aten.logical_and aten.logical_or aten.logical_xor": Pointwise(jumps=True),
+        "aten.bitwise_not(_)": Pointwise(),
+        (
+            "aten.bitwise_and.Tensor aten.bitwise_or.Tensor aten.bitwise_xor.Tensor "
+            "aten.bitwise_and.Scalar aten.bitwise_or.Scalar aten.bitwise_xor.Scalar "
+            "aten.__and__.Tensor aten.__or__.Tensor aten.__xor__.Tensor "
+            "aten.__and__.Scalar aten.__or__.Scalar aten.__xor__.Scalar"
+        ): Pointwise(jumps=True),
+        # dropout
+        "aten.dropout(_)": Pointwise(zero=True, mean=True, drawn="all"),
+        "aten.feature_dropout(_)": Pointwise(zero=True, mean=True, drawn=2),
+        "aten.alpha_dropout(_)": Pointwise(drawn="all"),  # what it drops is not zero
+        "aten.feature_alpha_dropout(_)": Pointwise(drawn=2),
+        "aten.rrelu(_)": Pointwise(zero=True, drawn="all"),
+        # what a tensor held is written over, or does not matter
+        "aten.copy_": Pointwise(zero=True, mean=takes_means, into="self", jumps=rounded_operands),
+        "aten.fill_.Tensor aten.fill_.Scalar": Pointwise(into="self", value="value"),
+        "aten.zero_ aten.zeros_like": Pointwise(into="self", value=0),
+        "aten.ones_like": Pointwise(into="self", value=1),
+        "aten.full_like": Pointwise(into="self", value="fill_value"),
+        (
+            "aten.empty_like aten.rand_like aten.randn_like aten.bernoulli aten.bernoulli.p aten.bernoulli_.float "
+            "aten.bernoulli_.Tensor aten.multinomial aten.uniform_ aten.normal_ aten.exponential_"
+        ): Opaque("its entries are drawn at random or not set"),
+        # casts and copies
+        ("aten.to.dtype aten.to.device aten.to.dtype_layout aten.to.other aten._to_copy aten.type_as"): Cast(
+            ignored=("other",), linear=keeps_numbers, jumps=rounded_operands, range=values.of_operand
+        ),
+        "aten.clone aten.contiguous aten.alias aten.lift_fresh_copy aten.resolve_conj aten.resolve_neg": Structural(
+            same, copies=True, range=values.of_operand
+        ),
+        "aten.detach(_)": Structural(same, copies=True, detaches=True, range=values.of_operand),
+        "aten.conj aten.conj_physical aten.real aten.imag": Structural(same),
+    }
 
 
-@dataclass(frozen=True, eq=False)
-class Finite(Pointwise):
-    """An element-wise op that is not finite everywhere: newborn entries of unknown value may become NaN or infinite."""
-
-    everywhere: bool = False  # every operand has a domain, not the last one alone
-    jumps: bool | Callable[[fx.Node], list[fx.Node]] = True
-
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        risky = {Content.FREE, Content.ZERO, Content.MEAN}
-        operands = ctx.tensor_operands()
-        for name, dims in operands if self.everywhere else operands[-1:]:
-            for dim in dims:
-                for info in infos(dim):
-                    if ctx.newborn and info.content in risky:
-                        raise ctx.refuse(
-                            f"the new units' values may be outside the domain of {ctx.op} (operand {name})"
-                        )
-        return super().grow(ctx)
+# arithmetic -----------------------------------------------------------------------------------------------------------
 
 
-class Sum(Pointwise):
-    """``a + b``; where one of them is a tensor of zeros, new entries are those of the other."""
-
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        out = super().grow(ctx)
-        for name, other in (("self", "other"), ("other", "self")):
-            kept = ctx.dims(name)
-            if out is None or not kept or not ctx.is_zero(ctx.args[other]) or ctx.args.get("alpha", 1) != 1:
-                continue
-            for i in range(-len(kept), 0):
-                if not is_unit(kept[i]):
-                    cast(Dims, out)[i] = ctx.close(kept[i])
-        return out
-
-
-class Difference(Sum):
-    """``a - b``; ``x - mean(x)`` is known to be zero where newborn entries hold the mean."""
-
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        out = super().grow(ctx)
-        a, b = ctx.args["self"], ctx.args["other"]
-        reduced = ctx.mean_of(b)
-        if out is None or reduced is None or reduced[0] is not a or ctx.args.get("alpha", 1) != 1:
-            return out
-        left = ctx.dims("self")
-        assert left is not None
-        wide = [i for i in reduced[1] if not is_unit(left[i])]
-        if len(wide) == 1 and ctx.is_whole(left[wide[0]]):
-            (i,) = wide
-            if all(x.content is Content.MEAN for x in infos(left[i])):
-                out[i] = annotate(out[i], lambda info: info.becomes(Content.ZERO))  # type: ignore[call-overload,arg-type]
-        return out
-
-
-ZERO = (
-    "relu gelu silu tanh neg abs sin sinh asinh atan erf sign leaky_relu elu selu celu mish hardswish square expm1 "
-    "relu6 rad2deg deg2rad frac tan softshrink hardshrink angle special_i1 special_i1e special_bessel_j1"
-)
-
-
-#: infinities become the largest numbers of the dtype, where nothing else is said
-_LARGEST: Mapping[str, Callable[[torch.dtype], float]] = {
-    "posinf": lambda dtype: torch.finfo(dtype).max,
-    "neginf": lambda dtype: torch.finfo(dtype).min,
-}
-
-
-FREE = (
-    "sigmoid exp exp2 cos cosh softplus hardsigmoid log_sigmoid sgn round floor ceil trunc logical_not bitwise_not "
-    "isnan isinf isfinite isposinf isneginf isreal signbit sinc i0 erfc special_i0e special_ndtr special_log_ndtr "
-    "special_erfcx special_bessel_j0 polar logaddexp logaddexp2 isclose heaviside atan2"
-)
-DOMAIN = "log log2 log10 log1p rsqrt sqrt reciprocal acos asin acosh atanh erfinv logit lgamma digamma special_ndtri"
-
-JUMPS = "sign sgn signbit frac hardshrink angle round floor ceil trunc atan2 heaviside logical_not isinf isfinite"
-
-for _name in ZERO.split():
-    _affine = _name in ("neg", "rad2deg", "deg2rad")
-    register_rule(_with_in_place(_name), Pointwise(zero=True, mean=_affine, jumps=_name in JUMPS.split()))
-register_rule(_with_in_place("nan_to_num"), Pointwise(zero=True, implied=_LARGEST))
-for _name in FREE.split():
-    register_rule(_with_in_place(_name), Pointwise(jumps=_name in JUMPS.split()))
-for _name in DOMAIN.split():
-    register_rule(_with_in_place(_name), Finite())
-register_rule(
-    _with_in_place("hardtanh clamp") + ["aten.clamp.Tensor"],
-    Pointwise(zero=lambda a: (a.get("min_val", a.get("min")) or 0) <= 0 <= (a.get("max_val", a.get("max")) or 0)),
-)
-register_rule(_with_in_place("clamp_min clamp_max"), Pointwise())
-register_rule(_with_in_place("threshold round.decimals"), Pointwise(jumps=True))
-register_rule("aten.fake_quantize_per_tensor_affine.default", Pointwise(zero=True, jumps=True))
-register_rule(["aten.positive.default"], Pointwise(zero=True, mean=True))
-register_rule(["aten.special_entr.default", "aten.polygamma.default", "aten.mvlgamma.default"], Finite())
-
-
-@dataclass(frozen=True, eq=False)
-class Drawn(Pointwise):
-    """An op that draws at random in train mode, and in eval mode where its flag is a plain True.
-
-    What it draws there is part of the function, and every copy would have a draw of its own.
-    """
-
-    drawn: int | None = None  # number of leading dims that the draws run over
-
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        always = ctx.args.get("train", ctx.args.get("training")) is True and ctx.args.get("p", 1) != 0
-        drawn = ctx.operand(ctx.first)[: self.drawn]
-        if always and ctx.in_eval and any(ctx.grows(d) for d in drawn):
-            raise ctx.refuse(
-                "it draws at random in eval mode too, and every copy would have a draw of its own. Give it the mode of "
-                "the module: training=self.training"
-            )
-        return super().grow(ctx)
-
-
-register_rule(_with_in_place("rrelu"), Drawn(zero=True))
-register_rule(_with_in_place("dropout"), Drawn(zero=True, mean=True))
-register_rule(_with_in_place("feature_dropout"), Drawn(drawn=2, zero=True, mean=True))
-register_rule(_with_in_place("alpha_dropout"), Drawn())  # what it drops is not zero
-register_rule(_with_in_place("feature_alpha_dropout"), Drawn(drawn=2))
-
-# arithmetic; with one tensor operand the other is a literal
-
-
-def _adds_nothing(args: dict[str, Any]) -> bool:
-    """``x + 0``, with which ``sum([...])`` begins, and ``x + alpha * 0``."""
+def adds_nothing(args: dict[str, Any]) -> bool:
+    """``x + 0``, with which ``sum([...])`` begins, and ``x + alpha * 0``"""
     return any(isinstance(args.get(n), int | float) and args[n] == 0 for n in ("other", "alpha"))
 
 
-_scalar_add: dict[str, Any] = {"zero": _adds_nothing, "mean": True}
-register_rule(_with_in_place("add.Tensor add.Scalar"), Sum("add", **_scalar_add))
-register_rule(_with_in_place("sub.Tensor sub.Scalar"), Difference("add", **_scalar_add))
-register_rule(["aten.rsub.Scalar", "aten.rsub.Tensor"], Sum("add", **_scalar_add))
-register_rule(_with_in_place("mul.Tensor mul.Scalar"), Pointwise("mul", zero=True, mean=True))
+def other_is_zero(args: dict[str, Any]) -> bool:
+    """``0 - x``"""
+    return isinstance(args["other"], int | float) and args["other"] == 0
 
 
-class Quotient(Pointwise):
-    """``a / b``: like a product where b does not vary along the axis, refused where newborn entries of b may be 0."""
-
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        if isinstance(ctx.args["other"], int | float):
-            return super().grow(ctx)
-        for dim in ctx.dims("other") or []:
-            for info in infos(dim):
-                if ctx.newborn and info.content is not Content.CONST:
-                    raise ctx.refuse("divides by new units whose values may be 0")
-        return super().grow(ctx)
+def zero_is_between(args: dict[str, Any]) -> bool:
+    """where 0 is between the bounds"""
+    low, high = (args.get(f"{n}_val", args.get(n)) or 0 for n in ("min", "max"))
+    return isinstance(low, int | float) and isinstance(high, int | float) and low <= 0 <= high
 
 
-def _divisor(node: fx.Node) -> list[fx.Node]:
+def by_a_number(args: dict[str, Any]) -> bool:
+    """where the divisor is a number"""
+    other = args["other"]
+    return not (isinstance(other, fx.Node) and isinstance(other.meta.get("val"), torch.Tensor))
+
+
+def divisor(node: fx.Node) -> list[fx.Node]:
+    """in the divisor, at 0"""
     return [n for n in node.all_input_nodes[1:] if n is node.args[1]]
 
 
-register_rule(_with_in_place("div.Tensor div.Scalar"), Quotient("mul", zero=True, mean=True, jumps=_divisor))
-
-
-class QuotientInto(Quotient):
-    """``torch.div(a, b, out=...)``: what ``out`` held is gone."""
-
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        super().grow(ctx)  # refuses what may divide by zero
-        a, b = ctx.dims("self"), ctx.dims("other") or []
-        assert a is not None
-        pairs = [(a[i], b[i] if -i <= len(b) else UNIT) for i in range(-len(a), 0)]
-        return [ctx.close(ctx.combine(x, y, "mul")) for x, y in pairs]
-
-
-register_rule("aten.div.out", QuotientInto("mul", jumps=_divisor))
-register_rule(["aten.div.Tensor_mode", "aten.floor_divide.default", "aten.remainder.Scalar"], Finite())
-register_rule(["aten.remainder.Tensor", "aten.fmod.Tensor", "aten.fmod.Scalar"], Finite())
-register_rule(
-    ["aten.float_power.Tensor_Tensor", "aten.xlogy.Tensor", "aten.special_xlog1py.default", "aten.ldexp.Tensor"]
-    + ["aten.special_gammainc.default", "aten.special_gammaincc.default"],
-    Finite(everywhere=True),
-)
-
-
-def _positive_power(args: dict[str, Any]) -> bool:
+def positive_power(args: dict[str, Any]) -> bool:
+    """where the exponent is positive"""
     return isinstance(args["exponent"], int | float) and args["exponent"] > 0
 
 
-class Power(Pointwise):
-    """``x ** p``: smooth everywhere for whole p >= 1 only."""
-
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        exponent = ctx.args["exponent"]
-        if ctx.newborn and not (isinstance(exponent, int | float) and exponent >= 1 and float(exponent).is_integer()):
-            raise ctx.refuse(f"the new units' values may be outside the domain of x ** {exponent}")
-        return super().grow(ctx)
+def base_of_power(args: dict[str, Any]) -> tuple[str, ...]:
+    """``self``, but for whole exponents from 1 on, which are smooth everywhere"""
+    exponent = args["exponent"]
+    whole = isinstance(exponent, int | float) and exponent >= 1 and float(exponent).is_integer()
+    return () if whole else ("self",)
 
 
-def _rough_power(node: fx.Node) -> list[fx.Node]:
+def rough_power(node: fx.Node) -> list[fx.Node]:
+    """in ``self``, but for positive whole exponents"""
     exponent = node.args[1]
     whole = isinstance(exponent, int | float) and exponent > 0 and float(exponent).is_integer()
     return [] if whole else node.all_input_nodes
 
 
-register_rule(
-    ["aten.pow.Tensor_Scalar", "aten.pow_.Scalar", "aten.float_power.Tensor_Scalar"],
-    Power(zero=_positive_power, jumps=_rough_power),
-)
-register_rule("aten.pow.Tensor_Tensor", Finite(everywhere=True))
-register_rule("aten.pow.Scalar", Pointwise())
-register_rule(
-    [f"aten.{n}.default" for n in ("maximum", "minimum", "fmax", "fmin", "hypot", "complex")]
-    + [f"aten.{n}" for n in ("max.other", "min.other", "clamp_min.Tensor", "clamp_max.Tensor")],
-    Pointwise("zero"),
-)
-register_rule("aten.copysign.Tensor", Pointwise("zero", jumps=True))
-register_rule(["aten.copysign.Scalar"], Pointwise(zero=True))
+def largest(dtype: torch.dtype) -> float:
+    """the largest number of the dtype"""
+    return torch.finfo(dtype).max
 
 
-@dataclass(frozen=True, eq=False)
-class Choice(Pointwise):
-    """One of two values, entry by entry: zero where both are."""
-
-    branches: tuple[str, ...] = ()
-
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        out = super().grow(ctx)
-        for i in range(-len(out or []), 0):
-            found = [self._at(ctx, name, i) for name in self.branches]
-            if out is not None and all(d is None or _all_zero(d) for d in found) and any(found):
-                sources = frozenset().union(*(x.sources for d in found if d is not None for x in infos(d)))
-                out[i] = annotate(cast(Expr, out[i]), functools.partial(_zero_of, sources))
-        return out
-
-    @staticmethod
-    def _at(ctx: GrowthContext, name: str, i: int) -> Any:
-        """A branch's dim; None for one of zeros."""
-        if ctx.is_zero(ctx.args[name]):
-            return None
-        dims = ctx.dims(name) or []
-        return dims[i] if -i <= len(dims) else UNIT
+def lowest(dtype: torch.dtype) -> float:
+    """the lowest number of the dtype"""
+    return torch.finfo(dtype).min
 
 
-def _zero_of(sources: frozenset[Site], info: Info) -> Info:
-    return Info(Content.ZERO, sources)
+# casts and copies -----------------------------------------------------------------------------------------------------
 
 
-def _all_zero(dim: Any) -> bool:
-    found = infos(dim)
-    return bool(found) and all(x.content is Content.ZERO for x in found)
-
-
-register_rule(
-    ["aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar"],
-    Choice(branches=("self", "other")),
-)
-register_rule(_with_in_place("masked_fill.Scalar masked_fill.Tensor"), Choice(branches=("self", "value")))
-register_rule(
-    [f"aten.{n}.{o}" for n in ("eq", "ne", "lt", "le", "gt", "ge") for o in ("Scalar", "Tensor")]
-    + [f"aten.{n}.default" for n in ("logical_and", "logical_or", "logical_xor")]
-    + [f"aten.bitwise_{n}.{o}" for n in ("and", "or", "xor") for o in ("Tensor", "Scalar")]
-    + [f"aten.__{n}__.{o}" for n in ("and", "or", "xor") for o in ("Tensor", "Scalar")],
-    Pointwise(jumps=True),
-)
-register_rule(_with_in_place("lerp.Tensor lerp.Scalar addcmul.default"), Pointwise())
-register_rule(_with_in_place("addcdiv"), Finite())
-
-
-class Like(Pointwise):
-    """A tensor of one value in the shape of another."""
-
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        dims = ctx.dims("self")
-        assert dims is not None
-        return [ctx.constant_like(d) for d in dims]
-
-
-register_rule(["aten.zeros_like.default", "aten.ones_like.default", "aten.full_like.default"], Like())
-register_rule(
-    [f"aten.{n}.default" for n in ("empty_like", "rand_like", "randn_like", "bernoulli", "multinomial")]
-    + [f"aten.{n}_.default" for n in ("uniform", "normal", "exponential")]
-    + ["aten.bernoulli.p", "aten.bernoulli_.float", "aten.bernoulli_.Tensor"],
-    Opaque("its entries are drawn at random or not set"),
-)
-
-
-def _same(ctx: Context, dims: Dims) -> Dims:
+def same(ctx: Context, dims: Dims) -> Dims:
+    """... -> ..."""
     return dims
 
 
-@dataclass(frozen=True, eq=False)
-class Cast(Structural):
-    """A change of dtype: linear among real and complex numbers, up to the rounding that the model has anyway.
+def takes_means(args: dict[str, Any]) -> bool:
+    """where ``self`` holds real or complex numbers"""
+    return holds_numbers(args["self"].meta.get("val"))
 
-    Rounding to integers, or to the few numbers that 8 bits can hold, is not linear; it keeps zeros and broadcasts, and
-    not the mean. Nor is a cast down and up again: what follows computes more finely than its numbers are.
+
+def rounded_operands(node: fx.Node) -> list[fx.Node]:
+    """where the result holds whole numbers"""
+    return [] if holds_numbers(node.meta.get("val")) else node.all_input_nodes
+
+
+def keeps_numbers(node: fx.Node) -> bool:
+    """between real or complex numbers, and not down to a coarser dtype and up again
+
+    What follows such a pair computes more finely than its numbers are.
     """
-
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        dims = ctx.dims("self")
-        assert dims is not None
-        return dims if _fine(ctx.node.meta.get("val")) else [annotate(d, _truncated) for d in dims]
-
-
-def _jumps_to_whole(node: fx.Node) -> list[fx.Node]:
-    return [] if _fine(node.meta.get("val")) else node.all_input_nodes
-
-
-def _keeps_numbers(node: fx.Node) -> bool:
     source = node.all_input_nodes[0]
-    if not _fine(node.meta.get("val")) or not _fine(source.meta.get("val")):
+    if not holds_numbers(node.meta.get("val")) or not holds_numbers(source.meta.get("val")):
         return False
-    return _step(node) >= _step(source) or not _rounded(source)
+    return _step(node) >= _step(source) or not _was_rounded(source)
 
 
-def _rounded(node: fx.Node) -> bool:
+def _was_rounded(node: fx.Node) -> bool:
     """Whether a value comes from a cast to a coarser dtype, seen through ops that move elements."""
     while moves(node) and node.all_input_nodes:
         source = node.all_input_nodes[0]
-        if isinstance(rule_of(node), Cast) and _fine(source.meta.get("val")) and _step(source) < _step(node):
+        if casts(node) and holds_numbers(source.meta.get("val")) and _step(source) < _step(node):
             return True
         node = source
     return False
@@ -349,103 +270,51 @@ def _step(node: fx.Node) -> float:
     return torch.finfo(node.meta["val"].dtype).eps
 
 
-def _fine(value: Any) -> bool:
-    """Whether a tensor's numbers are real or complex ones, to the precision that models compute in."""
-    return isinstance(value, torch.Tensor) and is_fine(value.dtype)
+# functions with parts -------------------------------------------------------------------------------------------------
 
 
-def _truncated(info: Info) -> Info:
-    return info.becomes(Content.FREE) if info.content is Content.MEAN else info
-
-
-register_rule(
-    [
-        "aten.to.dtype",
-        "aten.to.device",
-        "aten.to.dtype_layout",
-        "aten.to.other",
-        "aten._to_copy.default",
-        "aten.type_as.default",
-    ],
-    Cast(_same, ignored=("other",), linear=_keeps_numbers, jumps=_jumps_to_whole),
-)
-register_rule(
-    [
-        "aten.contiguous.default",
-        "aten.clone.default",
-        "aten.detach.default",
-        "aten.detach_.default",
-        "aten.alias.default",
-        "aten.lift_fresh_copy.default",
-        "aten.conj.default",
-        "aten.conj_physical.default",
-        "aten.resolve_conj.default",
-        "aten.resolve_neg.default",
-        "aten.real.default",
-        "aten.imag.default",
-    ],
-    Structural(_same),
-)
-
-
-class PReLU(Pointwise):
+class PReLU(Rule):
     """``x`` where positive, else ``weight * x``, one weight per entry of dim 1 (or one for all)."""
 
-    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
+    special = "its weight meets dim 1, wherever that is"
+    zero = True
+
+    def relate(self, ctx: Context) -> Dims:
         dims, weight = ctx.operand("self"), ctx.operand("weight")
         if weight and not is_unit(weight[0]):
             ctx.unify(dims[1 if len(dims) > 1 else 0], weight[0])
         return list(dims)
 
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        dims, weight = ctx.dims("self"), ctx.dims("weight")
-        assert dims is not None
+    def grow(self, ctx: GrowthContext) -> Dims:
+        dims, weight = ctx.operand("self"), ctx.dims("weight")
         ctx.newborn_constants({"weight": 0.25})
-        out = [self._unary(ctx, ctx.close(d)) for d in dims]
+        out = [through(ctx.close(d), zero=True) for d in dims]
         i = 1 if len(dims) > 1 else 0
         if weight and not is_unit(weight[0]) and ctx.grows(dims[i]):
             out[i] = ctx.combine(dims[i], weight[0], "mul_first")
         return out
 
 
-register_rule("aten.prelu.default", PReLU(zero=True))
-
-
-class Overwrite(Pointwise):
-    """``self.copy_(src)`` and ``self.fill_(value)``: what ``self`` held is gone."""
-
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        dims = ctx.dims("self")
-        assert dims is not None
-        source = ctx.dims("src") or []
-        out = []
-        for i, dim in zip(range(-len(dims), 0), dims, strict=True):
-            other = source[i] if -i <= len(source) else UNIT
-            out.append(ctx.constant_like(dim) if is_unit(other) else ctx.close(other))
-        return out
-
-
-register_rule(["aten.copy_.default", "aten.fill_.Tensor", "aten.fill_.Scalar", "aten.zero_.default"], Overwrite())
-
-
-class Glu(Pointwise):
+class Glu(Rule):
     """``glu(x, dim)``: the first half times the sigmoid of the second."""
 
-    def relate(self, ctx: Context) -> Dims | list[Dims] | None:
+    special = "the two halves of its operand meet"
+    zero = True
+
+    def relate(self, ctx: Context) -> Dims:
         dims = ctx.operand("self")
         i = ctx.args["dim"] % len(dims)
         half = ctx.shape[i]
         a, b = ctx.split(dims[i], [half, half])
         return [*dims[:i], ctx.merge([a, b]), *dims[i + 1 :]]
 
-    def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
-        dims = ctx.dims("self")
-        assert dims is not None
+    def grow(self, ctx: GrowthContext) -> Dims:
+        dims = ctx.operand("self")
         i = ctx.args["dim"] % len(dims)
         a, b = ctx.split(dims[i], [ctx.shape[i], ctx.shape[i]])
-        out = [self._unary(ctx, ctx.close(d)) for d in dims]
+        out = [through(ctx.close(d), zero=True) for d in dims]
         out[i] = ctx.close(ctx.combine(a, b, "mul_first"))
         return out
 
 
-register_rule("aten.glu.default", Glu(zero=True))
+register_table(__name__, table())

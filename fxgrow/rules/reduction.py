@@ -10,6 +10,7 @@ from torch import fx
 
 from fxgrow.algebra import product, quotient, size_of
 from fxgrow.ir.ops import bound_arguments
+from fxgrow.rules import values
 from fxgrow.rules.annotation import Dims
 from fxgrow.rules.base import Rule, register_table
 from fxgrow.rules.context import Context
@@ -55,7 +56,9 @@ def table() -> dict[str, Rule]:
         "aten.quantile": Opaque(frozen),
         "aten.trapezoid.x aten.trapz.x": Opaque("it is integrated over places of its own"),
         # softmax: n copies of an entry share its weight, so that the result times n is as it was
-        "aten.softmax.int aten._softmax aten._safe_softmax": Along("dim", "softmax", result="same"),
+        "aten.softmax.int aten._softmax aten._safe_softmax": Along(
+            "dim", "softmax", result="same", range=values.fraction
+        ),
         "aten.log_softmax.int aten._log_softmax": Along(
             "dim", "log_softmax", "softmax runs over it", result="same"
         ),  # a logarithm cannot be scaled

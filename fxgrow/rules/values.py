@@ -53,6 +53,16 @@ class KnownRanges(Protocol):
         """A literal size, or the expression of a dynamic one; None where it is not known."""
 
 
+class UnknownRanges:
+    """Nothing is known of tensors and sizes."""
+
+    def of(self, value: Any) -> Range:
+        return Range(value, value) if isinstance(value, int | float) and math.isfinite(value) else ANYTHING
+
+    def size(self, value: Any) -> Bound:
+        return value if isinstance(value, int) else None
+
+
 RangeOf = Callable[[KnownRanges, dict[str, Any]], Range]
 
 
@@ -199,6 +209,16 @@ def chosen(ranges: KnownRanges, args: dict[str, Any]) -> Range:
             limit = less["other"] - (op_name(test.target) == "aten.lt.Scalar" and _whole(less["self"]))
             a = Range(a.low, limit if a.high is None else _least(a.high, limit))
     return Range(_least(a.low, b.low), _most(a.high, b.high))
+
+
+def from_zero(ranges: KnownRanges, args: dict[str, Any]) -> Range:
+    """from 0 on"""
+    return Range(0, None)
+
+
+def fraction(ranges: KnownRanges, args: dict[str, Any]) -> Range:
+    """from 0 to 1"""
+    return Range(0, 1)
 
 
 def absolute(ranges: KnownRanges, args: dict[str, Any]) -> Range:

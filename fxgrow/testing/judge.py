@@ -45,10 +45,15 @@ from fxgrow.proof.ties import NUDGE, equal_almost
 from fxgrow.rules.annotation import Content, Site
 from fxgrow.rules.base import (
     RULES,
+    casts,
+    copies,
+    detaches,
     factors,
+    idempotent,
     implied_arguments,
     is_linear,
     jumping_operands,
+    keeps_zero,
     picks,
     range_of,
     rule_of,
@@ -213,15 +218,22 @@ def _continuous(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
 
 
+def _identical(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; one that is none is the same as another."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
 def _execute(graph: fx.Graph, tensors: Mapping[str, Tensor], results: Sequence[str]) -> list[Tensor]:
     """Run a graph node by node."""
     env: dict[fx.Node, Any] = {}
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            env[node] = tensors[str(node.target)].clone()
-        elif node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
-            env[node] = node.target(*args, **kwargs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # an op that draws draws the same as long as its sizes are
+        for node in graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                env[node] = tensors[str(node.target)].clone()
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
+                env[node] = node.target(*args, **kwargs)
     byname = {n.name: v for n, v in env.items()}
     return [byname[r] for r in results]
 
@@ -263,9 +275,10 @@ class _Observed:
 
     @staticmethod
     def range(value: Any) -> Range:
-        if not isinstance(value, Tensor) or not value.numel() or value.is_complex():
+        if not isinstance(value, Tensor) or value.is_complex():
             return ANYTHING
-        return Range(value.min().item(), value.max().item())
+        numbers = value[~value.isnan()]
+        return Range(numbers.min().item(), numbers.max().item()) if numbers.numel() else ANYTHING
 
 
 # the judge ----------------------------------------------------------------------------------------------------------
@@ -362,7 +375,7 @@ class _Judge:
             if weights(node):
                 self._check_linear(node, weights(node), "said to be linear in its weights")
             for operand in factors(node):
-                self._check_zero(node, operand)
+                self._check_zero(node, [operand], f"said to be zero where its operand {operand.name} is")
             if selects(node):
                 self._check_selects(node)
             self._check_picks(node)
@@ -372,6 +385,12 @@ class _Judge:
                 self._check_implied(node)
             if not isinstance(rule, Opaque) and not jumping_operands(node):
                 self._check_smooth(node)
+            if keeps_zero(node) and not is_linear(node):
+                self._check_zero(node, node.all_input_nodes, "said to keep zeros")
+            if casts(node) or copies(node):
+                self._check_copies(node)
+            if idempotent(node):
+                self._check_idempotent(node)
 
     def _check_linear(self, node: fx.Node, operands: Sequence[fx.Node], said: str) -> None:
         first, second = self._operands(node), self._operands(node)
@@ -387,11 +406,11 @@ class _Judge:
             if not _real_or_complex(z) and not torch.equal(x, z):
                 self._fact_wrong(node, f"{said}, with a result that counts and depends on values")
 
-    def _check_zero(self, node: fx.Node, operand: fx.Node) -> None:
-        operands = self._operands(node)
-        operands[operand] = torch.zeros_like(operands[operand])
-        if any(bool(result.count_nonzero()) for result in _tensors(_call(node, operands))):
-            self._fact_wrong(node, f"said to be zero where its operand {operand.name} is, and is not")
+    def _check_zero(self, node: fx.Node, operands: Sequence[fx.Node], said: str) -> None:
+        values = self._operands(node)
+        zeros = {n: torch.zeros_like(values[n]) for n in operands if _real_or_complex(values[n])}
+        if zeros and any(bool(result.count_nonzero()) for result in _tensors(_call(node, values | zeros))):
+            self._fact_wrong(node, f"{said}, and is not")
 
     def _check_selects(self, node: fx.Node) -> None:
         operands = self._operands(node)
@@ -449,9 +468,37 @@ class _Judge:
                     operands[n] = sign * v.abs()
             results = _tensors(_call(node, operands))
             found = range_of(node, _Observed(operands))
-            if len(results) == 1 and results[0].numel() and not found.holds(_Observed.range(results[0])):
+            if len(results) == 1 and not results[0].isnan().all() and not found.holds(_Observed.range(results[0])):
                 self._fact_wrong(node, f"its entries are said to be from {found.low} to {found.high}, and are not")
                 return
+
+    def _check_copies(self, node: fx.Node) -> None:
+        """The operand's numbers, its gradient, and for copies its dtype."""
+        operands, first = self._operands(node), node.all_input_nodes[0]
+        source = operands[first]
+        (result,) = _tensors(_call(node, operands))
+        if not _identical(result, source.to(result.dtype)):
+            self._fact_wrong(node, "said to hold its operand's numbers, and does not")
+        if copies(node) and result.dtype != source.dtype:
+            self._fact_wrong(node, f"said to be a copy, and makes {result.dtype} of {source.dtype}")
+        if _continuous(source) and copies(node):
+            followed = source.clone().requires_grad_()
+            args, kwargs = fx.map_arg(
+                (node.args, dict(node.kwargs)), lambda n: followed.clone() if n is first else operands[n]
+            )
+            if node.target(*args, **kwargs).requires_grad is detaches(node):  # type: ignore[operator]
+                self._fact_wrong(node, f"its gradient {'passes' if detaches(node) else 'does not pass'} through")
+
+    def _check_idempotent(self, node: fx.Node) -> None:
+        """Twice is once: for the sample, and for numbers of several sizes."""
+        for size in (None, 1e-3, 1.0, 100.0):
+            operands = self._operands(node)
+            if size is not None:
+                operands = {n: size * self._drawn_like(v) if _real_or_complex(v) else v for n, v in operands.items()}
+            (result,) = _tensors(_call(node, operands))
+            (again,) = _tensors(_call(node, {**operands, node.all_input_nodes[0]: result}))
+            if not _identical(again, result):
+                self._fact_wrong(node, "said to be idempotent, and is not")
 
     def _check_implied(self, node: fx.Node) -> None:
         """Spelled out or not, in every dtype, for small numbers, large ones, and ones that are not finite."""
@@ -606,8 +653,7 @@ class _Judge:
             else:
                 ident = int(plan.index[k])
                 if ident not in drawn:
-                    noise = torch.randn(entry.shape, generator=self.random, dtype=torch.float64)
-                    drawn[ident] = noise.abs() + 0.5 if t.is_floating_point() and bool((t > 0).all()) else noise
+                    drawn[ident] = torch.randn(entry.shape, generator=self.random, dtype=torch.float64)
                 entry.copy_(drawn[ident] if _continuous(t) else drawn[ident] > 0)
         return out
 

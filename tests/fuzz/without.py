@@ -26,9 +26,9 @@ from fxgrow.analysis.context import AnalysisContext
 from fxgrow.ir.ops import bound_arguments
 from fxgrow.passes import changes
 from fxgrow.proof import interpreter, scales, ties
-from fxgrow.rules import norm, pointwise
+from fxgrow.rules import norm
 from fxgrow.rules.base import RULES, moves
-from fxgrow.rules.forms import Structural
+from fxgrow.rules.forms import Cast, Structural
 from fxgrow.trace import export, modes
 
 
@@ -79,7 +79,7 @@ def _state() -> None:
 def _casts() -> None:
     """A parameter seen through any cast is still the parameter."""
     for name, rule in RULES.items():
-        if isinstance(rule, pointwise.Cast):
+        if isinstance(rule, Cast):
             RULES[name] = dataclasses.replace(rule, linear=True)
 
 

@@ -151,6 +151,7 @@ FOUND: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, float]]] = {
         lambda s, x: F.relu(F.relu(x + s.a(x)) + s.b(x)),
         {"a.weight": 0.0, "a.bias": 0.0, "b.weight": 0.0, "b.bias": 0.0},
     ),
+    "bounds": (lambda s, x: (x + s.a(x)).clamp(-1, 2), {"a.weight": 0.0, "a.bias": 0.0}),
 }
 
 
@@ -184,6 +185,7 @@ GATES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a buffer that the forward writes is no scale to set": average,
     "a ReLU whose input is negative in places": lambda s, x: F.relu(x + s.a(x)) - 0.5,
     "a ReLU whose result is changed in place": lowered,
+    "an input whose gradient is cut": lambda s, x: x.detach() + s.a(x),
     "an inexact constant": lambda s, x: x + torch.sigmoid(s.a(x)).to(torch.float32) * (s.w.to(torch.float32) + 0.1),
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxgrow.rules.aliases import SECOND_NAMES
+from fxgrow.rules.base import op_names
 from fxgrow.testing.judge import Sample
 
 _generator = torch.Generator().manual_seed(0)
@@ -79,7 +81,7 @@ for _name in ("zeros_like", "ones_like", "empty_like", "rand_like", "randn_like"
 for _name in ("contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy"):
     SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4))]
 for _name in ("dropout", "dropout_", "alpha_dropout", "alpha_dropout_", "feature_dropout", "feature_dropout_"):
-    SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4), 0.5, False)]
+    SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4), 0.5, False), S(r(3, 4, 2), 0.5, True)]
 for _name in ("mean", "sum"):
     SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4))]
 for _name in ("mean.dim", "sum.dim_IntList", "amax.default", "amin.default"):
@@ -215,6 +217,8 @@ SAMPLES["aten.binary_cross_entropy_with_logits.default"] = [
     S(r(3, 4), r(3, 4).sigmoid(), weight, weight, how) for weight in (None, p(4)) for how in (0, 1, 2)
 ]
 SAMPLES["aten.poisson_nll_loss.default"] = [S(r(3, 4), p(3, 4), True, False, 1e-8, how) for how in (0, 1, 2)]
+SAMPLES["aten.poisson_nll_loss.default"] += [S(p(3, 4), p(3, 4), False, False, 1e-8, how) for how in (0, 1, 2)]
+SAMPLES["aten.kl_div.default"] += [S(r(3, 4), r(3, 4), how, log_target=True) for how in (0, 2)]
 SAMPLES["aten.hinge_embedding_loss.default"] = [S(r(3, 4), r(3, 4).sign(), 1.0, how) for how in (0, 1, 2)]
 for _order in (0.5, 1.0, 2.0, 3.0, float("inf"), 0.0):
     SAMPLES.setdefault("aten.pairwise_distance.default", []).append(S(r(3, 4), r(3, 4), _order, 1e-6, _order == 1.0))
@@ -235,7 +239,7 @@ SAMPLES["aten.ldexp.Tensor"] = [S(r(3, 4), p(4))]
 for _name in ("special_gammainc", "special_gammaincc"):
     SAMPLES[f"aten.{_name}.default"] = [S(p(3, 4), p(4))]
 for _name in ("feature_alpha_dropout", "feature_alpha_dropout_"):
-    SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4), 0.5, False)]
+    SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4), 0.5, False), S(r(3, 4, 2), 0.5, True)]
 
 
 def gates(gates: int, x: int, h: int, *, layers: int = 1, directions: int = 1, biases: bool = True) -> list[Tensor]:
@@ -414,9 +418,9 @@ SAMPLES |= {
     ],
     # point-wise with several operands
     "aten.rsub.Tensor": [S(r(3, 4), r(4))],
-    "aten.rsub.Scalar": [S(r(3, 4), 1.0), S(r(3, 4), 0.0)],
-    "aten.div.Tensor_mode": [S(r(3, 4), p(4), rounding_mode="floor")],
-    "aten.floor_divide.default": [S(p(3, 4), p(4))],
+    "aten.rsub.Scalar": [S(r(3, 4), 1.0), S(r(3, 4), 0.0), S(r(3, 4), 1.0, 0.0)],
+    "aten.div.Tensor_mode": [S(r(3, 4), p(4), rounding_mode="floor"), S(r(3, 4), 0.5, rounding_mode="trunc")],
+    "aten.floor_divide.default": [S(p(3, 4), p(4)), S(r(3, 4), 0.5)],
     "aten.remainder.Scalar": [S(r(3, 4), 0.5)],
     "aten.pow.Tensor_Scalar": [S(r(3, 4), 2), S(p(3, 4), 0.5)],
     "aten.pow.Tensor_Tensor": [S(p(3, 4), r(4))],
@@ -437,7 +441,7 @@ SAMPLES |= {
     "aten.addcdiv.default": [S(r(3, 4), r(4), p(4))],
     "aten.threshold.default": [S(r(3, 4), 0.1, 2.0)],
     "aten.round.decimals": [S(r(3, 4), decimals=1)],
-    "aten.rrelu.default": [S(r(3, 4), 0.1, 0.3, False)],
+    "aten.rrelu.default": [S(r(3, 4), 0.1, 0.3, False), S(r(3, 4), 0.1, 0.3, True)],
     "aten.fmod.Scalar": [S(r(3, 4), 0.5)],
     "aten.copysign.Scalar": [S(r(3, 4), -1.0)],
     "aten.conj.default": [S(torch.complex(r(3, 4), r(3, 4)))],
@@ -448,7 +452,7 @@ SAMPLES |= {
     "aten.clamp_max.default": [S(r(3, 4), -0.1)],
     "aten.bernoulli.p": [S(r(3, 4), 0.5)],
     "aten.prelu.default": [S(r(3, 4), r(4)), S(r(3, 4, 2), r(4)), S(r(3, 4), r(1))],
-    "aten.copy_.default": [S(r(3, 4), r(4)), S(r(3, 4), r(3, 4))],
+    "aten.copy_.default": [S(r(3, 4), r(4)), S(r(3, 4), r(3, 4)), S(b(3, 4), r(3, 4))],
     "aten.fill_.Scalar": [S(r(3, 4), 2.0)],
     "aten.fill_.Tensor": [S(r(3, 4), torch.tensor(2.0, dtype=torch.float64))],
     "aten.zero_.default": [S(r(3, 4))],
@@ -616,14 +620,10 @@ _in_place()
 
 def _aliases() -> None:
     """An op of two names is judged by the samples of the first."""
-    from fxgrow.rules.aliases import ALIASES
-
-    for alias, name in ALIASES.items():
-        for end in ("", "_"):
-            first = f"aten.{name}{end}."
-            known = {k.removeprefix(first): v for k, v in SAMPLES.items() if k.startswith(first)}
-            for overload, samples in known.items():
-                SAMPLES[f"aten.{alias}{end}.{overload}"] = samples
+    for second, first in SECOND_NAMES.items():
+        for alias, name in zip(op_names(second), op_names(first), strict=True):
+            if name in SAMPLES:
+                SAMPLES[alias] = SAMPLES[name]
 
 
 _aliases()
