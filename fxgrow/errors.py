@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -84,20 +84,26 @@ class DiskError(CheckpointError, OSError):
     """A checkpoint cannot be written: no space, no permission. What was there before is unchanged."""
 
 
-def did_you_mean(wrong: str, known: Iterable[str], near: Sequence[str] = (), cutoff: float = 0.6) -> str:
+def did_you_mean(
+    wrong: str, known: Iterable[str], part: Callable[[str], str] | None = None, cutoff: float = 0.6
+) -> str:
     """The end of a message about a name that does not exist.
 
     Args:
         wrong: the name.
         known: the names that exist.
-        near: those of them that may be meant, where more is known than how they are spelled.
+        part: the part of a name that tells most, such as an axis's role: names that are alike in it come first.
         cutoff: how alike two names have to be, from 0 to 1; less for paths and globs than for words.
 
     Returns:
         "did you mean a or b?", or what is known where no name is like it.
     """
-    names = list(known)
-    if close := list(near) or difflib.get_close_matches(wrong, names, n=3, cutoff=cutoff):
+    names, close = list(known), list[str]()
+    if part is not None:
+        parts = difflib.get_close_matches(part(wrong), list(dict.fromkeys(map(part, names))), n=2)
+        close = [name for name in names if part(name) in parts][:4]
+    close = close or difflib.get_close_matches(wrong, names, n=3, cutoff=cutoff)
+    if close:
         return f"did you mean {' or '.join(close)}?"
     more = ", …" if len(names) > _MOST else ""
     return f"known: {', '.join(names[:_MOST]) or 'none'}{more}"

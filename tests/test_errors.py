@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 
-from fxgrow.errors import GrowthRefused, InputError, Refusal, reworded
+from fxgrow.errors import GrowthRefused, InputError, Refusal, did_you_mean, reworded
 
 
 def test_a_refusal_says_what_failed_where_and_why() -> None:
@@ -27,3 +27,16 @@ def test_an_error_keeps_the_parts_of_its_message() -> None:
     assert str(reworded(error, "operations.1: no")) == "operations.1: no"
     assert reworded(error, "operations.1: no").refusal == refusal  # type: ignore[attr-defined]
     assert type(reworded(InputError("x"), "y")) is InputError
+
+
+def test_did_you_mean() -> None:
+    assert did_you_mean("fator", ["to", "factor", "by"]) == "did you mean factor?"
+    assert did_you_mean("zzz", ["to", "by"]) == "known: to, by"
+    assert did_you_mean("zzz", []) == "known: none"
+    assert did_you_mean("zzz", map(str, range(40))).endswith("15, …")
+
+
+def test_a_part_that_tells_most_comes_first() -> None:
+    names = ["a.b/hidden", "a/heads", "./hidden"]
+    assert did_you_mean("a/hiden", names, lambda n: n.rpartition("/")[2]) == "did you mean a.b/hidden or ./hidden?"
+    assert did_you_mean("a/head_", names, lambda n: n.rpartition("/")[2]) == "did you mean a/heads?"

@@ -328,3 +328,26 @@ def test_a_place_where_nothing_can_be_written(made: fxgrow.Growth, tmp_path: Pat
     fxgrow.save(made, tmp_path / "real")
     fxgrow.save(made, link)  # through a link to a checkpoint
     assert link.is_symlink() and fxgrow.load(link).replay_error() == 0.0
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    def fill(file: Path) -> None:
+        file.write_text("ne")
+        raise OSError("the disk is full")
+
+    path = tmp_path / "tiles.json"
+    with publish.replacing(path) as made:
+        made.write_text("old")
+        assert not path.exists()
+    with pytest.raises(OSError, match="full"), publish.replacing(path) as made:
+        fill(made)
+    assert path.read_text() == "old" and names(tmp_path) == ["tiles.json"]
+
+
+def test_what_dead_writers_of_files_left_goes_after_a_day(tmp_path: Path) -> None:
+    old, new = (tmp_path / f".latest.{publish.new_id()}.tmp" for _ in range(2))
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    publish.clean(tmp_path)
+    assert names(tmp_path) == [new.name]

@@ -5,7 +5,6 @@ Nothing here changes once it is made: planning, which grows axes, makes further 
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -71,6 +70,10 @@ class NamedAxis:
     @property
     def growable(self) -> bool:
         return self.reason is None
+
+
+def _role_of(name: str) -> str:
+    return name.rpartition("/")[2].strip("*")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -179,10 +182,7 @@ class Axes:
         tensor, colon, dim = pattern.rpartition(":")
         if colon and dim.lstrip("-").isdigit():
             return self._by_dim(tensor, int(dim), pattern)
-        role = pattern.rpartition("/")[2].strip("*")
-        roles = difflib.get_close_matches(role, {i.role for i in self}, n=2)
-        near = [i.name for i in self if i.role in roles][:4]
-        raise SpecError(f"no axis matches {pattern!r}; {did_you_mean(pattern, self.by_name, near, cutoff=0.4)}")
+        raise SpecError(f"no axis matches {pattern!r}; {did_you_mean(pattern, self.by_name, _role_of, cutoff=0.4)}")
 
     def _by_dim(self, tensor: str, dim: int, pattern: str) -> list[NamedAxis]:
         table = self.tensor_dims()

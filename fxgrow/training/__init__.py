@@ -12,10 +12,11 @@ In the folder of a run::
 A checkpoint holds no pickle. A run that has grown is resumed by replaying its growths on the original model, which
 gives modules and optimizers of the right shapes, and then loading the tensors into them.
 
-Caveat, also for loops of your own: clipping by the *global* gradient norm is not invariant under growth. A writer's
-copies share its gradient, a reader's copies each have all of it, so the norm of the grown model's gradient differs from
-the small model's although both compute the same function. Clipping then scales the first updates after a growth
-differently. It does not touch the exactness of the growth itself; turn it off (``clip=0``) to compare trajectories.
+Caveat, also for loops of your own: clipping by the *global* gradient norm is not invariant under growth. The copies of
+a unit share the gradient of the weights that lead into it, and each has the whole gradient of the weights that lead out
+of it, so that the norm is another one although both models compute the same function. Clipping then scales the first
+updates after a growth differently. It does not touch the exactness of the growth itself; turn it off (``clip=0``) to
+compare trajectories.
 """
 
 from __future__ import annotations
