@@ -5,17 +5,19 @@ Used where a table is looked up: how many rows a call needs, and whether an inde
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import fx
 
+from fxgrow.ir.memory import Memory
 from fxgrow.ir.ops import bound_arguments, op_name
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.traced import Traced
 from fxgrow.rules.base import casts, copies, range_of
-from fxgrow.rules.values import ANYTHING, FLAG, Bound, Range, held, of_operand, plain, running_sum
+from fxgrow.rules.values import ANYTHING, FLAG, Bound, Range, plain
 from fxgrow.weights.continuation import recognise
 
 
@@ -52,20 +54,27 @@ class Ranges:
             return ANYTHING
         if known.dtype == torch.bool:
             return FLAG
+        if self._changes(node):
+            return ANYTHING
         if node.op == "get_attr":
             return self._stored(str(node.target))
         if node.op != "call_function":
             return ANYTHING
-        name = op_name(node.target)
-        args = bound_arguments(node)
-        if name == "aten.slice.Tensor":
-            return self._numbers_up_to(args) or self.of(args["self"])
-        found = range_of(node, self)
-        if found == ANYTHING and name.rpartition(".")[0] in _MOVES:
-            return held(of_operand(self, args), known.dtype)
-        if found == ANYTHING and name == "aten.cumsum.default":
-            return held(running_sum(self, args), known.dtype)
-        return found
+        counted = self._numbers_up_to(bound_arguments(node)) if op_name(node.target) == "aten.slice.Tensor" else None
+        return counted or range_of(node, self)
+
+    def _changes(self, node: fx.Node) -> bool:
+        """Whether anything that reads a value may see what was written into its memory after it was made."""
+        memory = self.memory
+        if node.op == "get_attr" and memory.written(node):
+            return True  # by the call before
+        last = max((memory.place[n] for n in node.users), default=0)
+        return any(memory.place[node] < memory.place[writer] < last for writer in memory.writers(node))
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Which values share memory."""
+        return Memory(self.program.graph)
 
     def _stored(self, name: str) -> Range:
         if name in self.program.parameters:
@@ -82,6 +91,8 @@ class Ranges:
             source = source.args[0]
         sizes = sizes_of(args["self"]) or []
         if not isinstance(source, fx.Node) or source.op != "get_attr" or str(source.target) in self.program.parameters:
+            return None
+        if self._changes(source):
             return None
         buffer = self.program.tensor(str(source.target))
         dim = int(args["dim"]) % len(sizes)
@@ -101,12 +112,3 @@ class Ranges:
 
 #: ops whose result is the operand where it has the operand's sizes
 _PARTS = ("aten.slice.Tensor", "aten.expand.default")
-
-#: ops of which every entry of the result is one of the operand's
-_MOVES = {
-    f"aten.{name}"
-    for name in (
-        *("reshape", "view", "view_as", "flatten", "unsqueeze", "squeeze", "expand", "expand_as", "repeat"),
-        *("transpose", "permute", "t", "flip", "roll", "select", "gather", "repeat_interleave", "min", "max"),
-    )
-}

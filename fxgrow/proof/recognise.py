@@ -9,11 +9,8 @@ from torch import fx
 from fxgrow.analysis.axes import Axes
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import bound_arguments, op_name
-from fxgrow.rules.base import is_linear, moves
+from fxgrow.rules.base import is_linear, moves, value_of
 from fxgrow.rules.forms import along_of
-
-_ZEROS = ("aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default")
-_FILLED = ("aten.full.default", "aten.full_like.default", "aten.new_full.default")
 
 
 def is_zero(axes: Axes, value: Any, before: fx.Node) -> bool:
@@ -33,10 +30,7 @@ def _made_of_zeros(axes: Axes, node: fx.Node, before: fx.Node) -> bool:
     if node.op == "get_attr":
         constant = axes.program.constants.get(str(node.target))
         return constant is not None and not constant.is_meta and not bool(constant.count_nonzero())
-    name = op_name(node.target)
-    if name in _FILLED:
-        return is_zero(axes, bound_arguments(node)["fill_value"], before)
-    return name in _ZEROS
+    return is_zero(axes, value_of(node), before)
 
 
 def mean_of(axes: Axes, value: Any) -> tuple[fx.Node, list[int]] | None:

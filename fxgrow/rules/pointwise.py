@@ -160,9 +160,9 @@ def table() -> dict[str, Rule]:
             ignored=("other",), linear=keeps_numbers, jumps=rounded_operands, range=values.of_operand
         ),
         "aten.clone aten.contiguous aten.alias aten.lift_fresh_copy aten.resolve_conj aten.resolve_neg": Structural(
-            same, copies=True, range=values.of_operand
+            same, copies=True
         ),
-        "aten.detach(_)": Structural(same, copies=True, detaches=True, range=values.of_operand),
+        "aten.detach(_)": Structural(same, copies=True, detaches=True),
         "aten.conj aten.conj_physical aten.real aten.imag": Structural(same),
     }
 

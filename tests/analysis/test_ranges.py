@@ -58,6 +58,50 @@ def test_bounds_hold(name: str, length: int) -> None:
             assert holds(float(sympy.sympify(bound).subs(sizes)))
 
 
+def written_through_a_view(x: Tensor, b: Tensor) -> Tensor:
+    numbers = torch.arange(x.shape[1])
+    numbers[:2].sub_(1)
+    return numbers
+
+
+def written_after_a_view(x: Tensor, b: Tensor) -> Tensor:
+    numbers = torch.arange(x.shape[1])
+    tail = numbers[1:]
+    numbers.sub_(1)
+    return tail
+
+
+def a_buffer_that_the_call_before_wrote(x: Tensor, b: Tensor) -> Tensor:
+    numbers = b[: x.shape[1]].clone()
+    b.sub_(1)
+    return numbers
+
+
+@pytest.mark.parametrize(
+    "f", [written_through_a_view, written_after_a_view, a_buffer_that_the_call_before_wrote], ids=lambda f: f.__name__
+)
+def test_what_is_written_over_is_unknown(f: Callable[[Tensor, Tensor], Tensor]) -> None:
+    program = fxgrow.capture(Index(f), (torch.zeros(2, 7, dtype=torch.long),))
+    (out,) = (n for n in program.graph.nodes if n.op == "output")
+    found = Ranges(program).of(out.args[0])
+    assert found.low is None and found.high is None
+
+
+def test_numbers_that_are_written_over_are_not_counted_from_the_front() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.randn(5, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            numbers = torch.arange(x.shape[0])
+            numbers[:2].sub_(1)
+            return self.places[numbers].sum(0) + x.sum()
+
+    with pytest.raises(fxgrow.GrowthRefused, match="may be negative"):
+        fxgrow.grow(Model(), {"op": "extend", "axis": "places:0", "to": 8}, (torch.randn(3),))
+
+
 def test_what_the_caller_passes_in_is_unknown() -> None:
     program = fxgrow.capture(Index(lambda x, b: x + b[0]), (torch.zeros(2, 3, dtype=torch.long),))
     (out,) = (n for n in program.graph.nodes if n.op == "output")
