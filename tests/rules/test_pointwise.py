@@ -15,8 +15,7 @@ from torch import Tensor
 import fxgrow
 from fxgrow.rules import RULES, values
 from fxgrow.rules.base import Row, op_names
-from fxgrow.rules.forms import Cast, Opaque, Pointwise, Structural
-from fxgrow.rules.loss import ElementLoss
+from fxgrow.rules.forms import Cast, ElementLoss, Opaque, Pointwise, Structural
 from fxgrow.rules.pointwise import table
 from fxgrow.testing.judge import Report, Sample, check
 

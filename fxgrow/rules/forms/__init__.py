@@ -2,6 +2,7 @@
 
 from fxgrow.rules.forms.along import Along, along_of
 from fxgrow.rules.forms.cast import Cast
+from fxgrow.rules.forms.loss import ElementLoss
 from fxgrow.rules.forms.made import Made
 from fxgrow.rules.forms.opaque import Opaque
 from fxgrow.rules.forms.pattern import Pattern, parse_pattern
@@ -12,6 +13,7 @@ from fxgrow.rules.forms.written import Written
 __all__ = [
     "Along",
     "Cast",
+    "ElementLoss",
     "Made",
     "Opaque",
     "Pattern",
