@@ -32,30 +32,44 @@ def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer) -> None:
         if odd:
             raise ValueError(f"{odd[0]} of parameter group {number} is {str(theirs[odd[0]])[:40]!r}")
     parameters: dict[int, Tensor] = {}
-    kinds: dict[int, dict[str, bool]] = {}
+    usual: dict[int, dict[str, Any]] = {}
     for mine, group in zip(own, optimizer.param_groups, strict=True):
         parameters |= dict(zip(mine["params"], group["params"], strict=True))
-        kinds |= dict.fromkeys(mine["params"], _state_kinds(optimizer, group))
+        by_dims = {d: _usual_state(optimizer, group, d) for d in {p.dim() for p in group["params"]}}
+        usual |= {n: by_dims[parameters[n].dim()] for n in mine["params"]}
     for number, entries in saved["state"].items():
         if number not in parameters or not isinstance(entries, dict):
             raise ValueError(f"state of parameter {str(number)[:40]!r}, which this optimizer does not have")
-        shape = parameters[number].shape
-        lost = kinds[number].keys() - entries.keys()
+        shape, known = parameters[number].shape, usual[number]
+        lost = known.keys() - entries.keys()
         if lost and entries:
             raise ValueError(f"state of parameter {number} lacks {min(lost)}")
         for key, value in entries.items():
             if not isinstance(key, str):
                 raise ValueError(f"state of parameter {number} has the key {key!r}")
-            if kinds[number].get(key, isinstance(value, Tensor)) != isinstance(value, Tensor) and value is not None:
+            expected = known.get(key, value)
+            if isinstance(expected, Tensor) != isinstance(value, Tensor) and value is not None:
                 raise ValueError(f"{key} of parameter {number} is {str(value)[:40]!r}")
-            if isinstance(value, Tensor) and value.dim() == len(shape) and value.numel() > 1 and value.shape != shape:
+            if isinstance(value, Tensor) and not _fits(value, shape, known.get(key)):
                 raise ValueError(f"{key} of parameter {number} is {list(value.shape)}, the parameter {list(shape)}")
 
 
-def _state_kinds(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, bool]:
-    """What the optimizer keeps for a parameter after a step: by name, whether it is a tensor. Empty where not known."""
-    scratch = nn.Parameter(torch.zeros(2, 2))
-    scratch.grad = torch.zeros(2, 2)
+def _fits(value: Tensor, shape: torch.Size, usual: Tensor | None) -> bool:
+    """Whether a state tensor can be that of a parameter of a shape; ``usual``: the same of the parameter tried."""
+    if usual is None:
+        return value.dim() != len(shape) or value.numel() <= 1 or value.shape == shape
+    if usual.dim() != len(shape):
+        return value.numel() == 1 or usual.dim() > 0
+    return list(value.shape) == [n if side == _SIDE else side for side, n in zip(usual.shape, shape, strict=True)]
+
+
+_SIDE = 2  # of the parameter that is stepped to see what an optimizer keeps
+
+
+def _usual_state(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], dims: int) -> dict[str, Any]:
+    """What the optimizer keeps after a step for a parameter of so many dims, by name. Empty where not known."""
+    scratch = nn.Parameter(torch.zeros([_SIDE] * dims))
+    scratch.grad = torch.zeros([_SIDE] * dims)
     options = {k: v for k, v in group.items() if k not in ("params", "param_names", KEY, STEPS)}
     try:
         make: Any = type(optimizer)
@@ -63,7 +77,7 @@ def _state_kinds(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> 
         fresh.step()
     except Exception:  # somebody's own optimizer, which asks for more
         return {}
-    return {k: isinstance(v, Tensor) for k, v in fresh.state[scratch].items() if v is not None}
+    return {k: v for k, v in fresh.state[scratch].items() if v is not None}
 
 
 def _alike(theirs: Any, mine: Any) -> bool:
