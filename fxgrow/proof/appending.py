@@ -22,16 +22,7 @@ from fxgrow.proof.context import ProofContext
 from fxgrow.proof.lookups import Lookup, lookups_of
 from fxgrow.rules.annotation import Content, Info
 from fxgrow.rules.base import Rule
-from fxgrow.rules.forms.along import depends_on_all
 from fxgrow.rules.indexing import indexed_dims
-
-#: losses over classes, whose result depends on all of them
-_LOSSES = (
-    "aten.cross_entropy_loss.default",
-    "aten.nll_loss.default",
-    "aten.nll_loss_nd.default",
-    "aten.kl_div.default",
-)
 
 
 class Append:
@@ -60,7 +51,7 @@ class Append:
             return self._look_up(rule) if node in self.blocked else rule.grow(self.context)
         except GrowthRefused as refusal:
             after = any(n in self.tainted for n in node.all_input_nodes)
-            reducing = op_name(node.target) in _LOSSES or depends_on_all(node)
+            reducing = rule.depends_on_all
             if self.tolerate and (reducing or after) and not self._has_fixed_operand():
                 self.tainted[node] = str(refusal)
                 return self._unknown()

@@ -109,6 +109,11 @@ class Rule:
     #: Whether f(f(x)) = f(x), for a call with one tensor operand and its literals.
     idempotent: bool = False
 
+    @property
+    def depends_on_all(self) -> bool:
+        """Whether results depend on all entries along some dims, so that no old one could be told from them."""
+        return False
+
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         """Dims of the result(s), after unifying the dims of the operands. None: the result is not a tensor."""
         raise NotImplementedError

@@ -31,6 +31,10 @@ class ClassLoss(Rule):
     def jumps(self, node: fx.Node) -> list[fx.Node]:
         return node.all_input_nodes
 
+    @property
+    def depends_on_all(self) -> bool:
+        return True
+
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.operand("self")
         classes = dims[1] if len(dims) > 1 else dims[0]

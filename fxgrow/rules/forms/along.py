@@ -113,6 +113,10 @@ class Along(Row):
 
     # analysis ----------------------------------------------------------------------------------------------------
 
+    @property
+    def depends_on_all(self) -> bool:
+        return self.result == "reduced" or self.kind in ("softmax", "log_softmax", "sorted")
+
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         dims = ctx.operand(ctx.first)
         over, why = self.dims_over(ctx.args, len(dims)), self.reason(ctx.args)
@@ -272,9 +276,3 @@ def along_of(node: Any) -> Along | None:
     """The row of a call that does something along dims; None for any other value."""
     rule = rule_of(node)
     return rule if isinstance(rule, Along) else None
-
-
-def depends_on_all(node: fx.Node) -> bool:
-    """Whether results depend on all entries along dims, so that no old one could be told from them."""
-    row = along_of(node)
-    return row is not None and (row.result == "reduced" or row.kind in ("softmax", "log_softmax", "sorted"))

@@ -38,6 +38,10 @@ class ElementLoss(Row):
         """The loss of each entry."""
         return Pointwise(domain=self.domain, why=self.why)
 
+    @property
+    def depends_on_all(self) -> bool:
+        return True
+
     def relate(self, ctx: Context) -> Dims:
         if ctx.args["reduction"] == NONE:
             return self.entries.relate(ctx)
