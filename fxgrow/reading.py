@@ -191,6 +191,11 @@ def parse_json(text: str, where: str, error: type[FxgrowError] = CheckpointError
             if isinstance(value, dict | list)
             for child in (value.values() if isinstance(value, dict) else value)
         ]
+    if "\\u" in text:  # an escape can name half of a character, which no file can be written with
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as problem:
+            raise error(f"{where} is not JSON: {problem.reason} ({problem.object[problem.start]!a})") from None
     return data
 
 

@@ -260,4 +260,8 @@ def test_json_as_python_writes_it_can_be_read() -> None:
     assert parse_json('{"a": Infinity}', "x", finite=False) == {"a": float("inf")}
     with pytest.raises(CheckpointError, match=re.escape("x is not JSON")):
         parse_json('{"a": Infinity}', "x")
+    assert parse_json(r'"\ud83d\ude00"', "x") == "😀"
+    for half in (r'["\ud800"]', r'{"\ud800": 1}'):
+        with pytest.raises(CheckpointError, match="x is not JSON: surrogates not allowed"):
+            parse_json(half, "x")
     assert issubclass(CheckpointError, fxgrow.FxgrowError)
