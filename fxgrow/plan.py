@@ -63,7 +63,7 @@ def _runs(value: Any, kind: type[int] | type[float]) -> list[tuple[Any, int]]:
     return [(start, int(count)) for start, count in value]
 
 
-def _encode_values(values: np.ndarray) -> list[list[float]]:
+def encode_values(values: np.ndarray) -> list[list[float]]:
     """Runs [value, count]."""
     if len(values) == 0:
         return []
@@ -72,7 +72,7 @@ def _encode_values(values: np.ndarray) -> list[list[float]]:
     return [[values[s].item(), int(c)] for s, c in zip(starts, counts, strict=True)]
 
 
-def _decode_values(value: Any) -> np.ndarray:
+def decode_values(value: Any) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
     runs = _runs(value, float)
@@ -80,7 +80,7 @@ def _decode_values(value: Any) -> np.ndarray:
 
 
 IndexVector = Annotated[np.ndarray, PlainValidator(_decode_index), PlainSerializer(_encode_index)]
-ValueVector = Annotated[np.ndarray, PlainValidator(_decode_values), PlainSerializer(_encode_values)]
+ValueVector = Annotated[np.ndarray, PlainValidator(decode_values), PlainSerializer(encode_values)]
 
 
 class _Model(BaseModel):

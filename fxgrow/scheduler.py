@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError
 
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean, reworded
 from fxgrow.growth import Growth, grow, plan_growth
+from fxgrow.ir.modules import uncompiled
 from fxgrow.limits import OPERATIONS
 from fxgrow.optim.carry import check_optimizer
 from fxgrow.program import capture
@@ -161,7 +162,7 @@ class GrowthScheduler:
         Raises:
             CaptureError, SpecError, GrowthRefused: of the first growth that would fail, with its place.
         """
-        program = capture(getattr(model, "_orig_mod", model), *self._inputs(), **self._ways())
+        program = capture(uncompiled(model), *self._inputs(), **self._ways())
         sizes = [sum(p.numel() for p in program.parameters.values())]
         operations: list[Any] = []
         for number, growth in enumerate(self.schedule.growths[len(self._fired) :], len(self._fired)):
@@ -245,7 +246,7 @@ class GrowthScheduler:
         """Grow, and carry the optimizer over; neither the model nor the optimizer passed in is changed."""
         if optimizer is not None:
             check_optimizer(optimizer, growth.optimizer.policy)  # before hours of work, not after
-        model = getattr(model, "_orig_mod", model)
+        model = uncompiled(model)
         args, kwargs = self._inputs()
         grown = grow(model, growth.spec, args, kwargs, **self._ways(), **how)
         if optimizer is None:

@@ -30,6 +30,9 @@ def private_torch(tree: ast.AST) -> Iterator[str]:
             names = [a.name for a in node.names]
         elif isinstance(node, ast.Attribute):
             names = [ast.unparse(node)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
+            key = ast.literal_eval(node.args[1]) if isinstance(node.args[1], ast.Constant) else ""
+            names = [f"torch.{key}"]
         else:
             continue
         yield from (n for n in names if private(n) and "\n" not in n)
@@ -47,8 +50,9 @@ def test_private_torch_is_for_ir_alone() -> None:
 
 
 def test_private_torch_is_seen() -> None:
-    code = "from torch._ops import x\nimport torch.utils._pytree\nfrom torch.fx.experimental import y\ntorch._C.z"
-    assert len(set(private_torch(ast.parse(code)))) >= 4
+    code = "from torch._ops import x\nimport torch.utils._pytree\nfrom torch.fx.experimental import y\ntorch._C.z\n"
+    code += "getattr(op, '_schema')"
+    assert len(set(private_torch(ast.parse(code)))) >= 5
     assert not list(private_torch(ast.parse("import torch\nfrom torch.fx import Graph\ntorch.ops.aten.add")))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fxgrow
 from fxgrow.growth import plan_growth
-from fxgrow.plan import AxisMap, DimPlan, GrowthPlan, _decode_index, _decode_values, _encode_index, _encode_values
+from fxgrow.plan import AxisMap, DimPlan, GrowthPlan, _decode_index, _encode_index, decode_values, encode_values
 from fxgrow.weights.materialise import materialise_all
 from tests.models import small_gpt, tokens
 from tests.test_growth import ALL
@@ -25,7 +25,7 @@ def test_index_runs_round_trip(values: list[int]) -> None:
 
 @given(st.lists(st.sampled_from([0.5, 1.0, 1 / 3, 0.0]), max_size=40))
 def test_value_runs_round_trip(values: list[float]) -> None:
-    assert np.array_equal(_decode_values(json.loads(json.dumps(_encode_values(np.array(values))))), np.array(values))
+    assert np.array_equal(decode_values(json.loads(json.dumps(encode_values(np.array(values))))), np.array(values))
 
 
 @settings(max_examples=60)

@@ -1,4 +1,4 @@
-"""Children of modules, in an order of one's own."""
+"""Modules as PyTorch keeps them: their children, and what ``torch.compile`` wraps."""
 
 from __future__ import annotations
 
@@ -17,3 +17,13 @@ def order_children(module: nn.Module, place: Callable[[str], int]) -> None:
     children = sorted(module._modules.items(), key=lambda c: place(c[0]))
     module._modules.clear()
     module._modules.update(children)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what ``torch.compile`` returned."""
+    return hasattr(module, "_orig_mod")
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was given; any other as it is."""
+    return getattr(module, "_orig_mod", module)

@@ -59,8 +59,8 @@ def nodes_among(arguments: Mapping[str, Any]) -> list[tuple[str, fx.Node]]:
 
 
 def schema_of(target: Any) -> Any:
-    """An op's schema: names, kinds and defaults of its arguments, and which of them it writes."""
-    return target._schema
+    """An op's schema: names, kinds and defaults of its arguments, and which of them it writes; None without one."""
+    return getattr(target, "_schema", None)
 
 
 def set_argument(node: fx.Node, name: str, value: Any) -> None:

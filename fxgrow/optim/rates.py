@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from fxgrow.errors import FxgrowError
-from fxgrow.plan import TensorPlan, _decode_values, _encode_values
+from fxgrow.plan import TensorPlan, decode_values, encode_values
 from fxgrow.weights.moments import POWERS, moment_of
 
 KEY, STEPS = "fxgrow", "fxgrow_steps"
@@ -116,7 +116,7 @@ class SliceRates:
         """Plain data, JSON-able."""
 
         def encode(vectors: Vectors) -> list[Any]:
-            return [None if v is None else _encode_values(v.astype(np.float64)) for v in vectors]
+            return [None if v is None else encode_values(v.astype(np.float64)) for v in vectors]
 
         return {
             "warmup": self.warmup,
@@ -139,7 +139,7 @@ class SliceRates:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> SliceRates:
         def decode(vectors: Sequence[Any]) -> Vectors:
-            return [None if v is None else _decode_values(v) for v in vectors]
+            return [None if v is None else decode_values(v) for v in vectors]
 
         out = cls(warmup=state["warmup"], peak=state["peak"], ramp=state["ramp"])
         out.steps = state["steps"]

@@ -12,6 +12,7 @@ from torch import nn
 
 from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
+from fxgrow.ir.modules import is_compiled
 from fxgrow.ir.traced import Call
 from fxgrow.trace.lines import place_of
 
@@ -33,7 +34,7 @@ def as_calls(args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: Mappi
 
 def check_plain(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel) or is_compiled(module):
             raise CaptureError(
                 f"module {name or '(root)'} is wrapped ({type(module).__name__}); capture the module inside "
                 "(.module or ._orig_mod) and wrap the grown one again"

@@ -16,7 +16,7 @@ from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
 from fxgrow.ir.memory import Memory, writes
 from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of, note
-from fxgrow.ir.ops import HigherOrderOperator
+from fxgrow.ir.ops import HigherOrderOperator, schema_of
 from fxgrow.ir.traced import Call, Traced
 from fxgrow.ir.traits import Trait, traits_of
 from fxgrow.ir.treespecs import describe
@@ -251,7 +251,7 @@ def _impure(node: fx.Node) -> bool:
     """Keep inputs, the output, and ops that write into a buffer."""
     if node.op in ("placeholder", "output"):
         return True
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return bool(schema is not None and schema.is_mutable)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxgrow.ir.ops import schema_of
 from fxgrow.ir.traits import follows_mode
 
 
@@ -57,7 +58,7 @@ def align(
 
 def _fill_defaults(a: fx.Node, b: fx.Node) -> None:
     """Give two calls of one op equally many positional arguments: one may spell out what the other leaves out."""
-    schema = getattr(a.target, "_schema", None)
+    schema = schema_of(a.target)
     for node, other in ((a, b), (b, a)):
         for i in range(len(node.args), len(other.args)):
             if schema is None or not schema.arguments[i].has_default_value():
@@ -77,7 +78,7 @@ def _through_copies(node: fx.Node) -> fx.Node:
 
 def _is_mode(node: fx.Node, path: tuple[Any, ...]) -> bool:
     """Whether a literal is one that any value may be put in for; what else differs between modes needs two graphs."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None or len(path) != 2:
         return False
     name = path[1] if path[0] == "kwargs" else schema.arguments[path[1]].name

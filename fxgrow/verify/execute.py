@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxgrow.ir.memory import Memory
+from fxgrow.ir.ops import schema_of
 from fxgrow.ir.traits import Trait, is_dropout_probability, traits_of
 
 #: called after each op with the node, its operands and its result; returns the result to go on with
@@ -41,7 +42,7 @@ def same_draws() -> Iterator[None]:
 @functools.cache
 def _dropout_argument(target: Any) -> tuple[int, str] | None:
     """Place and name of an op's dropout probability; None where it has none."""
-    schema = getattr(target, "_schema", None)
+    schema = schema_of(target)
     if schema is None:
         return None
     for place, argument in enumerate(schema.arguments):
