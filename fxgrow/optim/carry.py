@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fxgrow.errors import FxgrowError
+from fxgrow.ir.optimizers import is_scheduled
 from fxgrow.optim.rates import Slice, SliceRates, all_rates, slice_rates, write_rates
 from fxgrow.plan import GrowthPlan, TensorPlan
 from fxgrow.weights.materialise import copy_gradient, materialise_moment, materialise_tensor
@@ -217,7 +218,7 @@ def _construct(
 
 def _warn_of_what_stays(optimizer: torch.optim.Optimizer) -> None:
     """What holds on to the old optimizer goes on without a word, and without effect."""
-    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+    if is_scheduled(optimizer):
         warnings.warn(
             "a learning-rate scheduler drives the optimizer that was carried over a growth, and goes on with the old "
             "one, without effect on the new: set `scheduler.optimizer = new_optimizer`",
