@@ -395,6 +395,24 @@ def test_what_tells_copies_apart_is_refused(f: Callable[[Tensor], Tensor], opera
     check_refused(Odd(lambda s, x: s.out(f(s.up(x)))), operation, "equal by construction")
 
 
+@pytest.mark.parametrize("f", [torch.sign, lambda d: d.angle() + d])
+def test_zeros_up_to_rounding_have_no_sign(f: Callable[[Tensor], Tensor]) -> None:
+    """New entries at the mean are zero after ``h - mean(h)`` up to rounding, so that their sign is anything."""
+
+    class Signs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.read = nn.Parameter(torch.randn(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.up(x)
+            signs = f(h - h.mean(-1, keepdim=True))
+            return signs.sum(-1) + (signs * self.read).sum(-1) + self.out(h).sum(-1)
+
+    check_refused(Signs().double(), MORE, "a sum|new units|newborn|zero")
+
+
 def test_margins_and_comparisons_with_other_numbers_grow() -> None:
     """Rounding to a grid that the largest number meets exactly is safe: a rounding jumps between the steps."""
 
