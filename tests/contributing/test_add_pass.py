@@ -79,7 +79,8 @@ def test_a_package_adds_an_operation() -> None:
     weight = growth.module.get_parameter("0.weight")
     assert torch.equal(weight, model[0].weight.repeat(2, 1) / 2)
     assert growth.receipt.error_float64 is not None and growth.receipt.error_float64 < 1e-12
-    assert [step.op for step in fxgrow.GrowthPlan.from_json(growth.plan.to_json()).steps] == ["halve", "widen"]
+    again = fxgrow.GrowthPlan.from_json(growth.plan.to_json())
+    assert [step.op for step in again.steps] == ["halve", "widen"] and again.to_json() == growth.plan.to_json()
     with pytest.raises(fxgrow.SpecError, match="no layer without a bias"):
         fxgrow.grow(model, {"op": "halve", "layer": "2"}, (x,))
     assert {"halve"} == {p.name for p in plugins.plugins() if p.package == "contributed-package"}

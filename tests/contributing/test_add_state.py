@@ -83,6 +83,26 @@ def test_a_line_for_each_state_and_it_follows() -> None:
     )
 
 
+def test_exact_needs_no_kinds() -> None:
+    moments.ELEMENTWISE.add(Damped)
+    model, optimizer = trained()
+    growth = grown(model)
+    carried, steps = growth.carry(optimizer, "exact"), range(5, 25)
+    torch.testing.assert_close(
+        train(growth.module, carried, steps), train(model, optimizer, steps), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_a_kind_of_ones_own() -> None:
+    moments.POWERS["cube"] = (3, 0)  # type: ignore[index]
+    moments.MOMENTS |= {"speed": "cube", "peak": "square"}  # type: ignore[dict-item]
+    model, optimizer = trained()
+    growth = grown(model)
+    state = growth.carry(optimizer, "copy").state[growth.module.get_parameter("0.weight")]
+    small = optimizer.state[model[0].weight]["speed"]
+    torch.testing.assert_close(state["speed"], small.repeat(2, 1) / 8, rtol=1e-12, atol=0)
+
+
 def test_a_kind_that_is_wrong_does_not_follow() -> None:
     moments.MOMENTS |= {"speed": "gradient", "peak": "gradient"}
     model, optimizer = trained()

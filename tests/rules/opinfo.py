@@ -1,7 +1,7 @@
 """Every rule judged by the calls of PyTorch's own operator database.
 
 Each entry's sample calls are traced to the ATen overloads that a capture would hold, and every distinct call of an
-overload that has a rule goes to the judge (:mod:`fxgrow.rules.judge`). ``python -m tests.rules.opinfo --all`` prints
+overload that has a rule goes to the judge (:mod:`fxgrow.testing.judge`). ``python -m tests.rules.opinfo --all`` prints
 one line per entry, and the ops without a rule, those first that a rule would let grow.
 """
 
