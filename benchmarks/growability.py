@@ -88,7 +88,7 @@ def _try(example: Example, program: Any, operation: dict[str, Any]) -> str:
     """``exact``, the reason of a refusal, or ``ERROR`` and what went wrong."""
     import fxgrow
     from fxgrow.errors import GrowthRefused
-    from fxgrow.verify.verification import relative_errors
+    from fxgrow.verify.outputs import relative_errors
 
     try:
         growth = fxgrow.grow(program, [operation], verify="float64")

@@ -28,7 +28,7 @@ from fxgrow.spec import Insert as Insert
 from fxgrow.spec import Noise as Noise
 from fxgrow.spec import Widen as Widen
 from fxgrow.spec import register_operation as register_operation
-from fxgrow.verify.verification import Receipt as Receipt
+from fxgrow.verify.receipt import Receipt as Receipt
 
 __version__: str
 __all__: list[str]

@@ -54,7 +54,8 @@ from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program
 from fxgrow.publish import find, new_id, publish
 from fxgrow.reading import first_problem
-from fxgrow.verify.verification import Receipt, relative_errors
+from fxgrow.verify.outputs import relative_errors
+from fxgrow.verify.receipt import Receipt
 from fxgrow.version import __version__
 from fxgrow.weights.materialise import check_readable
 

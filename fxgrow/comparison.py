@@ -16,7 +16,8 @@ from fxgrow.ir import trees
 from fxgrow.ir.running import run_eval
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import capture
-from fxgrow.verify.verification import output_numbers, relative_errors, widen_float
+from fxgrow.verify.outputs import output_numbers, relative_errors
+from fxgrow.verify.weights import widen_float
 
 #: largest relative error by dtype of the weights, when a stored model is compared with what it was grown from
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}

@@ -14,7 +14,7 @@ from fxgrow.growth import Growth, Verify, grow
 from fxgrow.ir.running import run_eval
 from fxgrow.ir.stacks import stack_name, stacks_of
 from fxgrow.program import Program, capture
-from fxgrow.verify.verification import relative_errors
+from fxgrow.verify.outputs import relative_errors
 
 #: the larger class must compute what the grown module does, up to rounding in its own dtype
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}

@@ -26,7 +26,8 @@ from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program, capture
 from fxgrow.spec import GrowthSpec
 from fxgrow.verify.execute import drops_out
-from fxgrow.verify.verification import Receipt, verify
+from fxgrow.verify.receipt import Receipt
+from fxgrow.verify.verification import verify
 from fxgrow.weights.materialise import check_finite, check_readable, materialise_all
 
 Verify = Literal["auto", "float64", "native"]

@@ -452,6 +452,11 @@ class GrowthPlan(_Model):
         return {n for s in self.steps for n in s.changed_outputs}
 
     @property
+    def eval_only(self) -> bool:
+        """A step is exact in eval mode only."""
+        return any(s.eval_only for s in self.steps)
+
+    @property
     def exact_elsewhere(self) -> bool:
         """Every output but ``changed_outputs`` is exact."""
         return all(s.exactness == "exact" or s.changed_outputs for s in self.steps)

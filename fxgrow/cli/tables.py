@@ -12,7 +12,7 @@ from fxgrow.limits import bytes_in_words
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program
 from fxgrow.report.plans import graph_lines, step_rows
-from fxgrow.verify.verification import Receipt
+from fxgrow.verify.receipt import Receipt
 
 
 def show_plan(console: Console, made: GrowthPlan, program: Program | None = None) -> None:

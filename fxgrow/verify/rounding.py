@@ -8,10 +8,11 @@ value moved by a few units in the last place (Monte Carlo arithmetic, Parker 199
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import fx
@@ -164,3 +165,49 @@ def amplification(plain: torch.Tensor, moved: Sequence[torch.Tensor], limit: Tol
     size = float(_real(plain).nan_to_num(0, 0, 0).abs().max())
     jitter = max(float(difference(plain, m).nan_to_num(0, 0, 0).max()) for m in moved)
     return jitter / size / (limit.steps * torch.finfo(plain.dtype).eps) if size else 0.0
+
+
+R = TypeVar("R")
+
+
+class Rerun(Generic[R]):
+    """Looks into errors that are suspicious: the small model runs again with its values moved, once for all of them.
+
+    Args:
+        again: runs it; what it gives is called results.
+        steps: units in the last place by which values are moved.
+
+    Attributes:
+        amplification: the largest that was seen; None where nothing was looked into.
+    """
+
+    def __init__(self, again: Callable[[Moved], R], steps: int) -> None:
+        self._again, self._steps = again, steps
+        self.amplification: float | None = None
+
+    def explain(
+        self,
+        error: float,
+        old: torch.Tensor,
+        new: torch.Tensor,
+        limit: Tolerance,
+        pick: Callable[[R], torch.Tensor | None],
+    ) -> float:
+        """An error without the rounding that the model amplifies.
+
+        Args:
+            error: that of the two with it.
+            pick: what ``old`` is of the results; None where they lack it.
+        """
+        plain, *moved = self._results
+        base, others = pick(plain), [pick(m) for m in moved]
+        found = [o for o in others if o is not None]
+        if base is None or not found:
+            return error
+        self.amplification = max(self.amplification or 0.0, amplification(base, found, limit))
+        return slice_error(old, new, limit, found, base)
+
+    @functools.cached_property
+    def _results(self) -> list[R]:
+        """As they are, and moved several times."""
+        return [self._again(Moved(0, 0)), *(self._again(Moved(k + 1, self._steps)) for k in range(RUNS))]

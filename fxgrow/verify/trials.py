@@ -54,6 +54,10 @@ class Trial:
         return Trial(args, kwargs, self.words)
 
 
+#: one trial for each call that takes part, by the call's number
+Round = dict[int, Trial]
+
+
 def bound(trial: Trial, inputs: Sequence[fx.Node]) -> list[Any]:
     """A trial's values for the inputs of a graph.
 

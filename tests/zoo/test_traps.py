@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fxgrow.errors import GrowthRefused, SpecError
 from fxgrow.growth import grow
 from fxgrow.program import Program, capture
-from fxgrow.verify.verification import relative_errors
+from fxgrow.verify.outputs import relative_errors
 
 from .adversarial import Fn
 from .zoo import ZOO, floats, tokens, trained

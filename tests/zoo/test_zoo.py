@@ -16,7 +16,7 @@ import torch
 from fxgrow.errors import GrowthRefused
 from fxgrow.growth import Growth, grow
 from fxgrow.program import Program, capture
-from fxgrow.verify.verification import relative_errors
+from fxgrow.verify.outputs import relative_errors
 
 from .adversarial import ADVERSARIAL
 from .strangers import STRANGERS
