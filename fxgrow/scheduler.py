@@ -245,7 +245,8 @@ class GrowthScheduler:
     ) -> tuple[Growth, torch.optim.Optimizer | None]:
         """Grow, and carry the optimizer over; neither the model nor the optimizer passed in is changed."""
         if optimizer is not None:
-            check_optimizer(optimizer, growth.optimizer.policy)  # before hours of work, not after
+            # before hours of work, not after
+            check_optimizer(optimizer, growth.optimizer.policy, ramp=growth.optimizer.ramp)
         model = uncompiled(model)
         args, kwargs = self._inputs()
         grown = grow(model, growth.spec, args, kwargs, **self._ways(), **how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +92,11 @@ def test_what_is_known_of_nodes_and_modules_is_typed() -> None:
     }
     assert not found, "fields of fxgrow.ir.nodes.NodeInfo and fxgrow.ir.provenance.Provenance: " + ", ".join(found)
     assert list(metadata_keys(ast.parse("n.meta['a'], n.meta.get('b', 0), n.meta.pop('c'), 'd' in n.meta"))) != []
+
+
+def test_every_folder_is_installed() -> None:
+    settings = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = set(settings["tool"]["setuptools"]["packages"])
+    folders = {f.parent.relative_to(ROOT.parent) for f in FILES}
+    own = {".".join(f.parts) if f.parts[0] == "fxgrow" else f"fxgrow.{'.'.join(f.parts)}" for f in folders}
+    assert listed == own

@@ -30,8 +30,13 @@ Policy = Literal["exact", "asymmetric", "copy", "reset"]
 POLICIES: tuple[str, ...] = ("exact", "asymmetric", "copy", "reset")
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, policy: str) -> None:
+def check_optimizer(optimizer: torch.optim.Optimizer, policy: str, *, ramp: int | None = None) -> None:
     """Refuse what no growth could carry, before one is computed.
+
+    Args:
+        optimizer: as it is before the growth.
+        policy: one of :data:`POLICIES`.
+        ramp: as :func:`carry` takes it: at its end the state leaves the small model's units.
 
     Raises:
         FxgrowError: unknown policy, state that cannot be mapped, or an optimizer that the policy does not fit.
@@ -55,7 +60,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, policy: str) -> None:
         )
     for group in optimizer.param_groups:
         for p in group["params"]:
-            reason = why_unknown(p, optimizer.state.get(p, {}), exact=policy == "exact")
+            reason = why_unknown(p, optimizer.state.get(p, {}), exact=policy == "exact" and ramp is None)
             if reason:
                 raise FxgrowError(
                     f"cannot carry {kind} over a growth: of a parameter of shape {tuple(p.shape)}, {reason}. "
@@ -99,7 +104,7 @@ def carry(
         FxgrowError: see :func:`check_optimizer`; a parameter the model does not have; or, with several optimizers, a
             newcomer whose siblings are divided among them.
     """
-    check_optimizer(optimizer, policy)
+    check_optimizer(optimizer, policy, ramp=ramp)
     plans = plan.tensors
     if policy == "exact" and not plan.exact_gradients:
         axes = ", ".join(f"{a.name} ({a.old} -> {a.new})" for a in plan.axes if not a.exact_gradients)

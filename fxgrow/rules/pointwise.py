@@ -108,7 +108,8 @@ def table() -> dict[str, Rule]:
         # other functions of two numbers
         "aten.pow.Tensor_Tensor aten.float_power.Tensor_Tensor": Pointwise(domain=("self", "exponent"), jumps=True),
         (
-            "aten.xlogy.Tensor aten.special_xlog1py aten.ldexp.Tensor aten.special_gammainc aten.special_gammaincc"
+            "aten.xlogy.Tensor aten.special_xlog1py aten.ldexp.Tensor aten.special_gammainc aten.special_gammaincc "
+            "aten.igamma(_) aten.igammac(_)"
         ): Pointwise(domain=("self", "other"), jumps=True),
         "aten.maximum aten.max.other": Pointwise("zero", range=values.larger),
         "aten.minimum aten.min.other": Pointwise("zero", range=values.smaller),

@@ -70,7 +70,7 @@ LIMIT = 1e-9
 
 @dataclass
 class Sample:
-    """Arguments of one call. Tensors of integers are inputs, whose dims never grow; all others may.
+    """Arguments of one call. Tensors of integers are inputs, whose dims never grow, and once more buffers, which may.
 
     ``activations``: positions and names of arguments that are never parameters (the input of a batch norm, say).
     ``unchecked``: the op reads out of bounds where sizes do not fit, so that refusals are not tried by brute force.
@@ -129,14 +129,16 @@ def check(op: Any, samples: Iterable[Sample]) -> Report:
     report = Report()
     for sample in samples:
         report += _Judge(op, sample).run()
+        if any(_whole(t) for t in trees.tensors_in((sample.args, sample.kwargs))):
+            report += _Judge(op, sample, buffers=True).run()
     return report
 
 
 # programs of one op -------------------------------------------------------------------------------------------------
 
 
-def _single(op: Any, sample: Sample) -> tuple[fx.Graph, dict[str, Tensor], list[fx.Node]]:
-    """A graph of one call; tensor arguments become ``get_attr`` nodes, integer ones placeholders."""
+def _single(op: Any, sample: Sample, buffers: bool) -> tuple[fx.Graph, dict[str, Tensor], list[fx.Node]]:
+    """A graph of one call; tensor arguments become ``get_attr`` nodes, integer ones placeholders or buffers, too."""
     graph = fx.Graph()
     tensors: dict[str, Tensor] = {}
 
@@ -145,7 +147,7 @@ def _single(op: Any, sample: Sample) -> tuple[fx.Graph, dict[str, Tensor], list[
             return type(value)(map(node, value)) if isinstance(value, list | tuple) else value
         name = f"t{len(tensors)}"
         tensors[name] = value
-        fixed = not _continuous(value) and value.dtype is not torch.bool
+        fixed = _whole(value) and not buffers
         made = graph.placeholder(name) if fixed else graph.get_attr(name)
         made.meta = meta_of(value)
         return made
@@ -166,7 +168,9 @@ def _single(op: Any, sample: Sample) -> tuple[fx.Graph, dict[str, Tensor], list[
     return graph, tensors, results
 
 
-def _exported(f: Callable[..., Any], sample: Sample) -> tuple[fx.Graph, dict[str, Tensor], list[fx.Node]]:
+def _exported(
+    f: Callable[..., Any], sample: Sample, _buffers: bool
+) -> tuple[fx.Graph, dict[str, Tensor], list[fx.Node]]:
     """The graph of a function of tensors, through ``torch.export``."""
     tensors = {f"t{i}": a for i, a in enumerate(sample.args) if isinstance(a, Tensor)}
 
@@ -216,6 +220,10 @@ def _real_or_complex(value: Any) -> bool:
 
 def _continuous(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
+
+
+def _whole(t: Tensor) -> bool:
+    return not _continuous(t) and t.dtype is not torch.bool
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
@@ -295,9 +303,9 @@ class _Case:
 
 
 class _Judge:
-    def __init__(self, op: Any, sample: Sample) -> None:
+    def __init__(self, op: Any, sample: Sample, buffers: bool = False) -> None:
         single = isinstance(op, OpOverload)
-        self.graph, self.tensors, nodes = (_single if single else _exported)(op, sample)
+        self.graph, self.tensors, nodes = (_single if single else _exported)(op, sample, buffers)
         self.results = [n.name for n in nodes]
         self.op = str(op) if single else getattr(op, "__name__", str(op))
         self.sample = sample
@@ -653,9 +661,16 @@ class _Judge:
             else:
                 ident = int(plan.index[k])
                 if ident not in drawn:
-                    drawn[ident] = torch.randn(entry.shape, generator=self.random, dtype=torch.float64)
-                entry.copy_(drawn[ident] if _continuous(t) else drawn[ident] > 0)
+                    drawn[ident] = self._drawn(t, entry.shape)
+                entry.copy_(drawn[ident])
         return out
+
+    def _drawn(self, like: Tensor, shape: torch.Size) -> Tensor:
+        """Numbers such as a tensor holds: whole ones are among those that it has, as they may be indices."""
+        if _whole(like):
+            return torch.randint(int(like.min()), int(like.max()) + 1, shape, generator=self.random)
+        drawn = torch.randn(shape, generator=self.random, dtype=torch.float64)
+        return drawn if _continuous(like) else drawn > 0
 
     def _too_strict(
         self, axes: Axes, axis: Axis, case: _Case, tensors: Mapping[str, Tensor], old: list[Tensor], name: str, why: str

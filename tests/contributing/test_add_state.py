@@ -93,6 +93,14 @@ def test_exact_needs_no_kinds() -> None:
     )
 
 
+def test_a_ramp_needs_the_kinds() -> None:
+    """At its end the state leaves the small model's units."""
+    moments.ELEMENTWISE.add(Damped)
+    model, optimizer = trained()
+    with pytest.raises(FxgrowError, match="not known how its state 'speed' depends"):
+        grown(model).carry(optimizer, "exact", ramp=10)
+
+
 def test_a_kind_of_ones_own() -> None:
     moments.POWERS["cube"] = (3, 0)  # type: ignore[index]
     moments.MOMENTS |= {"speed": "cube", "peak": "square"}  # type: ignore[dict-item]

@@ -236,7 +236,7 @@ SAMPLES["aten.float_power.Tensor_Scalar"] = [S(p(3, 4), 2.0), S(p(3, 4), 0.5)]
 SAMPLES["aten.polygamma.default"] = [S(1, p(3, 4))]
 SAMPLES["aten.mvlgamma.default"] = [S(2 + p(3, 4), 2)]
 SAMPLES["aten.ldexp.Tensor"] = [S(r(3, 4), p(4))]
-for _name in ("special_gammainc", "special_gammaincc"):
+for _name in ("special_gammainc", "special_gammaincc", "igamma", "igammac"):
     SAMPLES[f"aten.{_name}.default"] = [S(p(3, 4), p(4))]
 for _name in ("feature_alpha_dropout", "feature_alpha_dropout_"):
     SAMPLES[f"aten.{_name}.default"] = [S(r(3, 4), 0.5, False), S(r(3, 4, 2), 0.5, True)]
@@ -585,8 +585,8 @@ SAMPLES |= {
     "aten.diff.default": [S(r(3, 4)), S(r(3, 4), 1, 0, r(1, 4), r(2, 4))],
     "aten.pad.default": [S(r(3, 4), [1, 2]), S(r(3, 4), [1, 2], "constant", 1.0)],
     "aten.constant_pad_nd.default": [S(r(3, 4), [1, 2]), S(r(3, 4), [0, 0, 1, 0], 1.0)],
-    "aten.tril.default": [S(r(3, 4))],
-    "aten.triu.default": [S(r(3, 4))],
+    "aten.tril.default": [S(r(3, 4)), S(r(2, 3, 4), 1)],
+    "aten.triu.default": [S(r(3, 4)), S(r(2, 3, 4), 1)],
     "aten.rot90.default": [S(r(2, 3, 3), 1, [1, 2])],
     # diagonals
     "aten.affine_grid_generator.default": [S(r(2, 2, 3), [2, 3, 4, 4], False)],

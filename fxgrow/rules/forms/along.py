@@ -102,7 +102,7 @@ class Along(Row):
         """The dims that it runs over in a call on an operand of this rank, as numbers that are not negative."""
         if isinstance(self.over, int):
             return list(range(max(rank - self.over, 0), rank))
-        value = args.get(self.over) if isinstance(self.over, str) else self.over(args, rank)
+        value: Any = args.get(self.over) if isinstance(self.over, str) else self.over(args, rank)
         if isinstance(self.over, str) and (value is None or value == []):
             return list(range(rank))
         return sorted({int(v) % rank for v in (value if isinstance(value, list | tuple) else [value])}) if rank else []

@@ -212,8 +212,10 @@ class Pattern(Row):
         out: list[tuple[str, Any]] = []
         for name in self.operands:
             value = args.get(name)
-            several = isinstance(value, list | tuple)
-            out += [(f"{name}{i}", v) for i, v in enumerate(value)] if several else [(name, value)]
+            if isinstance(value, list | tuple):
+                out += [(f"{name}{i}", v) for i, v in enumerate(value)]
+            else:
+                out.append((name, value))
         return out
 
     def _known(self, args: Mapping[str, Any]) -> dict[str, Size]:

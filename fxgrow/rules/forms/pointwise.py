@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import fx
 
 from fxgrow.algebra import UNIT, Expr, is_unit, resolve
 from fxgrow.ir.ops import bound_arguments
-from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
+from fxgrow.rules.annotation import Content, Dims, Info, Site, annotate, infos
 from fxgrow.rules.base import Row, jumping_operands
 from fxgrow.rules.context import Context, GrowthContext
 
@@ -165,6 +166,10 @@ def _centre(ctx: GrowthContext, out: Dims) -> None:
             out[i] = annotate(out[i], lambda info: info.becomes(Content.ZERO))
 
 
+def _zero_of(sources: frozenset[Site], info: Info) -> Info:
+    return Info(Content.ZERO, sources)
+
+
 def _choose(ctx: GrowthContext, branches: tuple[str, ...], out: Dims) -> None:
     """Where each entry is one of several values, it is zero where all of them are."""
     dims = [ctx.dims(name) or [] for name in branches if not ctx.is_zero(ctx.args[name])]
@@ -172,4 +177,4 @@ def _choose(ctx: GrowthContext, branches: tuple[str, ...], out: Dims) -> None:
         found = [infos(d[i]) if -i <= len(d) else [] for d in dims]
         if found and all(here and all(x.content is Content.ZERO for x in here) for here in found):
             sources = frozenset().union(*(info.sources for here in found for info in here))
-            out[i] = annotate(out[i], lambda _, sources=sources: Info(Content.ZERO, sources))
+            out[i] = annotate(out[i], functools.partial(_zero_of, sources))
