@@ -14,19 +14,34 @@ def values_of(module: nn.Module, names: set[str]) -> dict[str, torch.Tensor]:
     return {n: getattr(owner, leaf).detach().clone() for n, owner, leaf in _owners(module, names)}
 
 
-@contextlib.contextmanager
-def state_of(module: nn.Module, names: set[str]) -> Iterator[None]:
-    """Put back what a forward writes."""
-    before = [(owner, leaf, getattr(owner, leaf)) for _, owner, leaf in _owners(module, names)]
-    copies = [t.detach().clone() for _, _, t in before]
-    try:
-        yield
-    finally:
+class Before:
+    """Some of a module's tensors as they are now.
+
+    Args:
+        names: those that the module lacks are left out.
+    """
+
+    def __init__(self, module: nn.Module, names: set[str]) -> None:
+        found = [(owner, leaf, getattr(owner, leaf)) for _, owner, leaf in _owners(module, names)]
+        self._held = [(owner, leaf, t, t.detach().clone()) for owner, leaf, t in found]
+
+    def restore(self) -> None:
+        """Put them back."""
         with torch.no_grad():
-            for (owner, leaf, tensor), copy in zip(before, copies, strict=True):
+            for owner, leaf, tensor, copy in self._held:
                 if getattr(owner, leaf) is not tensor:
                     setattr(owner, leaf, tensor)
                 tensor.copy_(copy)
+
+
+@contextlib.contextmanager
+def state_of(module: nn.Module, names: set[str]) -> Iterator[None]:
+    """Put back what a forward writes."""
+    before = Before(module, names)
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 def _owners(module: nn.Module, names: set[str]) -> Iterator[tuple[str, nn.Module, str]]:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxgrow.ir.running import in_mode
-from fxgrow.verify.buffers import state_of, values_of
+from fxgrow.verify.buffers import Before, state_of, values_of
 from fxgrow.verify.differences import Differences
 from fxgrow.verify.execute import draws, same_draws
 from fxgrow.verify.failures import Failures, first_line
@@ -139,28 +139,36 @@ class Abreast:
         Raises:
             ExactnessError: the grown module cannot run it.
         """
+        before = Before(self.module, self._small), Before(self.grown, self._large)
+        taken = False
+        try:
+            taken = self._both(trial, call)
+        finally:
+            if not taken:
+                for state in before:
+                    state.restore()
+        if taken:
+            self.rounds[-1][call] = trial
+        return taken
+
+    def _both(self, trial: Trial, call: int) -> bool:
         label = "train" if self.training else "eval"
-        with contextlib.ExitStack() as undo:
-            undo.enter_context(state_of(self.module, self._small))
-            undo.enter_context(state_of(self.grown, self._large))
-            try:
-                old = _call(self.module, trial)
-            except Exception as error:
-                if trial.words == "example":
-                    self._receipt.note(f"{label} mode not measured in the model's own dtype: {first_line(error)}")
+        try:
+            old = _call(self.module, trial)
+        except Exception as error:
+            if trial.words == "example":
+                self._receipt.note(f"{label} mode not measured in the model's own dtype: {first_line(error)}")
+            return False
+        if trial.words != "example" and not says_something(old):
+            return False
+        try:
+            new = _call(self.grown, trial)
+        except Exception as error:
+            if trial.words != "example" and _refusal(error):
                 return False
-            if trial.words != "example" and not says_something(old):
-                return False
-            try:
-                new = _call(self.grown, trial)
-            except Exception as error:
-                if trial.words != "example" and _refusal(error):
-                    return False
-                raise self._failures.cannot_run(label, f"what the original takes ({trial.words})", error) from error
-            undo.pop_all()
+            raise self._failures.cannot_run(label, f"what the original takes ({trial.words})", error) from error
         key = len(self.rounds) - 1, call
         self._old.outputs[key], self._new.outputs[key] = old, new
-        self.rounds[-1][call] = trial
         return True
 
     def left_behind(self) -> tuple[Results, Results]:

@@ -266,6 +266,9 @@ def test_state_is_compared_over_several_calls(sabotage: Any) -> None:
     sabotage(wrong)
     with pytest.raises(fxgrow.ExactnessError, match="writes into its buffers differs"):
         receipt(ema, buffers=dict(buffers))
+    spec = {"op": "widen", "axis": "up.weight:0", "factor": 2}
+    with pytest.raises(fxgrow.ExactnessError, match=r"writes into its buffers differs by .* in its own dtype"):
+        fxgrow.grow(trained(M(ema, **buffers)).double(), spec, (example(),), verify="native")
 
 
 def normed(m: Any, x: torch.Tensor) -> torch.Tensor:
