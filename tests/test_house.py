@@ -100,3 +100,9 @@ def test_every_folder_is_installed() -> None:
     folders = {f.parent.relative_to(ROOT.parent) for f in FILES}
     own = {".".join(f.parts) if f.parts[0] == "fxgrow" else f"fxgrow.{'.'.join(f.parts)}" for f in folders}
     assert listed == own
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """Pytest imports them by their names, and stops where one is there twice."""
+    names = [f.name for f in Path(__file__).parent.rglob("test_*.py")]
+    assert not {n for n in names if names.count(n) > 1}
