@@ -148,7 +148,7 @@ def table() -> dict[str, Rule]:
         "aten.feature_alpha_dropout(_)": Pointwise(drawn=2),
         "aten.rrelu(_)": Pointwise(zero=True, drawn="all"),
         # what a tensor held is written over, or does not matter
-        "aten.copy_": Pointwise(zero=True, mean=takes_means, into="self", jumps=rounded_operands),
+        "aten.copy_": Pointwise(zero=takes_zeros, mean=takes_means, into="self", jumps=rounded_operands),
         "aten.fill_.Tensor aten.fill_.Scalar": Pointwise(into="self", value="value"),
         "aten.zero_ aten.zeros_like": Pointwise(into="self", value=0),
         "aten.ones_like": Pointwise(into="self", value=1),
@@ -234,6 +234,11 @@ def lowest(dtype: torch.dtype) -> float:
 def same(ctx: Context, dims: Dims) -> Dims:
     """... -> ..."""
     return dims
+
+
+def takes_zeros(args: dict[str, Any]) -> bool:
+    """unless ``self`` holds truth values, which jump at 0"""
+    return args["self"].meta["val"].dtype is not torch.bool
 
 
 def takes_means(args: dict[str, Any]) -> bool:

@@ -395,7 +395,16 @@ def test_what_tells_copies_apart_is_refused(f: Callable[[Tensor], Tensor], opera
     check_refused(Odd(lambda s, x: s.out(f(s.up(x)))), operation, "equal by construction")
 
 
-@pytest.mark.parametrize("f", [torch.sign, lambda d: d.angle() + d])
+@pytest.mark.parametrize(
+    "f",
+    [
+        torch.sign,
+        lambda d: d.angle() + d,
+        lambda d: d.bool().to(d.dtype),
+        lambda d: d.count_nonzero(-1).to(d.dtype).unsqueeze(-1) * d,
+        lambda d: torch.zeros_like(d, dtype=torch.bool).copy_(d).to(d.dtype),
+    ],
+)
 def test_zeros_up_to_rounding_have_no_sign(f: Callable[[Tensor], Tensor]) -> None:
     """New entries at the mean are zero after ``h - mean(h)`` up to rounding, so that their sign is anything."""
 

@@ -223,6 +223,8 @@ class Along(Row):
         if len(contents) != 1:
             raise ctx.refuse("new units hold different things in the parts that a statistic runs over")
         (content,) = contents
+        if self.kind == "count" and _is_real(ctx.node.all_input_nodes[0]):
+            raise ctx.refuse("new units may be zero up to rounding only, and would be counted; grow by whole copies")
         if content not in ((Content.MEAN, Content.CONST) if mean else (Content.ZERO,)):
             raise ctx.refuse(f"new units hold {content.value} where {wanted.value} would be exact")
         self._copied(ctx, ctx.uniform_factor(grown))

@@ -18,7 +18,7 @@ class Cast(Row):
     """A change of dtype: linear among real and complex numbers, up to the rounding that the model has anyway.
 
     Rounding to integers, or to the few numbers that 8 bits can hold, is not linear; it keeps zeros and broadcasts, and
-    not the mean.
+    not the mean. Truth values jump at 0, where a zero may be one up to rounding only (``x - mean(x)``).
     """
 
     casts: bool = field(default=True, kw_only=True)
@@ -34,7 +34,10 @@ class Cast(Row):
 
     def grow(self, ctx: GrowthContext) -> Dims:
         dims = ctx.operand("self")
-        return dims if holds_numbers(ctx.node.meta.get("val")) else [annotate(d, _rounded) for d in dims]
+        if holds_numbers(ctx.node.meta.get("val")):
+            return dims
+        to_truth = ctx.node.meta["val"].dtype is torch.bool and holds_numbers(ctx.node.all_input_nodes[0].meta["val"])
+        return [annotate(d, Info.changed if to_truth else _rounded) for d in dims]
 
 
 def holds_numbers(value: Any) -> bool:
