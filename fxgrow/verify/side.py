@@ -60,9 +60,10 @@ class Side:
         """Tensors for some calls in a row, with the state that the model has before them."""
 
         def make(name: str) -> torch.Tensor:
-            if moved is not None:
-                return moved.tensor(self.whole(name))
-            return self.whole(name).clone() if name in self.written else self.whole(name)
+            tensor = self.whole(name)
+            if name in self.written:  # moved ones, too: whole numbers are not moved, and would be written into
+                tensor = tensor.clone()
+            return tensor if moved is None else moved.tensor(tensor)
 
         return Tensors(make, self.written, keep=moved is None and self.keep)
 

@@ -26,6 +26,17 @@ class Counter(nn.Module):
         return out
 
 
+class Numbered(nn.Module):
+    """Its output is ``x`` plus the number of calls so far, a whole number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.calls.add_(1)
+
+
 ONE = Trial((torch.ones(2),), {}, "example")
 
 
@@ -71,6 +82,14 @@ def test_moved_values_differ_by_rounding_alone() -> None:
     model, _ = side()
     plain, moved = (model.run([{0: ONE}], False, moved=m).outputs[0, 0] for m in (Moved(0, 0), Moved(1, 4)))
     assert not torch.equal(plain, moved) and torch.allclose(plain, moved, rtol=1e-5)
+
+
+def test_a_moved_run_leaves_whole_numbers_as_they_were() -> None:
+    program = fxgrow.capture(Numbered(), ONE.args)
+    model = Side(program, lambda name: program.tensor(name).detach(), keep=True)
+    for _ in range(2):
+        found = model.run([{0: ONE}], False, moved=Moved(1, 4))
+        assert found.state["calls"].item() == 1 and program.tensor("calls").item() == 0
 
 
 def test_other_tensors_under_the_same_graphs() -> None:
