@@ -46,9 +46,9 @@ def table() -> dict[str, Rule]:
         "aten.glu": Glu(),
         # other functions of one number, finite everywhere
         (
-            "aten.softplus aten.exp(_) aten.exp2(_) aten.cosh(_) aten.i0(_) aten.special_i0e aten.erfc(_) "
-            "aten.special_erfcx"
+            "aten.exp(_) aten.exp2(_) aten.cosh(_) aten.i0(_) aten.special_i0e aten.erfc(_) aten.special_erfcx"
         ): Pointwise(range=values.from_zero),
+        "aten.softplus": Pointwise(range=values.ramp),
         "aten.sigmoid(_) aten.hardsigmoid(_) aten.special_ndtr": Pointwise(range=values.fraction),
         ("aten.log_sigmoid aten.cos(_) aten.sinc(_) aten.special_log_ndtr aten.special_bessel_j0"): Pointwise(),
         "aten.pow.Scalar": Pointwise(),  # a number to the power of a tensor

@@ -216,6 +216,12 @@ def from_zero(ranges: KnownRanges, args: dict[str, Any]) -> Range:
     return Range(0, None)
 
 
+def ramp(ranges: KnownRanges, args: dict[str, Any]) -> Range:
+    """from 0 on, where beta is positive"""
+    beta = args["beta"]
+    return Range(0, None) if isinstance(beta, int | float) and beta > 0 else ANYTHING
+
+
 def fraction(ranges: KnownRanges, args: dict[str, Any]) -> Range:
     """from 0 to 1"""
     return Range(0, 1)

@@ -77,6 +77,7 @@ def judged(op: Any, *samples: Sample) -> Report:
         ("aten.kl_div.default", None, {"domain": ("self",)}, "not finite"),
         ("aten.silu.default", None, {"range": values.from_zero}, "said to be from 0"),
         ("aten.softplus.default", Sample(1 + p(3, 4)), {"range": values.fraction}, "from 0.0 to 1.0"),
+        ("aten.softplus.default", Sample(r(3, 4), -1.0), {"range": values.from_zero}, "said to be from 0"),
         ("aten.log.default", None, {"range": values.absolute}, "said to be from 0"),
         ("aten.zeros_like.default", None, {"value": 1}, "from 1.0 to 1.0"),
     ],
