@@ -30,3 +30,30 @@ def run_eval(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     copies = trees.clones((tuple(args), dict(kwargs)))
     with in_mode(module, False), torch.no_grad():
         return module(*copies[0], **copies[1])
+
+
+def run_with(
+    module: nn.Module, tensors: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """What a module returns with other tensors in the place of its own.
+
+    ``functional_call`` does not put back what belongs to a module that stands under several names: it takes the tensor
+    that it set under the first of them for the module's own.
+
+    Args:
+        tensors: by any name that the module has for them; a tie is set wherever it stands. What the forward assigns
+            anew is found here afterwards.
+    """
+    kinds = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    other = {id(own): tensors[name] for kind in kinds for name, own in kind if name in tensors}
+    places: dict[str, torch.Tensor] = {}
+    for path, part in module.named_modules():  # each once, whatever its names
+        prefix = f"{path}." if path else ""
+        held = (
+            *part.named_parameters(recurse=False, remove_duplicate=False),
+            *part.named_buffers(recurse=False, remove_duplicate=False),
+        )
+        places.update({prefix + leaf: other[id(own)] for leaf, own in held if id(own) in other})
+    out = torch.func.functional_call(module, places, args, dict(kwargs), tie_weights=False)
+    tensors.update({name: t for name, t in places.items() if name in tensors})
+    return out

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.ir import trees
 from fxgrow.ir.quiet import quiet
+from fxgrow.ir.running import run_with
 from fxgrow.ir.traits import Trait, traits_of
 
 #: from a size of an input in the graph, and in the example, to the size to run at
@@ -83,7 +84,7 @@ class Replica:
             state, leaves = self._fakes(trail, mode, sizes)
             args, kwargs = trees.tree_unflatten(leaves, self.spec)
             with trail:
-                out = torch.func.functional_call(self.model, state, args, kwargs)
+                out = run_with(self.model, state, args, kwargs)
             return trail.digests([out, *state.values()])
 
     def _graph(self, sizes: Sizes) -> list[Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
 from fxgrow.ir.modules import is_compiled
+from fxgrow.ir.running import run_with
 from fxgrow.ir.traced import Call
 from fxgrow.trace.lines import place_of
 
@@ -75,7 +76,7 @@ def check_example(model: nn.Module, call: Call) -> None:
         # with gradients, as it is trained: forwards that differentiate need them
         with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
-            torch.func.functional_call(model, buffers, trees.clones(call.args), trees.clones(call.kwargs))
+            run_with(model, buffers, trees.clones(call.args), trees.clones(call.kwargs))
     except Exception as error:
         shapes = ", ".join(_shown(x) for x in trees.tree_leaves((call.args, call.kwargs)))
         reason = str(error).strip().partition("\n")[0]

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
 from fxgrow.ir.ops import HigherOrderOperator, OpOverload
+from fxgrow.ir.running import run_with
 
 # custom autograd functions -------------------------------------------------------------------------------------------
 
@@ -118,7 +119,7 @@ def _output_gradients(module: nn.Module, inputs: tuple[Any, Any], scale: float) 
     tensors |= {n: b.detach().clone() for n, b in module.named_buffers()}
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
-        result = torch.func.functional_call(module, tensors, *trees.clones(inputs))
+        result = run_with(module, tensors, *trees.clones(inputs))
         floats = [t for t in trees.tensors_in(result) if t.requires_grad]
         if not floats:
             return {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxgrow.ir.running import in_mode, run_eval
+import fxgrow
+from fxgrow.ir.running import in_mode, run_eval, run_with
 
 
 class Writes(nn.Module):
@@ -35,3 +36,38 @@ def test_in_mode_leaves_what_is_frozen() -> None:
     with in_mode(model, True):
         assert model.frozen.training
     assert not any(m.training for m in model.modules())
+
+
+class Twice(nn.Module):
+    """A norm that stands under two names, and a tied weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = self.again = nn.BatchNorm1d(4)
+        self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.a(x).flatten(0, 1))
+        return self.again(self.b(h.relu())).view(x.shape)
+
+
+def test_run_with_other_tensors_puts_back_what_stands_under_two_names() -> None:
+    model, x = Twice(), torch.randn(2, 3, 4)
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = {n: t.clone() for n, t in own.items()}
+    other = {n: t.detach().clone() for n, t in own.items()}
+    other["a.weight"] = torch.zeros(4, 4)
+    assert not run_with(model, other, (x,), {}).any(), "the tie is set, too"
+    assert other["norm.num_batches_tracked"] == 2, "written by both"
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert all(after[n] is t and torch.equal(t, before[n]) for n, t in own.items())
+
+
+def test_capture_leaves_a_module_under_two_names_as_it_was() -> None:
+    model, x = Twice(), torch.randn(2, 3, 4)
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = {n: t.clone() for n, t in own.items()}
+    fxgrow.capture(model, (x,))
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert all(after[n] is t and torch.equal(t, before[n]) for n, t in own.items())
