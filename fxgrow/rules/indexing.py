@@ -319,6 +319,12 @@ class EmbeddingBag(Rule):
             rest[-1] = [rest[-1][0], annotate(columns, lambda i: i.becomes(Content.FREE, zeroable=False))]
         return [[bags, columns], *rest]
 
+    def resize(self, ctx: Resize) -> None:
+        """The row that is left out keeps its number where that counts from the end."""
+        rows, number = ctx.dims(ctx.args["weight"])[0], ctx.args.get("padding_idx")
+        if isinstance(number, int) and number < 0 and ctx.changed(rows):
+            ctx.set("padding_idx", number + size_of(rows))
+
 
 class Renorm(Rule):
     """``embedding_renorm_``: the rows that are looked up are shortened to a norm, in the table itself.

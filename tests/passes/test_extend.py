@@ -98,6 +98,20 @@ def test_untied_vocabulary() -> None:
     assert growth.module.embed.weight.grad.abs().sum() == 0, "the padding row is still the padding row"  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_the_padding_row_of_a_bag_is_still_the_same_where_it_is_counted_from_the_end(mode: str) -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Parameter(torch.randn(V, D)), nn.Linear(D, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.embedding_bag(x, self.table, mode=mode, padding_idx=-2))
+
+    rows = torch.tensor([[V - 2, 1, V - 1], [V - 2, V - 2, 0], [3, 4, 5]])
+    check(build(Bag()), {"axis": "table:0", "by": 3}, (rows,), ((ids(),),))
+
+
 def test_only_what_is_named_grows() -> None:
     growth = check(build(Untied()), {"axis": "head/*", "factor": 2}, (ids(),))
     assert list(growth.module.state_dict()["embed.weight"].shape) == [V, D]
