@@ -25,6 +25,28 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
             m.training = modes[name]
 
 
+def plain_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that modules hold as plain attributes, neither parameters nor buffers, and that could be written into."""
+    return {
+        f"{path}.{leaf}" if path else leaf: t
+        for path, part in module.named_modules()
+        for leaf, t in vars(part).items()
+        if type(t) is torch.Tensor and not t.is_inference() and all(t.stride())
+    }
+
+
+@contextlib.contextmanager
+def plain_tensors_kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards these hold what they held: a trace runs in-place ops on them."""
+    held = [(t, t.detach().clone()) for t in plain_tensors(module).values()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, copy in held:
+                tensor.copy_(copy)
+
+
 def run_eval(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What a module returns in eval mode for copies of the inputs, without gradients."""
     copies = trees.clones((tuple(args), dict(kwargs)))

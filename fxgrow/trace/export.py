@@ -17,7 +17,7 @@ from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, find_guards, has_mixed_sizes, settle_sizes, weigh
 from fxgrow.ir.quiet import quiet
-from fxgrow.ir.running import in_mode
+from fxgrow.ir.running import in_mode, plain_tensors_kept
 from fxgrow.ir.symbolic import ON_DATA, oblivious_sizes
 from fxgrow.ir.traced import Call
 from fxgrow.ir.trail import Replica
@@ -79,6 +79,7 @@ def _export(
         with (
             warnings.catch_warnings(),
             quiet(),
+            plain_tensors_kept(model),
             _traceable_forward(model, kwargs, left_out),
             oblivious_sizes(oblivious),
             watch,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxgrow.ir.running import in_mode
+from fxgrow.ir.running import in_mode, plain_tensors
 from fxgrow.verify.buffers import Before, state_of, values_of
 from fxgrow.verify.differences import Differences
 from fxgrow.verify.execute import draws, same_draws
@@ -124,13 +124,14 @@ class Abreast:
         self.rounds: list[Round] = []
         self._old, self._new = Results(), Results()
         self._small, self._large = writes
+        self._own = self._small | set(plain_tensors(module))  # a trace knows those by other names
         self._failures, self._receipt = failures, receipt
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
         """Afterwards the modules are as they were."""
         buffers = {n for n, _ in self.module.named_buffers()}
-        with state_of(self.module, buffers | self._small), state_of(self.grown, self._large):
+        with state_of(self.module, buffers | self._own), state_of(self.grown, self._large):
             yield
 
     def takes(self, trial: Trial, call: int) -> bool:
@@ -139,7 +140,7 @@ class Abreast:
         Raises:
             ExactnessError: the grown module cannot run it.
         """
-        before = Before(self.module, self._small), Before(self.grown, self._large)
+        before = Before(self.module, self._own), Before(self.grown, self._large)
         taken = False
         try:
             taken = self._both(trial, call)

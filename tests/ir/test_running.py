@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow.ir.running import in_mode, run_eval, run_with
+from fxgrow.ir.running import in_mode, plain_tensors, plain_tensors_kept, run_eval, run_with
 
 
 class Writes(nn.Module):
@@ -71,3 +71,12 @@ def test_capture_leaves_a_module_under_two_names_as_it_was() -> None:
     fxgrow.capture(model, (x,))
     after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert all(after[n] is t and torch.equal(t, before[n]) for n, t in own.items())
+
+
+def test_plain_tensors_of_a_module() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(3))
+    module.calls, module[0].last, module.mask = torch.zeros(1), torch.ones(2), torch.ones(1).expand(4)
+    assert set(plain_tensors(module)) == {"calls", "0.last"}
+    with plain_tensors_kept(module):
+        module.calls.add_(1)
+    assert not module.calls.any()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxgrow
 from fxgrow.errors import ExactnessError
 from fxgrow.plan import GrowthPlan
 from fxgrow.verify.failures import Failures
@@ -69,3 +70,22 @@ def test_what_the_grown_one_alone_does_not_take_is_a_failure() -> None:
     words = r"cannot run in eval mode on what the original takes \(3, drawn anew\): ValueError: not this one\. This is"
     with pytest.raises(ExactnessError, match=words):
         abreast(torch.sin, fails).takes(OTHER, 0)
+
+
+class Counts(nn.Module):
+    """Counts its calls in a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.calls = nn.Linear(3, 4), nn.Linear(4, 3), torch.zeros(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        return self.b(self.a(x).relu()) + self.calls
+
+
+def test_what_a_forward_writes_into_plain_attributes_is_undone() -> None:
+    model = Counts()
+    calls = model.calls
+    fxgrow.grow(model, {"op": "widen", "axis": "a.weight:0", "to": 6}, (torch.randn(2, 3),), verify="native")
+    assert model.calls is calls and float(calls) == 0
