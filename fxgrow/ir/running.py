@@ -1,4 +1,4 @@
-"""Run a module and leave it and its inputs as they were, but for what its forward writes itself."""
+"""Run a module and leave it and its inputs as they were."""
 
 from __future__ import annotations
 
@@ -47,10 +47,28 @@ def plain_tensors_kept(module: nn.Module) -> Iterator[None]:
                 tensor.copy_(copy)
 
 
+@contextlib.contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    held = [
+        (part, leaf, t, t.detach().clone())
+        for part in module.modules()
+        for leaf, t in part.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for part, leaf, tensor, copy in held:
+                if getattr(part, leaf) is not tensor:
+                    setattr(part, leaf, tensor)
+                if not tensor.is_meta and not torch.equal(tensor, copy):
+                    tensor.copy_(copy)
+
+
 def run_eval(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a module returns in eval mode for copies of the inputs, without gradients."""
+    """What a module returns in eval mode for copies of the inputs, without gradients. Its buffers stay as they are."""
     copies = trees.clones((tuple(args), dict(kwargs)))
-    with in_mode(module, False), torch.no_grad():
+    with in_mode(module, False), _buffers_kept(module), plain_tensors_kept(module), torch.no_grad():
         return module(*copies[0], **copies[1])
 
 

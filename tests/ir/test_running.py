@@ -80,3 +80,20 @@ def test_plain_tensors_of_a_module() -> None:
     with plain_tensors_kept(module):
         module.calls.add_(1)
     assert not module.calls.any()
+
+
+def test_run_eval_leaves_buffers_as_they_were() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("last", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = x.sum()
+            return x + self.calls.add_(1)
+
+    model = Counts()
+    calls, last = model.calls, model.last
+    assert run_eval(model, [torch.zeros(1)], {}).item() == 1
+    assert model.calls is calls and model.last is last and not calls and not last
