@@ -11,7 +11,7 @@ from torch import fx
 
 from fxgrow.errors import GrowthRefused, Refusal, SpecError, did_you_mean
 from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of, note
-from fxgrow.ir.ops import op_name, operator_named
+from fxgrow.ir.ops import bound_arguments, op_name, operator_named
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.stacks import block_path
 from fxgrow.ir.traced import Traced
@@ -19,7 +19,8 @@ from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.changes import renamed_path
 from fxgrow.passes.state import State
 from fxgrow.plan import Change, InsertLayer, Renumber, Step, TensorPlan
-from fxgrow.rules.base import idempotent, jumping_operands
+from fxgrow.rules.base import idempotent, jumping_operands, moves, rule_of, selects
+from fxgrow.rules.forms import Pointwise
 from fxgrow.spec import Insert
 
 BATCH_NORM_EPS = 1e-5
@@ -74,6 +75,14 @@ def _insert_after(state: State, op: Insert, name: str, step: Step) -> None:
     found = [n for n in nodes if n is not None]
     if not found:
         raise _refusal(name, "nothing that it computes is used outside it")
+    for node in found if op.layer != "batch_norm" else ():
+        infinite = _infinite(node)
+        if infinite is not None:
+            raise _refusal(
+                name,
+                f"{op_name(infinite.target)} at {info_of(infinite).source} puts infinities into its output, which the "
+                "new layer would multiply by 0; insert it before they are put in",
+            )
     changes = [_layer_after(op, name, n) for n in found]
     if len({(c.size, c.rank, c.activation) for c in changes}) > 1:
         raise _refusal(name, "its output differs from call to call in shape or op")
@@ -109,6 +118,23 @@ def _output_of(graph: fx.Graph, name: str, call: int) -> fx.Node | None:
     if any("@" in t for t in times):
         raise _refusal(name, "the forward calls it more than once")
     return outputs[0]
+
+
+def _infinite(output: fx.Node) -> fx.Node | None:
+    """The op that fills a value with infinities, as masks before a softmax do; None where none is seen."""
+    todo, seen = [output], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        arguments = bound_arguments(node)
+        filled = [arguments.get(name) for name in ("value", "fill_value", "self", "other")]
+        if any(isinstance(x, float) and math.isinf(x) for x in filled):
+            return node
+        if moves(node) or selects(node) or isinstance(rule_of(node), Pointwise):
+            todo += node.all_input_nodes
+    return None
 
 
 def _layer_after(op: Insert, name: str, node: fx.Node) -> InsertLayer:
