@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+from torch import fx
+
 from fxgrow.algebra import UNIT, Conflict, Expr, is_unit, resolve
+from fxgrow.ir.ops import bound_arguments
 from fxgrow.rules.annotation import Content, Dims, Info, annotate, infos
 from fxgrow.rules.base import Rule, register_table
 from fxgrow.rules.context import Context, GrowthContext
@@ -39,6 +42,7 @@ class CosineSimilarity(Rule):
     """The angle between two vectors: copies in both leave it; ``eps``, the least norm, grows like the norms."""
 
     special = "copies cancel, but for the least norm"
+    jumps = True  # a direction, which a vector of zeros has none of
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         a, b, at = self._operands(ctx)
@@ -78,6 +82,9 @@ class PairwiseDistances(Rule):
 
     special = "a norm of differences, of every two rows"
 
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes if bound_arguments(node)["p"] == 0 else []  # a number of differences
+
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         a, b = self._operands(ctx)
         ctx.unify(a[-1], b[-1])
@@ -116,6 +123,9 @@ class RowDistance(Rule):
     """``pairwise_distance``: a norm of ``x1 - x2 + eps`` over the last dim, row by row."""
 
     special = "a norm of differences, to each of which eps is added"
+
+    def jumps(self, node: fx.Node) -> list[fx.Node]:
+        return node.all_input_nodes if bound_arguments(node)["p"] == 0 else []  # a number of differences
 
     def relate(self, ctx: Context) -> Dims | list[Dims] | None:
         out = []

@@ -33,8 +33,6 @@ STRICT = {
     "depends on the values of its entries": "the same",
     "it is integrated over places of its own": "the same",
     "repeated no times": "a tensor of no entries",
-    "it indexes another tensor": "copies of an index pick again what it picked, in a result that has a dim for them",
-    "does not follow its operand indices": "rows that are looked up twice are shortened twice, to the same",
     "drawn at random": "uninitialised memory happened to be equal",
 }
 
