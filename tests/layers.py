@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import tomllib
 from pathlib import Path
+
+from tests import pages
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "CONTRIBUTING.md"
@@ -49,14 +50,7 @@ def picture() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.layers", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put it into CONTRIBUTING.md")
-    text = GUIDE.read_text(encoding="utf-8")
-    if parser.parse_args().write:
-        GUIDE.write_text(MARKED.sub(lambda _: picture(), text), encoding="utf-8")
-        return 0
-    print(picture())
-    return int(picture() not in text)
+    return pages.main("python -m tests.layers", __doc__, GUIDE, MARKED, picture)
 
 
 if __name__ == "__main__":

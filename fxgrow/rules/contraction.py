@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,15 @@ from fxgrow.rules.forms.pattern import missing_in_result
 
 def table() -> dict[str, Rule]:
     """The rows of contractions."""
+    convolution = Pattern(
+        _convolution,
+        ["input", "weight", "bias"],
+        sum="i",
+        why="the spatial extent of a convolution",
+        roles=CONVOLVED,
+        literals={"groups": "g"},
+        weights=("weight", "bias"),
+    )
     return {
         # layers
         "aten.linear": Pattern(
@@ -32,23 +42,9 @@ def table() -> dict[str, Rule]:
         """
         aten.conv1d aten.conv2d aten.conv3d
         aten.conv1d.padding aten.conv2d.padding aten.conv3d.padding
-        """: Pattern(
-            _convolution,
-            ["input", "weight", "bias"],
-            sum="i",
-            why="the spatial extent of a convolution",
-            roles=CONVOLVED,
-            literals={"groups": "g"},
-            weights=("weight", "bias"),
-        ),
-        "aten.conv_transpose1d aten.conv_transpose2d.input aten.conv_transpose3d.input": Pattern(
-            _transposed_convolution,
-            ["input", "weight", "bias"],
-            sum="i",
-            why="the spatial extent of a convolution",
-            roles=CONVOLVED,
-            literals={"groups": "g"},
-            weights=("weight", "bias"),
+        """: convolution,
+        "aten.conv_transpose1d aten.conv_transpose2d.input aten.conv_transpose3d.input": dataclasses.replace(
+            convolution, pattern=_transposed_convolution
         ),
         # products of two
         "aten.mm": Pattern("m k, k n -> m n", ["self", "mat2"], sum="k"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
 import fxgrow.rules  # noqa: F401 - the table
 from fxgrow.report.rules import counts, entries, markdown
+from tests import pages
 
 PAGE = Path(__file__).parents[2] / "docs" / "rules.md"
 MARKED = re.compile(r"(?<=<!-- rules: begin -->\n).*?(?=<!-- rules: end -->)", re.DOTALL)
@@ -20,14 +20,7 @@ def listed() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.rules.table", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put it into docs/rules.md")
-    text = PAGE.read_text(encoding="utf-8")
-    if parser.parse_args().write:
-        PAGE.write_text(MARKED.sub(lambda _: listed(), text), encoding="utf-8")
-        return 0
-    print(listed())
-    return int(listed() not in text)
+    return pages.main("python -m tests.rules.table", __doc__, PAGE, MARKED, listed)
 
 
 if __name__ == "__main__":

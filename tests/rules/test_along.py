@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from rows import saying
 
 from fxgrow import GrowthRefused, grow
 from fxgrow.program import capture
 from fxgrow.rules import RULES
-from fxgrow.rules.base import Row
 from fxgrow.rules.forms import Along
 from fxgrow.rules.forms.along import in_whole_numbers
 from fxgrow.testing.judge import Report, Sample, check
@@ -21,13 +20,6 @@ from fxgrow.testing.judge import Report, Sample, check
 
 def r(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
-
-
-def saying(op: str, **columns: Any) -> Row:
-    """An op's row with other columns."""
-    row = RULES[op]
-    assert isinstance(row, Row)
-    return dataclasses.replace(row, **columns)
 
 
 def judged(op: str, sample: Sample) -> Report:

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import Any
 
 import pytest
 import torch
-from samples import SAMPLES
+from rows import judging
 from torch import Tensor, nn
 
 from fxgrow.program import capture
 from fxgrow.rules import RULES, Pattern, Pointwise
 from fxgrow.rules.forms.pattern import missing_in_result
-from fxgrow.testing.judge import Report, Sample, check
+from fxgrow.testing.judge import Sample, check
 
 
 def r(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-@pytest.fixture
-def judged(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The judge's report of an op whose row has other columns."""
-
-    def judge(op: str, *samples: Sample, **columns: Any) -> Report:
-        row = RULES[op]
-        assert isinstance(row, Pattern)
-        monkeypatch.setitem(RULES, op, dataclasses.replace(row, **columns))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return check(op, samples or SAMPLES[op])
-
-    return judge
+judged = judging(Pattern)
 
 
 def batch_in_the_middle(ctx: Any) -> str:

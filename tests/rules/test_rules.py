@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from reasons import explained
+from rows import saying
 from samples import SAMPLES
 
 from fxgrow.errors import GrowthRefused
@@ -17,7 +16,7 @@ from fxgrow.ir.ops import operator_named
 from fxgrow.program import capture
 from fxgrow.rules import RULES
 from fxgrow.rules.annotation import Content
-from fxgrow.rules.base import FAMILIES, Row, op_names, register_rule
+from fxgrow.rules.base import FAMILIES, op_names, register_rule
 from fxgrow.rules.forms import Made, Opaque, Pattern, Pointwise, Structural, parse_pattern
 from fxgrow.testing.judge import Sample, check, unjudged
 
@@ -114,13 +113,6 @@ def test_operands_that_a_rule_never_asks_for_freeze(
 
 def r(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64)
-
-
-def saying(op: str, **columns: Any) -> Row:
-    """An op's row with other columns."""
-    row = RULES[op]
-    assert isinstance(row, Row)
-    return dataclasses.replace(row, **columns)
 
 
 @pytest.mark.parametrize(

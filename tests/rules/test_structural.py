@@ -8,31 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from rows import judging
 from samples import SAMPLES
 from torch import Tensor
 
 from fxgrow.rules import RULES, Structural, layout
 from fxgrow.rules.base import FAMILIES, Row
-from fxgrow.testing.judge import Report, Sample, check
+from fxgrow.testing.judge import Sample, check
 
 
 def r(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-@pytest.fixture
-def judged(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The judge's report of an op whose row has other columns."""
-
-    def judge(op: str, *samples: Sample, **columns: Any) -> Report:
-        row = RULES[op]
-        assert isinstance(row, Structural)
-        monkeypatch.setitem(RULES, op, dataclasses.replace(row, **columns))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return check(op, samples or SAMPLES[op])
-
-    return judge
+judged = judging(Structural)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import json
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import fxgrow.rules
 from fxgrow.report.rules import PLUGGED_IN, entries, in_words
 from fxgrow.rules import RULES
-from fxgrow.rules.base import FAMILIES, Row
+from fxgrow.rules.base import FAMILIES, Row, Rule
 from tests.rules.table import PAGE
 
 FAMILY_FILES = sorted(
@@ -79,3 +80,12 @@ def test_the_page_lists_the_table() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=PAGE.parents[1], capture_output=True, text=True, check=False)
     assert run.returncode == 0, "docs/rules.md: python -m tests.rules.table --write"
+
+
+def test_every_fact_of_a_rule_is_a_column_of_a_row() -> None:
+    """They stand twice, as attributes that a class may set or define and as the fields of a row, and have to agree."""
+    facts = {name: getattr(Rule, name) for name in Rule.__annotations__ if name != "special"}
+    columns = {
+        c.name: c.default_factory() if callable(c.default_factory) else c.default for c in dataclasses.fields(Row)
+    }
+    assert columns == facts
