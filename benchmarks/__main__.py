@@ -6,7 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 
-_HIDDEN = {"__init__", "__main__", "common"}
+_HIDDEN = {"__init__", "__main__", "common", "living", "rows"}
 
 
 def names() -> list[str]:

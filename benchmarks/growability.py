@@ -8,24 +8,17 @@ and in a fresh process with a time limit. Writes ``docs/growability.md``. The ro
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
-import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.families import Example, perturbed, sources
-
-ROOT = Path(__file__).resolve().parent.parent
-_MARK = "@@growability "
+from benchmarks.families import Example, Maker, perturbed, sources
+from benchmarks.rows import Table, anonymous, cell, environments, first, label, versions
 
 #: roles whose growth is promised wherever a model has them
 PROMISED = {
@@ -37,7 +30,7 @@ PROMISED = {
 LIMIT = 1e-10
 
 
-def examine(name: str, source: str, only: str = "*") -> dict[str, Any]:
+def examine(name: str, source: str, maker: Maker, only: str = "*") -> dict[str, Any]:
     """Everything there is to say of one model, in this process."""
     import fnmatch
 
@@ -48,16 +41,16 @@ def examine(name: str, source: str, only: str = "*") -> dict[str, Any]:
     warnings.simplefilter("ignore")
     start = time.perf_counter()
     out: dict[str, Any] = {"model": name, "source": source, "axes": []}
-    example = sources()[source][0][name]()
+    example = maker()
     perturbed(example.model)
     try:
         program = fxgrow.capture(example.model, example.args, example.kwargs, dynamic=example.dynamic)
     except Exception as error:
-        return {**out, "failed": f"capture: {_first(error)}", "seconds": time.perf_counter() - start}
+        return {**out, "failed": f"capture: {first(error)}", "seconds": time.perf_counter() - start}
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     axes = program.axes
     out |= {
-        "versions": _versions(source),
+        "versions": versions(source),
         "ops": len(calls),
         "kinds": len({str(n.target) for n in calls}),
         "modes": program.mode_reason,
@@ -102,46 +95,11 @@ def _try(example: Example, program: Any, operation: dict[str, Any]) -> str:
         if not worst <= 1e-4:  # the model's own casts to float32 stay in this comparison
             return f"ERROR: other inputs differ by {worst:.1e}"
     except GrowthRefused as refusal:
-        return _first(refusal)
+        return first(refusal)
     except Exception as error:
-        return f"ERROR: {type(error).__name__}: {_first(error)}"
+        return f"ERROR: {type(error).__name__}: {first(error)}"
     dead = growth.receipt.dead_parameters
     return "exact" if not dead else f"exact, but without gradient in {', '.join(dead)}"
-
-
-def _versions(source: str) -> dict[str, str]:
-    """What a row was measured with: torch, and the library that the model is from."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"torch": torch.__version__.partition("+")[0]}
-    with contextlib.suppress(PackageNotFoundError):  # models of this repository
-        found[source] = version(source)
-    return found
-
-
-def _first(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def in_process(name: str, source: str, limit: float, only: str = "*") -> dict[str, Any]:
-    """:func:`examine` in a fresh interpreter."""
-    command = [sys.executable, "-m", "benchmarks", "growability", "--child", source, name, "--only", only]
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"model": name, "source": source, "axes": [], "failed": f"not finished in {limit:.0f} s"}
-    for line in done.stdout.splitlines():
-        if line.startswith(_MARK):
-            return dict(json.loads(line[len(_MARK) :]))
-    lines = done.stderr.strip().splitlines()
-    return {
-        "model": name,
-        "source": source,
-        "axes": [],
-        "failed": lines[-1] if lines else f"ended with status {done.returncode}",
-        "seconds": time.perf_counter() - start,
-    }
 
 
 # the report --------------------------------------------------------------------------------------------------------
@@ -154,7 +112,7 @@ def grown(row: dict[str, Any]) -> bool:
 
 def errors_of(results: list[dict[str, Any]]) -> list[str]:
     return [
-        f"{_label(r)} {a['name']}: {a[k]}"
+        f"{label(r)} {a['name']}: {a[k]}"
         for r in results
         for a in r["axes"]
         for k in ("double", "uneven")
@@ -182,19 +140,19 @@ def report(results: list[dict[str, Any]], missing: list[str]) -> str:
         "else by new units), each in its own growth, verified in float64 in eval and train mode and on inputs of other",
         "sizes.",
         "",
-        *_environments(results),
+        *environments(results),
         "",
         "| model | ops | axes | grow ×2 exactly | grow by half exactly | refused | s |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
         if r.get("failed"):
-            lines.append(f"| {_label(r)} | | | | | {_cell(r['failed'])} | {r.get('seconds', 0):.0f} |")
+            lines.append(f"| {label(r)} | | | | | {cell(r['failed'])} | {r.get('seconds', 0):.0f} |")
             continue
         axes = r["axes"]
         doubled = sum(map(grown, axes))
         uneven = sum(str(a.get("uneven", "")).startswith("exact") for a in axes)
-        cells = [_label(r), r["ops"], len(axes), doubled, uneven, len(axes) - doubled, f"{r['seconds']:.0f}"]
+        cells = [label(r), r["ops"], len(axes), doubled, uneven, len(axes) - doubled, f"{r['seconds']:.0f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if missing:
         lines += ["", "Left out: " + "; ".join(missing) + "."]
@@ -215,7 +173,7 @@ def report(results: list[dict[str, Any]], missing: list[str]) -> str:
     lines += ["", "## Ops met with no rule", ""]
     lines += [f"- `{op}`: {n} calls" for op, n in unknown.most_common()] or ["None."]
     errors = errors_of(results)
-    lines += ["", "## Errors", "", *([f"- {_cell(e)}" for e in errors] or ["None."]), ""]
+    lines += ["", "## Errors", "", *([f"- {cell(e)}" for e in errors] or ["None."]), ""]
     lines += [
         "## Refusals",
         "",
@@ -227,7 +185,7 @@ def report(results: list[dict[str, Any]], missing: list[str]) -> str:
     for r in results:
         refused = refusals(r["axes"])
         if refused:
-            lines += [f"### {_label(r)}", "", *refused, ""]
+            lines += [f"### {label(r)}", "", *refused, ""]
     return "\n".join(lines)
 
 
@@ -236,14 +194,14 @@ def changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> tuple[
 
     def exact(results: list[dict[str, Any]]) -> dict[tuple[str, str, str], str]:
         return {
-            (_label(r), a["name"], kind): str(a.get(kind) or a.get("frozen", ""))
+            (label(r), a["name"], kind): str(a.get(kind) or a.get("frozen", ""))
             for r in results
             for a in r["axes"]
             for kind in ("double", "uneven")
         }
 
     old, new = exact(before), exact(after)
-    models = {_label(r) for r in before} & {_label(r) for r in after}
+    models = {label(r) for r in before} & {label(r) for r in after}
     lost = [k for k, v in old.items() if k[0] in models and v == "exact" and new.get(k) != "exact"]
     gained = [k for k, v in new.items() if k[0] in models and v == "exact" and old.get(k) != "exact"]
     return [f"{' '.join(k)}: {new.get(k, 'no such axis')}" for k in lost], [" ".join(k) for k in gained]
@@ -251,20 +209,6 @@ def changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> tuple[
 
 #: axes that the caller, a table or an image fixes
 OUTSIDE = ("inputs", "outputs", "vocab", "positions", "kernel", "spatial")
-
-
-def _environments(results: list[dict[str, Any]]) -> list[str]:
-    """One line per library and set of versions, with the number of its rows."""
-    groups: Counter[tuple[str, str]] = Counter()
-    for r in results:
-        versions = r.get("versions") or {"torch": "unknown"}
-        groups[r["source"], ", ".join(f"{k} {v}" for k, v in versions.items())] += 1
-    return [f"- {n} models of {source}: {versions}" for (source, versions), n in groups.items()]
-
-
-def _label(result: dict[str, Any]) -> str:
-    """Models of one name from two libraries are told apart."""
-    return str(result["model"]) if result["source"] == "plain" else f"{result['source']}/{result['model']}"
 
 
 def refusals(axes: list[dict[str, Any]]) -> list[str]:
@@ -282,15 +226,15 @@ def refusals(axes: list[dict[str, Any]]) -> list[str]:
         else:
             named.setdefault(("×2: ", _reason(a["double"]), "; by half: ", _reason(a["uneven"])), []).append(a)
     out = []
-    for (label, *_), group in named.items():
-        first = group[0]
-        why = first.get("frozen") or (label + _where(first["uneven" if "exact" in label else "double"]))
+    for (sizes, *_), group in named.items():
+        head = group[0]
+        why = head.get("frozen") or (sizes + _where(head["uneven" if "exact" in sizes else "double"]))
         names = ", ".join(f"`{a['name']}` ({a['size']})" for a in group)
-        out.append(f"- {names}: {_cell(_anonymous(why))}")
+        out.append(f"- {names}: {cell(anonymous(why))}")
     for group in counted.values():
         roles = Counter(a["role"] for a in group)
         what = ", ".join(f"{n} {role}" for role, n in roles.items())
-        out.append(f"- {what}: {_cell(_anonymous(group[0]['frozen']))}")
+        out.append(f"- {what}: {cell(anonymous(group[0]['frozen']))}")
     return out
 
 
@@ -308,92 +252,28 @@ def _reason(text: str) -> str:
     return re.sub(r"\d+", "#", text.rpartition(": ")[2])
 
 
-def _anonymous(text: str) -> str:
-    """Without folders of the machine the table was made on."""
-    import re
-
-    return re.sub(r"(/[^\s:/\"]+)+/(?=[^\s:/]+\.py)", "", text)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
 def run(argv: list[str]) -> int:
     """The command line; returns the exit status: 1 where a growth went wrong, or one of before is lost."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks growability", description=__doc__)
-    parser.add_argument("models", nargs="*", help="names of models, or of the libraries they are from; all if none")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="axes to grow")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds per model")
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the table goes")
-    parser.add_argument(
-        "--merge",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="earlier --json files, of other environments for instance; what is run now replaces what they say",
-    )
-    parser.add_argument(
-        "--rows", type=Path, metavar="FILE", help="short for --merge FILE --json FILE --out docs/growability.md"
-    )
-    parser.add_argument(
+    table = Table("growability", examine, report, line, sources())
+    options = table.parser(__doc__)
+    options.add_argument("--only", default="*", metavar="GLOB", help="axes to grow")
+    options.add_argument(
         "--against", type=Path, metavar="FILE", help="rows of before: print the growths lost and gained since"
     )
-    parser.add_argument("--report-only", action="store_true", help="run nothing: the table of --merge")
-    parser.add_argument("--child", nargs=2, metavar=("SOURCE", "MODEL"), help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.child:
-        print(_MARK + json.dumps(examine(options.child[1], options.child[0], options.only)))
-        return 0
-    if options.rows:
-        options.merge = [*options.merge, *([options.rows] if options.rows.exists() else [])]
-        options.json, options.out = options.rows, options.out or ROOT / "docs" / "growability.md"
-    known = sources()
-    chosen = [
-        (source, name)
-        for source, (table, _) in known.items()
-        for name in table
-        if not options.report_only and (not options.models or name in options.models or source in options.models)
-    ]
-
-    rows = {(r["source"], r["model"]): r for file in options.merge for r in json.loads(file.read_text())}
-
-    def one(item: tuple[str, str]) -> dict[str, Any]:
-        result = in_process(item[1], item[0], options.limit, options.only)
-        n = sum(map(grown, result["axes"]))
-        print(
-            f"{item[1]:20} {result.get('failed') or ''} {n}/{len(result['axes'])} axes, "
-            f"{len(result.get('unknown', {}))} ops without a rule, {len(errors_of([result]))} errors, "
-            f"{result.get('seconds', 0):.0f} s",
-            flush=True,
-        )
-        return result
-
-    def save() -> None:
-        if options.json:
-            lines = ",\n".join(_anonymous(json.dumps(r, ensure_ascii=False)) for r in rows.values())
-            options.json.write_text(f"[\n{lines}\n]\n")
-
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for result in pool.map(one, chosen):
-            rows[result["source"], result["model"]] = result
-            save()  # a long run that is cut short keeps what it has
-    save()
-    results = list(rows.values())
-    there = {r["source"] for r in results}
-    text = report(results, [note for source, (_, note) in known.items() if note and source not in there])
-    if options.out:
-        options.out.write_text(text)
-    elif not options.models:
-        (ROOT / "docs" / "growability.md").write_text(text)
-    else:
-        print(text)
+    parsed = options.parse_args(argv)
+    results = table.run(parsed, {"only": parsed.only})
     lost: list[str] = []
-    if options.against:
-        lost, gained = changes(json.loads(options.against.read_text()), results)
-        print(f"lost {len(lost)}, gained {len(gained)} exact growths against {options.against}")
+    if parsed.against:
+        lost, gained = changes(json.loads(parsed.against.read_text()), results)
+        print(f"lost {len(lost)}, gained {len(gained)} exact growths against {parsed.against}")
         print("\n".join([*(f"- lost {x}" for x in lost), *(f"- gained {x}" for x in gained)]))
     return 1 if errors_of(results) or lost else 0
+
+
+def line(result: dict[str, Any]) -> str:
+    """What a model's row says, in a line."""
+    n = sum(map(grown, result["axes"]))
+    return (
+        f"{n}/{len(result['axes'])} axes, {len(result.get('unknown', {}))} ops without a rule, "
+        f"{len(errors_of([result]))} errors"
+    )

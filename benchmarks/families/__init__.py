@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-SOURCES = ("plain", "huggingface", "strangers", "vision")
+SOURCES = ("plain", "classes", "huggingface", "strangers", "vision")
 
 
 @dataclass
@@ -37,10 +39,14 @@ class Example:
 Maker = Callable[[], Example]
 
 
-def sources() -> dict[str, tuple[dict[str, Maker], str]]:
-    """Every list of families: its models (none where the library is missing), and a note for what is missing."""
+def sources(*more: str) -> dict[str, tuple[dict[str, Maker], str]]:
+    """Every list of families: its models (none where the library is missing), and a note for what is missing.
+
+    Args:
+        more: lists beside :data:`SOURCES`.
+    """
     out: dict[str, tuple[dict[str, Maker], str]] = {}
-    for name in SOURCES:
+    for name in (*SOURCES, *more):
         module = importlib.import_module(f"benchmarks.families.{name}")
         for library, table in module.FAMILIES.items():
             missing = bool(library) and importlib.util.find_spec(library) is None
@@ -49,6 +55,22 @@ def sources() -> dict[str, tuple[dict[str, Maker], str]]:
                 f"{library} is not installed" if missing else "",
             )
     return out
+
+
+def from_file(reference: str) -> Maker:
+    """``FILE.py:FUNCTION``, a function that returns a module and the tuple of its example inputs."""
+
+    def make() -> Example:
+        path, _, name = reference.rpartition(":")
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        assert spec is not None and spec.loader is not None, f"{reference} is not FILE.py:FUNCTION"
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        model, inputs = getattr(module, name)()
+        return Example(model, {}, None, tuple(inputs))
+
+    return make
 
 
 def perturbed(model: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
