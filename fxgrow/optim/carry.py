@@ -22,9 +22,9 @@ from fxgrow.ir.optimizers import is_scheduled
 from fxgrow.optim.rates import Slice, SliceRates, all_rates, slice_rates, write_rates
 from fxgrow.plan import GrowthPlan, TensorPlan
 from fxgrow.weights.materialise import copy_gradient, materialise_moment, materialise_tensor
-from fxgrow.weights.moments import FACTORED, MOMENTS, POSITIVE, is_elementwise, moment_of, why_unknown
+from fxgrow.weights.moments import Moment, is_elementwise, moment_of, why_unknown
 
-__all__ = ["MOMENTS", "POLICIES", "Policy", "Slice", "SliceRates", "carry", "check_optimizer", "slice_rates"]
+__all__ = ["POLICIES", "Policy", "Slice", "SliceRates", "carry", "check_optimizer", "slice_rates"]
 
 Policy = Literal["exact", "asymmetric", "copy", "reset"]
 POLICIES: tuple[str, ...] = ("exact", "asymmetric", "copy", "reset")
@@ -56,11 +56,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer, policy: str, *, ramp: int 
             f"policy 'exact' needs an optimizer whose step of an entry depends on that entry alone, and {kind} is not "
             "known to be one (Muon orthogonalises whole matrices, Adafactor and LAMB take norms of tensors). Use "
             "policy 'asymmetric' or 'copy'; if it does work entry by entry, say so: "
-            f"fxgrow.optim.ELEMENTWISE.add({kind})"
+            f"fxgrow.optim.register_elementwise({kind})"
         )
     for group in optimizer.param_groups:
         for p in group["params"]:
-            reason = why_unknown(p, optimizer.state.get(p, {}), exact=policy == "exact" and ramp is None)
+            reason = why_unknown(optimizer, p, optimizer.state.get(p, {}), exact=policy == "exact" and ramp is None)
             if reason:
                 raise FxgrowError(
                     f"cannot carry {kind} over a growth: of a parameter of shape {tuple(p.shape)}, {reason}. "
@@ -127,7 +127,7 @@ def carry(
                 new[name].grad = dense.to_sparse(old.grad.sparse_dim()) if old.grad.is_sparse else dense
             state = optimizer.state.get(old, {})
             if policy != "reset" and state:
-                made.state[new[name]] = _map_state(tensor, old, state, policy)
+                made.state[new[name]] = _map_state(tensor, optimizer, old, policy)
         s = _slice(tensor, policy, fresh)
         if s is not None:
             own.slices[name] = s
@@ -231,51 +231,56 @@ def _warn_of_what_stays(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _map_state(plan: TensorPlan, old: torch.Tensor, state: Mapping[str, Any], policy: str) -> dict[str, Any]:
+def _map_state(plan: TensorPlan, optimizer: torch.optim.Optimizer, old: torch.Tensor, policy: str) -> dict[str, Any]:
     """The state of a grown parameter; :func:`check_optimizer` has seen that it can be mapped."""
     out: dict[str, Any] = {}
+    state = optimizer.state[old]
+    scaled = policy != "exact"
     for key, value in state.items():
-        kind = moment_of(key, state)
         if not isinstance(value, torch.Tensor):
             out[key] = value
-        elif key in FACTORED:
-            out[key] = _factored(plan, key, value, policy)
-        elif key == "step" or value.shape != old.shape or not value.dim():
+            continue
+        # not known with policy "exact" alone, where nothing is scaled
+        moment = moment_of(optimizer, key, state) or Moment()
+        if moment.count or value.shape != moment.shape(old.shape):
             out[key] = value.clone()
-        elif kind == "value":
+        elif moment.averaged is not None:
+            out[key] = _averaged(plan, moment, value, scaled)
+        elif moment.weight:
             out[key] = materialise_tensor(plan, value)
         else:
-            kind = kind or "gradient"  # with policy "exact" alone, where nothing is scaled
-            out[key] = materialise_moment(
-                plan,
-                value,
-                kind,
-                scale_gradients=policy != "exact",
-                keep_copies=policy != "asymmetric" or kind in POSITIVE,
-            )
-            if policy != "exact" and kind in POSITIVE:
+            keep = policy != "asymmetric" or moment.seeded
+            out[key] = materialise_moment(plan, value, moment, scale_gradients=scaled, keep_copies=keep)
+            if scaled and moment.seeded:
                 _seed(plan, value, out[key])
     return out
 
 
-def _factored(plan: TensorPlan, key: str, value: torch.Tensor, policy: str) -> torch.Tensor:
-    """Squares that were averaged over one dim: mapped along the others, times the average of that dim's factors."""
-    reduced = value.dim() + FACTORED[key]
-    d = plan.dims[reduced]
+def _averaged(plan: TensorPlan, moment: Moment, value: torch.Tensor, scaled: bool) -> torch.Tensor:
+    """State that was averaged over one dim: mapped along the others, times the average of that dim's factors."""
+    d = plan.dims[reduced] if (reduced := moment.dim(torch.Size(plan.shape))) is not None else None
     others = plan.model_copy(
         update={
             "dims": [None if i == reduced else one for i, one in enumerate(plan.dims)],
             "shape": [1 if i == reduced else n for i, n in enumerate(plan.shape)],
         }
     )
-    out = materialise_moment(others, value, "square", scale_gradients=policy != "exact")
-    _seed(others, value, out)
-    return out if d is None or d.gradient is None else out.mul_(float(np.mean(d.gradient**2)))
+    out = materialise_moment(others, value, moment, scale_gradients=scaled)
+    if moment.seeded:
+        _seed(others, value, out)
+    if d is None or not scaled:
+        return out
+    factors = np.ones(d.size)
+    if d.gradient is not None:
+        factors = factors * d.gradient**moment.gradient
+    if d.split is not None:
+        factors = factors * d.split**moment.value
+    return out.mul_(float(np.mean(factors)))
 
 
 def _seed(plan: TensorPlan, old: torch.Tensor, mapped: torch.Tensor) -> None:
     """Newborn units under the tensor's old step count would take steps several times too long with v = 0."""
-    average = float(old.float().mean())
+    average = old.to(torch.promote_types(old.dtype, torch.float32)).mean().item()
     for i, d in enumerate(plan.dims):
         if d is not None and bool((d.index < 0).any()):
             rows = torch.from_numpy(np.flatnonzero(d.index < 0)).to(mapped.device)

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fxgrow.errors import FxgrowError
 from fxgrow.plan import TensorPlan, decode_values, encode_values
-from fxgrow.weights.moments import POWERS, moment_of
+from fxgrow.weights.moments import moment_of
 
 KEY, STEPS = "fxgrow", "fxgrow_steps"
 
@@ -343,8 +343,14 @@ class _Applied:
     def averages(self, p: nn.Parameter) -> list[torch.Tensor]:
         """State that stands for the weight itself, and is in its units."""
         optimizer = self.optimizer()
-        state = {} if optimizer is None else optimizer.state.get(p, {})
-        return [v for k, v in state.items() if moment_of(k, state) == "value" and v.shape == p.shape]
+        if optimizer is None:
+            return []
+        state = optimizer.state.get(p, {})
+        return [
+            v
+            for k, v in state.items()
+            if (m := moment_of(optimizer, k, state)) is not None and m.weight and v.shape == p.shape
+        ]
 
     # factors ----------------------------------------------------------------------------------------------------------
 
@@ -393,14 +399,22 @@ class _Applied:
                 continue
             state = optimizer.state.get(p, {})
             for key, value in state.items():
-                kind = moment_of(key, state)
-                if kind is not None and isinstance(value, torch.Tensor) and value.shape == p.shape:
-                    for v in combined([(s, POWERS[kind][0])], "gradient", p):
+                moment = moment_of(optimizer, key, state)
+                if moment is None or moment.count or not isinstance(value, torch.Tensor):
+                    continue
+                if value.shape == moment.shape(p.shape):
+                    for v in combined([(s, moment.gradient)], "gradient", p, moment.dim(p.shape)):
                         value.mul_(v)
 
 
-def combined(of: Sequence[tuple[Slice, float]], kind: str, p: torch.Tensor) -> list[torch.Tensor | float]:
-    """The product of slices' factors, each to a power: numbers, and tensors that broadcast to the parameter."""
+def combined(
+    of: Sequence[tuple[Slice, float]], kind: str, p: torch.Tensor, averaged: int | None = None
+) -> list[torch.Tensor | float]:
+    """The product of slices' factors, each to a power: numbers, and tensors that broadcast to the parameter.
+
+    Args:
+        averaged: a dim over which the factors are averaged.
+    """
     scale = 1.0
     dims: Vectors = [None] * p.dim()
     for s, power in of:
@@ -409,6 +423,8 @@ def combined(of: Sequence[tuple[Slice, float]], kind: str, p: torch.Tensor) -> l
             if v is not None:
                 before = dims[i]
                 dims[i] = v**power if before is None else before * v**power
+    if averaged is not None and (over := dims[averaged]) is not None:
+        scale, dims[averaged] = scale * float(np.mean(over)), None
     out: list[torch.Tensor | float] = [] if scale == 1.0 else [scale]
     return out + [_along(v, i, p) for i, v in enumerate(dims) if v is not None]
 

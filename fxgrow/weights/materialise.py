@@ -12,7 +12,7 @@ from fxgrow import kernels
 from fxgrow.errors import FxgrowError, GrowthRefused
 from fxgrow.ir.dtypes import is_fine, same_kind
 from fxgrow.plan import GrowthPlan, Stage, TensorPlan
-from fxgrow.weights.moments import POWERS, Moment
+from fxgrow.weights.moments import KINDS, Moment
 
 
 def _vector(values: np.ndarray | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -200,14 +200,14 @@ def materialise_all(
 
 
 def materialise_moment(
-    plan: TensorPlan, moment: torch.Tensor, kind: Moment, *, scale_gradients: bool, keep_copies: bool = True
+    plan: TensorPlan, moment: torch.Tensor, kind: Moment | str, *, scale_gradients: bool, keep_copies: bool = True
 ) -> torch.Tensor:
     """An optimizer moment, grown like its parameter. Newborn units start at zero.
 
     Args:
         plan: of the parameter.
         moment: same shape as the old parameter.
-        kind: how it depends on gradients and values, see :mod:`fxgrow.weights.moments`.
+        kind: how it depends on gradients and values, or one of :data:`fxgrow.weights.moments.KINDS`.
         scale_gradients: multiply by the factors that copying puts on gradients and values.
         keep_copies: copies inherit their unit's moment; otherwise only the first copy keeps it.
 
@@ -215,7 +215,8 @@ def materialise_moment(
         GrowthRefused: the moment has no values in memory, see :func:`check_readable`.
     """
     check_readable({f"optimizer state of {plan.source}": moment})
-    of_gradient, of_value = POWERS[kind] if scale_gradients else (0, 0)
+    kind = KINDS[kind] if isinstance(kind, str) else kind
+    of_gradient, of_value = (kind.gradient, kind.value) if scale_gradients else (0, 0)
     dims: list[kernels.DimMap | None] = []
     for d in plan.dims:
         if d is None:

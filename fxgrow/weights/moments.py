@@ -1,51 +1,98 @@
-"""What the state of an optimizer depends on: how each tensor of it scales, and which optimizers work entry by entry."""
+"""What the state of an optimizer depends on: how each tensor of it scales, and what a step of an entry looks at.
+
+One table, :data:`MOMENTS`, says it by the state's name, for any optimizer or for one class; :func:`register_state` adds
+to it. What fxgrow knows of steps stands in :data:`ELEMENTWISE` and :data:`TILED`.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
-Moment = Literal["gradient", "size", "square", "update", "step size", "squared update", "value"]
+from fxgrow.errors import FxgrowError, did_you_mean
 
-#: the powers of the gradient's factor and of the value's that a state has
-POWERS: dict[Moment, tuple[int, int]] = {
-    "gradient": (1, 0),
-    "size": (1, 0),  # a maximum of absolute gradients
-    "square": (2, 0),
-    "update": (0, 1),  # something that is added to the weight
-    "step size": (0, 1),
-    "squared update": (0, 2),
-    "value": (0, 1),  # an average of the weight itself
+
+@dataclass(frozen=True)
+class Moment:
+    """How a state tensor grows.
+
+    Attributes:
+        gradient, value: the powers of the gradient's factor, and of the weight's, that it has.
+        seeded: zero would mean a step that is exaggerated, or none, and not "no gradient seen yet": newborn entries
+            start with the average of the others.
+        averaged: the dim of the parameter (-1: the last) that it was averaged over, and has size 1 along; None: it has
+            the parameter's shape.
+        weight: it is an average of the weight itself, and grows as the weight does.
+        count: it is of no entry: whatever its shape, it stays as it is.
+    """
+
+    gradient: float = 0
+    value: float = 0
+    seeded: bool = False
+    averaged: int | None = None
+    weight: bool = False
+    count: bool = False
+
+    def shape(self, parameter: torch.Size) -> torch.Size:
+        """The shape of the state of a parameter of that shape."""
+        if self.averaged is None:
+            return parameter
+        return torch.Size(1 if i == self.dim(parameter) else n for i, n in enumerate(parameter))
+
+    def dim(self, parameter: torch.Size) -> int | None:
+        """The dim that was averaged over, from 0; None where there is none."""
+        return None if self.averaged is None else self.averaged % len(parameter) if len(parameter) else None
+
+
+#: kinds of state by name
+KINDS: dict[str, Moment] = {
+    "gradient": Moment(1, 0),
+    "size": Moment(1, 0, seeded=True),  # a maximum of absolute gradients
+    "square": Moment(2, 0, seeded=True),
+    "update": Moment(0, 1),  # something that is added to the weight
+    "step size": Moment(0, 1, seeded=True),
+    "squared update": Moment(0, 2, seeded=True),
+    "value": Moment(0, 1, weight=True),
+    "count": Moment(count=True),
 }
-#: where zero means a step that is exaggerated, or none, and not "no gradient seen yet"
-POSITIVE: frozenset[Moment] = frozenset({"size", "square", "step size", "squared update"})
 
-#: state tensors by name, in torch.optim and by custom elsewhere (Lion, LAMB)
-MOMENTS: dict[str, Moment] = {
-    "exp_avg": "gradient",
-    "momentum_buffer": "gradient",
-    "grad_avg": "gradient",
-    "prev": "gradient",
-    "exp_inf": "size",
-    "exp_avg_sq": "square",
-    "max_exp_avg_sq": "square",
-    "square_avg": "square",
-    "sum": "square",
-    "variance": "square",
-    "step_size": "step size",
-    "acc_delta": "squared update",
-    "ax": "value",
+#: what a state is, by optimizer class (``torch.optim.Optimizer``: any) and name
+MOMENTS: dict[tuple[type[Optimizer], str], Moment] = {
+    **{
+        (Optimizer, name): KINDS[kind]
+        for name, kind in {
+            "step": "count",
+            "exp_avg": "gradient",
+            "momentum_buffer": "gradient",
+            "grad_avg": "gradient",
+            "prev": "gradient",
+            "exp_inf": "size",
+            "exp_avg_sq": "square",
+            "max_exp_avg_sq": "square",
+            "square_avg": "square",
+            "sum": "square",
+            "variance": "square",
+            "step_size": "step size",
+            "acc_delta": "squared update",
+            "ax": "value",
+        }.items()
+    },
+    (Optimizer, "row_var"): replace(KINDS["square"], averaged=-1),  # Adafactor's
+    (Optimizer, "col_var"): replace(KINDS["square"], averaged=-2),
+    (torch.optim.RMSprop, "momentum_buffer"): KINDS["update"],  # of steps that were divided by the root already
+    (torch.optim.NAdam, "mu_product"): KINDS["count"],
+    (torch.optim.ASGD, "eta"): KINDS["count"],
+    (torch.optim.ASGD, "mu"): KINDS["count"],
 }
-
-#: Adafactor's squares, averaged over the last dim or the one before it
-FACTORED: dict[str, int] = {"row_var": -1, "col_var": -2}
 
 #: optimizers whose step of an entry depends on that entry's own value, gradient and state alone, and that evaluate a
-#: closure before anything else; add your own
-ELEMENTWISE: set[type[torch.optim.Optimizer]] = {
+#: closure before anything else
+ELEMENTWISE: set[type[Optimizer]] = {
     torch.optim.ASGD,
     torch.optim.Adadelta,
     torch.optim.Adagrad,
@@ -60,50 +107,117 @@ ELEMENTWISE: set[type[torch.optim.Optimizer]] = {
     torch.optim.SparseAdam,
 }
 
+#: optimizers whose step looks at the whole tensor, but only through averages over it, over its rows and columns, or
+#: ratios of norms: a tensor of whole copies, as many of each entry, takes the steps of the one that was copied
+TILED: set[type[Optimizer]] = {torch.optim.Adafactor}
 
-def moment_of(key: str, state: Mapping[str, Any]) -> Moment | None:
+
+def register_state(
+    name: str,
+    kind: str | tuple[float, float] | Moment,
+    optimizer: type[Optimizer] = Optimizer,
+    *,
+    averaged: int | None = None,
+    seeded: bool | None = None,
+) -> None:
+    """Say what a tensor in an optimizer's state is, so that it can be carried over a growth.
+
+    Args:
+        name: its key in ``optimizer.state[p]``.
+        kind: one of :data:`KINDS`: ``"gradient"`` (averages of gradients), ``"size"`` (of absolute ones), ``"square"``,
+            ``"update"`` (steps, in units of the weight), ``"step size"``, ``"squared update"``, ``"value"`` (averages
+            of the weight), ``"count"`` (of no entry: stays as it is); or the powers of the gradient's and of the
+            weight's factor that it scales with: ``(0, 0)``, a number that neither scales.
+        optimizer: the class that calls it so, and those derived from it; any by default.
+        averaged: the dim of the parameter that it was averaged over (-1: the last), along which it has size 1.
+        seeded: new entries start with the average of the others, as squares have to; None: as the kind does.
+
+    Raises:
+        FxgrowError: no such kind, or no optimizer class.
+    """
+    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+        raise FxgrowError(f"register_state({name!r}): {optimizer!r} is not a class of optimizers")
+    if isinstance(kind, str):
+        if kind not in KINDS:
+            raise FxgrowError(f"register_state({name!r}): unknown kind {kind!r}; {did_you_mean(kind, KINDS)}")
+        found = KINDS[kind]
+    else:
+        found = kind if isinstance(kind, Moment) else Moment(*kind)
+    if averaged is not None:
+        found = replace(found, averaged=averaged)
+    MOMENTS[optimizer, name] = found if seeded is None else replace(found, seeded=seeded)
+
+
+def register_elementwise(optimizer: type[Optimizer]) -> None:
+    """Say that an optimizer's step of an entry depends on that entry's own value, gradient and state alone.
+
+    Policy ``exact`` takes it then. It must evaluate its closure before anything else.
+    """
+    ELEMENTWISE.add(optimizer)
+
+
+def register_tiled(optimizer: type[Optimizer]) -> None:
+    """Say that an optimizer's step looks at whole tensors through averages and ratios of norms alone (LAMB, Adafactor).
+
+    Policy ``exact`` takes it then, where every tensor grows by whole copies, as many of each entry. A norm that is
+    compared with a constant is no average: it is larger in a larger tensor.
+    """
+    TILED.add(optimizer)
+
+
+def moment_of(optimizer: Optimizer | type[Optimizer], key: str, state: Mapping[str, Any]) -> Moment | None:
     """What the state ``key`` of a parameter is; None where that is not known.
 
     Args:
+        optimizer: that keeps it, or its class.
         state: the parameter's whole state.
     """
-    if key == "momentum_buffer" and "square_avg" in state:
-        return "update"  # RMSprop averages steps that were divided by the root already
-    return MOMENTS.get(key)
+    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+    for cls in kind.__mro__:
+        if (cls, key) in MOMENTS:
+            if cls is Optimizer and key == "momentum_buffer" and "square_avg" in state:
+                return KINDS["update"]  # somebody's own RMSprop
+            return MOMENTS[cls, key]
+    return None
 
 
-def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
+def is_elementwise(optimizer: Optimizer) -> bool:
     """Whether the class is one of :data:`ELEMENTWISE`, or takes its step unchanged from one."""
+    return steps_like(optimizer, ELEMENTWISE)
+
+
+def is_tiled(optimizer: Optimizer) -> bool:
+    """Whether the class is one of :data:`TILED`, or takes its step unchanged from one."""
+    return steps_like(optimizer, TILED)
+
+
+def steps_like(optimizer: Optimizer, classes: set[type[Optimizer]]) -> bool:
+    """Whether the class is one of these, or derived from one without a step of its own."""
     step = inspect.unwrap(type(optimizer).step)
-    return any(type(optimizer) is known or step is inspect.unwrap(known.step) for known in ELEMENTWISE)
+    return any(type(optimizer) is known or step is inspect.unwrap(known.step) for known in classes)
 
 
-def why_unknown(p: torch.Tensor, state: Mapping[str, Any], *, exact: bool) -> str:
+def why_unknown(optimizer: Optimizer, p: torch.Tensor, state: Mapping[str, Any], *, exact: bool) -> str:
     """Why a parameter's state cannot be carried over a growth; "" where it can.
 
     Args:
         exact: the state stays in the small model's units, so that its shape alone matters.
     """
     for key, value in state.items():
+        moment = moment_of(optimizer, key, state)
         if not isinstance(value, torch.Tensor):
             if value is not None and not isinstance(value, bool | int | float | str):
                 return f"its state {key!r} is a {type(value).__name__}"
-        elif key == "step" or (value.numel() <= 1 and value.shape != p.shape):
+        elif (moment is not None and moment.count) or (value.numel() <= 1 and value.shape != p.shape):
             continue
-        elif type(value) is not torch.Tensor or not value.is_floating_point():
+        elif type(value) is not torch.Tensor or not (value.is_floating_point() or value.is_complex()):
             return f"its state {key!r} is a {type(value).__name__} of {value.dtype}"
-        elif key in FACTORED and not exact:
-            if value.shape != factored_shape(key, p.shape):
-                return f"its state {key!r} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"
-        elif value.shape != p.shape:
+        elif value.shape != (p.shape if moment is None else moment.shape(p.shape)):
             return f"its state {key!r} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"
-        elif not exact and moment_of(key, state) is None:
-            known = ", ".join([*MOMENTS, *FACTORED])
-            return f"it is not known how its state {key!r} depends on gradients (known: {known})"
+        elif not exact and moment is None:
+            known = ", ".join(sorted({name for _, name in MOMENTS}))
+            return (
+                f"it is not known how its state {key!r} depends on gradients (known: {known}). If you know it, say so "
+                "with fxgrow.optim.register_state"
+            )
     return ""
-
-
-def factored_shape(key: str, shape: torch.Size) -> torch.Size:
-    """The shape of a factored state: that of the parameter, with one dim averaged away."""
-    reduced = len(shape) + FACTORED[key]
-    return torch.Size(1 if i == reduced else n for i, n in enumerate(shape))

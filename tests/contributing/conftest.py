@@ -14,7 +14,7 @@ from fxgrow.weights import moments
 
 @pytest.fixture(autouse=True)
 def registered_for_one_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    tables = (RULES, passes.PASSES, spec._OPERATIONS, moments.MOMENTS, moments.POWERS)
+    tables = (RULES, passes.PASSES, spec._OPERATIONS, moments.MOMENTS)
     before = [dict(table) for table in tables]
     monkeypatch.setattr(moments, "ELEMENTWISE", moments.ELEMENTWISE)
     elementwise = set(moments.ELEMENTWISE)

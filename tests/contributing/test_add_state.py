@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.errors import FxgrowError
-from fxgrow.weights import moments
+from fxgrow.optim import register_elementwise, register_state
 
 WIDER = {"op": "widen", "axis": "./hidden", "factor": 2}
 
@@ -67,8 +67,9 @@ def test_a_state_that_is_not_known_is_refused_by_name() -> None:
 
 
 def test_a_line_for_each_state_and_it_follows() -> None:
-    moments.MOMENTS |= {"speed": "gradient", "peak": "square"}
-    moments.ELEMENTWISE.add(Damped)
+    register_state("speed", "gradient", Damped)
+    register_state("peak", "square", Damped)
+    register_elementwise(Damped)
     model, optimizer = trained()
     growth = grown(model)
     carried = growth.carry(optimizer, "exact")
@@ -84,7 +85,7 @@ def test_a_line_for_each_state_and_it_follows() -> None:
 
 
 def test_exact_needs_no_kinds() -> None:
-    moments.ELEMENTWISE.add(Damped)
+    register_elementwise(Damped)
     model, optimizer = trained()
     growth = grown(model)
     carried, steps = growth.carry(optimizer, "exact"), range(5, 25)
@@ -95,15 +96,15 @@ def test_exact_needs_no_kinds() -> None:
 
 def test_a_ramp_needs_the_kinds() -> None:
     """At its end the state leaves the small model's units."""
-    moments.ELEMENTWISE.add(Damped)
+    register_elementwise(Damped)
     model, optimizer = trained()
     with pytest.raises(FxgrowError, match="not known how its state 'speed' depends"):
         grown(model).carry(optimizer, "exact", ramp=10)
 
 
 def test_a_kind_of_ones_own() -> None:
-    moments.POWERS["cube"] = (3, 0)  # type: ignore[index]
-    moments.MOMENTS |= {"speed": "cube", "peak": "square"}  # type: ignore[dict-item]
+    register_state("speed", (3, 0), Damped)
+    register_state("peak", "square", Damped)
     model, optimizer = trained()
     growth = grown(model)
     state = growth.carry(optimizer, "copy").state[growth.module.get_parameter("0.weight")]
@@ -112,7 +113,8 @@ def test_a_kind_of_ones_own() -> None:
 
 
 def test_a_kind_that_is_wrong_does_not_follow() -> None:
-    moments.MOMENTS |= {"speed": "gradient", "peak": "gradient"}
+    register_state("speed", "gradient", Damped)
+    register_state("peak", "gradient", Damped)
     model, optimizer = trained()
     growth = grown(model)
     state = growth.carry(optimizer, "copy").state[growth.module.get_parameter("0.weight")]

@@ -17,7 +17,7 @@ from torch import nn, optim
 
 import fxgrow
 from fxgrow.optim.rates import all_rates, slice_rates
-from fxgrow.weights.moments import ELEMENTWISE, FACTORED, moment_of
+from fxgrow.weights.moments import ELEMENTWISE, moment_of
 
 
 class Net(nn.Module):
@@ -446,8 +446,9 @@ def test_state_of_gradients_is_what_the_grown_model_would_have_seen(name: str) -
     compared = set()
     for p in growth.module.parameters():
         for key, true in large.state[p].items():
-            kind = moment_of(key, large.state[p])
-            if kind in ("gradient", "square", "size") or key in FACTORED:
+            moment = moment_of(large, key, large.state[p])
+            assert moment is not None
+            if moment.gradient:
                 compared.add(key)
                 torch.testing.assert_close(carried.state[p][key], true, rtol=1e-9, atol=1e-12)
     assert compared
