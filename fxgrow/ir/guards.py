@@ -498,6 +498,12 @@ def _message(shapes: Shapes, condition: str, source: str, edge: bool) -> str:
     )
 
 
+def bound_of(guard: Guard) -> tuple[str, int] | None:
+    """A guard that is an upper bound of one size: the size as text, and the bound."""
+    found = _BOUND.fullmatch(guard.condition)
+    return None if found is None else (f"{found[1]}.shape[{found[2]}]", int(found[3]))
+
+
 def moved(guards: Sequence[Guard], old: int, new: int) -> list[Guard]:
     """The guards after a growth from ``old`` to ``new`` entries of what limits an input's size."""
 

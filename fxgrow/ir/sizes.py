@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,6 +55,28 @@ def literal_size(value: Any) -> Size | None:
         expr = value.node.expr
         return int(expr) if expr.is_number else expr
     return value if isinstance(value, int) else None
+
+
+#: what Python does with sizes, where the result is a polynomial
+_ARITHMETIC: dict[Any, Callable[..., Any]] = {f: f for f in (operator.add, operator.sub, operator.mul, operator.neg)}
+
+
+def computed_size(node: fx.Node) -> Size | None:
+    """The size that a node computes, as its operands' sizes are now: a growth leaves example values as they were.
+
+    None where the node computes no size, or one that cannot be told.
+    """
+    value = node.meta.get("val")
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        return None
+    if node.target is torch.ops.aten.sym_size.int and isinstance(node.args[0], fx.Node):
+        sizes, dim = sizes_of(node.args[0]), node.args[1]
+        return sizes[dim] if sizes is not None and isinstance(dim, int) and -len(sizes) <= dim < len(sizes) else None
+    before = [literal_size(a) for a in node.args]
+    now = [computed_size(a) if isinstance(a, fx.Node) else literal_size(a) for a in node.args]
+    if node.target in _ARITHMETIC and None not in now:
+        return _ARITHMETIC[node.target](*now)
+    return literal_size(node) if now == before else None
 
 
 def result_sizes(node: fx.Node) -> list[list[Size] | None] | None:
