@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import fx, nn
@@ -20,7 +20,8 @@ from fxgrow.errors import FxgrowError, SpecError, reworded
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.traced import Traced, program_of
 from fxgrow.limits import check_elements
-from fxgrow.optim.carry import carry
+from fxgrow.optim.carry import carry, carry_
+from fxgrow.optim.policies import check_optimizer, check_plan
 from fxgrow.passes.state import State, run_operation
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program, capture
@@ -31,6 +32,7 @@ from fxgrow.verify.verification import verify
 from fxgrow.weights.materialise import check_finite, check_readable, materialise_all
 
 Verify = Literal["auto", "float64", "native"]
+Optimizers = TypeVar("Optimizers", bound=torch.optim.Optimizer | Sequence[torch.optim.Optimizer])
 
 #: "auto" verifies in float64 up to this many parameters of the grown model, beyond that in the model's own dtype
 AUTO_FLOAT64_PARAMETERS = 50_000_000
@@ -44,12 +46,15 @@ class Growth:
         plan: every decision that was made.
         receipt: what was measured.
         program: the grown graph and its names; ``program.axes`` has the new sizes.
+        policy: of :meth:`carry_` and :meth:`carry` where they are given none.
     """
 
     def __init__(
         self, module: fx.GraphModule, plan: GrowthPlan, receipt: Receipt, program: Program, source: nn.Module
     ) -> None:
         self.module, self.plan, self.receipt, self.program = module, plan, receipt, program
+        self.policy = "asymmetric"
+        self._handed: set[str] = set()
         # weak, so that a growth does not keep the small model alive
         self._source = [(n, weakref.ref(p)) for n, p in source.named_parameters(remove_duplicate=True)]
 
@@ -58,14 +63,50 @@ class Growth:
         return {id(p): n for n, ref in self._source if (p := ref()) is not None}
 
     def carry(
-        self, optimizer: torch.optim.Optimizer, policy: str = "asymmetric", **options: Any
+        self, optimizer: torch.optim.Optimizer, policy: str | None = None, **options: Any
     ) -> torch.optim.Optimizer:
         """A new optimizer of the same class over the grown parameters, with the old one's state carried over.
 
-        See :func:`fxgrow.optim.carry.carry` for the policies and options.
+        See :func:`fxgrow.optim.carry` for the policies and options; the policy that ``grow`` was given, or
+        ``asymmetric``, is the default.
         """
-        new = dict(self.module.named_parameters(remove_duplicate=True))
-        return carry(self.plan, self.source_names(), new, optimizer, policy, **options)
+        names, new = self.source_names(), self._new()
+        made = carry(self.plan, names, new, optimizer, policy or self.policy, handed=self._handed, **options)
+        self._hand_over([made], new)
+        return made
+
+    def carry_(self, optimizer: Optimizers, policy: str | None = None, **options: Any) -> Optimizers:
+        """Exchange an optimizer's parameters for the grown ones, in place, with state and waiting gradients.
+
+        The object stays, with its groups (the same dicts), hyper-parameters, hooks and attributes, so that schedulers,
+        gradient scalers and trainers that hold it go on. Works before or after :meth:`apply_`, and without it, for
+        :attr:`module`.
+
+        Args:
+            optimizer: that trains the small model, or a list of all that do: then ``newcomers`` is one of them. Each
+                keeps what it held; parameters that are not the model's are left alone.
+            policy, options: see :func:`fxgrow.optim.carry`.
+
+        Returns:
+            What was passed.
+
+        Raises:
+            FxgrowError: a policy that does not fit, a second call, parameters kept beside the groups (see
+                :func:`fxgrow.optim.carry_`); every optimizer is as it was then.
+        """
+        names, new = self.source_names(), self._new()
+        several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        carry_(self.plan, names, new, several, policy or self.policy, handed=self._handed, **options)
+        self._hand_over(several, new)
+        return optimizer
+
+    def _new(self) -> dict[str, nn.Parameter]:
+        return dict(self.module.named_parameters(remove_duplicate=True))
+
+    def _hand_over(self, optimizers: Sequence[torch.optim.Optimizer], new: Mapping[str, nn.Parameter]) -> None:
+        """Waiting gradients are added once, though two optimizers may hold a parameter."""
+        held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+        self._handed |= {n for n, p in new.items() if id(p) in held}
 
     def compile(self, **options: Any) -> fx.GraphModule:
         """Compile the grown module region by region: blocks that are alike are compiled once.
@@ -131,6 +172,9 @@ def grow(
     calls: Mapping[str, Any] | None = None,
     verify: Verify | Literal[False] = "auto",
     consume: bool = False,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    policy: str = "asymmetric",
+    ramp: int | None = None,
 ) -> Growth:
     """Grow a model by a spec.
 
@@ -143,14 +187,21 @@ def grow(
             model's own dtype; ``"auto"`` chooses by size; False measures nothing, and the receipt says so.
         consume: free each old tensor as soon as its successors are made. The original model is destroyed, so nothing
             can be verified against it afterwards.
+        optimizer: or several, that :meth:`Growth.carry_` is to carry over: what does not fit is refused before anything
+            is computed, and a growth that the policy does not fit before weights are.
+        policy, ramp: for the optimizer; ``policy`` is the default of :meth:`Growth.carry_` then.
 
     Returns:
         The grown module, its plan and its receipt. Unless ``consume``, the original is never changed.
 
     Raises:
         CaptureError, SpecError, GrowthRefused: see there; nothing has been changed then.
+        FxgrowError: an optimizer that cannot be carried over this growth.
         ExactnessError: an exact plan measured inexact.
     """
+    if optimizer is not None:
+        parameters = model.parameters.values() if isinstance(model, Program) else model.parameters()
+        check_optimizer(optimizer, policy, ramp=ramp, parameters=parameters)  # type: ignore[arg-type]
     seconds: dict[str, float] = {}
     parsed = GrowthSpec.parse(spec)
     if consume and verify not in (False, "auto"):
@@ -161,6 +212,8 @@ def grow(
     check_finite(program.tensors)
     with _timed(seconds, "analyse and plan"):
         plan, grown_program = plan_growth(program, parsed)
+    if optimizer is not None:
+        check_plan(plan, policy)
     check_memory(_needed(program, grown_program, plan))
     module, _ = build(program, grown_program, plan, seconds, consume=consume)
     unmeasured = (
@@ -186,7 +239,9 @@ def grow(
     receipt.notes.extend(plan.notes)
     receipt.notes.extend(_caveats(program))
     source_module = model if isinstance(model, nn.Module) else _Names(program)
-    return Growth(module, plan, receipt, Program.of(program_of(module, grown_program)), source_module)
+    growth = Growth(module, plan, receipt, Program.of(program_of(module, grown_program)), source_module)
+    growth.policy = policy
+    return growth
 
 
 _verify = verify

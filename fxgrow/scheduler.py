@@ -28,7 +28,7 @@ from fxgrow.errors import FxgrowError, SpecError, did_you_mean, reworded
 from fxgrow.growth import Growth, grow, plan_growth
 from fxgrow.ir.modules import uncompiled
 from fxgrow.limits import OPERATIONS
-from fxgrow.optim.carry import check_optimizer
+from fxgrow.optim import check_optimizer
 from fxgrow.program import capture
 from fxgrow.schedule import Plateau, Schedule, ScheduledGrowth, Strict, Trigger, explain
 from fxgrow.spec import Count, GrowthSpec

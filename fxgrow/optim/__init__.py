@@ -1,6 +1,8 @@
 """Optimizers: state carried over to grown parameters, and rates per slice."""
 
-from fxgrow.optim.carry import POLICIES, carry, check_optimizer, slice_rates
+from fxgrow.optim.carry import carry, carry_
+from fxgrow.optim.policies import POLICIES, check_optimizer
+from fxgrow.optim.rates import slice_rates
 from fxgrow.weights.moments import (
     ELEMENTWISE,
     KINDS,
@@ -19,6 +21,7 @@ __all__ = [
     "POLICIES",
     "Moment",
     "carry",
+    "carry_",
     "check_optimizer",
     "moment_of",
     "register_elementwise",

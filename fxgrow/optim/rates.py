@@ -182,26 +182,37 @@ class GroupRates(dict[str, Any]):
 torch.serialization.add_safe_globals([GroupRates])
 
 
-def write_rates(optimizer: torch.optim.Optimizer, rates: Sequence[SliceRates], names: Mapping[int, str]) -> None:
-    """Put rates into an optimizer's parameter groups, in place of what stood there.
+def rates_of_groups(
+    groups: Sequence[Sequence[nn.Parameter]], rates: Sequence[SliceRates], names: Mapping[int, str]
+) -> list[dict[str, Any]]:
+    """What parameter groups are to hold of rates: entries of each, none where none of its parameters has any.
 
     Args:
+        groups: the parameters of each group.
         rates: of each growth, from the oldest.
         names: of the parameters, by ``id``.
     """
-    for group in optimizer.param_groups:
-        group.pop(KEY, None)
-        group.pop(STEPS, None)
-        members = [names.get(id(p), "") for p in group["params"]]
+    out: list[dict[str, Any]] = []
+    for group in groups:
+        members = [names.get(id(p), "") for p in group]
         growths = []
         for r in rates:
             state = r.state_dict()
             del state["steps"]
             state["slices"] = {n: s for n, s in state["slices"].items() if n in members}
             growths.append(state)
-        if any(g["slices"] for g in growths):
-            group[KEY] = GroupRates(names=members, growths=growths)
-            group[STEPS] = [r.steps for r in rates]
+        held = any(g["slices"] for g in growths)
+        out.append({KEY: GroupRates(names=members, growths=growths), STEPS: [r.steps for r in rates]} if held else {})
+    return out
+
+
+def write_rates(optimizer: torch.optim.Optimizer, rates: Sequence[SliceRates], names: Mapping[int, str]) -> None:
+    """Put rates into an optimizer's parameter groups, in place of what stood there: see :func:`rates_of_groups`."""
+    groups = optimizer.param_groups
+    for group, entries in zip(groups, rates_of_groups([g["params"] for g in groups], rates, names), strict=True):
+        group.pop(KEY, None)
+        group.pop(STEPS, None)
+        group.update(entries)
 
 
 class _Applied:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fxgrow
-from fxgrow.optim.carry import SliceRates, slice_rates
+from fxgrow.optim.rates import SliceRates, slice_rates
 from fxgrow.weights.materialise import materialise_moment
 from tests.models import small_gpt, tokens
 
@@ -207,5 +207,5 @@ def test_reset_and_bad_input() -> None:
         growth.carry(optimizer, "exact")
     with pytest.raises(fxgrow.FxgrowError, match="unknown optimizer policy"):
         growth.carry(optimizer, "exactly")
-    with pytest.raises(fxgrow.FxgrowError, match="did not have when it was grown"):
+    with pytest.raises(fxgrow.FxgrowError, match="no parameter that the model had when it was grown"):
         growth.carry(torch.optim.AdamW(small_gpt().parameters()))

@@ -413,7 +413,7 @@ def test_new_parameters_go_where_their_siblings_are() -> None:
     assert all(p.dim() == 2 for g in muon.param_groups for p in g["params"])
     # divided by layers, nobody can say whose the new layer is
     first, last = optim.SGD(model[0].parameters(), lr=0.1), optim.SGD(model[2].parameters(), lr=0.1)
-    with pytest.raises(fxgrow.FxgrowError, match="newcomers=True"):
+    with pytest.raises(fxgrow.FxgrowError, match="newcomers=that optimizer"):
         growth.carry(first)
     counts = [
         sum(len(g["params"]) for g in growth.carry(o, newcomers=n).param_groups)

@@ -1,0 +1,125 @@
+"""What a growth makes of an optimizer: worked out whole, before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxgrow.optim.members import Member, Newcomers, members_of
+from fxgrow.optim.policies import check_optimizer, check_plan
+from fxgrow.optim.rates import SliceRates, all_rates, rates_of_groups
+from fxgrow.optim.state import is_fresh, map_gradient, map_state, slice_of
+from fxgrow.plan import GrowthPlan
+
+
+@dataclass
+class Carried:
+    """An optimizer's content over the grown parameters.
+
+    Attributes:
+        members: of each parameter group.
+        state: of each grown parameter that has any.
+        gradients: that wait for their step.
+        rates: what each group is to hold of per-slice rates.
+    """
+
+    members: list[list[Member]]
+    state: dict[nn.Parameter, dict[str, Any]] = field(default_factory=dict)
+    gradients: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)
+    rates: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def replaced(self) -> list[nn.Parameter]:
+        """The small model's parameters that the optimizer holds."""
+        return list({m.old: None for members in self.members for m in members if m.old is not None})
+
+    @property
+    def outside(self) -> list[nn.Parameter]:
+        """Parameters that are not the model's."""
+        return [m.parameter for members in self.members for m in members if m.name is None]
+
+    def params(self, group: int) -> list[nn.Parameter]:
+        return [m.parameter for m in self.members[group]]
+
+
+def carried(
+    plan: GrowthPlan,
+    names: Mapping[int, str],
+    new: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    policy: str,
+    *,
+    warmup: int = 250,
+    peak: float = 1.3,
+    ramp: int | None = None,
+    newcomers: Newcomers = None,
+    handed: Collection[str] = (),
+) -> Carried:
+    """Work out an optimizer's content after a growth.
+
+    Args:
+        handed: parameters whose waiting gradient the grown model has already.
+
+    The rest as :func:`fxgrow.optim.carry` takes it.
+
+    Raises:
+        FxgrowError: see there; nothing has been changed.
+    """
+    plans = plan.tensors
+    out = Carried(members_of(optimizer, names, new, plans, newcomers))
+    old = out.replaced
+    check_optimizer(optimizer, policy, ramp=ramp, parameters=old)
+    check_plan(plan, policy)
+    shared = _shared(optimizer, old) if policy != "reset" else {}
+    own = SliceRates(warmup=warmup if policy == "asymmetric" else 0, peak=peak, ramp=ramp)
+    for m in (m for members in out.members for m in members):
+        if m.name is None:
+            continue
+        tensor = plans[m.name]
+        if m.old is not None and not is_fresh(tensor):
+            waiting = None if m.name in handed else map_gradient(tensor, m.old, m.parameter)
+            if waiting is not None:
+                there = m.parameter.grad
+                out.gradients[m.parameter] = waiting if there is None else there + waiting
+            if policy != "reset" and optimizer.state.get(m.old):
+                out.state[m.parameter] = map_state(tensor, optimizer, m.old, m.parameter, policy, shared)
+        s = slice_of(tensor, policy)
+        if s is not None:
+            own.slices[m.name] = s
+    rates = [*_earlier(plan, names, optimizer, out, policy), own]
+    held = {id(m.parameter): m.name for members in out.members for m in members if m.name is not None}
+    groups = [out.params(k) for k in range(len(out.members))]
+    out.rates = rates_of_groups(groups, [r for r in rates if not r.finished], {**_labels(out), **held})
+    return out
+
+
+def _labels(out: Carried) -> dict[int, str]:
+    """What per-slice rates call parameters outside the model, whose own names may be those of the model's."""
+    return {id(p): f"(of another model, {k})" for k, p in enumerate(out.outside)}
+
+
+def _earlier(
+    plan: GrowthPlan, names: Mapping[int, str], optimizer: torch.optim.Optimizer, out: Carried, policy: str
+) -> list[SliceRates]:
+    """The rates of earlier growths, for what became of their parameters."""
+    labels = _labels(out)
+    held = [m.name for members in out.members for m in members if m.name is not None]
+    rates = []
+    for before in all_rates(optimizer, {**names, **labels}):
+        after = before.grown(plan.tensors, [] if policy == "reset" else held)
+        after.slices.update({n: before.slices[n] for n in labels.values() if n in before.slices})
+        rates.append(after)
+    return rates
+
+
+def _shared(optimizer: torch.optim.Optimizer, old: list[nn.Parameter]) -> dict[int, torch.Tensor]:
+    """Tensors that are state of several parameters at once (one count of steps, say), and a copy of each."""
+    tensors = [v for p in old for v in optimizer.state.get(p, {}).values() if isinstance(v, torch.Tensor)]
+    times = Counter(id(v) for v in tensors)
+    return {id(v): copy.deepcopy(v) for v in tensors if times[id(v)] > 1}

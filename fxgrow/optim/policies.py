@@ -1,0 +1,90 @@
+"""What an optimizer may do over a growth, and whether it can: asked before the growth is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fxgrow.errors import FxgrowError
+from fxgrow.optim.wrappers import unwrapped
+from fxgrow.plan import GrowthPlan
+from fxgrow.weights.moments import is_elementwise, why_unknown
+
+Policy = Literal["exact", "asymmetric", "copy", "reset"]
+POLICIES: tuple[str, ...] = ("exact", "asymmetric", "copy", "reset")
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    policy: str,
+    *,
+    ramp: int | None = None,
+    parameters: Iterable[nn.Parameter] | None = None,
+) -> None:
+    """Refuse what no growth could carry, before one is computed.
+
+    Args:
+        optimizer: as it is before the growth, or several.
+        policy: one of :data:`POLICIES`.
+        ramp: as :func:`fxgrow.optim.carry` takes it: at its end the state leaves the small model's units.
+        parameters: of the model that is to grow; others that the optimizer holds are left alone. None: all.
+
+    Raises:
+        FxgrowError: unknown policy, state that cannot be mapped, an optimizer that the policy does not fit, or that
+            holds none of the parameters.
+    """
+    if policy not in POLICIES:
+        raise FxgrowError(f"unknown optimizer policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    own = None if parameters is None else list(parameters)
+    if isinstance(optimizer, Sequence):
+        for one in optimizer:
+            check_optimizer(one, policy, ramp=ramp, parameters=own)
+        return
+    optimizer = unwrapped(optimizer)
+    ids = None if own is None else {id(p) for p in own}
+    members = [p for group in optimizer.param_groups for p in group["params"] if ids is None or id(p) in ids]
+    if not members:
+        raise FxgrowError(
+            f"this {type(optimizer).__name__} holds no parameter that the model had when it was grown; carry the "
+            "optimizer that trains that model"
+        )
+    if policy == "reset":
+        return
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise FxgrowError(
+            f"{kind} keeps a history of whole gradients and evaluates the model inside its step, neither of which can "
+            "be carried over a growth. Use policy 'reset'"
+        )
+    if policy == "exact" and not is_elementwise(optimizer):
+        raise FxgrowError(
+            f"policy 'exact' needs an optimizer whose step of an entry depends on that entry alone, and {kind} is not "
+            "known to be one (Muon orthogonalises whole matrices, Adafactor and LAMB take norms of tensors). Use "
+            "policy 'asymmetric' or 'copy'; if it does work entry by entry, say so: "
+            f"fxgrow.optim.register_elementwise({kind})"
+        )
+    for p in members:
+        reason = why_unknown(optimizer, p, optimizer.state.get(p, {}), exact=policy == "exact" and ramp is None)
+        if reason:
+            raise FxgrowError(
+                f"cannot carry {kind} over a growth: of a parameter of shape {tuple(p.shape)}, {reason}. "
+                "Use policy 'reset'"
+            )
+
+
+def check_plan(plan: GrowthPlan, policy: str) -> None:
+    """Refuse a policy that does not fit a growth.
+
+    Raises:
+        FxgrowError: ``exact``, and the growth does not map gradients exactly.
+    """
+    if policy == "exact" and not plan.exact_gradients:
+        axes = ", ".join(f"{a.name} ({a.old} -> {a.new})" for a in plan.axes if not a.exact_gradients)
+        raise FxgrowError(
+            "policy 'exact' needs a growth whose gradients follow from the small model's, but statistics (of a norm, a "
+            f"softmax) run over padded or unevenly split axes: {axes}. Use policy 'asymmetric' or 'copy', or grow by "
+            "whole even copies"
+        )

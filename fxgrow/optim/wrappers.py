@@ -1,0 +1,100 @@
+"""Optimizers inside others, and what an optimizer keeps beside its parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxgrow.errors import FxgrowError
+
+#: how deep the attributes of an optimizer are searched for parameters
+DEPTH = 6
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that steps: itself, or the one to which a wrapper (an accelerator's) hands everything on.
+
+    Raises:
+        FxgrowError: it is neither.
+    """
+    return _chain(optimizer)[-1]
+
+
+def _chain(optimizer: Any) -> list[Any]:
+    chain = [optimizer]
+    while (inner := _delegate(chain[-1])) is not None and not any(inner is one for one in chain):
+        chain.append(inner)
+    if not isinstance(chain[-1], torch.optim.Optimizer):
+        raise FxgrowError(
+            f"{type(optimizer).__name__} is no torch.optim.Optimizer, nor a wrapper that hands its param_groups and "
+            "its state on to one; pass the optimizer itself"
+        )
+    return chain
+
+
+def _delegate(optimizer: Any) -> torch.optim.Optimizer | None:
+    """The optimizer whose very groups and state a wrapper shows as its own."""
+    groups, state = getattr(optimizer, "param_groups", None), getattr(optimizer, "state", None)
+    if groups is None or state is None:
+        return None
+    for value in _attributes(optimizer).values():
+        inner = value if isinstance(value, torch.optim.Optimizer) and value is not optimizer else None
+        if inner is not None and inner.param_groups is groups and inner.state is state:
+            return inner
+    return None
+
+
+def check_nothing_else(optimizer: Any, old: Collection[nn.Parameter]) -> None:
+    """Refuse an optimizer that keeps parameters in a place of its own, which would go on with the small model's.
+
+    Args:
+        optimizer: or a wrapper of it.
+        old: the parameters that a growth replaces.
+
+    Raises:
+        FxgrowError: with the place.
+    """
+    chain = _chain(optimizer)
+    known = {id(one) for one in chain}
+    inner = chain[-1]
+    known |= {id(inner.param_groups), id(inner.state), *(id(g) for g in inner.param_groups)}
+    known |= {id(g["params"]) for g in inner.param_groups}
+    wanted = {id(p) for p in old}
+    for one in chain:
+        for name, value in _attributes(one).items():
+            where = next(_places(value, f".{name}", wanted, known, DEPTH), None)
+            if where:
+                raise FxgrowError(
+                    f"{type(one).__name__} keeps parameters of the model in `{where}`, beside its param_groups, and "
+                    "would go on with the small model's. Carry the optimizer inside it, or let growth.carry make a new "
+                    "one and wrap that"
+                )
+
+
+def _places(value: Any, where: str, wanted: set[int], seen: set[int], depth: int) -> Iterator[str]:
+    """Where parameters stand in a nest of containers and plain objects."""
+    if isinstance(value, torch.Tensor):
+        if id(value) in wanted:
+            yield where
+        return
+    # modules are grown in place, and hold their parameters themselves
+    if depth == 0 or id(value) in seen or isinstance(value, nn.Module | type | str | bytes):
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        for key, item in list(value.items()):
+            yield from _places(key, f"{where} (a key)", wanted, seen, depth - 1)
+            yield from _places(item, f"{where}[{key!r:.40}]", wanted, seen, depth - 1)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for number, item in enumerate(value):
+            yield from _places(item, f"{where}[{number}]", wanted, seen, depth - 1)
+    else:
+        for name, item in _attributes(value).items():
+            yield from _places(item, f"{where}.{name}", wanted, seen, depth - 1)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    return dict(getattr(value, "__dict__", {}))
