@@ -22,6 +22,7 @@ from fxgrow.ir.traced import Traced, program_of
 from fxgrow.limits import check_elements
 from fxgrow.optim.carry import carry, carry_
 from fxgrow.optim.policies import check_optimizer, check_plan
+from fxgrow.optim.rates import check_settled
 from fxgrow.passes.state import State, run_operation
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program, capture
@@ -209,6 +210,7 @@ def grow(
     with _timed(seconds, "capture"):
         program = model if isinstance(model, Program) else capture(model, args, kwargs, calls=calls)
     check_readable(program.tensors)
+    check_settled(program.parameters.values())
     check_finite(program.tensors)
     with _timed(seconds, "analyse and plan"):
         plan, grown_program = plan_growth(program, parsed)

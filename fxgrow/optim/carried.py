@@ -13,7 +13,7 @@ from torch import nn
 
 from fxgrow.optim.members import Member, Newcomers, members_of
 from fxgrow.optim.policies import check_optimizer, check_plan
-from fxgrow.optim.rates import SliceRates, all_rates, rates_of_groups
+from fxgrow.optim.rates import SliceRates, all_rates, check_settled, rates_of_groups
 from fxgrow.optim.state import is_fresh, map_gradient, map_state, slice_of
 from fxgrow.plan import GrowthPlan
 
@@ -76,6 +76,7 @@ def carried(
     old = out.replaced
     check_optimizer(optimizer, policy, ramp=ramp, parameters=old)
     check_plan(plan, policy)
+    check_settled(old)
     shared = _shared(optimizer, old) if policy != "reset" else {}
     own = SliceRates(warmup=warmup if policy == "asymmetric" else 0, peak=peak, ramp=ramp)
     for m in (m for members in out.members for m in members):

@@ -21,7 +21,7 @@ from fxgrow.errors import FxgrowError
 from fxgrow.ir.optimizers import forget_sizes, is_scheduled
 from fxgrow.optim.carried import Carried, carried
 from fxgrow.optim.members import Newcomers
-from fxgrow.optim.rates import KEY, STEPS
+from fxgrow.optim.rates import KEY, STEPS, slice_rates
 from fxgrow.optim.wrappers import check_nothing_else, unwrapped
 from fxgrow.plan import GrowthPlan
 
@@ -120,6 +120,8 @@ def carry_(
         newcomers = unwrapped(newcomers)
     if len(optimizers) > 1 and newcomers is not None and not any(newcomers is unwrapped(o) for o in optimizers):
         raise FxgrowError("with several optimizers, newcomers is the one of them that takes the new parameters")
+    if not optimizers:
+        raise FxgrowError("there is no optimizer to carry over the growth: the list is empty")
     made: list[tuple[torch.optim.Optimizer, Carried]] = []
     for optimizer in optimizers:
         inner = unwrapped(optimizer)
@@ -131,6 +133,7 @@ def carry_(
             inner.state.pop(p, None)
         _fill(inner, content)
         forget_sizes(inner)
+        slice_rates(inner)  # read anew, so that nothing holds the small model's parameters until the next step
 
 
 def _fill(optimizer: torch.optim.Optimizer, content: Carried) -> None:
@@ -141,7 +144,7 @@ def _fill(optimizer: torch.optim.Optimizer, content: Carried) -> None:
         else:
             group["params"] = params
         if "param_names" in group:
-            group["param_names"] = [m.label for m in content.members[number]]
+            group["param_names"] = [m.label or m.name or "" for m in content.members[number]]
         group.pop(KEY, None)
         group.pop(STEPS, None)
         group.update(content.rates[number])

@@ -58,7 +58,9 @@ def members_of(
     out: list[list[Member]] = []
     for group in optimizer.param_groups:
         members: list[Member] = []
-        labels = group.get("param_names") or [None] * len(group["params"])
+        labels = group.get("param_names", [])
+        if len(labels) != len(group["params"]):
+            labels = [None] * len(group["params"])
         for p, label in zip(group["params"], labels, strict=True):
             if id(p) in grown:
                 raise FxgrowError(
@@ -75,7 +77,27 @@ def members_of(
     for name, number in _joining(optimizer, out, new, plans, newcomers).items():
         named = "param_names" in optimizer.param_groups[number]
         out[number].append(Member(new[name], name, None, name if named else None))
+    before, after = ({n: k for k, n in enumerate(order)} for order in (names.values(), new))
+    for number, group in enumerate(optimizer.param_groups):
+        places = [before[names[id(p)]] for p in group["params"] if id(p) in names]
+        if places == sorted(places):
+            out[number] = _in_order(out[number], after)
     return out
+
+
+def _in_order(members: list[Member], order: Mapping[str, int]) -> list[Member]:
+    """Members in the grown model's order: an optimizer's state is loaded by position.
+
+    One that is made anew over the grown model, by the code that made this one over the small model, has that order.
+    Parameters of others stay behind the one they stood behind.
+    """
+    runs: list[tuple[int, list[Member]]] = [(-1, [])]
+    for m in members:
+        if m.name is None:
+            runs[-1][1].append(m)
+        else:
+            runs.append((order[m.name], [m]))
+    return [m for _, run in sorted(runs, key=lambda r: r[0]) for m in run]
 
 
 def _relabelled(label: str | None, source: str, name: str) -> str | None:

@@ -67,6 +67,12 @@ def check_optimizer(
             f"fxgrow.optim.register_elementwise({kind})"
         )
     for p in members:
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                raise FxgrowError(
+                    f"the state {key!r} of {kind} is part of a graph that gradients flow through "
+                    "(differentiable=True), and they cannot flow through a growth. Detach it, or use policy 'reset'"
+                )
         reason = why_unknown(optimizer, p, optimizer.state.get(p, {}), exact=policy == "exact" and ramp is None)
         if reason:
             raise FxgrowError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -522,6 +522,22 @@ def _before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 register_optimizer_step_pre_hook(_before_any_step)
+
+
+def check_settled(parameters: Iterable[torch.Tensor]) -> None:
+    """Refuse weights that an optimizer has in other units: its step raised, and what it began was not put back yet.
+
+    Raises:
+        FxgrowError: of any optimizer that has per-slice rates of one of the parameters.
+    """
+    wanted = {id(p) for p in parameters}
+    for optimizer, found in list(_APPLIED.items()):
+        if found.depth and any(id(p) in wanted for p in found.names):
+            raise FxgrowError(
+                f"the last step of {type(optimizer).__name__} over these parameters did not finish, so that they are "
+                "in the units of an earlier growth. Call optimizer.zero_grad() and optimizer.step() once, which puts "
+                "them back, and grow then"
+            )
 
 
 def all_rates(optimizer: torch.optim.Optimizer, names: Mapping[int, str] | None = None) -> list[SliceRates]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxgrow.errors import FxgrowError
+from fxgrow.optim.rates import KEY
 
 #: how deep the attributes of an optimizer are searched for parameters
 DEPTH = 6
@@ -60,17 +61,24 @@ def check_nothing_else(optimizer: Any, old: Collection[nn.Parameter]) -> None:
     chain = _chain(optimizer)
     known = {id(one) for one in chain}
     inner = chain[-1]
-    known |= {id(inner.param_groups), id(inner.state), *(id(g) for g in inner.param_groups)}
+    known |= {id(inner.param_groups), id(inner.state)}
     known |= {id(g["params"]) for g in inner.param_groups}
     wanted = {id(p) for p in old}
+    groups = {
+        f".param_groups[{number}][{key!r}]": value
+        for number, group in enumerate(inner.param_groups)
+        for key, value in group.items()
+        if key not in ("params", KEY)
+    }
     for one in chain:
-        for name, value in _attributes(one).items():
-            where = next(_places(value, f".{name}", wanted, known, DEPTH), None)
+        places = {f".{name}": value for name, value in _attributes(one).items()}
+        for name, value in {**groups, **places}.items():
+            where = next(_places(value, name, wanted, known, DEPTH), None)
             if where:
                 raise FxgrowError(
-                    f"{type(one).__name__} keeps parameters of the model in `{where}`, beside its param_groups, and "
-                    "would go on with the small model's. Carry the optimizer inside it, or let growth.carry make a new "
-                    "one and wrap that"
+                    f"{type(one).__name__} keeps parameters of the model in `{where}`, too, and would go on with the "
+                    "small model's there. Empty that place first, or make the optimizer anew over the grown model, "
+                    "around what growth.carry returns for one inside it"
                 )
 
 

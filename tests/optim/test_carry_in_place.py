@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -138,6 +140,56 @@ def test_a_second_growth_leaves_what_the_first_began(first: tuple[str, dict[str,
     for name in (n for n, p in two.plan.tensors.items() if p.source is None):
         two.module.get_parameter(name).requires_grad_(False)
     assert follows(module, other, two.module, optimizer, 4, 12) <= 1e-12
+
+
+@pytest.mark.parametrize("how", ["carry_", "carry"])
+def test_members_stand_where_an_optimizer_made_anew_has_them(how: str) -> None:
+    """State is loaded by position, and the parameters of two blocks, or of a layer's two norms, have equal shapes."""
+
+    def make(model: nn.Module, other: nn.Module) -> optim.Optimizer:
+        named = dict(model.named_parameters())
+        decay, rest = ([p for p in named.values() if (p.dim() > 1) is d] for d in (True, False))
+        extra = list(other.parameters())
+        return optim.AdamW([{"params": [*decay, *extra[:1]]}, {"params": [*extra[1:], *rest], "weight_decay": 0.0}])
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(torch.tanh(self.up(x)))
+
+    model, other = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Block(), Block()), nn.Linear(4, 2)), nn.Linear(3, 3)
+    optimizer, x = make(model, other), torch.randn(3, 4)
+    model(x).square().mean().backward()
+    optimizer.step()
+    spec = [{"op": "deepen", "stack": "1", "factor": 2}, {"op": "insert", "layer": "linear", "after": "0"}]
+    growth = fxgrow.grow(model, spec, (x,), verify=False)
+    carried = getattr(growth, how)(optimizer, "copy")
+    for ours, theirs in zip(carried.param_groups, make(growth.module, other).param_groups, strict=True):
+        assert [id(p) for p in ours["params"]] == [id(p) for p in theirs["params"]]
+    assert len(carried.param_groups[0]["params"]) == 12 and len(carried.state) == 12
+
+
+def test_members_out_of_order_keep_their_places() -> None:
+    model = sized()
+    optimizer = ADAMW(list(model.parameters())[::-1])
+    growth = grown(model, HIDDEN, STREAM)
+    growth.carry_(optimizer)
+    expected = list(growth.module.parameters())[::-1]
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in expected]
+
+
+def test_nothing_keeps_the_small_models_parameters() -> None:
+    model, one, *_ = twins(ADAMW)
+    for spec in (HIDDEN, MORE):
+        growth = grown(model, spec)
+        growth.carry_(one, "exact")
+        left = [weakref.ref(p) for p in model.parameters()]
+        model = growth.module
+        gc.collect()
+        assert not any(ref() is not None for ref in left)
 
 
 # who holds the optimizer ----------------------------------------------------------------------------------------------
@@ -302,6 +354,26 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
     later = grown(growth.module, MORE)
     with pytest.raises(fxgrow.FxgrowError, match="no parameter that the model had when it was grown"):
         later.carry_(one)  # the growth between was left out
+
+
+def test_weights_that_a_failed_step_left_in_other_units_do_not_grow() -> None:
+    model, one, twin, two = twins(ADAMW)
+    growth = grown(model, HIDDEN)
+    growth.carry_(one, "exact")
+    later = grown(growth.module, STREAM)
+    betas = one.param_groups[0].pop("betas")
+    with pytest.raises(KeyError):
+        step(growth.module, one, 3)
+    one.param_groups[0]["betas"] = betas
+    with pytest.raises(fxgrow.FxgrowError, match="did not finish"):
+        grown(growth.module, STREAM)
+    with pytest.raises(fxgrow.FxgrowError, match="did not finish"):
+        later.carry_(one)
+    one.zero_grad()
+    one.step()
+    later = grown(growth.module, STREAM)
+    later.carry_(one, "exact")
+    assert follows(later.module, one, twin, two, 4, 6) <= 1e-12
 
 
 @pytest.mark.parametrize("failing", ["map_state", "map_gradient", "slice_of", "rates_of_groups"])
@@ -554,7 +626,9 @@ def test_parameters_kept_beside_the_groups_are_refused() -> None:
     attribute.ema = Holder(model.parameters())  # type: ignore[attr-defined]
     around = Delegating(ADAMW(model.parameters()))
     around.clipped = [model.up.weight]  # type: ignore[attr-defined]
-    for optimizer, where in ((listing, r"\.extra"), (attribute, r"\.ema\.mine"), (around, r"\.clipped\[0\]")):
+    grouped = ADAMW([{"params": model.parameters(), "decayed": [model.up.weight]}])
+    places = {r"\.extra": listing, r"\.ema\.mine": attribute, r"\.clipped\[0\]": around, r"'decayed'\]\[0\]": grouped}
+    for where, optimizer in places.items():
         before = snapshot(optimizer if optimizer is not around else around.optimizer)
         with pytest.raises(fxgrow.FxgrowError, match=where):
             growth.carry_(optimizer, "copy")
@@ -596,6 +670,32 @@ def test_state_that_parameters_share_is_shared_after_the_growth() -> None:
     step(growth.module, optimizer, 4)
     counts = [optimizer.state[p]["count"] for p in growth.module.parameters()]
     assert all(c is counts[0] for c in counts) and float(counts[0]) == 4.0
+
+
+class Lookahead(optim.Optimizer):
+    """Shares the groups of the optimizer inside, and has state of its own."""
+
+    def __init__(self, inner: optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def test_an_optimizer_with_another_inside_that_has_state_is_refused() -> None:
+    model, one, *_ = twins(ADAMW)
+    growth = grown(model, HIDDEN)
+    with pytest.raises(fxgrow.FxgrowError, match=r"in `\.inner\.state"):
+        growth.carry_(Lookahead(one))
+
+
+def test_state_that_gradients_flow_through_is_refused() -> None:
+    model, one, *_ = twins(ADAMW)
+    state = one.state[model.get_parameter("up.weight")]
+    state["exp_avg"] = state["exp_avg"].requires_grad_()
+    with pytest.raises(fxgrow.FxgrowError, match="differentiable=True"):
+        grown(model, HIDDEN, optimizer=one)
 
 
 def test_lbfgs_starts_anew() -> None:
