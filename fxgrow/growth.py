@@ -23,6 +23,7 @@ from fxgrow.limits import check_elements
 from fxgrow.optim.carry import carry, carry_
 from fxgrow.optim.policies import check_optimizer, check_plan
 from fxgrow.optim.rates import check_settled
+from fxgrow.passes.constants import remaining
 from fxgrow.passes.state import State, run_operation
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program, capture
@@ -144,6 +145,7 @@ def plan_growth(program: Program, spec: GrowthSpec) -> tuple[GrowthPlan, Program
             raise
     plan.tensors = state.tensors
     plan.aliases = dict(state.program.aliases)
+    plan.constants = remaining(state)
     parameters = program.parameters
     plan.parameters_before = sum(p.numel() for p in parameters.values())
     plan.parameters_after = sum(
@@ -238,6 +240,7 @@ def grow(
     receipt.bytes_before = _bytes(program.parameters.values()) if not consume else 0
     receipt.bytes_after = _bytes(module.parameters())
     receipt.seconds = {**seconds, **receipt.seconds}
+    receipt.constants = [str(c) for c in plan.constants]
     receipt.notes.extend(plan.notes)
     receipt.notes.extend(_caveats(program))
     source_module = model if isinstance(model, nn.Module) else _Names(program)

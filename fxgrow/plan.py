@@ -364,6 +364,13 @@ class Rescale(_Model):
     why: str = ""
 
 
+class Unscale(_Model):
+    """A multiplication that an earlier growth inserted is taken out again: weights have its factor now."""
+
+    kind: Literal["unscale"] = "unscale"
+    node: str
+
+
 class CloneBlock(_Model):
     """A copy of a block of a repeated stack, placed right after it (or after another one)."""
 
@@ -399,7 +406,7 @@ class InsertLayer(_Model):
     activation: str | None = Field(None, description="op repeated after the layer")
 
 
-Change = Annotated[Edit | Rescale | CloneBlock | Renumber | InsertLayer, Discriminator("kind")]
+Change = Annotated[Edit | Rescale | Unscale | CloneBlock | Renumber | InsertLayer, Discriminator("kind")]
 
 
 class OutputGrowth(_Model):
@@ -409,6 +416,36 @@ class OutputGrowth(_Model):
     dim: int
     old: int
     new: int
+
+
+class Constant(_Model):
+    """A number in the grown graph that the model's class, built larger, would not compute.
+
+    Attributes:
+        node, argument: where it stands; a multiplication that growth inserted has the argument ``other``, and a tensor
+            that is not saved with the weights (then ``node`` is its name) none.
+        op, line: of the node, and the user's line.
+        own: what the class computes there; None: nothing (it does not multiply), or what the op implies.
+        value: what stands there.
+        why: it could not be folded into weights.
+    """
+
+    node: str
+    argument: str = ""
+    op: str
+    line: str = ""
+    own: float | None = None
+    value: float | None = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        default = "nothing" if self.argument == "other" else "what the op implies"
+        own = default if self.own is None else f"{self.own:g}"
+        value = "what the op implies" if self.value is None else f"{self.value:g}"
+        at = f" at {self.line}" if self.line else ""
+        if not self.argument:
+            return f"{self.node} is a {self.op} that the model's class computes by itself: {self.why}"
+        return f"{self.node}.{self.argument} is {value}, where the model's class computes {own}{at}: {self.why}"
 
 
 class Step(_Model):
@@ -431,13 +468,18 @@ class Step(_Model):
 
 
 class GrowthPlan(_Model):
-    """Everything a growth does. ``tensors`` is keyed by the names of the grown model."""
+    """Everything a growth does. ``tensors`` is keyed by the names of the grown model.
+
+    ``constants`` are the numbers of the grown graph without which the grown weights, in a larger model of the same
+    class, compute something else.
+    """
 
     version: Literal[1] = 1
     model: str
     steps: list[Step] = Field(default_factory=list)
     tensors: dict[str, TensorPlan] = Field(default_factory=dict)
     aliases: dict[str, str] = Field(default_factory=dict)
+    constants: list[Constant] = Field(default_factory=list)
     parameters_before: int = 0
     parameters_after: int = 0
 

@@ -100,6 +100,11 @@ class Widen(Operation):
         "auto", description="fill add: outgoing weights of new units; paired is (+z, -z) on two equal new units"
     )
     seed: Count = Field(0, ge=0, description="fill add: seed of the new units' weights")
+    constants: Literal["fold", "keep"] = Field(
+        "fold",
+        description="numbers that keep the function (scales, factors): into weights where that is exact, so that the "
+        "weights are a larger model's of the same class; or all in the graph",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Widen:

@@ -16,8 +16,8 @@ from fxgrow.errors import GrowthRefused
 from fxgrow.ir.graphs import NodesByName
 from fxgrow.ir.provenance import provenance_of, remember
 from fxgrow.ir.traced import Traced
-from fxgrow.passes.changes import apply_edit, apply_rescale, rename_modules, renamed_path
-from fxgrow.plan import Change, Edit, Renumber, Rescale, Step
+from fxgrow.passes.changes import apply_edit, apply_rescale, apply_unscale, rename_modules, renamed_path
+from fxgrow.plan import Change, Edit, Renumber, Rescale, Step, Unscale
 
 
 class GrowthPass(PassBase):
@@ -65,6 +65,8 @@ class GrowthPass(PassBase):
             apply_edit(change, self.named(graph))
         elif isinstance(change, Rescale):
             apply_rescale(change, self.named(graph))
+        elif isinstance(change, Unscale):
+            apply_unscale(change, self.named(graph))
         elif isinstance(change, Renumber):
             rename_modules(graph, change.prefixes)
             program = self.traced()

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxgrow.ir.nodes import info_of, meta_like, note
 from fxgrow.ir.ops import operator_named, schema_of, set_argument
-from fxgrow.plan import Change, Edit, Rescale, resolve_references
+from fxgrow.plan import Change, Edit, Rescale, Unscale, resolve_references
 from fxgrow.proof.outcome import Outcome
 
 Named = Callable[[str], fx.Node]  # finds a node, or refuses
@@ -92,6 +92,13 @@ def apply_rescale(change: Rescale, named: Named) -> None:
         new = node.graph.create_node("call_function", target, args, kwargs, name=change.name)
     new.meta = meta_like(node, rescale=True)
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and only in (None, user))
+
+
+def apply_unscale(change: Unscale, named: Named) -> None:
+    """Send the users of a multiplication to what it multiplies."""
+    node = named(change.node)
+    node.replace_all_uses_with(node.all_input_nodes[0])
+    node.graph.erase_node(node)
 
 
 # module paths -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.traced import Traced
 from fxgrow.limits import check_elements, check_units
 from fxgrow.passes.base import registered
-from fxgrow.plan import Change, DimPlan, Edit, Rescale, Step, TensorPlan
+from fxgrow.plan import Change, DimPlan, Edit, Rescale, Step, TensorPlan, Unscale
 from fxgrow.plugins import load_plugins
 from fxgrow.spec import Extend, Operation, Widen
 
@@ -30,13 +30,15 @@ from fxgrow.spec import Extend, Operation, Widen
 class State:
     """A growth being planned: the working graph, its axes, and the plan of every tensor so far.
 
-    ``graph`` is a copy; the program it came from stays as it is.
+    ``graph`` is a copy; the program it came from stays as it is. ``kept`` says why numbers of nodes, by name, could not
+    be folded into weights (:mod:`fxgrow.passes.constants`).
     """
 
     program: Traced
     tensors: dict[str, TensorPlan]
     _axes: Axes | None = None
     counter: int = 0
+    kept: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def start(cls, program: Traced) -> State:
@@ -74,17 +76,18 @@ class State:
             changes: further ones, in their order.
             grown: axes that take a new size with them.
         """
-        before = set(self.graph.nodes) if any(isinstance(c, Rescale) for c in changes) else set()
+        before = set(self.graph.nodes) if any(isinstance(c, Rescale | Unscale) for c in changes) else set()
         _, growth_pass = registered(step.op)
         growth_pass(step, self.program).change(self.graph, changes)
         step.changes.extend(changes)
-        if self._axes is None or not all(isinstance(c, Edit | Rescale) for c in changes):
+        if self._axes is None or not all(isinstance(c, Edit | Rescale | Unscale) for c in changes):
             self._axes = None  # there are other modules now: axes are found anew
             return
         axes = self._axes
         if before:
             added = [n for n in self.graph.nodes if n not in before and info_of(n).rescale]
-            axes = axes.with_nodes({n: n.all_input_nodes[0] for n in added})
+            removed = before.difference(self.graph.nodes)
+            axes = axes.with_nodes({n: n.all_input_nodes[0] for n in added}, removed)
         for axis, size in (grown or {}).items():
             axes = axes.resized(axis, size)
             _note_sizes(axes, axes.uses.get(axis.id, ()))

@@ -12,6 +12,7 @@ from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.dtypes import is_fine
 from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.changes import changes_of
+from fxgrow.passes.constants import Before, settle
 from fxgrow.passes.state import State, new_size
 from fxgrow.plan import (
     FILL_CONSTANT,
@@ -55,6 +56,7 @@ def plan_widen(state: State, op: Widen) -> list[Step]:
         request=op.model_dump(exclude_defaults=True, mode="json"),
         exactness=op.preserve if _changes_function(op) else "exact",
     )
+    before = Before.of(state)
     for info in infos:
         new = new_size(op, info)
         state.check_room(info, new)
@@ -62,6 +64,7 @@ def plan_widen(state: State, op: Widen) -> list[Step]:
             step.notes.append(f"{info.name} has {new} units already")
             continue
         _grow_axis(state, op, info, new, step)
+    settle(state, step, before, op.constants)
     return [step]
 
 

@@ -6,7 +6,7 @@ Nothing here changes once it is made: planning, which grows axes, makes further 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -130,9 +130,9 @@ class Axes:
             by_name=MappingProxyType({**self.by_name, **infos}),
         )
 
-    def with_nodes(self, like: Mapping[fx.Node, fx.Node]) -> Axes:
-        """The same after nodes were added to the graph, each with the dims of another one."""
-        dims = dict(self.dims)
+    def with_nodes(self, like: Mapping[fx.Node, fx.Node], removed: Collection[fx.Node] = ()) -> Axes:
+        """The same after nodes were added to the graph, each with the dims of another one, and others removed."""
+        dims = {n: d for n, d in self.dims.items() if n not in removed}
         for node, other in like.items():
             dims[node] = dims[other]
         graph = self.program.graph

@@ -26,6 +26,7 @@ class NodeInfo(NamedTuple):
         is_flag: it depends on the module's mode alone.
         rescale: a growth inserted it, to multiply a value by a constant.
         checkpointed: it ran under activation checkpointing.
+        numbers: what the model's class computes for arguments of the op, by name, where growth put other numbers there.
     """
 
     module_path: str = ""
@@ -38,6 +39,7 @@ class NodeInfo(NamedTuple):
     is_flag: bool = False
     rescale: bool = False
     checkpointed: bool = False
+    numbers: tuple[tuple[str, float | None], ...] = ()
 
     def inside(self, path: str) -> bool:
         """Whether the op ran in a module, or in one within it."""

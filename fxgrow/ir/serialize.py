@@ -155,6 +155,7 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
                 ("source", _relative(info.source) if info.source else ""),
                 ("is_flag", info.is_flag),
                 ("rescale", info.rescale),
+                ("numbers", dict(info.numbers)),
                 ("call", info.call),
                 ("input", info.input),
             )
@@ -316,6 +317,7 @@ def graph_from_json(entries: Iterable[Mapping[str, Any]]) -> fx.Graph:
             source=str(entry.get("source", "")),
             is_flag=bool(entry.get("is_flag")),
             rescale=bool(entry.get("rescale")),
+            numbers=_numbers(entry.get("numbers", {}), where),
             call=_typed(entry.get("call", 0), int, where),
             input=_identifier(entry["input"], where) if "input" in entry else None,
         )
@@ -333,6 +335,13 @@ def _typed(value: Any, kind: type, where: str) -> Any:
     if not isinstance(value, kind):
         raise CheckpointError(f"{where}: expected a {kind.__name__}, got {str(value)[:80]}")
     return value
+
+
+def _numbers(value: Any, where: str) -> tuple[tuple[str, float | None], ...]:
+    pairs = _typed(value, dict, where)
+    if not all(v is None or type(v) in (int, float) for v in pairs.values()):
+        raise CheckpointError(f"{where}: numbers expected, got {str(value)[:80]}")
+    return tuple((_identifier(k, where), v) for k, v in pairs.items())
 
 
 def _identifier(name: Any, where: str) -> str:

@@ -365,6 +365,14 @@ def implied_arguments(node: fx.Node) -> dict[str, float]:
     return {name: value(dtype) for name, value in rule.implied.items() if given.get(name) is None}
 
 
+def implied_value(node: fx.Node, name: str) -> float | None:
+    """What a call's op chooses for an argument where it is left out, whatever the call says; None where it does not."""
+    rule = rule_of(node)
+    if rule is None or name not in rule.implied:
+        return None
+    return rule.implied[name](node.all_input_nodes[0].meta["val"].dtype)
+
+
 class GetItem(Rule):
     """``operator.getitem`` on an op with several results."""
 

@@ -41,6 +41,11 @@ class Receipt(BaseModel):
     unexercised: list[str] = Field(
         default_factory=list, description="branches and factors that no input reached: nothing is known about them"
     )
+    constants: list[str] = Field(
+        default_factory=list,
+        description="numbers of the grown graph that the model's class, built larger, would not compute: without them "
+        "the grown weights give something else there",
+    )
     limits: dict[str, float] = Field(default_factory=dict, description="what each error may reach")
     amplification: float | None = Field(
         None,
@@ -63,6 +68,7 @@ class Receipt(BaseModel):
             f"{show(self.error_float64)} in float64, {show(self.error_native)} native; "
             f"gradients {show(self.gradient_error)}; "
             + (f"{len(self.unexercised)} places not exercised; " if self.unexercised else "")
+            + (f"{len(self.constants)} constants stay in the graph; " if self.constants else "")
             + f"{sum(self.seconds.values()):.1f} s"
         )
 
