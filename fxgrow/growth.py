@@ -97,7 +97,7 @@ class Growth:
                 :func:`fxgrow.optim.carry_`); every optimizer is as it was then.
         """
         names, new = self.source_names(), self._new()
-        several = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        several: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         carry_(self.plan, names, new, several, policy or self.policy, handed=self._handed, **options)
         self._hand_over(several, new)
         return optimizer

@@ -28,7 +28,6 @@ from fxgrow.errors import FxgrowError, SpecError, did_you_mean, reworded
 from fxgrow.growth import Growth, grow, plan_growth
 from fxgrow.ir.modules import uncompiled
 from fxgrow.limits import OPERATIONS
-from fxgrow.optim import check_optimizer
 from fxgrow.program import capture
 from fxgrow.schedule import Plateau, Schedule, ScheduledGrowth, Strict, Trigger, explain
 from fxgrow.spec import Count, GrowthSpec
@@ -244,15 +243,13 @@ class GrowthScheduler:
         self, growth: ScheduledGrowth, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, **how: Any
     ) -> tuple[Growth, torch.optim.Optimizer | None]:
         """Grow, and carry the optimizer over; neither the model nor the optimizer passed in is changed."""
-        if optimizer is not None:
-            # before hours of work, not after
-            check_optimizer(optimizer, growth.optimizer.policy, ramp=growth.optimizer.ramp)
         model = uncompiled(model)
         args, kwargs = self._inputs()
-        grown = grow(model, growth.spec, args, kwargs, **self._ways(), **how)
+        policy = growth.optimizer
+        carried: dict[str, Any] = {"optimizer": optimizer, "policy": policy.policy, "ramp": policy.ramp}
+        grown = grow(model, growth.spec, args, kwargs, **self._ways(), **carried, **how)
         if optimizer is None:
             return grown, None
-        policy = growth.optimizer
         options = {"warmup": policy.warmup, "peak": policy.peak, "ramp": policy.ramp}
         given = {name: value for name, value in options.items() if value is not None}
         return grown, grown.carry(optimizer, policy.policy, **given)

@@ -165,7 +165,8 @@ def test_state_survives_json_and_resumes(calls: list[SimpleNamespace]) -> None:
     assert len(calls) == 2
     assert calls[0].model is MODEL
     assert calls[1].model is not MODEL
-    assert calls[0].how == {"verify": False, "consume": False}
+    asked = {"optimizer": optimizer, "policy": "copy", "ramp": None}
+    assert calls[0].how == {"verify": False, "consume": False, **asked}
     assert carried is not optimizer
     assert module is not MODEL
 

@@ -30,7 +30,7 @@ class Carried:
     """
 
     members: list[list[Member]]
-    state: dict[nn.Parameter, dict[str, Any]] = field(default_factory=dict)
+    state: dict[torch.Tensor, dict[str, Any]] = field(default_factory=dict)
     gradients: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)
     rates: list[dict[str, Any]] = field(default_factory=list)
 

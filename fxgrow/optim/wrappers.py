@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +17,9 @@ from fxgrow.errors import FxgrowError
 from fxgrow.optim.rates import KEY
 
 #: how deep the attributes of an optimizer are searched for parameters
-DEPTH = 6
+DEPTH = 8
+#: how many items of a container are looked at
+ITEMS = 100_000
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
@@ -83,25 +90,45 @@ def check_nothing_else(optimizer: Any, old: Collection[nn.Parameter]) -> None:
 
 
 def _places(value: Any, where: str, wanted: set[int], seen: set[int], depth: int) -> Iterator[str]:
-    """Where parameters stand in a nest of containers and plain objects."""
+    """Where parameters stand in a nest of containers, plain objects and what functions close over."""
     if isinstance(value, torch.Tensor):
         if id(value) in wanted:
             yield where
         return
-    # modules are grown in place, and hold their parameters themselves
-    if depth == 0 or id(value) in seen or isinstance(value, nn.Module | type | str | bytes):
+    if depth == 0 or id(value) in seen or _holds_nothing(value):
         return
     seen.add(id(value))
-    if isinstance(value, Mapping):
+    for name, item in _parts(value):
+        yield from _places(item, where + name, wanted, seen, depth - 1)
+
+
+def _holds_nothing(value: Any) -> bool:
+    """Modules are grown in place, and what is fxgrow's is read anew at every step."""
+    if isinstance(value, nn.ParameterList | nn.ParameterDict):
+        return False
+    ours = type(value).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return ours or isinstance(value, nn.Module | ModuleType | type | str | bytes | int | float | complex | None)
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a value is made of, and how one gets there."""
+    if isinstance(value, Mapping | nn.ParameterDict):
         for key, item in list(value.items()):
-            yield from _places(key, f"{where} (a key)", wanted, seen, depth - 1)
-            yield from _places(item, f"{where}[{key!r:.40}]", wanted, seen, depth - 1)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for number, item in enumerate(value):
-            yield from _places(item, f"{where}[{number}]", wanted, seen, depth - 1)
-    else:
-        for name, item in _attributes(value).items():
-            yield from _places(item, f"{where}.{name}", wanted, seen, depth - 1)
+            yield " (a key)", key
+            yield f"[{key!r:.40}]", item
+    elif isinstance(value, list | tuple | set | frozenset | deque | nn.ParameterList):
+        yield from ((f"[{number}]", item) for number, item in enumerate(itertools.islice(value, ITEMS)))
+    elif isinstance(value, partial):
+        yield from ((" (a partial)", item) for item in (value.func, value.args, value.keywords))
+    elif isinstance(value, MethodType):
+        yield from (("", item) for item in (value.__self__, value.__func__))
+    elif isinstance(value, FunctionType):
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with suppress(ValueError):  # an empty cell
+                yield f" closes over {name}", cell.cell_contents
+        yield from (("", item) for item in (value.__defaults__, value.__kwdefaults__))
+    for name, item in _attributes(value).items():
+        yield f".{name}", item
 
 
 def _attributes(value: Any) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import subprocess
 import sys
+import types
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -635,7 +637,39 @@ def test_parameters_kept_beside_the_groups_are_refused() -> None:
         assert same(before, snapshot(optimizer if optimizer is not around else around.optimizer))
     fine = ADAMW(model.parameters())
     fine.model, fine.args = model, Holder([nn.Parameter(torch.zeros(1))])  # type: ignore[attr-defined]
-    growth.carry_(fine)
+    fine.growth, fine.itself = growth, [fine]  # type: ignore[attr-defined]
+    fine.register_step_pre_hook(lambda *_: print(model))
+    growth.carry_(fine, "exact")
+    step(growth.module, fine, 0)
+    fine.growth = grown(growth.module, MORE)  # type: ignore[attr-defined]
+    fine.growth.carry_(fine)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", ["closure", "partial", "method", "default"])
+def test_hooks_that_hold_parameters_are_refused(how: str) -> None:
+    """A hook that clips the small model's gradients would clip nothing, without a word."""
+    model, one, *_ = twins(ADAMW)
+    growth = grown(model, HIDDEN)
+    clipped = list(model.parameters())
+
+    def closure(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(clipped, 1.0)
+
+    def given(params: Any, *_: Any) -> None:
+        nn.utils.clip_grad_norm_(params, 1.0)
+
+    def default(*_: Any, params: Any = clipped) -> None:
+        nn.utils.clip_grad_norm_(params, 1.0)
+
+    hooks = {
+        "closure": closure,
+        "partial": functools.partial(given, clipped),
+        "method": types.MethodType(given, clipped),
+        "default": default,
+    }
+    one.register_step_pre_hook(hooks[how])
+    with pytest.raises(fxgrow.FxgrowError, match=r"\._optimizer_step_pre_hooks\["):
+        growth.carry_(one)
 
 
 def test_what_is_no_optimizer_is_refused() -> None:
