@@ -17,8 +17,10 @@ from fxgrow.compile import compile_regions
 from fxgrow.devices import check_memory
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import FxgrowError, SpecError, reworded
+from fxgrow.ir.modules import uncompiled, version_of
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.traced import Traced, program_of
+from fxgrow.landing.apply import apply
 from fxgrow.limits import check_elements
 from fxgrow.optim.carry import carry, carry_
 from fxgrow.optim.policies import check_optimizer, check_plan
@@ -52,13 +54,21 @@ class Growth:
     """
 
     def __init__(
-        self, module: fx.GraphModule, plan: GrowthPlan, receipt: Receipt, program: Program, source: nn.Module
+        self,
+        module: fx.GraphModule,
+        plan: GrowthPlan,
+        receipt: Receipt,
+        program: Program,
+        source: nn.Module,
+        before: Traced | None = None,
     ) -> None:
         self.module, self.plan, self.receipt, self.program = module, plan, receipt, program
         self.policy = "asymmetric"
         self._handed: set[str] = set()
+        self._before = before
         # weak, so that a growth does not keep the small model alive
         self._source = [(n, weakref.ref(p)) for n, p in source.named_parameters(remove_duplicate=True)]
+        self._versions = {n: version_of(t) for n, t in (*source.named_parameters(), *source.named_buffers())}
 
     def source_names(self) -> dict[int, str]:
         """``id`` of each of the old model's living parameters to its name."""
@@ -109,6 +119,42 @@ class Growth:
         """Waiting gradients are added once, though two optimizers may hold a parameter."""
         held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
         self._handed |= {n for n, p in new.items() if id(p) in held}
+
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Grow the model itself, in place: the user's own class, with its methods, config and hooks.
+
+        Afterwards it holds the very parameters and buffers of ``growth.module``. The sizes that modules and configs
+        keep are set, blocks are copied, and the model is traced again: its graph must be the grown one.
+
+        Args:
+            model: the one that was grown, as it was then; compiled or not, in any mode.
+
+        Returns:
+            The model.
+
+        Raises:
+            GrowthRefused: the class cannot compute the grown function; the message names the numbers, their lines and
+                what to change. The model is as it was.
+            FxgrowError: it is another model, or its weights have changed since.
+        """
+        if self._before is None:
+            raise FxgrowError("this growth was not made by fxgrow.grow, so that there is no model to apply it to")
+        self._check_source(uncompiled(model))
+        tensors = self.program.tensors
+        return apply(model, self.plan, self._before, self.program, tensors)
+
+    def _check_source(self, model: nn.Module) -> None:
+        """Whether a model is the one that was grown, with the weights that it had."""
+        own = dict(model.named_parameters(remove_duplicate=True))
+        for name, ref in self._source:
+            if own.get(name) is not ref():
+                raise FxgrowError(
+                    f"apply_ grows the model that was captured, and {name} of this {type(model).__name__} is another "
+                    "tensor than that one's: grow this model"
+                )
+        for name, tensor in (*own.items(), *model.named_buffers()):
+            if self._versions.get(name, -1) not in (-1, version_of(tensor)):
+                raise FxgrowError(f"{name} has changed since the model was grown: grow it again, then apply the growth")
 
     def compile(self, **options: Any) -> fx.GraphModule:
         """Compile the grown module region by region: blocks that are alike are compiled once.
@@ -244,7 +290,8 @@ def grow(
     receipt.notes.extend(plan.notes)
     receipt.notes.extend(_caveats(program))
     source_module = model if isinstance(model, nn.Module) else _Names(program)
-    growth = Growth(module, plan, receipt, Program.of(program_of(module, grown_program)), source_module)
+    grown = Program.of(program_of(module, grown_program))
+    growth = Growth(module, plan, receipt, grown, source_module, program.without_tensors())
     growth.policy = policy
     return growth
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import nn
 
 
@@ -27,3 +28,53 @@ def is_compiled(module: nn.Module) -> bool:
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` was given; any other as it is."""
     return getattr(module, "_orig_mod", module)
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's children by name, in their order; None where a name is kept for one."""
+    return dict(module._modules)
+
+
+def set_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> None:
+    """Give a module other children, in this order."""
+    module._modules.clear()
+    module._modules.update(children)
+
+
+def tensor_of(module: nn.Module, leaf: str) -> torch.Tensor | None:
+    """The parameter or buffer that a module itself holds under a name."""
+    found = module._parameters.get(leaf)
+    return found if found is not None else module._buffers.get(leaf)
+
+
+def set_tensor(module: nn.Module, leaf: str, tensor: torch.Tensor | None) -> None:
+    """Put a tensor in the place of a parameter or buffer, whatever the module's own ``__setattr__`` does."""
+    if leaf in module._parameters:
+        module._parameters[leaf] = tensor  # type: ignore[assignment]
+    else:
+        module._buffers[leaf] = tensor
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written into; -1 where PyTorch does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def share_hooks(old: torch.Tensor, new: torch.Tensor) -> None:
+    """Let a tensor run the hooks and have the attributes of another; handles of the hooks go on removing them."""
+    if old._backward_hooks is not None:
+        new._backward_hooks = old._backward_hooks
+    hooks = getattr(old, _ACCUMULATED, None)
+    if hooks:
+        new._post_accumulate_grad_hooks = hooks  # type: ignore[attr-defined]
+    vars(new).update({k: v for k, v in vars(old).items() if k not in vars(new)})
+
+
+def drop_hooks(tensor: torch.Tensor) -> None:
+    """The inverse of :func:`share_hooks`."""
+    tensor._backward_hooks = None
+    if getattr(tensor, _ACCUMULATED, None):
+        tensor._post_accumulate_grad_hooks = None  # type: ignore[attr-defined]
+
+
+_ACCUMULATED = "_post_accumulate_grad_hooks"

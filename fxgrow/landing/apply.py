@@ -1,0 +1,285 @@
+"""``growth.apply_``: the user's own model, grown in place, and proved by a second trace.
+
+Tensors are exchanged, blocks copied, and the numbers set that modules and configs keep. Which attributes these are is
+not known beforehand: an attribute is tried where it holds a number that the growth changes in the graph, or where the
+class, built anew from another config, has another one. Then the model is traced again and its graph compared with the
+grown one, literal by literal. What differs is looked up again; if it cannot be made equal, all is put back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxgrow.errors import CaptureError, FxgrowError, GrowthRefused
+from fxgrow.ir.modules import uncompiled
+from fxgrow.ir.running import plain_tensors
+from fxgrow.ir.traced import Traced
+from fxgrow.landing.blocks import Restacked, restack
+from fxgrow.landing.compare import Difference, differences
+from fxgrow.landing.config import Attributes, adopt, builder_of, solve
+from fxgrow.landing.literals import Candidate, Literal, candidates, changed_literals, mirrored
+from fxgrow.landing.living import Living, attributes_of
+from fxgrow.landing.sizes import KeptSizes
+from fxgrow.plan import GrowthPlan
+from fxgrow.trace.tracer import trace
+
+#: second traces of one model; every one but the last has found a number that differs
+_MOST = 8
+
+
+def apply(
+    model: nn.Module, plan: GrowthPlan, before: Traced, grown: Traced, tensors: Mapping[str, torch.Tensor]
+) -> nn.Module:
+    """Grow a living model.
+
+    Args:
+        model: as it was traced, or what ``torch.compile`` made of it.
+        before: its program before the growth.
+        grown: the grown program.
+        tensors: the grown parameters and buffers by name; the model holds these very objects afterwards.
+
+    Returns:
+        The model that was given.
+
+    Raises:
+        GrowthRefused: the class cannot compute the grown function; the model is as it was.
+    """
+    living = Living(uncompiled(model))
+    try:
+        _Applying(living, plan, before, grown, tensors).run()
+    except BaseException:
+        living.undo()
+        raise
+    return model
+
+
+class _Applying:
+    def __init__(
+        self,
+        living: Living,
+        plan: GrowthPlan,
+        before: Traced,
+        grown: Traced,
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.living, self.plan, self.before, self.grown, self.tensors = living, plan, before, grown, tensors
+        self.tried: set[tuple[Any, ...]] = set()
+        self.chosen: dict[tuple[Any, ...], Candidate] = {}
+        self.doubtful: list[tuple[Candidate, Any]] = []
+        self.unset: list[Literal] = []
+        self.literals: list[Literal] = []
+
+    def run(self) -> None:
+        living = self.living
+        kept = KeptSizes(living.model)
+        builder = builder_of(living.model)
+        self.literals = literals = changed_literals(self.before, self.grown)
+        wanted: Attributes = {}
+        paths = {id(m): p for p, m in living.model.named_modules()}
+        for candidate in self.choose(literals, sure=True):
+            if id(candidate.holder) in paths and candidate.index is None:
+                wanted[paths[id(candidate.holder)], candidate.name] = candidate.value
+        constants = self.constants_held()
+        mark = living.mark
+        stacks = restack(living, self.plan)
+        origin = origins(living.model, stacks)
+        settings = None
+        if builder is not None:
+            shapes = {n: tuple(t.shape) for n, t in self.tensors.items()}
+            settings = solve(builder, shapes, wanted, stacks)
+        if settings is None or builder is None:
+            living.undo(mark)
+            self.put(self.chosen.values())
+            restack(living, self.plan)
+        self.exchange(constants)
+        kept.settle(living)
+        if settings is not None and builder is not None:
+            adopt(living, builder, settings, origin)
+        self.prove()
+
+    # numbers
+
+    def choose(self, literals: Iterable[Literal], sure: bool = False) -> list[Candidate]:
+        """The likeliest attribute for every literal that none was tried for; where two want one attribute, the first.
+
+        Args:
+            sure: only attributes of the module itself that hold the number and that its line reads.
+        """
+        out: dict[tuple[Any, ...], Candidate] = {}
+        for literal in literals:
+            found = candidates(self.living.model, literal)
+            free = [c for c in found if (*c.key, c.value) not in self.tried]
+            fitting = [c for c in free if out.get(c.key, c).value == c.value and (not sure or c.is_sure)]
+            if not fitting:
+                self.unset.append(literal)
+                continue
+            if any(c.key in out and c.rank[:3] == fitting[0].rank[:3] for c in fitting):
+                continue  # set for another literal already
+            out[fitting[0].key] = fitting[0]
+        self.chosen |= out
+        return list(out.values())
+
+    def put(self, chosen: Iterable[Candidate], doubtful: bool = False) -> None:
+        for candidate in chosen:
+            self.tried.add((*candidate.key, candidate.value))
+            old = attributes_of(candidate.holder).get(candidate.name)
+            if doubtful and not candidate.is_sure:
+                self.doubtful.append((candidate, old))
+            candidate.put(self.living)
+            if candidate.index is None and isinstance(old, int | float):
+                mirrored(self.living, candidate.holder, candidate.name, old, candidate.value)
+
+    # tensors
+
+    def constants_held(self) -> dict[str, tuple[Any, str]]:
+        """Which modules hold the program's constants, as plain attributes."""
+        held = {
+            (t.data_ptr(), tuple(t.shape), t.stride()): name
+            for name, t in plain_tensors(self.living.model).items()
+            if not t.is_meta and t.numel()
+        }
+        out = {}
+        for name, constant in self.before.constants.items():
+            if constant.is_meta or name not in self.tensors:
+                continue
+            found = held.get((constant.data_ptr(), tuple(constant.shape), constant.stride()))
+            if found is not None:
+                path, _, leaf = found.rpartition(".")
+                out[name] = (self.living.module(path), leaf)
+        return out
+
+    def exchange(self, constants: Mapping[str, tuple[Any, str]]) -> None:
+        grown = self.grown
+        for name in (*grown.parameters, *grown.buffers):
+            self.living.tensor(name, self.tensors[name])
+        for alias, name in grown.aliases.items():
+            if name in grown.parameters or name in grown.buffers:
+                self.living.tensor(alias, self.tensors[name])
+        for name, (holder, leaf) in constants.items():
+            self.living.attribute(holder, leaf, self.tensors[name])
+
+    # the proof
+
+    def prove(self) -> None:
+        """Trace the model again until its graph is the grown one.
+
+        Raises:
+            GrowthRefused: nothing is left that could be set.
+        """
+        literals, found, mark = self.literals, list[Difference](), self.living.mark
+        failure: CaptureError | None = None
+        for _ in range(_MOST):
+            try:
+                theirs = self.trace()
+            except CaptureError as error:
+                failure = failure or error
+                self.living.undo(mark)  # what was set last does not suffice, or makes it worse
+            else:
+                now = differences(self.grown, theirs)
+                if not now:
+                    self.prune()
+                    return
+                if found and len(now) >= len(found):
+                    self.living.undo(mark)
+                else:
+                    failure, found, mark = None, now, self.living.mark
+                    literals = [_literal(d) for d in found if _is_number(d)]
+            chosen = self.choose(literals)
+            if not chosen:
+                break
+            self.put(chosen, doubtful=failure is not None)
+        raise self.refused(found) if found else self.refused_trace(failure)
+
+    def prune(self) -> None:
+        """Take back settings that were tried because the model did not run, and that it does not need to."""
+        doubtful, self.doubtful = self.doubtful, []
+        mark = self.living.mark
+        for candidate, old in doubtful:
+            candidate.restored(self.living, old)
+        if doubtful and not self.lands():
+            self.living.undo(mark)
+
+    def lands(self) -> bool:
+        try:
+            return not differences(self.grown, self.trace())
+        except CaptureError:
+            return False
+
+    def trace(self) -> Traced:
+        calls: dict[str, Any] = {}
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        for call in self.before.calls:
+            if call.name == "forward":
+                args, kwargs = call.args, call.kwargs
+            else:
+                calls[call.name] = call.kwargs if call.kwargs else call.args
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return trace(self.living.model, args, kwargs, calls=calls or None)
+
+    # words
+
+    def refused(self, found: list[Difference]) -> GrowthRefused:
+        name = type(self.living.model).__name__
+        lines = [f"{name} cannot compute the grown function, and is as it was:"]
+        lines += [f"  {words(d)}" for d in found[:4]]
+        if len(found) > 4:
+            lines.append(f"  and {len(found) - 4} more")
+        lines.append(
+            "Make the number an attribute of the module, or a field of its config, that the forward reads; or use "
+            "growth.module"
+        )
+        return GrowthRefused("\n".join(lines))
+
+    def refused_trace(self, error: FxgrowError | None) -> GrowthRefused:
+        name = type(self.living.model).__name__
+        lines = [f"{name} cannot run with the grown weights, and is as it was:", f"  {error}"]
+        for literal in self.unset[:4]:
+            lines.append(
+                f"  {literal.line or literal.path}: computes with {literal.old}, the growth needs {literal.new}, and "
+                "no attribute of the module or its config holds that number"
+            )
+        return GrowthRefused("\n".join(lines))
+
+
+def words(d: Difference) -> str:
+    """A difference for people."""
+    line = d.their_source or d.source
+    where = f"{line}: " if line else ""
+    what = f"{d.argument} of " if d.argument else ""
+    place = f"{d.node or 'the graph'} in {d.module_path or 'the model'}"
+    return f"{where}{what}{place} is {d.theirs}, the growth needs {d.ours}"
+
+
+def origins(model: nn.Module, stacks: list[Restacked]) -> dict[str, str]:
+    """For every module path of a model whose stacks have other blocks, the path that it had or was copied from."""
+    out: dict[str, str] = {}
+    for path, _ in model.named_modules(remove_duplicate=False):
+        was = path
+        for stack in reversed(stacks):
+            prefix = f"{stack.stack}." if stack.stack else ""
+            if was.startswith(prefix):
+                number, dot, rest = was[len(prefix) :].partition(".")
+                if number.isdigit() and int(number) in stack.origins:
+                    was = f"{prefix}{stack.origins[int(number)]}{dot}{rest}"
+        if was != path:
+            out[path] = was
+    return out
+
+
+def _is_number(d: Difference) -> bool:
+    both = (d.ours, d.theirs)
+    return d.kind == "literal" and all(v is None or type(v) in (int, float) for v in both)
+
+
+def _literal(d: Difference) -> Literal:
+    return Literal(d.module_path, d.theirs, d.ours, d.their_source or d.source, d.node, d.argument)
+
+
+__all__ = ["apply"]

@@ -1,0 +1,144 @@
+"""Blocks of a stack in the living model: copied where the plan copies them, and numbered anew."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxgrow.errors import GrowthRefused, Refusal
+from fxgrow.ir.modules import children_of
+from fxgrow.ir.stacks import block_path, stack_name
+from fxgrow.landing.living import Living, attributes_of, configs_of
+from fxgrow.plan import CloneBlock, GrowthPlan, InsertLayer, Renumber
+
+
+@dataclass
+class Restacked:
+    """What became of one stack: for each number, the old number of the block that stands there or was copied."""
+
+    stack: str
+    origins: dict[int, int]
+    copied: set[int]
+
+
+def restack(living: Living, plan: GrowthPlan) -> list[Restacked]:
+    """Give the model's stacks the blocks of a plan. Copies have the tensors of their source until those are exchanged.
+
+    Raises:
+        GrowthRefused: the plan needs a gate or a layer that the class does not have.
+    """
+    done = []
+    for step in plan.steps:
+        for change in step.changes:
+            _check(change)
+        for stack, clones, prefixes in _stackings(step.changes):
+            done.append(_restack(living, stack, clones, prefixes))
+    return done
+
+
+def _check(change: Any) -> None:
+    if isinstance(change, CloneBlock) and change.gate is not None:
+        why = (
+            f"the copy of block {change.source} is the identity by a gate ({change.gate}) only, which the class does "
+            "not compute. Use growth.module, or give the block a last layer or norm that can be zero"
+        )
+        raise GrowthRefused(Refusal(stack_name(change.stack), why, "apply the growth of"))
+    if isinstance(change, InsertLayer):
+        why = f"the class does not run the new layer {change.path}. Use growth.module, or add the layer to the class"
+        raise GrowthRefused(Refusal(change.after, why, "apply the layer inserted after"))
+
+
+def _stackings(changes: Sequence[Any]) -> Iterator[tuple[str, list[CloneBlock], dict[str, str]]]:
+    """Clones of one stack and the renumbering that follows them."""
+    clones: list[CloneBlock] = []
+    for change in changes:
+        if isinstance(change, CloneBlock):
+            clones.append(change)
+        elif isinstance(change, Renumber) and clones:
+            yield clones[0].stack, clones, change.prefixes
+            clones = []
+
+
+def _restack(living: Living, stack: str, clones: list[CloneBlock], prefixes: dict[str, str]) -> Restacked:
+    children = children_of(living.module(stack))
+
+    def number(name: str) -> str:
+        return prefixes.get(block_path(stack, name), block_path(stack, name)).rpartition(".")[2]
+
+    numbered = {number(n): m for n, m in children.items() if n.isdigit()}
+    origins = {int(number(n)): int(n) for n in children if n.isdigit()}
+    for clone in clones:
+        source = children[str(clone.source)]
+        assert source is not None
+        numbered[str(clone.number)] = copied(source, living.model)
+        origins[clone.number] = clone.source
+    ordered = iter(sorted(numbered.items(), key=lambda c: int(c[0])))
+    out: dict[str, nn.Module | None] = {}
+    for name, module in children.items():
+        if not name.isdigit():
+            out[name] = module
+        elif not any(n.isdigit() for n in out):
+            out.update(ordered)
+    old = {int(n): m for n, m in children.items() if n.isdigit() and m is not None}
+    places = _numbers_kept(old)
+    living.children(stack, out)
+    for n, module in out.items():
+        if n.isdigit() and module is not None:
+            parts = dict(module.named_modules())
+            for (path, name), offset in places.items():
+                if path in parts and type(vars(parts[path]).get(name)) is int:
+                    living.attribute(parts[path], name, int(n) + offset)
+    return Restacked(stack, origins, {c.number for c in clones})
+
+
+def copied(block: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy of a block that shares with the model all that is not the block's own: configs, other modules.
+
+    Its parameters are places for others: shapes without values.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        memo.update({id(c): c for c in configs_of(module)})
+    for module in _around(model, block):
+        memo[id(module)] = module
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            memo[id(tensor)] = tensor
+    for parameter in block.parameters():
+        if id(parameter) not in memo:
+            place = torch.empty_like(parameter, device="meta")
+            memo[id(parameter)] = nn.Parameter(place, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(block, memo)
+
+
+def _around(model: nn.Module, block: nn.Module) -> Iterator[nn.Module]:
+    """The modules that can be reached without entering a block: those that it shares with others as well."""
+    yield model
+    for child in model.children():
+        if child is not block:
+            yield from _around(child, block)
+
+
+def _numbers_kept(blocks: dict[int, nn.Module]) -> dict[tuple[str, str], int]:
+    """Attributes by which every block's modules know the block's number (``layer_idx``), and what they add to it."""
+    if len(blocks) < 2:
+        return {}
+    found: dict[tuple[str, str], dict[int, int]] = {}
+    for number, block in blocks.items():
+        for path, module in block.named_modules():
+            for name, value in attributes_of(module).items():
+                if type(value) is int:
+                    found.setdefault((path, name), {})[number] = value - number
+    out = {}
+    for key, offsets in found.items():
+        offset = next(iter(offsets.values()))
+        if len(offsets) > 1 and set(offsets.values()) == {offset} and offset in (0, 1):
+            out[key] = offset
+    return out
+
+
+__all__ = ["Restacked", "copied", "restack"]

@@ -1,0 +1,106 @@
+"""A living model under change: whatever is set is written down, and can be taken back in reverse order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxgrow.ir.modules import children_of, drop_hooks, set_children, set_tensor, share_hooks, tensor_of
+
+_MISSING = object()
+
+
+class Living:
+    """The user's model while it is grown in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._undo: list[Callable[[], None]] = []
+
+    def undo(self, mark: int = 0) -> None:
+        """Take back every change since a mark, the last one first."""
+        while len(self._undo) > mark:
+            self._undo.pop()()
+
+    @property
+    def mark(self) -> int:
+        """What :meth:`undo` goes back to."""
+        return len(self._undo)
+
+    def module(self, path: str) -> nn.Module:
+        """The module at a path; "" is the model."""
+        return self.model.get_submodule(path)
+
+    def attribute(self, holder: Any, name: str, value: Any) -> None:
+        """Set a plain attribute of a module or a config, or an entry of a mapping."""
+        table = attributes_of(holder)
+        before = table.get(name, _MISSING)
+
+        def back() -> None:
+            if before is _MISSING:
+                table.pop(name, None)
+            else:
+                table[name] = before
+
+        self._undo.append(back)
+        table[name] = value
+
+    def children(self, path: str, children: Mapping[str, nn.Module | None]) -> None:
+        """Give a container other children."""
+        container = self.module(path)
+        before = children_of(container)
+        self._undo.append(lambda: set_children(container, before))
+        set_children(container, children)
+
+    def tensor(self, name: str, new: torch.Tensor) -> None:
+        """Put a parameter or buffer in the place of the one of that name, with its hooks and attributes."""
+        path, _, leaf = name.rpartition(".")
+        holder = self.module(path)
+        old = tensor_of(holder, leaf)
+        if old is new:
+            return
+        hooked = isinstance(old, nn.Parameter) and old.shape is not None
+        self._undo.append(lambda: set_tensor(holder, leaf, old))
+        set_tensor(holder, leaf, new)
+        if hooked and old is not None and (old.requires_grad or vars(old)):
+            known = set(vars(new))
+            share_hooks(old, new)
+            added = set(vars(new)) - known
+
+            def back() -> None:
+                drop_hooks(new)
+                for key in added:
+                    vars(new).pop(key, None)
+
+            self._undo.append(back)
+
+
+def attributes_of(holder: Any) -> MutableMapping[str, Any]:
+    """The table in which a module, a config or a mapping keeps its attributes: no property or check runs."""
+    return holder if isinstance(holder, MutableMapping) else vars(holder)
+
+
+def is_config(value: Any) -> bool:
+    """Whether a value looks like a bundle of settings: an object or a mapping with plain numbers among its entries."""
+    if isinstance(value, nn.Module | torch.Tensor | type) or callable(value):
+        return False
+    if isinstance(value, MutableMapping):
+        table: Mapping[Any, Any] = value
+    elif hasattr(value, "__dict__"):
+        table = vars(value)
+    else:
+        return False
+    return any(isinstance(k, str) and type(v) in (int, float) for k, v in table.items())
+
+
+def configs_of(holder: Any, depth: int = 2) -> Iterator[Any]:
+    """Bundles of settings among an object's attributes, and those inside them."""
+    table = attributes_of(holder)
+    for value in list(table.values()):
+        if is_config(value):
+            yield value
+            if depth > 1:
+                yield from configs_of(value, depth - 1)

@@ -1,0 +1,184 @@
+"""Growing the user's own model in place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxgrow
+from tests.models import relative_error, small_cnn, small_gpt, tokens, trained
+
+
+def widen(axis: str, factor: float = 2) -> dict[str, Any]:
+    return {"op": "widen", "axis": axis, "factor": factor}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        [widen("*/hidden")],
+        [widen("*/heads")],
+        [widen("*/residual", 1.5), widen("*/heads")],
+        [{"op": "deepen", "stack": "transformer.h", "by": 2}, widen("*/hidden")],
+        [{"op": "extend", "axis": "*/positions", "by": 4}],
+    ],
+    ids=lambda s: "-".join(o["op"] for o in s),
+)
+def test_a_gpt_stays_the_class_it_is(spec: list[dict[str, Any]]) -> None:
+    model = small_gpt()
+    before = copy.deepcopy(model)
+    growth = fxgrow.grow(model, spec, tokens())
+    assert growth.apply_(model) is model
+    assert relative_error(before, model, tokens(3)) <= 1e-12
+    assert all(p is dict(growth.module.named_parameters())[n] for n, p in model.named_parameters())
+    assert model.transformer.wte.weight is model.lm_head.weight
+    config = model.config
+    assert config.n_layer == len(model.transformer.h)
+    assert (
+        model.transformer.h[0].mlp.c_fc.out_features
+        == config.n_hidden
+        == model.transformer.h[0].mlp.c_fc.weight.shape[0]
+    )
+    assert model.transformer.h[0].attn.n_head == config.n_head
+    rebuilt = type(model)(config).double()  # the config is that of the grown model
+    rebuilt.load_state_dict(model.state_dict())
+    if "residual" not in str(spec):  # there eps is kept in the modules
+        assert relative_error(before, rebuilt, tokens(3)) <= 1e-12
+
+
+def test_convolutions_and_a_chain() -> None:
+    model = small_cnn()
+    before, x = copy.deepcopy(model).eval(), (torch.randn(3, 3, 8, 8, dtype=torch.float64),)
+    names = [a.name for a in fxgrow.capture(model, x).axes if a.growable]
+    growth = fxgrow.grow(model, [widen(n) for n in names], x)
+    growth.apply_(model)
+    assert (model[0].out_channels, model[1].num_features, model[4].in_channels, model[9].in_features) == (
+        16,
+        16,
+        16,
+        96,
+    )
+    assert relative_error(before, model.eval(), x) <= 1e-12
+
+
+def test_hooks_attributes_modes_and_frozen_parameters_stay() -> None:
+    model = small_gpt()
+    block = model.transformer.h[0]
+    frozen, tagged = model.transformer.wpe.weight, block.mlp.c_fc.weight
+    frozen.requires_grad_(False)
+    tagged.tag = "mine"
+    calls: list[str] = []
+    handle = tagged.register_hook(lambda g: calls.append("tensor"))
+    tagged.register_post_accumulate_grad_hook(lambda p: calls.append("accumulated"))
+    block.mlp.eval()
+    growth = fxgrow.grow(model, widen("*/hidden"), tokens())
+    block.register_forward_hook(lambda m, a, out: calls.append("module"))
+    growth.apply_(model)
+    calls.clear()  # the second trace runs hooks of modules, as the first one does
+    new = block.mlp.c_fc.weight
+    assert new is not tagged
+    assert new.tag == "mine"
+    assert not model.transformer.wpe.weight.requires_grad
+    assert not block.mlp.training
+    assert block.training
+    model(*tokens())[1].backward()
+    assert calls == ["module", "tensor", "accumulated"]
+    handle.remove()
+    model(*tokens())[1].backward()
+    assert calls[3:] == ["module", "accumulated"]
+
+
+def test_parametrized_weights_grow() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(5, 8)),
+        nn.Tanh(),
+        nn.Linear(8, 3),
+    )
+    trained(model.double())
+    before, x = copy.deepcopy(model), (torch.randn(3, 5, dtype=torch.float64),)
+    growth = fxgrow.grow(model, widen("0.parametrizations.weight.original1:0"), x)
+    growth.apply_(model)
+    assert (model[0].out_features, model[2].in_features) == (16, 16)
+    assert relative_error(before, model, x) <= 1e-12
+
+
+def test_blocks_know_their_numbers() -> None:
+    class Block(nn.Module):
+        def __init__(self, number: int, shared: nn.Module) -> None:
+            super().__init__()
+            self.layer_idx, self.up, self.down = number, nn.Linear(8, 16), nn.Linear(16, 8)
+            self.shared = shared
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(self.shared(self.up(x)))
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            act = nn.Tanh()
+            self.blocks = nn.ModuleList([Block(i, act) for i in range(3)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    torch.manual_seed(0)
+    model = trained(Stack().double())
+    before, x = copy.deepcopy(model), (torch.randn(3, 8, dtype=torch.float64),)
+    growth = fxgrow.grow(model, {"op": "deepen", "stack": "blocks", "by": 2}, x)
+    growth.apply_(model)
+    assert [b.layer_idx for b in model.blocks] == [0, 1, 2, 3, 4]
+    assert len({id(b.shared) for b in model.blocks}) == 1
+    assert not any(p.is_meta for p in model.parameters())
+    assert relative_error(before, model, x) <= 1e-12
+
+
+def test_another_model_and_a_trained_one_are_refused() -> None:
+    model, other = small_gpt(), small_gpt()
+    growth = fxgrow.grow(model, widen("*/hidden"), tokens())
+    with pytest.raises(fxgrow.FxgrowError, match="another tensor"):
+        growth.apply_(other)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(*tokens())[1].backward()
+    optimizer.step()
+    with pytest.raises(fxgrow.FxgrowError, match=r"has changed since.*grow it again"):
+        growth.apply_(model)
+
+
+def test_growth_after_growth() -> None:
+    model = small_gpt()
+    before = copy.deepcopy(model)
+    for spec in (
+        widen("*/hidden"),
+        {"op": "deepen", "stack": "transformer.h", "by": 1},
+        widen("*/heads"),
+        widen("*/hidden"),
+    ):
+        fxgrow.grow(model, spec, tokens()).apply_(model)
+    assert relative_error(before, model, tokens(3)) <= 1e-12
+    assert (model.config.n_hidden, model.config.n_layer, model.config.n_head) == (512, 3, 8)
+
+
+@pytest.mark.compile
+def test_a_compiled_model_runs_no_stale_code() -> None:
+    torch.manual_seed(0)
+    model = trained(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double())
+    model.compile()
+    x = (torch.randn(3, 5, dtype=torch.float64),)
+    before = model(*x)
+    outside = torch.compile(model)
+    outside(*x)
+    growth = fxgrow.grow(model, {**widen("0.weight:0"), "noise": {"scale": 0.1}}, x)
+    growth.apply_(outside)
+    for run in (model, outside):
+        torch.testing.assert_close(run(*x), before, rtol=0, atol=1e-12)
+        run(*x).square().sum().backward()
+    with torch.no_grad():
+        model[2].weight.zero_()
+        torch.testing.assert_close(model(*x), model[2].bias.expand(3, 3))
