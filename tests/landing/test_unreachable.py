@@ -154,7 +154,7 @@ class Normed(nn.Module):
 
 class Eps(Normed):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.layer_norm(self.up(x).tanh(), self.weight.shape, self.weight, None, EPS))
+        return self.down(F.rms_norm(self.up(x).tanh(), self.weight.shape, self.weight, EPS))
 
 
 class Split(nn.Module):
