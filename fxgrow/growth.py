@@ -263,7 +263,7 @@ def grow(
     with _timed(seconds, "analyse and plan"):
         plan, grown_program = plan_growth(program, parsed)
     if optimizer is not None:
-        check_plan(plan, policy)
+        check_plan(plan, policy, optimizer, {id(p): n for n, p in program.parameters.items()})
     check_memory(_needed(program, grown_program, plan))
     module, _ = build(program, grown_program, plan, seconds, consume=consume)
     unmeasured = (

@@ -1,6 +1,7 @@
 """Optimizers: state carried over to grown parameters, and rates per slice."""
 
 from fxgrow.optim.carry import carry, carry_
+from fxgrow.optim.clipping import clip_grad_norm_
 from fxgrow.optim.policies import POLICIES, check_optimizer
 from fxgrow.optim.rates import slice_rates
 from fxgrow.weights.moments import (
@@ -22,6 +23,7 @@ __all__ = [
     "Moment",
     "carry",
     "carry_",
+    "clip_grad_norm_",
     "check_optimizer",
     "moment_of",
     "register_elementwise",

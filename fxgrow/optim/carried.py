@@ -15,6 +15,7 @@ from fxgrow.optim.members import Member, Newcomers, members_of
 from fxgrow.optim.policies import check_optimizer, check_plan
 from fxgrow.optim.rates import SliceRates, all_rates, check_settled, rates_of_groups
 from fxgrow.optim.state import is_fresh, map_gradient, map_state, slice_of
+from fxgrow.optim.whole import check_whole, warn_of_muon
 from fxgrow.plan import GrowthPlan
 
 
@@ -77,6 +78,9 @@ def carried(
     check_optimizer(optimizer, policy, ramp=ramp, parameters=old)
     check_plan(plan, policy)
     check_settled(old)
+    if policy == "exact":
+        check_whole(optimizer, plans, [m.name for members in out.members for m in members if m.name is not None])
+        warn_of_muon(optimizer)
     shared = _shared(optimizer, old) if policy != "reset" else {}
     own = SliceRates(warmup=warmup if policy == "asymmetric" else 0, peak=peak, ramp=ramp)
     for m in (m for members in out.members for m in members):

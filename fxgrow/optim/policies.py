@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import nn
 
 from fxgrow.errors import FxgrowError
+from fxgrow.optim.whole import check_whole, why_not_exact
 from fxgrow.optim.wrappers import unwrapped
 from fxgrow.plan import GrowthPlan
-from fxgrow.weights.moments import is_elementwise, why_unknown
+from fxgrow.weights.moments import why_unknown
 
 Policy = Literal["exact", "asymmetric", "copy", "reset"]
 POLICIES: tuple[str, ...] = ("exact", "asymmetric", "copy", "reset")
@@ -59,13 +60,8 @@ def check_optimizer(
             f"{kind} keeps a history of whole gradients and evaluates the model inside its step, neither of which can "
             "be carried over a growth. Use policy 'reset'"
         )
-    if policy == "exact" and not is_elementwise(optimizer):
-        raise FxgrowError(
-            f"policy 'exact' needs an optimizer whose step of an entry depends on that entry alone, and {kind} is not "
-            "known to be one (Muon orthogonalises whole matrices, Adafactor and LAMB take norms of tensors). Use "
-            "policy 'asymmetric' or 'copy'; if it does work entry by entry, say so: "
-            f"fxgrow.optim.register_elementwise({kind})"
-        )
+    if policy == "exact" and (reason := why_not_exact(optimizer)):
+        raise FxgrowError(reason)
     for p in members:
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, torch.Tensor) and value.requires_grad:
@@ -81,16 +77,32 @@ def check_optimizer(
             )
 
 
-def check_plan(plan: GrowthPlan, policy: str) -> None:
+def check_plan(
+    plan: GrowthPlan,
+    policy: str,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] = (),
+    names: Mapping[int, str] | None = None,
+) -> None:
     """Refuse a policy that does not fit a growth.
 
+    Args:
+        optimizer: that are to be carried over it, as far as they are known yet.
+        names: of the small model's parameters, by ``id``.
+
     Raises:
-        FxgrowError: ``exact``, and the growth does not map gradients exactly.
+        FxgrowError: ``exact``, and the growth does not map gradients exactly, or not in whole copies where an optimizer
+            needs that.
     """
-    if policy == "exact" and not plan.exact_gradients:
+    if policy != "exact":
+        return
+    if not plan.exact_gradients:
         axes = ", ".join(f"{a.name} ({a.old} -> {a.new})" for a in plan.axes if not a.exact_gradients)
         raise FxgrowError(
             "policy 'exact' needs a growth whose gradients follow from the small model's, but statistics (of a norm, a "
             f"softmax) run over padded or unevenly split axes: {axes}. Use policy 'asymmetric' or 'copy', or grow by "
             "whole even copies"
         )
+    for one in optimizer if isinstance(optimizer, Sequence) else [optimizer]:
+        inner = unwrapped(one)
+        held = {names.get(id(p)) for group in inner.param_groups for p in group["params"]} if names else set()
+        check_whole(inner, plan.tensors, [n for n, t in plan.tensors.items() if t.source in held])

@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,146 +22,25 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from fxgrow.errors import FxgrowError
-from fxgrow.plan import TensorPlan, decode_values, encode_values
+from fxgrow.ir.foreach import lerp_each
+from fxgrow.optim.pieces import MOST, Active, Stepper, newborn_blocks, step_groups
+from fxgrow.optim.slices import Factors, Slice, SliceRates, along, combined, halves, wide
+from fxgrow.optim.whole import is_muon, muon_group
 from fxgrow.weights.moments import moment_of
 
+__all__ = [
+    "KEY",
+    "STEPS",
+    "GroupRates",
+    "Slice",
+    "SliceRates",
+    "all_rates",
+    "norm_factors",
+    "slice_rates",
+    "write_rates",
+]
+
 KEY, STEPS = "fxgrow", "fxgrow_steps"
-
-Vectors = list[np.ndarray | None]
-
-
-@dataclass
-class Slice:
-    """Factors of one parameter, per dim (None: 1 everywhere) and for the whole tensor.
-
-    ``value`` is s, ``gradient`` g; ``newborn`` marks entries that learn under ``warmup``.
-    """
-
-    value: Vectors = field(default_factory=list)
-    gradient: Vectors = field(default_factory=list)
-    newborn: Vectors = field(default_factory=list)
-    value_scale: float = 1.0
-    gradient_scale: float = 1.0
-    whole: bool = False  # the tensor is newborn as a whole
-
-    @property
-    def scaled(self) -> bool:
-        return (
-            self.value_scale != 1.0
-            or self.gradient_scale != 1.0
-            or any(v is not None for v in (*self.value, *self.gradient))
-        )
-
-    @property
-    def warms(self) -> bool:
-        return self.whole or any(n is not None for n in self.newborn)
-
-    def grown(self, plan: TensorPlan) -> Slice:
-        """The same factors after a growth of the parameter: copies have their unit's, newborn entries none."""
-
-        def mapped(vectors: Vectors, missing: float) -> Vectors:
-            out = list(vectors)
-            for i, d in enumerate(plan.dims[: len(out)]):
-                v = out[i]
-                if v is not None and d is not None:
-                    out[i] = np.where(d.index >= 0, v[np.maximum(d.index, 0)], missing).astype(v.dtype)
-            return out
-
-        return Slice(
-            mapped(self.value, 1.0),
-            mapped(self.gradient, 1.0),
-            mapped(self.newborn, 0.0),
-            self.value_scale,
-            self.gradient_scale,
-            self.whole,
-        )
-
-
-class SliceRates:
-    """Per-slice learning rates that one growth left.
-
-    ``exact`` slices are stepped in the small model's units, see the module's docstring; with ``ramp`` the learning rate
-    factor s goes to 1 over that many steps. ``newborn`` entries get a learning rate of their own for ``warmup`` steps:
-    from 0 to ``peak`` over the first half, then to 1 (SPARKLING, ICML 2026).
-    """
-
-    def __init__(self, *, warmup: int = 0, peak: float = 1.0, ramp: int | None = None) -> None:
-        self.warmup, self.peak, self.ramp = warmup, peak, ramp
-        self.steps = 0
-        self.slices: dict[str, Slice] = {}
-
-    @property
-    def newborn_rate(self) -> float:
-        """Learning-rate factor of newborn entries at the current step."""
-        if self.steps >= self.warmup:
-            return 1.0
-        half = max(1.0, self.warmup / 2)
-        t = self.steps + 1
-        return self.peak * t / half if t <= half else self.peak + (1.0 - self.peak) * (t - half) / half
-
-    @property
-    def exponent(self) -> float:
-        """s ** exponent is the present learning-rate factor."""
-        return 1.0 if self.ramp is None else max(0.0, 1.0 - self.steps / max(1, self.ramp))
-
-    @property
-    def finished(self) -> bool:
-        """Every later step would be a plain one, once moments are in the grown model's units."""
-        warm = self.steps < self.warmup and any(s.warms for s in self.slices.values())
-        scaled = self.exponent > 0.0 and any(s.scaled for s in self.slices.values())
-        return not warm and not scaled
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data, JSON-able."""
-
-        def encode(vectors: Vectors) -> list[Any]:
-            return [None if v is None else encode_values(v.astype(np.float64)) for v in vectors]
-
-        return {
-            "warmup": self.warmup,
-            "peak": self.peak,
-            "ramp": self.ramp,
-            "steps": self.steps,
-            "slices": {
-                n: {
-                    "value": encode(s.value),
-                    "gradient": encode(s.gradient),
-                    "newborn": encode(s.newborn),
-                    "value_scale": s.value_scale,
-                    "gradient_scale": s.gradient_scale,
-                    "whole": s.whole,
-                }
-                for n, s in self.slices.items()
-            },
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> SliceRates:
-        def decode(vectors: Sequence[Any]) -> Vectors:
-            return [None if v is None else decode_values(v) for v in vectors]
-
-        out = cls(warmup=state["warmup"], peak=state["peak"], ramp=state["ramp"])
-        out.steps = state["steps"]
-        for name, s in state["slices"].items():
-            out.slices[name] = Slice(
-                decode(s["value"]),
-                decode(s["gradient"]),
-                [None if v is None else v.astype(bool) for v in decode(s["newborn"])],
-                s["value_scale"],
-                s["gradient_scale"],
-                s["whole"],
-            )
-        return out
-
-    def grown(self, plans: Mapping[str, TensorPlan], names: Sequence[str]) -> SliceRates:
-        """These rates after a further growth, for the parameters ``names`` of the newly grown model."""
-        out = SliceRates(warmup=self.warmup, peak=self.peak, ramp=self.ramp)
-        out.steps = self.steps
-        for name in names:
-            plan = plans[name]
-            if plan.source in self.slices and plan.init is None and not (plan.zero or plan.fresh):
-                out.slices[name] = self.slices[plan.source].grown(plan)
-        return out
 
 
 class GroupRates(dict[str, Any]):
@@ -225,6 +103,8 @@ class _Applied:
         steps = {inspect.unwrap(vars(c)["step"]) for c in type(optimizer).__mro__ if "step" in vars(c)}
         self.nests = len(steps - {torch.optim.Optimizer.step}) > 1  # a step that may call a parent's, hooks and all
         self.depth = 0
+        self.hidden: list[dict[str, Any]] | None = None  # the groups, while there is nothing left for the step to do
+        self.aside: list[tuple[SliceRates, list[torch.Tensor], list[torch.Tensor]]] = []
         self.entered: dict[nn.Parameter, torch.Tensor | None] = {}
 
     def read(self, optimizer: torch.optim.Optimizer) -> None:
@@ -236,7 +116,10 @@ class _Applied:
         self.groups = [(group, group[KEY]) for group in optimizer.param_groups if KEY in group]
         self.names: dict[nn.Parameter, str] = {}
         self.rates: list[SliceRates] = []
-        self.vectors: dict[tuple[Any, ...], list[torch.Tensor | float]] = {}
+        self.vectors: dict[tuple[Any, ...], Factors] = {}
+        self.stepper = Stepper(
+            lambda p, kind, power: self.factors(p, self.names[p], kind, power), lambda of: self.halves(of)
+        )
         for group, data in self.groups:
             own = [
                 SliceRates.from_state_dict({**growth, "steps": steps})
@@ -245,7 +128,7 @@ class _Applied:
             for p, name in zip(group["params"], data["names"], strict=False):
                 self.names[p] = name
                 for r in own:
-                    if name in r.slices and not _fits(r.slices[name], p):
+                    if name in r.slices and not r.slices[name].fits(p.shape):
                         raise FxgrowError(
                             f"the optimizer's state holds per-slice learning rates of {name}, but not for its shape "
                             f"{tuple(p.shape)}: it is the state of another growth"
@@ -281,13 +164,62 @@ class _Applied:
             args, kwargs = (
                 ((args[0], given, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": given})
             )
-        self.enter()
+        try:
+            with torch.no_grad():
+                self.enter_or_step(optimizer)
+        except BaseException:
+            self.leave()
+            self.depth = 0
+            raise
         return None if given is None else (args, kwargs)
+
+    def enter_or_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring parameters into the units in which they step; where the step has to be taken apart, take it."""
+        active = {p: of for p in self.names if p.grad is not None and (of := self.active(p))}
+        if Stepper.takes(optimizer):
+            cuts = {p: cut for p, of in active.items() if (cut := self.stepper.pieces(optimizer, p, of)) is not None}
+            if not cuts:
+                self.enter(active)
+                return
+            self.enter({p: of for p, of in active.items() if p not in cuts})
+            try:
+                self.stepper.step(optimizer, cuts, active)
+            finally:
+                self.leave()
+        else:
+            self.enter(active)
+            if not (is_muon(optimizer) and any(s.scaled for of in active.values() for _, s in of)):
+                return
+            groups = []
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    of = [(s, r.exponent) for r, s in active.get(p, ()) if s.scaled]
+                    groups.append({**muon_group(group, p.shape, of), "params": [p]})
+            try:
+                step_groups(optimizer, groups, optimizer.state)
+            finally:
+                self.leave()
+        self.hidden, optimizer.param_groups = optimizer.param_groups, []
+
+    def show(self, optimizer: torch.optim.Optimizer) -> None:
+        """The groups again."""
+        if self.hidden is not None:
+            optimizer.param_groups, self.hidden = self.hidden, None
+
+    def active(self, p: nn.Parameter) -> list[tuple[SliceRates, Slice]]:
+        """What is in force of a parameter."""
+        name = self.names[p]
+        return [
+            (r, s)
+            for r in self.rates
+            if (s := r.slices.get(name)) is not None and (s.scaled or (s.warms and r.steps < r.warmup))
+        ]
 
     def post(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.depth -= 1
         if self.depth:
             return
+        self.show(optimizer)
         self.leave()
         skipped = getattr(optimizer, "found_inf", None)  # set by a GradScaler whose optimizer unscales by itself
         if skipped is not None and bool(skipped):
@@ -304,15 +236,18 @@ class _Applied:
         for group, _data in self.groups:
             group[STEPS] = [r.steps for r in self.rates]
 
-    @torch.no_grad()
-    def enter(self) -> None:
+    def enter(self, active: Mapping[nn.Parameter, Active]) -> None:
         """Bring weights and gradients into the small model's units."""
-        for p, name in self.names.items():
-            slices = [(r, r.slices[name]) for r in self.rates if name in r.slices]
-            if p.grad is None or not slices:
-                continue
+        for p, slices in active.items():
+            name = self.names[p]
+            assert p.grad is not None
             warm = any(s.warms and r.steps < r.warmup for r, s in slices)
             scaled = any(s.scaled for _, s in slices)
+            if warm and not scaled and len(slices) == 1 and not slices[0][1].whole:
+                blocks = list(newborn_blocks(p.detach(), slices[0][1].newborn, 0))
+                if len(blocks) <= MOST:
+                    self.aside.append((slices[0][0], blocks, [b.clone() for b in blocks]))
+                    continue
             if scaled:
                 for v in self.factors(p, name, "gradient", -1.0):
                     p.grad.mul_(v)
@@ -326,6 +261,9 @@ class _Applied:
     @torch.no_grad()
     def leave(self) -> None:
         """Bring them back; what the optimizer added counts s times, and at newborn entries as much as they warmed."""
+        for r, blocks, kept in self.aside:
+            lerp_each(blocks, kept, 1.0 - r.newborn_rate)
+        self.aside.clear()
         for p, old in self.entered.items():
             name = self.names[p]
             scaled = any(r.slices[name].scaled for r in self.rates if name in r.slices)
@@ -339,7 +277,7 @@ class _Applied:
                 units = old.clone()
                 for v in self.factors(p, name, "value", -1.0):
                     units.mul_(v)
-                moved = (p.to(_wide(p)) - units).mul_(self.warmth(p, name))
+                moved = (p.to(wide(p)) - units).mul_(self.warmth(p, name))
                 for v in back:
                     moved.mul_(v)
                 p.copy_(torch.where(p == units, old, (moved + old).to(p.dtype)))
@@ -365,7 +303,7 @@ class _Applied:
 
     # factors ----------------------------------------------------------------------------------------------------------
 
-    def factors(self, p: nn.Parameter, name: str, kind: str, power: float) -> list[torch.Tensor | float]:
+    def factors(self, p: nn.Parameter, name: str, kind: str, power: float) -> Factors:
         """Of all growths together: a scalar and a broadcastable vector for each dim that has one."""
         of = [
             (r.slices[name], power * (r.exponent if kind == "value" else 1.0)) for r in self.rates if name in r.slices
@@ -377,10 +315,10 @@ class _Applied:
             self.vectors[key] = combined(of, kind, p)
         return self.vectors[key]
 
-    def halves(self, slices: Sequence[tuple[SliceRates, Slice]]) -> bool:
+    def halves(self, slices: Active) -> bool:
         """Whether multiplying by s undoes a division by it to the bit: s is 1, 1/2, 1/4 and so on."""
         return all(
-            r.exponent == 1.0 and all(_halving(v) for v in (*s.value, np.array(s.value_scale)) if v is not None)
+            r.exponent == 1.0 and all(halves(v) for v in (*s.value, np.array(s.value_scale)) if v is not None)
             for r, s in slices
             if s.scaled
         )
@@ -390,7 +328,7 @@ class _Applied:
 
         An entry that is newborn in several growths warms up with the last of them.
         """
-        out = torch.ones((), dtype=_wide(p), device=p.device)
+        out = torch.ones((), dtype=wide(p), device=p.device)
         for r in self.rates:
             s = r.slices.get(name)
             if s is None or not s.warms or r.steps >= r.warmup:
@@ -398,7 +336,7 @@ class _Applied:
             old = torch.zeros_like(out) if s.whole else torch.ones_like(out)
             for i, mask in enumerate(s.newborn):
                 if mask is not None:
-                    old = old * _along(1.0 - mask.astype(np.float64), i, p)
+                    old = old * along(1.0 - mask.astype(np.float64), i, p)
             out = torch.where(old == 0, torch.full_like(old, r.newborn_rate), out)
         return out
 
@@ -418,39 +356,6 @@ class _Applied:
                         value.mul_(v)
 
 
-def combined(
-    of: Sequence[tuple[Slice, float]], kind: str, p: torch.Tensor, averaged: int | None = None
-) -> list[torch.Tensor | float]:
-    """The product of slices' factors, each to a power: numbers, and tensors that broadcast to the parameter.
-
-    Args:
-        averaged: a dim over which the factors are averaged.
-    """
-    scale = 1.0
-    dims: Vectors = [None] * p.dim()
-    for s, power in of:
-        scale *= (s.value_scale if kind == "value" else s.gradient_scale) ** power
-        for i, v in enumerate(s.value if kind == "value" else s.gradient):
-            if v is not None:
-                before = dims[i]
-                dims[i] = v**power if before is None else before * v**power
-    if averaged is not None and (over := dims[averaged]) is not None:
-        scale, dims[averaged] = scale * float(np.mean(over)), None
-    out: list[torch.Tensor | float] = [] if scale == 1.0 else [scale]
-    return out + [_along(v, i, p) for i, v in enumerate(dims) if v is not None]
-
-
-def _wide(p: torch.Tensor) -> torch.dtype:
-    """What factors are computed in: a third in bfloat16 is off by a thousandth."""
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-
-def _along(values: np.ndarray, dim: int, p: torch.Tensor) -> torch.Tensor:
-    shape = [1] * p.dim()
-    shape[dim] = len(values)
-    return torch.from_numpy(values.astype(np.float64)).to(_wide(p)).to(p.device).view(shape)
-
-
 def _steps_under_way(optimizer: torch.optim.Optimizer) -> int:
     """Hooked steps of this optimizer on the stack: more than one where a class's step calls its parent's."""
     hooked, found, frame = type(optimizer).step.__code__, 0, inspect.currentframe()
@@ -458,17 +363,6 @@ def _steps_under_way(optimizer: torch.optim.Optimizer) -> int:
         found += frame.f_code is hooked and frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return found
-
-
-def _halving(values: np.ndarray) -> bool:
-    return bool(np.all(np.frexp(values)[0] == 0.5) and np.all(values <= 1.0))
-
-
-def _fits(s: Slice, p: torch.Tensor) -> bool:
-    return all(
-        len(vectors) in (0, p.dim()) and all(v is None or len(v) == p.shape[i] for i, v in enumerate(vectors))
-        for vectors in (s.value, s.gradient, s.newborn)
-    )
 
 
 class _Evaluated:
@@ -494,6 +388,8 @@ _APPLIED: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Applied] = weakref.W
 def _applied(optimizer: torch.optim.Optimizer) -> _Applied | None:
     """The rates of an optimizer as its groups have them now, None without any."""
     found = _APPLIED.get(optimizer)
+    if found is not None:
+        found.show(optimizer)
     if not any(KEY in group for group in optimizer.param_groups):
         if found is not None and not found.depth:
             for handle in found.handles:
@@ -557,6 +453,21 @@ def all_rates(optimizer: torch.optim.Optimizer, names: Mapping[int, str] | None 
         renamed.steps = r.steps
         renamed.slices = {names[id(p)]: r.slices[n] for p, n in found.names.items() if n in r.slices}
         out.append(renamed)
+    return out
+
+
+def norm_factors(optimizer: torch.optim.Optimizer, norm_type: float) -> dict[nn.Parameter, Factors]:
+    """What gradients are multiplied by to have the norm of the small model's, where rates have factors."""
+    found = _applied(optimizer)
+    out: dict[nn.Parameter, Factors] = {}
+    if found is not None:
+        for p, name in found.names.items():
+            of = [r.slices[name] for r in found.rates if name in r.slices and r.slices[name].scaled]
+            if of:
+                out[p] = [
+                    *combined([(s, -1.0) for s in of], "gradient", p),
+                    *combined([(s, -1.0 / norm_type) for s in of], "copies", p),
+                ]
     return out
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxgrow.optim.rates import Slice
+from fxgrow.optim.slices import Slice
 from fxgrow.plan import TensorPlan
 from fxgrow.weights.materialise import copy_gradient, materialise_moment, materialise_tensor
 from fxgrow.weights.moments import Moment, moment_of
@@ -131,6 +131,16 @@ def slice_of(plan: TensorPlan, policy: str) -> Slice | None:
             gradient=[None if d is None else d.gradient for d in plan.dims],
             value_scale=plan.scale,
             gradient_scale=plan.gradient_scale,
+            copies=[None if d is None else _counts(d.index) for d in plan.dims],
         )
         return out if out.scaled else None
     return None
+
+
+def _counts(index: np.ndarray) -> np.ndarray | None:
+    """How many entries each one's source has; 1 for newborn ones. None where none has more."""
+    out = np.ones(len(index))
+    old = index >= 0
+    if old.any():
+        out[old] = np.bincount(index[old])[index[old]]
+    return out if bool((out > 1).any()) else None

@@ -359,14 +359,14 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
 
 
 def test_weights_that_a_failed_step_left_in_other_units_do_not_grow() -> None:
-    model, one, twin, two = twins(ADAMW)
+    model, one, twin, two = twins(lambda p: optim.ASGD(p, lr=1e-2))
     growth = grown(model, HIDDEN)
     growth.carry_(one, "exact")
     later = grown(growth.module, STREAM)
-    betas = one.param_groups[0].pop("betas")
+    alpha = one.param_groups[0].pop("alpha")
     with pytest.raises(KeyError):
         step(growth.module, one, 3)
-    one.param_groups[0]["betas"] = betas
+    one.param_groups[0]["alpha"] = alpha
     with pytest.raises(fxgrow.FxgrowError, match="did not finish"):
         grown(growth.module, STREAM)
     with pytest.raises(fxgrow.FxgrowError, match="did not finish"):
@@ -407,10 +407,9 @@ def test_a_failure_half_way_leaves_every_optimizer_as_it_was(failing: str, monke
 
 def test_whether_policy_and_optimizer_fit_is_asked_before_the_growth() -> None:
     model = sized()
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    muon, adamw = optim.Muon(matrices), ADAMW(model.parameters())
+    own, adamw = OneCount(model.parameters(), lr=1e-2), ADAMW(model.parameters())
     with pytest.raises(fxgrow.FxgrowError, match="not known to be one"):
-        fxgrow.grow(model, [HIDDEN], ("no example",), optimizer=[adamw, muon], policy="exact")
+        fxgrow.grow(model, [HIDDEN], ("no example",), optimizer=[adamw, own], policy="exact")
     with pytest.raises(fxgrow.FxgrowError, match="unknown optimizer policy"):
         fxgrow.grow(model, [HIDDEN], ("no example",), optimizer=adamw, policy="exactly")
     adamw.state[model.emb.weight]["odd"] = torch.zeros_like(model.emb.weight)
@@ -426,6 +425,10 @@ def test_whether_policy_and_plan_fit_is_asked_before_weights_are_made(monkeypatc
         patched.setattr(fxgrow.growth, "build", None)
         with pytest.raises(fxgrow.FxgrowError, match="policy 'exact' needs a growth"):
             fxgrow.grow(model, spec, (x,), optimizer=optimizer, policy="exact")
+        plain = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        muon = [optim.AdamW([plain[2].weight]), optim.Muon([plain[0].weight])]
+        with pytest.raises(fxgrow.FxgrowError, match=r"Muon, whose step .* dim 0 of 0.weight grows from 6 to 9"):
+            fxgrow.grow(plain, spec, (x,), optimizer=muon, policy="exact")
     growth = fxgrow.grow(model, spec, (x,), optimizer=optimizer, policy="reset")
     growth.carry_(optimizer)
     assert growth.policy == "reset" and "fxgrow" not in optimizer.param_groups[0]

@@ -1,0 +1,18 @@
+"""Torch's operations on lists of tensors, which have no public names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target."""
+    torch._foreach_copy_(list(targets), list(sources))
+
+
+def lerp_each(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """Move each target towards its end, by that share of the way; one that is there already keeps its bits."""
+    torch._foreach_lerp_(list(targets), list(ends), weight)
