@@ -381,6 +381,7 @@ class CloneBlock(_Model):
     number: int = Field(description="its number afterwards")
     init: Literal["zero", "gate", "stack"]
     gate: str | None = Field(None, description="name of the gate's parameter")
+    why_gate: str | None = Field(None, description="the op, and its line, that nothing but a gate makes the identity")
 
 
 class Renumber(_Model):

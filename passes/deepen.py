@@ -7,28 +7,26 @@ import fnmatch
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from fxgrow.emit.blocks import Region, block_regions
+from fxgrow.emit.blocks import Region, block_regions, stacks_in_line
 from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.memory import Memory, writes
 from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of
-from fxgrow.ir.ops import op_name
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.stacks import block_path, children_of, stack_name, stacks_of
 from fxgrow.ir.traced import Traced
 from fxgrow.limits import check_blocks
 from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.changes import NEW, renamed_path
-from fxgrow.passes.identity import Identity, Values, merged, same_value
+from fxgrow.passes.identity import Identity, Values, at, carriers, merged, same_value, stream_outputs
 from fxgrow.passes.state import State
 from fxgrow.plan import Change, CloneBlock, Renumber, Step, TensorPlan
-from fxgrow.rules.base import idempotent
 from fxgrow.spec import Deepen
 
 
@@ -73,9 +71,15 @@ def plan_deepen(state: State, op: Deepen) -> list[Step]:
         SpecError: no stack matches, or the number of blocks asked for is none.
         GrowthRefused: a block is not one piece of the graph, or no identity of it exists.
     """
-    stacks = stacks_of(state.program)
-    names = [s for s in stacks if fnmatch.fnmatchcase(stack_name(s), op.stack) or s == op.stack]
+    stacks = stacks_in_line(state.program, state.graph)
+    names = [s for s in stacks if _named(s, op.stack)]
     if not names:
+        if beside := [s for s in stacks_of(state.program) if _named(s, op.stack)]:
+            why = (
+                "none of its blocks reads what another one computes: they stand side by side, as the experts of a "
+                "mixture do, so that no block of it could follow another"
+            )
+            raise GrowthRefused(Refusal(stack_name(beside[0]), f"{why}. Deepen the stack that it is part of", "deepen"))
         raise SpecError(
             f"no repeated stack matches {op.stack!r}; the model has: {', '.join(map(stack_name, stacks)) or 'none'} "
             "(a stack is a ModuleList or Sequential whose numbered children have modules of their own)"
@@ -88,6 +92,10 @@ def plan_deepen(state: State, op: Deepen) -> list[Step]:
     for stack in names:
         _deepen_stack(state, op, stack, stacks[stack], step)
     return [step]
+
+
+def _named(stack: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(stack_name(stack), pattern) or stack == pattern
 
 
 def places(op: Deepen, numbers: list[int], stack: str) -> list[tuple[int, int]]:
@@ -128,7 +136,8 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     if not new_blocks:
         step.notes.append(f"{stack_name(stack)} keeps its {len(numbers)} blocks")
         return
-    blocks = _Blocks(program, state.graph, stack, block_regions(program, state.graph, stack), Memory(state.graph))
+    regions = block_regions(program, state.graph, stack)
+    blocks = _Blocks(program, state.graph, stack, regions, Memory(state.graph), state.tensors)
     numbering: dict[int, int] = {}
     order: list[tuple[int, int | None]] = []  # (old number, number in new_blocks)
     for number in children_of(program, stack):  # a layer among the blocks moves on with them
@@ -141,20 +150,19 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
             numbering[number] = order[0][0] + position
             continue
         source, after = new_blocks[i]
-        try:
-            init, zeroed = blocks.identity(source, after, op.init)
-        except GrowthRefused as refusal:
-            raise GrowthRefused(f"{refusal}{blocks.others(numbers, op.init)}", refusal.refusal) from None
+        source, found = blocks.choose(source, after, op.init, numbers)
         new_number = order[0][0] + position
-        zeros[len(clones)] = zeroed
+        zeros[len(clones)] = found.values
+        step.notes += found.notes
         clones.append(
             CloneBlock(
                 stack=stack,
                 source=source,
                 after=after,
                 number=new_number,
-                init=init,
-                gate=f"{block_path(stack, new_number)}.alpha" if init == "gate" else None,
+                init=found.init,
+                gate=f"{block_path(stack, new_number)}.alpha" if found.init == "gate" else None,
+                why_gate=found.why,
             )
         )
     prefixes = {block_path(stack, a): block_path(stack, b) for a, b in numbering.items() if a != b}
@@ -166,6 +174,23 @@ def _deepen_stack(state: State, op: Deepen, stack: str, numbers: list[int], step
     state.order_blocks(stack)
 
 
+@dataclass(frozen=True)
+class _Copy:
+    """How a copy of a block is the identity.
+
+    Attributes:
+        init: by zeros, by a gate, or not at all (``stack``).
+        values: the parameters to set, and to what.
+        why: it takes a gate: the op and its line.
+        notes: what a user should know of it.
+    """
+
+    init: Literal["zero", "gate", "stack"]
+    values: Values = field(default_factory=dict)
+    why: str | None = None
+    notes: tuple[str, ...] = ()
+
+
 @dataclass
 class _Blocks:
     """The blocks of one stack, in every captured call."""
@@ -175,10 +200,31 @@ class _Blocks:
     stack: str
     regions: list[Region]
     memory: Memory
-    found: dict[tuple[int, int], tuple[Any, Values]] = field(default_factory=dict)
+    tensors: Mapping[str, TensorPlan]
+    found: dict[tuple[int, int], _Copy] = field(default_factory=dict)
 
-    def identity(self, source: int, after: int, init: str) -> tuple[Any, Values]:
-        """How a copy of one block, placed after another, is the identity in every call: the kind, and what to set.
+    def choose(self, source: int, after: int, init: str, numbers: list[int]) -> tuple[int, _Copy]:
+        """The block to copy, which is ``source`` where that can be, else the nearest one that can; and how.
+
+        Raises:
+            GrowthRefused: none can.
+        """
+        try:
+            return source, self.identity(source, after, init)
+        except GrowthRefused as refusal:
+            first = refusal
+        if init != "stack":  # a copy that is the identity holds another block's numbers as well as this one's
+            for other in sorted(numbers, key=lambda n: abs(n - source)):
+                with contextlib.suppress(GrowthRefused):
+                    found = self.identity(other, after, init)
+                    reason = first.refusal.why if first.refusal is not None else str(first)
+                    paths = [block_path(self.stack, n) for n in (after, other)]
+                    note = f"the new block after {paths[0]} is a copy of {paths[1]}: {reason}"
+                    return other, replace(found, notes=(*found.notes, note))
+        raise GrowthRefused(f"{first}{self.others(numbers, init)}", first.refusal) from None
+
+    def identity(self, source: int, after: int, init: str) -> _Copy:
+        """How a copy of one block, placed after another, is the identity in every call.
 
         Raises:
             GrowthRefused: the block is not one piece of the graph, or there is no identity of the kind asked for.
@@ -187,17 +233,23 @@ class _Blocks:
             self.found[source, after] = self._identity(source, after, init)
         return self.found[source, after]
 
-    def _identity(self, source: int, after: int, init: str) -> tuple[Any, Values]:
+    def _identity(self, source: int, after: int, init: str) -> _Copy:
         path = block_path(self.stack, source)
         mine = [r for r in self.regions if r.path == path]
         if not mine or {r.call for r in mine} != self.ran.get(path):
             raise self.refuse(f"the forward calls {path} more than once, or never", "Deepen a stack that runs once")
-        values = merged([self._in_one_call(r, after, init) for r in mine])
+        searches = [self._in_one_call(r, after, init) for r in mine]
+        if init == "stack":
+            return _Copy("stack")
+        values = merged(values for values, _ in searches)
         if values is not None:
-            return "stack" if init == "stack" else "zero", values
+            drops = {at(n) for _, search in searches for n in search.drops}
+            return _Copy("zero", values, notes=tuple(map(_drops_again, sorted(drops))))
         for region in mine:
             self._check_gate(region)
-        return "gate", {}
+        why = next((search.why for values, search in searches if values is None), None)
+        asked = "the spec asks for one" if init == "gate" else "its calls would set one parameter to two numbers"
+        return _Copy("gate", why=why or asked)
 
     @functools.cached_property
     def ran(self) -> dict[str, set[int]]:
@@ -239,41 +291,53 @@ class _Blocks:
     def refuse(self, why: str, instead: str) -> GrowthRefused:
         return GrowthRefused(Refusal(stack_name(self.stack), f"{why}. {instead}", "deepen"))
 
-    def _in_one_call(self, region: Region, after: int, init: str) -> Values | None:
-        """What to set so that the copy's branches are zero; None where only a gate can make it the identity."""
+    def _in_one_call(self, region: Region, after: int, init: str) -> tuple[Values | None, Identity]:
+        """What to set so that the copy is the identity, None where only a gate can make it one; and the search."""
         regions = [r for r in self.regions if r.call == region.call]
         source = stream_input(region, self.stack, regions)
-        if init == "stack":
-            return {}
         before = next((r for r in regions if r.path == block_path(self.stack, after)), None)
         if before is None:
             raise self.refuse(
                 f"a call runs {region.path} but not block {after}", "Place the new block after one it runs"
             )
-        if not before.outputs:
+        if not stream_outputs(before):
             raise self.refuse(
                 f"nothing that {before.path} computes is used outside it, so that a copy after it would have no input",
                 "Place the new block after another one",
             )
+        last = before.nodes[-1]
+        late = [n for n in region.inputs if n is not source and self.memory.place[n] > self.memory.place[last]]
+        if late:
+            raise self.refuse(
+                f"{region.path} reads {late[0].name}, which is computed after {before.path} ({at(late[0])})",
+                "Place the new block after a later one",
+            )
         trained = {n: p for n, p in self.program.parameters.items() if p.is_floating_point()}
-        search = Identity(region, source, (before.outputs[0], before.nodes[-1]), self.memory, trained)
+        given = stream_output(before, self.stack, stream_outputs(region)[0])
+        search = Identity(region, source, (given, last), self.memory, trained, self._is_zero)
         elsewhere = search.write_elsewhere()
         if elsewhere is not None:
             node, value = elsewhere
             raise self.refuse(
                 f"{region.path} writes into {value.target if value.op == 'get_attr' else value.name}, which is not its "
-                f"own ({_at(node)}), so that a copy of it would write there a second time",
+                f"own ({at(node)}), so that a copy of it would write there a second time",
                 "Keep that state inside the block",
             )
         found = search.find() if init in ("auto", "zero") else None
         if found is None and init == "zero":
-            line = info_of(region.outputs[0]).source
             raise self.refuse(
                 f"init: zero needs a block that returns its input plus branches that end in layers of its own, which "
-                f"can be set to zero; {region.path} returns something else ({line})",
+                f"can be set to zero; {region.path} returns something else ({search.why})",
                 "Use init: gate, or auto",
             )
-        return found
+        return found, search
+
+    def _is_zero(self, name: str) -> bool:
+        """Whether a parameter is zero now, where its values are at hand."""
+        plan, value = self.tensors[name], self.program.parameters[name]
+        if plan.zero:
+            return plan.level == 0
+        return plan.source is not None and not value.is_meta and not bool(value.detach().any())
 
     def _check_gate(self, region: Region) -> None:
         """A gate needs the block's input as it was."""
@@ -281,15 +345,17 @@ class _Blocks:
         for node in region.nodes:
             if any(source in self.memory.sharing(target) for target in writes(node)):
                 raise self.refuse(
-                    f"{region.path} changes its input in place ({_at(node)}), and a gate between the block's input and "
+                    f"{region.path} changes its input in place ({at(node)}), and a gate between the block's input and "
                     "its output needs the input as it was",
                     "Write it without the in-place op",
                 )
 
 
-def _at(node: fx.Node) -> str:
-    source = info_of(node).source
-    return f"{node.target} at {source}" if source else str(node.target)
+def _drops_again(op: str) -> str:
+    return (
+        f"{op} drops entries of the sum, those of a new block once more: it is the identity without dropout, and in "
+        "the mean with it (init: gate is the identity with dropout, too)"
+    )
 
 
 # identity ---------------------------------------------------------------------------------------------------------
@@ -301,16 +367,17 @@ def stream_input(region: Region, stack: str, regions: list[Region]) -> fx.Node:
     Raises:
         GrowthRefused: no input or no single output has the right shape.
     """
-    if len(region.outputs) != 1:
+    found = stream_outputs(region)
+    if len(found) != 1:
         why = (
-            f"{len(region.outputs)} values that {region.path} computes are used outside it "
-            f"({'; '.join(map(_at, region.outputs))}), and a copy that follows it can take up one only"
+            f"{len(found)} values that {region.path} computes are used outside it "
+            f"({'; '.join(map(at, found))}), and a copy that follows it can take up one only"
         )
         raise GrowthRefused(Refusal(stack_name(stack), why, "deepen"))
-    (out,) = region.outputs
+    (out,) = found
     same = [n for n in region.inputs if sizes_of(n) is not None and sizes_of(n) == sizes_of(out)]
     if len(same) > 1:
-        before = [r.outputs[0] for r in regions if len(r.outputs) == 1]
+        before = [outputs[0] for r in regions if len(outputs := stream_outputs(r)) == 1]
         linked = [n for n in same if n in before]
         chain = [n for n in same if _adds_to(out, n, region)]
         same = linked if len(linked) == 1 else chain if len(chain) == 1 else same
@@ -324,15 +391,24 @@ def stream_input(region: Region, stack: str, regions: list[Region]) -> fx.Node:
     return same[0]
 
 
+def stream_output(region: Region, stack: str, like: fx.Node) -> fx.Node:
+    """The value of a block that a copy after it takes up: the one that has the shape of the copy's own result.
+
+    Raises:
+        GrowthRefused: none of its values has, or several have.
+    """
+    found = [n for n in stream_outputs(region) if sizes_of(n) == sizes_of(like)]
+    if len(found) != 1:
+        what = "none" if not found else f"{len(found)}"
+        why = f"{what} of the values that {region.path} computes for others has the shape {sizes_of(like)}"
+        raise GrowthRefused(Refusal(stack_name(stack), why, "deepen"))
+    return found[0]
+
+
 def _adds_to(out: fx.Node, source: fx.Node, region: Region) -> bool:
     """Whether a block's result is this input of it with other values added to it."""
     out = same_value(out)
-    if out is source:
-        return True
-    adds = op_name(out.target) in ("aten.add.Tensor", "aten.add_.Tensor")
-    if out not in region.nodes or not (adds or idempotent(out)):
-        return False
-    return any(isinstance(a, fx.Node) and _adds_to(a, source, region) for a in out.args[:2])
+    return out is source or (out in region.nodes and any(_adds_to(a, source, region) for a in carriers(out)))
 
 
 # graph ------------------------------------------------------------------------------------------------------------
@@ -345,7 +421,8 @@ def _temporary(clone: CloneBlock) -> str:
 def clone_region(graph: fx.Graph, change: CloneBlock, region: Region, regions: list[Region]) -> None:
     """Copy a block's nodes in one call, feed the copy with the output of the block before, and pass its result on."""
     predecessor = next(r for r in regions if r.path == block_path(change.stack, change.after))
-    before = predecessor.outputs[0]
+    (result,) = stream_outputs(region)
+    before = stream_output(predecessor, change.stack, result)
     source = stream_input(region, change.stack, regions)
     path, new_path = region.path, _temporary(change)
 
@@ -367,14 +444,14 @@ def clone_region(graph: fx.Graph, change: CloneBlock, region: Region, regions: l
                     env[operand].meta = _renamed_meta(operand, renamed)
             env[node] = graph.node_copy(node, lambda n: env[n])
             env[node].meta = _renamed_meta(node, renamed)
-        out = env[region.outputs[0]]
+        out = env[result]
         if change.init == "gate":
             assert change.gate is not None
             alpha = graph.get_attr(f"{new_path}.alpha")
-            dtype = getattr(region.outputs[0].meta.get("val"), "dtype", torch.float32)
+            dtype = getattr(result.meta.get("val"), "dtype", torch.float32)
             alpha.meta = meta_of(torch.empty((), dtype=dtype, device="meta"), NodeInfo(module_path=new_path))
             aten = torch.ops.aten
-            meta = meta_like(region.outputs[0], module_path=new_path)
+            meta = meta_like(result, module_path=new_path)
             difference = graph.call_function(aten.sub.Tensor, (out, before))
             gated = graph.call_function(aten.mul.Tensor, (difference, alpha))
             out = graph.call_function(aten.add.Tensor, (before, gated))

@@ -88,6 +88,7 @@ class Axes:
         by_name: the axes that have names, which are those of parameters.
         unknown_ops: without a rule, and the lines they are called in.
         freezes: every dim that a rule froze, the op and why.
+        contractions: of every call that sums products, the axes it sums them over, by id.
     """
 
     program: Traced
@@ -97,6 +98,7 @@ class Axes:
     unknown_ops: Mapping[str, list[str]]
     freezes: Sequence[tuple[Expr, fx.Node, str]] = ()
     by_name: Mapping[str, NamedAxis] = field(default_factory=lambda: MappingProxyType({}))
+    contractions: Mapping[fx.Node, frozenset[int]] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
     def of(
@@ -105,10 +107,13 @@ class Axes:
         dims: Mapping[fx.Node, Any],
         unknown: Mapping[str, list[str]],
         freezes: Sequence[tuple[Expr, fx.Node, str]],
+        contractions: Mapping[fx.Node, Sequence[Expr]],
     ) -> Axes:
         """What analysis found, before the axes have names."""
+        over = {n: frozenset(a.id for e in exprs for a in axes_of(resolve(e))) for n, exprs in contractions.items()}
         known = MappingProxyType({n: _resolved(d) for n, d in dims.items()})
-        return cls(program, known, _uses(program.graph, known), Memory(program.graph), unknown, tuple(freezes))
+        uses, memory = _uses(program.graph, known), Memory(program.graph)
+        return cls(program, known, uses, memory, unknown, tuple(freezes), contractions=MappingProxyType(over))
 
     def resized(self, axis: Axis, size: int) -> Axes:
         """The same with another size of one axis."""

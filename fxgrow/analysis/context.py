@@ -24,6 +24,7 @@ class AnalysisContext(CallContext):
 
     Attributes:
         freezes: every dim that a rule froze, the op and why.
+        contractions: the dims over which a call sums products.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class AnalysisContext(CallContext):
         super().__init__(unifier)
         self.env, self.constants = env, constants or {}
         self.freezes: list[tuple[Expr, fx.Node, str]] = []
+        self.contractions: dict[fx.Node, list[Expr]] = {}
 
     def dims_of(self, node: fx.Node) -> Any:
         dims = self.env.get(node)
@@ -59,6 +61,9 @@ class AnalysisContext(CallContext):
 
     def role(self, expr: Expr, role: str, weight: int = 1) -> None:
         self.unifier.role(expr, role, weight)
+
+    def contracted(self, expr: Expr) -> None:
+        self.contractions.setdefault(self.node, []).append(expr)
 
     # new dims of the result
 

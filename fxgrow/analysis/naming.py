@@ -10,10 +10,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from torch import fx
-
 from fxgrow.algebra import Axis, Concat, Expr, Product, Unifier, axes_of, is_static, resolve
 from fxgrow.analysis.axes import Axes, Member, NamedAxis
+from fxgrow.analysis.uses import Uses
 from fxgrow.ir.nodes import info_of
 
 #: roles that rules announce, strongest first
@@ -36,7 +35,8 @@ def name_axes(axes: Axes, unifier: Unifier) -> dict[str, NamedAxis]:
                     members.setdefault(axis.id, []).append(Member(str(node.target), i))
                     if str(node.target) in axes.program.parameters:
                         trainable.add(axis.id)
-    residual = _residual_axes(axes)
+    use = Uses(axes)
+    residual = use.residual()
     _mark_grouped_heads(axes, members)
     has_vocab = any(a.roles.get("vocab", 0) >= 100 for a in unifier.axes)
     out: dict[str, NamedAxis] = {}
@@ -44,6 +44,8 @@ def name_axes(axes: Axes, unifier: Unifier) -> dict[str, NamedAxis]:
         if ident not in trainable:
             continue  # masks and tables: never what a user grows
         role = _role(axis, residual, has_vocab)
+        if role == "hidden" and use.low_rank(axis):
+            role = "rank"
         ops = [info_of(n).module_path for n in axes.uses.get(ident, ()) if n.op == "call_function"]
         stem = f"{_common_path([m.tensor for m in members[ident]], ops, axes)}/{role}"
         name, number = stem, 1
@@ -112,37 +114,3 @@ def _role(axis: Axis, residual: dict[int, str], has_vocab: bool) -> str:
         if role in roles:
             return role
     return "hidden"
-
-
-def _residual_axes(axes: Axes) -> dict[int, str]:
-    """Axes along which a value is added to one computed from it, ``x + f(x)``: in the last dim, or in dim 1."""
-    out: dict[int, str] = {}
-    order = {n: i for i, n in enumerate(axes.program.graph.nodes)}
-    for node in axes.program.graph.nodes:
-        if node.op != "call_function" or "aten.add" not in str(node.target):
-            continue
-        operands = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-        if len(operands) != 2 or any(a.op != "call_function" for a in operands):
-            continue
-        early, late = sorted(operands, key=lambda n: order[n])
-        dims = axes.dims.get(node)
-        if dims and _reaches(late, early, order):
-            for axis in axes_of(dims[1]) if len(dims) > 2 else []:
-                out.setdefault(axis.id, "second")
-            for axis in axes_of(dims[-1]):
-                out[axis.id] = "last"
-    return out
-
-
-def _reaches(node: fx.Node, target: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether ``target`` is an ancestor of ``node``; the search stays between the two in graph order."""
-    floor = order[target]
-    stack, seen = [node], {node}
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source is target:
-                return True
-            if source not in seen and order[source] > floor:
-                seen.add(source)
-                stack.append(source)
-    return False

@@ -92,7 +92,7 @@ def analyse(program: Traced) -> Axes:
                 f"If it is element-wise: fxgrow.register_rule({name!r}, fxgrow.rules.Pointwise())",
                 stacklevel=3,
             )
-    axes = Axes.of(program, env, unknown, ctx.freezes)
+    axes = Axes.of(program, env, unknown, ctx.freezes, ctx.contractions)
     return replace(axes, by_name=MappingProxyType(name_axes(axes, unifier)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from fxgrow.ir.nodes import NodeInfo, info_of, meta_of
 from fxgrow.ir.sizes import sizes_of
-from fxgrow.ir.stacks import block_of, stacks_of
+from fxgrow.ir.stacks import block_of, block_path, stacks_of
 from fxgrow.ir.traced import Traced
 
 
@@ -63,6 +63,37 @@ def block_regions(program: Traced, graph: fx.Graph, stack: str | None = None) ->
         outputs = [n for n in nodes if any(u not in inside for u in n.users)]
         out.append(Region(path, nodes, list(inputs), outputs, _readable_sizes(list(inputs)), call))
     return out
+
+
+def stacks_in_line(program: Traced, graph: fx.Graph) -> dict[str, list[int]]:
+    """The repeated stacks whose blocks run one after another, each fed by one before it.
+
+    Blocks none of which reads what another computes stand side by side: the experts of a mixture, branches, towers. A
+    container of one block counts as a stack.
+    """
+    stacks = stacks_of(program)
+    members = {block_path(s, n): (s, n) for s, numbers in stacks.items() for n in numbers}
+    ran: dict[str, set[int]] = {s: set() for s in stacks}
+    linked: set[str] = set()
+    upstream: dict[fx.Node, frozenset[tuple[str, int]]] = {}  # the blocks that a value has come through
+    known: dict[str, list[tuple[str, int]]] = {}
+    for node in graph.nodes:
+        path = info_of(node).module_path
+        if path not in known:
+            known[path] = [members[p] for p in _prefixes(path) if p in members]
+        before = frozenset[tuple[str, int]]().union(*(upstream[n] for n in node.all_input_nodes))
+        own = known[path] if node.op == "call_function" else []
+        for stack, number in own:
+            ran[stack].add(number)
+            if stack not in linked and any(s == stack and n != number for s, n in before):
+                linked.add(stack)
+        upstream[node] = before.union(own)
+    return {s: numbers for s, numbers in stacks.items() if s in linked or len(ran[s]) < 2}
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    parts = path.split(".")
+    return (".".join(parts[:i]) for i in range(1, len(parts) + 1))
 
 
 def _readable_sizes(inputs: list[fx.Node]) -> dict[fx.Node, tuple[fx.Node, int]]:

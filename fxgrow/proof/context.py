@@ -52,6 +52,9 @@ class ProofContext(GrowingCall):
     def role(self, expr: Expr, role: str, weight: int = 1) -> None:
         """Nothing to do: analysis has named them."""
 
+    def contracted(self, expr: Expr) -> None:
+        """Nothing to do: names alone ask for it."""
+
     def from_input(self, value: Any) -> bool:
         return False  # asked for roles alone
 

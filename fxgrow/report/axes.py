@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fxgrow.analysis.axes import NamedAxis
+from fxgrow.emit.blocks import stacks_in_line
 from fxgrow.ir.stacks import block_path, stack_name, stacks_of
 from fxgrow.program import Program
 
@@ -73,7 +74,7 @@ def inspection(program: Program) -> dict[str, Any]:
         ],
         "stacks": [
             {"stack": stack_name(s), "blocks": len(numbers), "kind": containers.get(block_path(s, numbers[0]), "")}
-            for s, numbers in stacks_of(program).items()
+            for s, numbers in stacks_in_line(program, program.graph).items()
         ],
         "ties": dict(program.aliases),
         "ops_without_a_rule": sorted(program.axes.unknown_ops),

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxgrow.ir.ops import bound_arguments, op_name
+from fxgrow.ir.ops import bound_arguments, nodes_among, op_name
 from fxgrow.rules.annotation import Dims
 from fxgrow.rules.context import Context, GrowthContext
 from fxgrow.rules.resize import Resize
@@ -345,6 +345,15 @@ def idempotent(node: Any) -> bool:
 def not_negative(node: Any) -> bool:
     """Whether a call's result has no negative entry, whatever its operands hold. See :attr:`Rule.range`."""
     return isinstance(node, fx.Node) and range_of(node, UnknownRanges()).not_negative
+
+
+def reads(node: fx.Node, operand: fx.Node) -> bool:
+    """Whether a call's result depends on the numbers that an operand holds, and not on its shape and dtype alone."""
+    if op_name(node.target).startswith("aten.sym_"):
+        return False
+    rule = rule_of(node)
+    ignored = rule.ignored if rule is not None else ()
+    return any(value is operand and name not in ignored for name, value in nodes_among(bound_arguments(node)))
 
 
 def _holds(fact: Fact, node: fx.Node) -> bool:

@@ -96,6 +96,9 @@ class Context(Regroups, Protocol):
     def role(self, expr: Expr, role: str, weight: int = 1) -> None:
         """What a dim is used for; names of axes come from it."""
 
+    def contracted(self, expr: Expr) -> None:
+        """A sum of products runs over a dim."""
+
     def split(self, dim: Expr, sizes: Sequence[Size]) -> list[Expr]:
         """Cut a dim into parts end to end."""
 

@@ -54,6 +54,8 @@ class _Gates(Rule):
         ctx.unify(x, w_ih[1])
         ctx.unify(hidden, w_hh[1])
         ctx.role(w_hh[1], "hidden")
+        for contracted in (w_ih[1], w_hh[1]):
+            ctx.contracted(contracted)
         for rows in (w_ih[0], w_hh[0], *(b[0] for b in biases if b is not None)):
             for gate in ctx.split(rows, [size_of(hidden)] * self.gates):
                 ctx.unify(gate, hidden)

@@ -91,6 +91,26 @@ def deepened(model: nn.Module, stack: str, x: Tensor, **how: Any) -> fxgrow.Grow
     return fxgrow.grow(model, [{"op": "deepen", "stack": stack, **how}], (x,), verify=False)
 
 
+def reasons(growth: fxgrow.Growth) -> set[str | None]:
+    return {c.why_gate for s in growth.plan.steps for c in s.changes if c.kind == "clone"}
+
+
+def learns(growth: fxgrow.Growth, path: str, x: Tensor) -> None:
+    """Two steps of descent give every parameter of a block a gradient that is not zero."""
+    module = copy.deepcopy(growth.module)
+    waiting = {n for n, _ in module.named_parameters() if n.startswith(path + ".")}
+    for _ in range(2):
+        module.zero_grad()
+        (module(x) * r(*module(x).shape, seed=1)).sum().backward()
+        waiting -= {n for n, p in module.named_parameters() if p.grad is not None and bool(p.grad.any())}
+        with torch.no_grad():
+            for p in module.parameters():
+                if p.grad is not None:
+                    p.sub_(0.01 * p.grad)
+    read = {n for n, p in module.named_parameters() if p.grad is not None}  # a block may have more than it uses
+    assert not waiting & read
+
+
 def kinds(growth: fxgrow.Growth) -> set[str]:
     return {c.init for s in growth.plan.steps for c in s.changes if c.kind == "clone"}
 
@@ -131,8 +151,26 @@ def test_a_gelu_after_the_sum_gets_a_gate() -> None:
     model = trained(Images(2, nn.GELU).double())
     growth = deepened(model, "layer", r(3, 3, 6, 6), by=1)
     assert kinds(growth) == {"gate"}
+    (why,) = reasons(growth)
+    assert why is not None and why.startswith("aten.gelu.default at ") and "return self.f(out)" in why
     same(model, growth.module, [r(3, 3, 6, 6)], (False,))
 
+
+def in_place(s: Any, x: Tensor) -> Tensor:
+    y = s.a(torch.tanh(x))
+    y += s.b(torch.sin(x))
+    y *= 0.5
+    return x + y
+
+
+def drop_path(s: Any, x: Tensor) -> Tensor:
+    """As timm writes it: the branch lends the mask its dtype."""
+    y = s.a(torch.tanh(x))
+    mask = y.new_empty((y.shape[0], 1)).fill_(1.0)
+    return x + y * mask.div_(1.0)
+
+
+A = {"a.weight": 0.0, "a.bias": 0.0}
 
 FOUND: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, float]]] = {
     "a norm that multiplies by 1 + w": (lambda s, x: x + s.norm(torch.sigmoid(s.a(x))), {"norm.weight": -1.0}),
@@ -152,6 +190,38 @@ FOUND: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, float]]] = {
         {"a.weight": 0.0, "a.bias": 0.0, "b.weight": 0.0, "b.bias": 0.0},
     ),
     "bounds": (lambda s, x: (x + s.a(x)).clamp(-1, 2), {"a.weight": 0.0, "a.bias": 0.0}),
+    "a view of the sum": (lambda s, x: (x.view(-1, 2, 4) + s.a(x).view(-1, 2, 4)).view(x.shape), A),
+    "a sum in another order": (
+        lambda s, x: (
+            (x.view(-1, 2, 4).transpose(1, 2) + s.a(x).view(-1, 2, 4).transpose(1, 2)).transpose(1, 2).reshape(-1, 8)
+        ),
+        A,
+    ),
+    "a sum of one more dim": (lambda s, x: (x.unsqueeze(1) + s.a(x).unsqueeze(1)).flatten(1), A),
+    "shuffles that undo each other": (
+        lambda s, x: (
+            (x + s.a(x)).view(-1, 2, 4).transpose(1, 2).reshape(-1, 8).view(-1, 4, 2).transpose(1, 2).reshape(-1, 8)
+        ),
+        A,
+    ),
+    "a norm at the branch's end": (
+        lambda s, x: x + F.layer_norm(torch.tanh(s.a(x)), (8,), s.w, s.b.bias),
+        {"w": 0.0, "b.bias": 0.0},
+    ),
+    "a branch times a number": (lambda s, x: x + 0.5 * s.a(torch.tanh(x)), A),
+    "a branch by alpha": (lambda s, x: torch.add(x, s.a(torch.tanh(x)), alpha=0.5), A),
+    "a difference": (lambda s, x: x - s.a(torch.tanh(x)), A),
+    "a scale of the stream": (lambda s, x: s.w * x + s.a(torch.tanh(x)), {"w": 1.0, **A}),
+    "an interpolation": (lambda s, x: torch.lerp(x, torch.tanh(s.a(x)), s.w), {"w": 0.0}),
+    "an interpolation the other way": (lambda s, x: torch.lerp(torch.tanh(s.a(x)), x, s.w), {"w": 1.0}),
+    "a product that is added": (lambda s, x: torch.addcmul(x, s.w, torch.tanh(s.a(x))), {"w": 0.0}),
+    "a branch summed in place": (in_place, {**A, "b.weight": 0.0, "b.bias": 0.0}),
+    "a branch that lends its dtype": (drop_path, A),
+    "dropout of the sum": (lambda s, x: F.dropout(x + s.a(torch.tanh(x)), 0.0, s.training), A),
+    "Python's sum": (
+        lambda s, x: sum([x, s.a(torch.tanh(x)), s.b(torch.sin(x))]),
+        {**A, "b.weight": 0.0, "b.bias": 0.0},
+    ),
 }
 
 
@@ -169,6 +239,48 @@ def test_the_last_parameters_that_multiply_a_branch_are_set(name: str) -> None:
     deeper.load_state_dict(growth.module.state_dict(), strict=True)
     same(model, growth.module, [r(4, 5), r(7, 5)])
     same(model, deeper, [r(4, 5), r(7, 5)])
+    assert reasons(growth) == {None}
+    learns(growth, "blocks.2", r(4, 5))
+
+
+WIDER = {"op": "widen", "axis": "inputs.weight:0", "factor": 2, "noise": {"scale": 0.1, "relative": True, "seed": 1}}
+
+
+@pytest.mark.parametrize(
+    "name", ["a norm at the branch's end", "a scale of the stream", "Python's sum", "a layer scale"]
+)
+def test_an_identity_stays_one_between_other_growths(name: str) -> None:
+    f, _ = FOUND[name]
+    model = trained(Tower(2, f).double())
+    deeper = {"op": "deepen", "stack": "blocks", "factor": 2}
+    growth = fxgrow.grow(model, [deeper, {**deeper, "factor": 1.5}], (r(4, 5),), verify=False)
+    assert len(growth.module.blocks) == 6 and kinds(growth) == {"zero"}
+    same(model, growth.module, [r(4, 5), r(7, 5)])
+    if "norm" not in name:  # which has sizes of its own
+        for spec in ([WIDER, deeper], [deeper, WIDER]):
+            growth = fxgrow.grow(model, spec, (r(4, 5),), verify=False)
+            assert kinds(growth) == {"zero"}
+            same(model, growth.module, [r(4, 5), r(7, 5)])
+
+
+def test_of_two_factors_the_one_that_is_zero_already_stays_so() -> None:
+    """A scale that starts at zero, and a layer set to zero behind it, would never learn."""
+    model = trained(Tower(2, lambda s, x: x + s.w * s.a(torch.tanh(x))).double())
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.w.data.zero_()  # type: ignore[union-attr]
+    growth = deepened(model, "blocks", r(4, 5), by=1)
+    assert {n for n, t in growth.plan.tensors.items() if t.zero} == {"blocks.2.w"}
+    learns(growth, "blocks.2", r(4, 5))
+
+
+def test_dropout_of_the_sum_is_told() -> None:
+    model = trained(Tower(2, lambda s, x: F.dropout(x + s.a(torch.tanh(x)), 0.5, s.training)).double())
+    growth = deepened(model, "blocks", r(4, 5), by=1)
+    (note,) = growth.plan.notes
+    assert "aten.dropout.default at " in note and "once more" in note
+    same(model, growth.module, [r(4, 5)], (False,))
+    gated = deepened(model, "blocks", r(4, 5), by=1, init="gate")
+    assert kinds(gated) == {"gate"} and reasons(gated) == {"the spec asks for one"}
 
 
 def average(s: Any, x: Tensor) -> Tensor:
@@ -186,6 +298,16 @@ GATES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a ReLU whose input is negative in places": lambda s, x: F.relu(x + s.a(x)) - 0.5,
     "a ReLU whose result is changed in place": lowered,
     "an input whose gradient is cut": lambda s, x: x.detach() + s.a(x),
+    "a shuffle": lambda s, x: (x + s.a(x)).view(-1, 2, 4).transpose(1, 2).reshape(-1, 8),
+    "two shuffles": lambda s, x: (
+        (x + s.a(x)).view(-1, 2, 4).transpose(1, 2).reshape(-1, 2, 4).transpose(1, 2).reshape(-1, 8)
+    ),
+    "a flip": lambda s, x: (x + s.a(x)).flip(-1),
+    "a number added": lambda s, x: x + s.a(x) + 0.5,
+    "the stream by alpha": lambda s, x: torch.add(s.a(torch.tanh(x)), x, alpha=0.5),
+    "the stream taken away": lambda s, x: s.a(torch.tanh(x)) - x,
+    "a norm after the sum": lambda s, x: F.layer_norm(x + s.a(x), (8,), s.w, s.b.bias),
+    "a scale of stream and branch": lambda s, x: (s.w * x + s.a(torch.tanh(x))) * s.w,
     "an inexact constant": lambda s, x: x + torch.sigmoid(s.a(x)).to(torch.float32) * (s.w.to(torch.float32) + 0.1),
 }
 
@@ -199,6 +321,10 @@ def test_what_is_no_identity_gets_a_gate(name: str) -> None:
             block.w.data = block.w.data.to(torch.bfloat16)  # type: ignore[union-attr]
     growth = deepened(model, "blocks", r(4, 5), by=1)
     assert kinds(growth) == {"gate"}
+    (why,) = reasons(growth)
+    assert why is not None and why.startswith("aten.") and "test_identity.py" in why
+    again = fxgrow.GrowthPlan.from_json(growth.plan.to_json())
+    assert [c.why_gate for c in again.steps[0].changes if c.kind == "clone"] == [why]
     for _ in range(2):
         same(model, growth.module, [r(4, 5), r(7, 5)])
 
@@ -309,3 +435,121 @@ def test_the_model_itself_may_be_the_stack(how: dict[str, Any]) -> None:
     assert len({n.split(".")[0] for n in growth.module.state_dict()}) == 4 + added
     with pytest.raises(fxgrow.SpecError, match=r"the model has: \."):
         deepened(model, "blocks", r(3, 8), by=1)
+
+
+# what a block gives besides ------------------------------------------------------------------------------------------
+
+
+class Biased(nn.Module):
+    """Its first block makes a bias that all blocks share, as T5's do."""
+
+    def __init__(self, blocks: int, own: bool = False) -> None:
+        super().__init__()
+        self.blocks, self.own = nn.ModuleList(Shares(first=own or i == 0) for i in range(blocks)), own
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None
+        for block in self.blocks:
+            x, bias = block(x, bias)
+        return x
+
+
+class Shares(nn.Module):
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.layer, self.first = Residual(), first
+        if first:
+            self.table = nn.Parameter(torch.ones(1, 8))
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        bias = torch.tanh(self.table) if bias is None else bias
+        return x + self.layer.down(torch.tanh(self.layer.up(x) + bias.sum())), bias
+
+
+@pytest.mark.parametrize("how", [{"factor": 2}, {"after": [0]}, {"by": 1}])
+def test_a_block_that_gives_more_than_the_stream_is_passed_over(how: dict[str, Any]) -> None:
+    model = trained(Biased(3)).double()
+    growth = deepened(model, "blocks", r(3, 8), **how)
+    copies = [c for s in growth.plan.steps for c in s.changes if c.kind == "clone"]
+    if how != {"by": 1}:
+        assert copies[0].source == 1 and copies[0].after == 0
+        assert "a copy of blocks.1" in growth.plan.notes[0] and "blocks.0 computes" in growth.plan.notes[0]
+    deeper = Biased(3 + len(copies)).double()
+    deeper.load_state_dict(growth.module.state_dict(), strict=True)
+    for module in (growth.module, deeper):
+        same(model, module, [r(3, 8), r(5, 8, seed=1)])
+
+
+def test_encoder_and_decoder_of_a_transformer_are_deepened() -> None:
+    """Sizes that the first layer computes for all of them are no values that a copy would have to take up."""
+    make = {"d_model": 8, "nhead": 2, "dim_feedforward": 12, "batch_first": True, "dropout": 0.0}
+    spec = [{"op": "deepen", "stack": f"{part}.layers", "after": [0]} for part in ("encoder", "decoder")]
+    args = r(3, 5, 8), r(3, 4, 8, seed=1)
+    for first, kind in ((True, "zero"), (False, "gate")):
+        model = trained(nn.Transformer(**make, num_encoder_layers=1, num_decoder_layers=1, norm_first=first).double())
+        growth = fxgrow.grow(model, spec, args, verify=False)
+        assert kinds(growth) == {kind}
+        assert float((model(*args) - growth.module(*args)).detach().abs().max()) < 1e-12
+
+
+class Mixture(nn.Module):
+    """Experts side by side in blocks one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 3), nn.ModuleList(Residual() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x).softmax(-1)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            out = out + weights[..., i : i + 1] * expert(x)
+        return x + out
+
+
+def test_experts_are_no_stack() -> None:
+    model = trained(Stacked(nn.Sequential(Mixture(), Mixture()))).double()
+    with pytest.raises(GrowthRefused, match=r"blocks.0.experts: none of its blocks reads what another one computes"):
+        deepened(model, "blocks.0.experts", r(3, 8), by=1)
+    with pytest.raises(fxgrow.SpecError, match=r"the model has: blocks \("):
+        deepened(model, "layers", r(3, 8), by=1)
+    growth = deepened(model, "*", r(3, 8), by=1)
+    assert {c.stack for s in growth.plan.steps for c in s.changes if c.kind == "clone"} == {"blocks"}
+
+
+def test_blocks_of_a_dictionary_are_a_stack() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleDict({"0": Residual(), "1": Residual()})
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks.values():
+                x = block(x)
+            return x
+
+    model = trained(Named()).double()
+    growth = deepened(model, "blocks", r(3, 8), factor=2)
+    assert kinds(growth) == {"zero"}
+    same(model, growth.module, [r(3, 8), r(5, 8, seed=1)])
+
+
+def test_a_stack_called_in_slices_is_deepened() -> None:
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.between = nn.ModuleList(Residual() for _ in range(4)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = x
+            for block in self.blocks[:2]:
+                x = block(x)
+            x = self.between(x) + kept
+            for block in self.blocks[2:]:
+                x = block(x)
+            return x
+
+    model = trained(Sliced()).double()
+    growth = deepened(model, "blocks", r(3, 8), factor=1.5)
+    assert kinds(growth) == {"zero"}
+    same(model, growth.module, [r(3, 8), r(5, 8, seed=1)])

@@ -171,6 +171,8 @@ class Pattern(Row):
             if letter in self.blocked.split() or _is_block(letter):
                 ctx.freeze(exprs[0], self.why)
             self._name(ctx, letter, exprs[0])
+            if letter in letters.summed:
+                ctx.contracted(exprs[0])
         return self._emit(ctx, letters, {k: v[0] for k, v in letters.exprs.items()})
 
     def _name(self, ctx: Context, letter: str, expr: Expr) -> None:
