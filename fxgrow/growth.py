@@ -21,6 +21,7 @@ from fxgrow.ir.modules import uncompiled, version_of
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.traced import Traced, program_of
 from fxgrow.landing.apply import apply
+from fxgrow.landing.into import into
 from fxgrow.limits import check_elements
 from fxgrow.optim.carry import carry, carry_
 from fxgrow.optim.policies import check_optimizer, check_plan
@@ -156,6 +157,24 @@ class Growth:
             if self._versions.get(name, -1) not in (-1, version_of(tensor)):
                 raise FxgrowError(f"{name} has changed since the model was grown: grow it again, then apply the growth")
 
+    def into(self, target: nn.Module) -> nn.Module:
+        """Put the growth into a larger instance of the model's class, which you built: in its config's sizes.
+
+        It is traced once, and its graph must be the grown one, op by op and number by number. Then its modules hold the
+        very parameters and buffers of ``growth.module``; its ties, ``requires_grad``, mode and hooks stay.
+
+        Args:
+            target: in any mode, compiled or not, with any weights; on meta, it need not have any.
+
+        Returns:
+            The target.
+
+        Raises:
+            GrowthRefused: it computes something else; the message names the numbers on both sides. It is as it was.
+        """
+        self.receipt.notes.extend(into(target, self.module, self.plan, self.program))
+        return target
+
     def compile(self, **options: Any) -> fx.GraphModule:
         """Compile the grown module region by region: blocks that are alike are compiled once.
 
@@ -224,6 +243,7 @@ def grow(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     policy: str = "asymmetric",
     ramp: int | None = None,
+    program: Program | None = None,
 ) -> Growth:
     """Grow a model by a spec.
 
@@ -239,6 +259,7 @@ def grow(
         optimizer: or several, that :meth:`Growth.carry_` is to carry over: what does not fit is refused before anything
             is computed, and a growth that the policy does not fit before weights are.
         policy, ramp: for the optimizer; ``policy`` is the default of :meth:`Growth.carry_` then.
+        program: the model's trace, where it is at hand.
 
     Returns:
         The grown module, its plan and its receipt. Unless ``consume``, the original is never changed.
@@ -256,7 +277,8 @@ def grow(
     if consume and verify not in (False, "auto"):
         raise SpecError("consume=True frees the original, so that there is nothing to verify against; use verify=False")
     with _timed(seconds, "capture"):
-        program = model if isinstance(model, Program) else capture(model, args, kwargs, calls=calls)
+        if program is None:
+            program = model if isinstance(model, Program) else capture(model, args, kwargs, calls=calls)
     check_readable(program.tensors)
     check_settled(program.parameters.values())
     check_finite(program.tensors)

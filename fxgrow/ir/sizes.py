@@ -72,6 +72,8 @@ def computed_size(node: fx.Node) -> Size | None:
     if node.target is torch.ops.aten.sym_size.int and isinstance(node.args[0], fx.Node):
         sizes, dim = sizes_of(node.args[0]), node.args[1]
         return sizes[dim] if sizes is not None and isinstance(dim, int) and -len(sizes) <= dim < len(sizes) else None
+    if any(isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes):
+        return None
     before = [literal_size(a) for a in node.args]
     now = [computed_size(a) if isinstance(a, fx.Node) else literal_size(a) for a in node.args]
     if node.target in _ARITHMETIC and None not in now:

@@ -159,7 +159,7 @@ class Form:
             ties.setdefault(name, [name]).append(alias)
         #: tied tensors go by the first of their names, whichever of them the trace kept
         self.first = {name: min(names) for name, names in ties.items()}
-        self.devices = {str(t.device) for t in program.tensors.values()}
+        self._devices = _devices(program)
 
     def call(self, number: int, training: bool | None, fixed: Mapping[str, Sequence[int | None]]) -> CallForm:
         """One call in one mode, or in any.
@@ -173,14 +173,16 @@ class Form:
         name = self.program.aliases.get(target, target)
         return self.first.get(name, name)
 
-    def device(self, device: Any) -> Any:
-        """A device, or "own" for the one that the tensors are on: which it is makes no other function."""
-        return "own" if device is not None and _on(device, self.devices) else str(device)
+    def device(self, device: Any) -> str:
+        """A device, or "own" for the one that all is on: which it is makes no other function."""
+        return "own" if device is not None and len(self._devices) <= 1 else str(device)
 
 
-def _on(device: Any, devices: set[str]) -> bool:
-    names = {d.partition(":")[0] for d in devices} if ":" not in str(device) else devices
-    return len(names) <= 1 and str(device) in names
+def _devices(program: Traced) -> set[str]:
+    """The kinds of devices of a program; meta tensors stand for some that are not there yet."""
+    named = [n.kwargs.get("device") for n in program.graph.nodes]
+    kinds = {d.type for d in (*named, *(t.device for t in program.tensors.values())) if isinstance(d, torch.device)}
+    return kinds - {"meta"}
 
 
 #: arguments that choose strides, memory or timing: no value hangs on them
