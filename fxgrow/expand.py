@@ -50,7 +50,7 @@ def expand(
     operations = spec_between(before, theirs, **how)
     if not operations:
         raise SpecError("the two models have the same sizes: there is nothing to grow")
-    growth = grow(small, operations, args, kwargs, verify=verify, program=before)
+    growth = grow(small, operations, args, kwargs, calls=calls, verify=verify, program=before, like=theirs)
     growth.receipt.seconds["capture"] = seconds
     growth.receipt.notes.extend(into(big, growth.module, growth.plan, growth.program, theirs))
     return growth

@@ -22,6 +22,7 @@ from fxgrow.ir.nodes import info_of
 from fxgrow.ir.traced import Traced, program_of
 from fxgrow.landing.apply import apply
 from fxgrow.landing.into import into
+from fxgrow.landing.solve import solve_constants
 from fxgrow.limits import check_elements
 from fxgrow.optim.carry import carry, carry_
 from fxgrow.optim.policies import check_optimizer, check_plan
@@ -186,8 +187,11 @@ class Growth:
         return f"Growth({self.receipt.summary()})"
 
 
-def plan_growth(program: Program, spec: GrowthSpec) -> tuple[GrowthPlan, Program]:
+def plan_growth(program: Program, spec: GrowthSpec, like: Traced | None = None) -> tuple[GrowthPlan, Program]:
     """Decide a growth. Needs shapes only: works on meta tensors.
+
+    Args:
+        like: a larger instance's trace: constants that it has otherwise are folded into weights where that is exact.
 
     Returns:
         The plan, and the grown program: its graph and names, with shapes (meta tensors) in place of weights. It can be
@@ -209,6 +213,8 @@ def plan_growth(program: Program, spec: GrowthSpec) -> tuple[GrowthPlan, Program
                 raise reworded(error, f"operations.{number} ({operation.op}): {error}") from error
             raise
     plan.tensors = state.tensors
+    if like is not None:
+        solve_constants(state, plan.steps, like, lambda: _grown_shapes(state.program, plan))
     plan.aliases = dict(state.program.aliases)
     plan.constants = remaining(state)
     parameters = program.parameters
@@ -244,6 +250,7 @@ def grow(
     policy: str = "asymmetric",
     ramp: int | None = None,
     program: Program | None = None,
+    like: Traced | None = None,
 ) -> Growth:
     """Grow a model by a spec.
 
@@ -260,6 +267,8 @@ def grow(
             is computed, and a growth that the policy does not fit before weights are.
         policy, ramp: for the optimizer; ``policy`` is the default of :meth:`Growth.carry_` then.
         program: the model's trace, where it is at hand.
+        like: the trace of a larger instance that the growth is for: its constants are solved for, see
+            :func:`plan_growth`.
 
     Returns:
         The grown module, its plan and its receipt. Unless ``consume``, the original is never changed.
@@ -283,7 +292,7 @@ def grow(
     check_settled(program.parameters.values())
     check_finite(program.tensors)
     with _timed(seconds, "analyse and plan"):
-        plan, grown_program = plan_growth(program, parsed)
+        plan, grown_program = plan_growth(program, parsed, like)
     if optimizer is not None:
         check_plan(plan, policy, optimizer, {id(p): n for n, p in program.parameters.items()})
     check_memory(_needed(program, grown_program, plan))

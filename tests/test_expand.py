@@ -21,10 +21,18 @@ def test_small_becomes_the_larger_instance() -> None:
     assert big.lm_head.weight is big.transformer.wte.weight
 
 
+def test_constants_of_the_larger_class_are_folded_into_weights() -> None:
+    small = small_gpt().eval()
+    big = small_gpt(head_dim=16, value_dim=8, attention_scale=0.3, norm_eps=1e-3).eval()
+    growth = fxgrow.expand(small, big, tokens(), verify="float64")
+    assert relative_error(small, big, tokens(3)) <= 1e-12
+    assert growth.plan.constants == []
+
+
 def test_other_constants_are_refused_and_nothing_is_changed() -> None:
-    small, big = small_gpt(), small_gpt(n_head=4, n_embd=32, head_dim=16, value_dim=8)
+    small, big = small_gpt(), small_gpt(n_hidden=200, dropout=0.1)
     before = copy.deepcopy(big.state_dict())
-    with pytest.raises(fxgrow.GrowthRefused, match=r"literal scale: the growth needs 0.17.*larger class has 0.25"):
+    with pytest.raises(fxgrow.GrowthRefused, match=r"larger class runs aten.dropout.default \(0.1\)"):
         fxgrow.expand(small, big, tokens())
     assert all(torch.equal(before[k], v) for k, v in big.state_dict().items())
 
