@@ -212,6 +212,7 @@ class TensorPlan(Stage):
         source: name of the old tensor; None for one that is made from nothing (``init``).
         shape: of the new tensor.
         scale, gradient_scale: factor of the values, and of the gradients on top of the dims' own.
+        shift: is added to every entry in the end: c (1 + w) is 1 + w' with w' = c w + (c - 1).
         zero: the tensor is all zeros whatever its source holds (last projections of an identity block).
         level: what such a tensor holds instead of zeros: -1 for the weight w of a norm that multiplies by 1 + w.
         fresh: it belongs to an inserted block or layer, so that its optimizer state starts empty.
@@ -229,6 +230,7 @@ class TensorPlan(Stage):
     source: str | None = None
     shape: list[int]
     gradient_scale: float = 1.0
+    shift: float = 0.0
     zero: bool = False
     level: float = 0.0
     fresh: bool = False
@@ -300,10 +302,11 @@ class TensorPlan(Stage):
             layer.dims[i] = dim if before is None else dim.after(before, unique)
         self.shape[i] = dim.size
 
-    def multiply(self, factor: float) -> None:
-        """Scale what there is."""
+    def multiply(self, factor: float, about: float = 0.0) -> None:
+        """Scale what there is, or its sum with a number (``about``)."""
         for layer in (self, self.last) if self.stages else (self,):
             layer.scale *= factor
+        self.shift = factor * self.shift + (factor - 1.0) * about
 
     def noiseless(self) -> TensorPlan:
         """The same without noise."""
@@ -317,6 +320,7 @@ class TensorPlan(Stage):
             self.source is not None
             and all(d is None for d in self.dims)
             and self.scale == 1.0
+            and self.shift == 0.0
             and not self.zero
             and self.init is None
         )

@@ -27,13 +27,15 @@ from fxgrow.passes.state import State
 from fxgrow.plan import Change, Constant, DimPlan, Edit, Rescale, Step, Unscale
 from fxgrow.proof.factors import Factors, Found, Site, is_parameter
 from fxgrow.proof.tagged import rows_of
-from fxgrow.rules.base import FAMILIES, implied_value, moves
+from fxgrow.rules.base import FAMILIES, casts, copies, implied_value, moves
 
 #: arguments that are numbers of the mathematics, not sizes
 ARGUMENTS = ("scale", "other", "eps", "alpha")
 _PRODUCTS = ("aten.mul.Tensor", "aten.mul.Scalar")
 _QUOTIENTS = ("aten.div.Tensor", "aten.div.Scalar")
 _ATTENTION = "aten.scaled_dot_product_attention.default"
+#: how finely a number may have been computed
+_ROUNDED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: a number of elements is taken for a power of a size only from this one on, unless it is the width of heads
 _LEAST = 16
 
@@ -141,15 +143,34 @@ def _value(state: State, node: fx.Node, argument: str) -> float | None:
 
 
 def _element(state: State, value: fx.Node) -> float | None:
-    """The one element of a tensor of the model that is no parameter, as it is by now."""
-    name = str(value.target)
-    if value.op != "get_attr" or state.is_parameter(name):
+    """The one element of a tensor of the model that is no parameter, as it is by now; seen through casts."""
+    held = _held(value)
+    name = str(held.target)
+    if held.op != "get_attr" or state.is_parameter(name):
         return None
     plan = state.tensors[name]
     tensor = state.program.tensor(plan.source or name)
     if tensor.is_meta or tensor.numel() != 1 or not is_fine(tensor.dtype) or plan.zero:
         return None
-    return float((tensor.double() * plan.scale).to(tensor.dtype))
+    found = (tensor.double() * plan.scale).to(tensor.dtype)
+    return float(found.to(value.meta["val"].dtype))
+
+
+def _held(value: fx.Node) -> fx.Node:
+    """What a value is a copy or a cast of."""
+    while (copies(value) or casts(value)) and isinstance(value.args[0], fx.Node):
+        value = value.args[0]
+    return value
+
+
+def _readers(state: State, held: fx.Node) -> list[fx.Node]:
+    """The ops that read a tensor of the model, seen through copies and casts."""
+    queue = [n for n in state.graph.nodes if n.op == "get_attr" and n.target == held.target]
+    out = []
+    while queue:
+        for user in queue.pop().users:
+            (queue if copies(user) or casts(user) else out).append(user)
+    return out
 
 
 def _set_own(node: fx.Node, argument: str, value: float | None) -> None:
@@ -165,7 +186,7 @@ def _note_numbers(state: State, before: Before) -> None:
             continue
         known, old, now = dict(info_of(node).numbers), before.numbers[node], _numbers(node)
         for argument in now:
-            was = known.get(argument, old.get(argument))
+            was: float | None = known.get(argument, old.get(argument))
             if was is None:
                 if old.get(argument) != now[argument] and argument not in known:
                     _set_own(node, argument, None)
@@ -181,7 +202,8 @@ def _note_numbers(state: State, before: Before) -> None:
             if element is None:
                 continue
             dtype = other.meta["val"].dtype
-            was = known.get("other", element)
+            was = known.get("other")
+            was = element if was is None else was
             own = sizes.follow(node, "other", was, torch.finfo(dtype).eps)
             if own != was:
                 _set_own(node, "other", float(torch.tensor(own, dtype=dtype)))
@@ -200,7 +222,7 @@ class _Sizes:
 
     def follow(self, node: fx.Node, argument: str, value: float, tolerance: float = 0.0) -> float:
         """The number in place of ``value`` at the sizes after the growth; the same where it follows none."""
-        if not self.grown or value <= 0 or not isinstance(node.args[0], fx.Node):
+        if not self.grown or value <= 0 or not node.args or not isinstance(node.args[0], fx.Node):
             return value
         name = op_name(node.target)
         if name == _ATTENTION:
@@ -255,8 +277,10 @@ def _power(value: float, sizes: Iterable[tuple[int, int]], multiples: Iterable[i
     for old, new in sizes:
         for k in multiples:
             for power in (-0.5, 0.5, -1.0, 1.0):
-                if old > 1 and abs(value - (k * old) ** power) <= max(1e-6, tolerance) * value:
-                    return float((k * new) ** power)
+                was, now = float((k * old) ** power), float((k * new) ** power)
+                if old > 1 and abs(value - was) <= max(1e-6, tolerance) * value:
+                    rounded = (d for d in _ROUNDED if float(torch.tensor(was, dtype=d)) == value)
+                    return float(torch.tensor(now, dtype=next(rounded, torch.float64)))  # as it was, when it was made
     return value
 
 
@@ -277,11 +301,14 @@ def _fold_all(state: State, step: Step, only: fx.Node | None = None) -> set[fx.N
         if node not in factors.sites:
             continue
         found = factors.find(node)
-        if found is None or not _buffers_agree(state, found, others):
+        shifted = found is not None and any(state.tensors[n].shift for n in found.parts)
+        if found is None or shifted or not _buffers_agree(state, found, others):
             state.kept[node.name] = factors.why
             continue
         for name, factor in found.whole.items():
             _multiply(state, name, factor)
+        for name, (factor, about) in found.sums.items():
+            _multiply(state, name, factor, about)
         for name, (dim, parts, factor) in found.parts.items():
             _multiply_rows(state, name, dim, parts, factor)
         for each in found.sites:
@@ -298,7 +325,7 @@ def _site(state: State, node: fx.Node, argument: str, own: float | None, value: 
     """What a number asks of the factors of its op's operands."""
     name = op_name(node.target)
     if info_of(node).rescale:
-        return Site(node, float(value)) if name in _PRODUCTS and value else None
+        return Site(node, float(value)) if name in _PRODUCTS and value and value > 0 else None
     if argument == "scale" and name == _ATTENTION:
         implied = size_of(state.axes.dims[bound_arguments(node)["query"]][-1]) ** -0.5
         return Site(node, (implied if value is None else value) / (implied if own is None else own), "scores")
@@ -318,10 +345,10 @@ def _one_input(node: fx.Node) -> bool:
     return op_name(node.target) in ("aten.layer_norm.default", "aten.rms_norm.default", "aten.group_norm.default")
 
 
-def _scalable(state: State) -> Callable[[str], bool]:
-    def scalable(name: str) -> bool:
+def _scalable(state: State) -> Callable[[str, float], bool]:
+    def scalable(name: str, about: float) -> bool:
         plan = state.tensors.get(name)
-        if plan is None or not state.is_parameter(name) or (plan.zero and plan.level != 0):
+        if plan is None or not state.is_parameter(name) or (plan.zero and plan.level != -about):
             return False
         return is_fine(state.program.tensor(name).dtype)
 
@@ -333,18 +360,18 @@ def _buffers_agree(state: State, found: Found, others: Mapping[fx.Node, Any]) ->
     for node in found.sites:
         value = bound_arguments(node).get(others[node][0])
         if isinstance(value, fx.Node):
-            readers = [n for n in state.graph.nodes if n.op == "get_attr" and n.target == value.target]
-            if any(u not in found.sites or others[u] != others[node] for r in readers for u in r.users):
+            readers = _readers(state, _held(value))
+            if any(u not in found.sites or others[u] != others[node] for u in readers):
                 return False
     return True
 
 
-def _multiply(state: State, name: str, factor: float) -> None:
-    """Scale a tensor, and its gradient the other way."""
+def _multiply(state: State, name: str, factor: float, about: float = 0.0) -> None:
+    """Scale a tensor, or its sum with a number, and its gradient the other way."""
     plan = state.tensors[name]
     if plan.last.noise is None and not plan.last.paired:  # else in one rounding with the shares, which have to add up
         plan.begin([], draws=True)
-    plan.multiply(factor)
+    plan.multiply(factor, about)
     plan.gradient_scale /= factor
 
 
@@ -364,7 +391,7 @@ def _restored(state: State, node: fx.Node, argument: str, own: float | None, val
         return [Unscale(node=node.name)]
     held = bound_arguments(node)[argument]
     if isinstance(held, fx.Node):
-        plan = state.tensors[str(held.target)]
+        plan = state.tensors[str(_held(held).target)]
         if own is not None and value is not None and _element(state, held) != own:
             plan.multiply(own / value)
         return []

@@ -90,11 +90,19 @@ def check_plan(
         names: of the small model's parameters, by ``id``.
 
     Raises:
-        FxgrowError: ``exact``, and the growth does not map gradients exactly, or not in whole copies where an optimizer
-            needs that.
+        FxgrowError: ``exact``, and the growth does not map gradients exactly, moves weights by a number, or is not in
+            whole copies where an optimizer needs that.
     """
     if policy != "exact":
         return
+    moved = [n for n, t in plan.tensors.items() if t.shift]
+    if moved:
+        more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
+        raise FxgrowError(
+            f"policy 'exact' steps weights in the small model's units, and those of norms that multiply by 1 + w "
+            f"({moved[0]}{more}) were moved by a number as well, to take up a factor. Grow with constants: keep, or "
+            "use policy 'asymmetric' or 'copy'"
+        )
     if not plan.exact_gradients:
         axes = ", ".join(f"{a.name} ({a.old} -> {a.new})" for a in plan.axes if not a.exact_gradients)
         raise FxgrowError(

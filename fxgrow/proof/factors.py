@@ -27,7 +27,7 @@ from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import bound_arguments, nodes_among, op_name
 from fxgrow.ir.sizes import result_sizes
 from fxgrow.proof.tagged import TaggedCall, parts_of, possible, tagged
-from fxgrow.rules.base import FAMILIES, is_linear, jumping_operands, moves, rule_of, value_of, weights
+from fxgrow.rules.base import FAMILIES, casts, is_linear, jumping_operands, moves, rule_of, value_of, weights
 from fxgrow.rules.forms import Along, Pattern, Pointwise
 
 #: how often a search may fail before it is given up, and all searches together before the rest get a few attempts each
@@ -53,7 +53,15 @@ class Part:
     dims: Any = field(compare=False)
 
 
-Factor = float | Part
+@dataclass(frozen=True)
+class About:
+    """The factor of a weight's sum with a number: of 1 + w, where a norm multiplies by that."""
+
+    factor: float
+    about: float
+
+
+Factor = float | Part | About
 
 
 @dataclass(frozen=True)
@@ -65,12 +73,14 @@ class Law:
         same: operands that have the factor of the result: terms of a sum, biases.
         held: operands that have none.
         result: the result may have one.
+        added: the number that is added to the one operand; their sum may have one.
     """
 
     product: tuple[tuple[fx.Node, float], ...] = ()
     same: tuple[fx.Node, ...] = ()
     held: tuple[fx.Node, ...] = ()
     result: bool = True
+    added: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,10 +101,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Found:
-    """Factors of parameters that let numbers take other values: of a whole one, or of a part of it."""
+    """Factors of parameters that let numbers take other values: of a whole one, of its sum with a number, of a part."""
 
     sites: tuple[fx.Node, ...]
     whole: Mapping[str, float]
+    sums: Mapping[str, tuple[float, float]]
     parts: Mapping[str, tuple[int, frozenset[int], float]]
 
 
@@ -103,15 +114,15 @@ class Factors:
 
     Args:
         axes: of its program, as it is now.
-        scalable: whether a parameter may be multiplied by a number.
+        scalable: whether a parameter, or its sum with a number, may be multiplied.
         sites: all numbers that are to have other values; those that a search comes across are taken with it.
     """
 
-    def __init__(self, axes: Axes, scalable: Callable[[str], bool], sites: Sequence[Site]) -> None:
+    def __init__(self, axes: Axes, scalable: Callable[[str, float], bool], sites: Sequence[Site]) -> None:
         self.axes, self.scalable = axes, scalable
         self.sites = {s.node: s for s in sites}
         self.laws: dict[fx.Node, Law | None] = {}
-        self.able: dict[fx.Node, bool] = {}
+        self.able: dict[tuple[fx.Node, float], bool] = {}
         self.why, self.failures = "", 0
 
     @functools.cached_property
@@ -135,15 +146,15 @@ class Factors:
         """The number of a site has its value."""
         del self.sites[node]
 
-    def may(self, node: fx.Node) -> bool:
-        """Whether a value may have a factor at all."""
-        if node not in self.able:
+    def may(self, node: fx.Node, about: float = 0.0) -> bool:
+        """Whether a value, or its sum with a number, may have a factor at all."""
+        if (node, about) not in self.able:
             if node.op == "get_attr":
-                able = self.scalable(str(node.target)) and node in self.axes.dims
+                able = self.scalable(str(node.target), about) and node in self.axes.dims
             else:
                 able = node.op == "call_function"
-            self.able[node] = able and real(node) and not self.axes.memory.written(node)
-        return self.able[node]
+            self.able[node, about] = able and real(node) and not self.axes.memory.written(node)
+        return self.able[node, about]
 
     def law(self, node: fx.Node) -> Law | None:
         """The law of a node; None of what is no op on numbers, and asks nothing."""
@@ -173,6 +184,8 @@ def law_of(node: fx.Node) -> Law | None:
     held = Law(held=tuple(operands), result=False)
     if rule is None:
         return held
+    read = {n for a, n in nodes_among(given) if a not in rule.ignored}
+    operands = [n for n in operands if n in read]
     if name == "getitem":
         return Law(same=tuple(operands))
     if value_of(node) is not None:
@@ -194,6 +207,8 @@ def law_of(node: fx.Node) -> Law | None:
     if name in _ADDS:
         terms = [given["self"], given["other"]]
         plain = all(real(t) or (isinstance(t, int | float) and t == 0) for t in terms)
+        if name == "aten.add.Tensor" and terms[0] in operands and isinstance(terms[1], int | float) and not plain:
+            return Law(added=float(terms[1] * given["alpha"]))
         return Law(same=tuple(operands)) if plain else held
     if isinstance(rule, Pattern) and FAMILIES.get(name) == "contraction":
         return _of_contraction(rule, given, operands)
@@ -330,7 +345,7 @@ class _Search:
     def _assign(self, node: fx.Node, factor: Factor, dirty: dict[fx.Node, None]) -> bool:
         if node in self.of:
             return _equal(self.of[node], factor)
-        if factor != 1.0 and not self.factors.may(node):
+        if factor != 1.0 and not self.factors.may(node, factor.about if isinstance(factor, About) else 0.0):
             self._note(node)
             return False
         several = self.factors.readers[str(node.target)] if node.op == "get_attr" else [node]
@@ -349,21 +364,23 @@ class _Search:
             del table[key]
 
     def _found(self) -> Found:
-        whole, parts = {}, {}
+        whole, sums, parts = {}, {}, {}
         for node, factor in self.of.items():
             if node.op == "get_attr" and factor != 1.0:
                 if isinstance(factor, Part):
                     dim = next(i for i, d in enumerate(factor.dims) if len(parts_of(d)) > 1)
                     parts[str(node.target)] = (dim, factor.parts, factor.factor)
+                elif isinstance(factor, About):
+                    sums[str(node.target)] = (factor.factor, factor.about)
                 else:
                     whole[str(node.target)] = factor
-        return Found(tuple(self.active), whole, parts)
+        return Found(tuple(self.active), whole, sums, parts)
 
     # laws
 
     def _get(self, node: fx.Node) -> float:
         factor = self.of.get(node, 1.0)
-        assert not isinstance(factor, Part)
+        assert not isinstance(factor, Part | About)
         return factor
 
     def _choices(self, node: fx.Node) -> list[_Choice] | None:
@@ -374,6 +391,8 @@ class _Search:
             return None
         if any(isinstance(self.of.get(n), Part) for n in (node, *node.all_input_nodes)):
             return self._of_parts(node, law)
+        if law.added or any(isinstance(self.of.get(n), About) for n in (node, *node.all_input_nodes)):
+            return self._of_sum(node, law)
         if site is None:
             if op_name(node.target) == _SCORES:
                 return self._of_site(node, law, Site(node, 1.0, "scores"))
@@ -389,10 +408,8 @@ class _Search:
         if site.kind == "product":
             return self._of_law(node, law, site.factor)
         given = bound_arguments(node)
-        if site.kind == "scores":
-            operands = ((given["query"], 1.0), (given["key"], 1.0))
-        else:
-            operands = ((given["input"], 1.0),)
+        names = ("query", "key") if site.kind == "scores" else ("input",)
+        operands = [(given[n], 1.0) for n in names]
         found = self._of_product(node, operands, site.factor, None)
         numbers = [n for n, _ in operands]
         rest = replace(law, held=tuple(n for n in law.held if n not in numbers))
@@ -444,6 +461,29 @@ class _Search:
             each = (wanted / total) ** (1 / power) if power else 1.0
             together = [_Choice({n: self._get(n) * each for n, _ in choices})] if power else []
         return direct + (others + onward if node is self.start else onward + others) + together
+
+    # sums with numbers
+
+    def _of_sum(self, node: fx.Node, law: Law) -> list[_Choice] | None:
+        """A number is added to a value: their sum has a factor where the value is a weight, seen through casts."""
+        operands = [n for n in node.all_input_nodes if real(n)]
+        if node.op == "get_attr" or len(operands) != 1:
+            return None if node.op == "get_attr" else []
+        mine, own = self.of.get(operands[0]), self.of.get(node)
+        if isinstance(mine, About):
+            casting = not law.added and law.same == tuple(operands) and casts(node)
+            if not casting and mine.about != law.added:
+                return []
+            result: Factor = mine if casting else mine.factor
+            return [_Choice({node: result})] if own is None else None if _equal(own, result) else []
+        if isinstance(own, About) or (mine is not None and mine != 1.0):
+            return []
+        if own is None or own == 1.0:
+            return None
+        chain = list(_down_to_parameter(operands[0])) if is_parameter(operands[0]) else []
+        if mine is not None or not chain or not all(casts(n) for n in chain[:-1]) or isinstance(own, Part):
+            return []
+        return [_Choice(dict.fromkeys(chain, About(own, law.added)))]
 
     # parts
 
@@ -528,7 +568,7 @@ def _of_part(dims: Any, part: Part) -> Factor:
 
 
 def _equal(a: Factor, b: Factor) -> bool:
-    if isinstance(a, Part) or isinstance(b, Part):
+    if isinstance(a, Part | About) or isinstance(b, Part | About):
         return a == b
     return abs(a - b) <= 1e-12 * abs(b)
 

@@ -68,7 +68,8 @@ def possible(dims: Any, every: frozenset[int]) -> frozenset[int]:
 
     def along(dim: Expr) -> frozenset[int]:
         if isinstance(dim, Leaf):
-            return dim.info.parts & every  # type: ignore[no-any-return]
+            found: frozenset[int] = dim.info.parts & every
+            return found
         if isinstance(dim, Product):
             return frozenset(every.intersection(*map(along, dim.factors)))
         if isinstance(dim, Concat):

@@ -76,11 +76,16 @@ def materialise_tensor(
     if plan.continuation is not None:
         source, held = _continued(plan, source), plan.continuation.dims
     if not plan.stages:
-        return _materialise_stage(plan, source, held, plan.key, dtype)
+        return _shifted(_materialise_stage(plan, source, held, plan.key, dtype), plan.shift)
     for number, stage in enumerate(plan.stages):
         key = (plan.key + number * 0x9E3779B9) % (1 << 32)  # draws of their own
         source = _materialise_stage(stage, source, held, key, dtype)
-    return source
+    return _shifted(source, plan.shift)
+
+
+def _shifted(made: torch.Tensor, shift: float) -> torch.Tensor:
+    """A tensor that was made just now, with a number added."""
+    return made.add_(shift) if shift else made
 
 
 def _materialise_stage(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgrow
+from fxgrow.errors import FxgrowError
 from fxgrow.growth import plan_growth
 from fxgrow.passes.constants import fold, remaining
 from fxgrow.passes.state import State, run_operation
@@ -35,6 +36,18 @@ class Rms(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1))
+
+
+class Around(nn.Module):
+    """RMS norm that multiplies by 1 + w, as Gemma writes it out."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 0.1)
+        return (normed * (1.0 + self.weight.double())).type_as(x)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -193,6 +206,7 @@ class Stream(nn.Module):
             "rms": lambda: nn.RMSNorm(c, eps=0.1),
             "implied": lambda: nn.RMSNorm(c),
             "written": lambda: Rms(c),
+            "around": lambda: Around(c),
             "layer": lambda: nn.LayerNorm(c, eps=0.1),
             "bare": lambda: nn.LayerNorm(c, eps=0.1, elementwise_affine=False),
         }
@@ -218,6 +232,8 @@ class Stream(nn.Module):
         ("implied", 1.5, True),
         ("written", 1.5, True),
         ("written", 2, True),
+        ("around", 1.5, True),
+        ("around", 2, True),
         ("layer", 1.5, True),
         ("layer", 2, False),
         ("bare", 1.5, False),
@@ -263,10 +279,10 @@ class Scaled(nn.Module):
         super().__init__()
         self.buffer, self.c = buffer, c
         self.embed, self.norm, self.head = nn.Embedding(11, c), nn.LayerNorm(c), nn.Linear(c, 5)
-        self.register_buffer("scale", torch.tensor(c**0.5, dtype=torch.float64), persistent=False)
+        self.register_buffer("scale", torch.tensor(c**0.5), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens) * (self.scale if self.buffer else self.c**0.5)
+        x = self.embed(tokens) * (self.scale.to(self.embed.weight.dtype) if self.buffer else self.c**0.5)
         return self.head(self.norm(x))  # type: ignore[no-any-return]
 
 
@@ -351,6 +367,18 @@ def test_the_receipt_verifies_what_was_folded() -> None:
     operations = [widen("./residual", 1.5), widen("./hidden")]
     receipt = fxgrow.grow(model, operations, (TOKENS,), verify="float64").receipt
     assert receipt.error_float64 is not None and receipt.error_float64 < LIMIT and receipt.constants == []
+
+
+def test_norms_around_one_grow_again_and_deepen() -> None:
+    model = made(lambda: Stream("around", True))
+    growth = grown(model, [widen("./residual"), widen("./residual", 1.5), widen("./hidden")])
+    assert growth.plan.constants == [] and growth.plan.tensors["last.weight"].shift != 0.0
+    compare(model, growth, Stream("around", True, c=24, hidden=24))
+    kept = grown(model, [widen("./residual", constants="keep")])
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert kept.carry(optimizer, policy="exact")
+    with pytest.raises(FxgrowError, match="constants: keep"):
+        growth.carry(optimizer, policy="exact")
 
 
 @pytest.mark.parametrize("kind", ["fused", "grouped"])
