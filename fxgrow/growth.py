@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from fxgrow.landing.into import into
 from fxgrow.landing.solve import solve_constants
 from fxgrow.limits import check_elements
 from fxgrow.optim.carry import carry, carry_
+from fxgrow.optim.newborn import Frozen, NewParameters, freeze_old
 from fxgrow.optim.policies import check_optimizer, check_plan
 from fxgrow.optim.rates import check_settled
 from fxgrow.passes.constants import remaining
@@ -175,6 +177,25 @@ class Growth:
         """
         self.receipt.notes.extend(into(target, self.module, self.plan, self.program))
         return target
+
+    @cached_property
+    def new_parameters(self) -> NewParameters:
+        """What is new: parameters of new blocks and layers, and the new entries of widened ones."""
+        return NewParameters(self.plan, list(self.program.parameters))
+
+    def freeze_old(self, model: nn.Module | None = None) -> Frozen:
+        """Train only what is new, as LLaMA Pro does with its new blocks, until ``unfreeze()`` of the result.
+
+        Holds for every optimizer, whatever its weight decay and momentum; see :class:`fxgrow.optim.newborn.Frozen`.
+
+        Args:
+            model: another module that holds the grown parameters under the same names, such as a deeper instance of
+                your own class; None: :attr:`module`, and whatever shares its parameters.
+
+        Raises:
+            SpecError: nothing new would be trained, or the model is another one; nothing is changed then.
+        """
+        return freeze_old(self.new_parameters, self.module if model is None else model)
 
     def compile(self, **options: Any) -> fx.GraphModule:
         """Compile the grown module region by region: blocks that are alike are compiled once.

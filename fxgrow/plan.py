@@ -216,6 +216,7 @@ class TensorPlan(Stage):
         zero: the tensor is all zeros whatever its source holds (last projections of an identity block).
         level: what such a tensor holds instead of zeros: -1 for the weight w of a norm that multiplies by 1 + w.
         fresh: it belongs to an inserted block or layer, so that its optimizer state starts empty.
+        inserted: it belongs to an inserted block that is a plain copy, optimizer state and all.
         random_std: standard deviation of random newborn entries; None: the source's own.
         random_seed: of random newborn entries.
         constant: value of newborn entries with the constant fill.
@@ -234,6 +235,7 @@ class TensorPlan(Stage):
     zero: bool = False
     level: float = 0.0
     fresh: bool = False
+    inserted: bool = False
     init: Literal["zeros", "ones", "identity", "dirac"] | None = None
     initial: list[int] | None = None
     stages: list[Stage] = Field(default_factory=list)

@@ -482,7 +482,7 @@ def _clone_tensors(
                 continue
             new = block_path(clone.stack, clone.number) + name[len(old) :]
             copied = state.tensors[name].model_copy(deep=True)
-            copied.fresh = clone.init != "stack"
+            copied.fresh, copied.inserted = clone.init != "stack", clone.init == "stack"
             copied.key = zlib.crc32(new.encode())
             if name in zeros[i]:
                 copied.zero, copied.level = True, zeros[i][name]

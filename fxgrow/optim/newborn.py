@@ -1,0 +1,220 @@
+"""What is new in a grown model: whole parameters and entries of widened ones; and training these alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from fxgrow.errors import SpecError, did_you_mean
+from fxgrow.optim.rates import KEY
+from fxgrow.plan import GrowthPlan, TensorPlan
+
+
+class NewParameters:
+    """The parameters of a grown model that have new entries, by name, in the model's order.
+
+    Whole parameters are new where they belong to new blocks, gates or inserted layers. In a widened one every entry is
+    new that is not the first copy of an old one: further copies, and entries that copy nothing.
+
+    Attributes:
+        names: all that have anything new.
+        whole: those of them that are new as a whole.
+    """
+
+    def __init__(self, plan: GrowthPlan, names: Sequence[str]) -> None:
+        self._plans = {n: plan.tensors[n] for n in names}
+        self._aliases = dict(plan.aliases)
+        self.whole = [n for n, p in self._plans.items() if _is_new(p)]
+        new = set(self.whole) | {n for n, p in self._plans.items() if _has_new(p)}
+        self.names = [n for n in names if n in new]
+
+    @property
+    def widened(self) -> list[str]:
+        """Names of parameters that have old entries, and new ones beside them."""
+        whole = set(self.whole)
+        return [n for n in self.names if n not in whole]
+
+    def entries(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """Boolean, in the shape of the parameter: which of its entries are new.
+
+        Raises:
+            SpecError: the grown model has no parameter of that name.
+        """
+        name = self._aliases.get(name, name)
+        if name not in self._plans:
+            raise SpecError(f"no parameter {name!r}; {did_you_mean(name, self._plans)}")
+        plan = self._plans[name]
+        out = torch.full(plan.shape, _is_new(plan), dtype=torch.bool, device=device)
+        for i, dim in enumerate(plan.dims):
+            if dim is not None:
+                along = [-1 if j == i else 1 for j in range(len(plan.shape))]
+                out |= torch.from_numpy(dim.newborn).to(device).view(along)
+        return out
+
+    def numel(self) -> int:
+        """The number of new entries."""
+        return sum(_count(self._plans[n]) for n in self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._aliases.get(name, name) in self.names
+
+    def __repr__(self) -> str:
+        return (
+            f"<{len(self.whole)} new parameters, and new entries of {len(self.widened)} widened ones: "
+            f"{self.numel():,} numbers>"
+        )
+
+
+def _is_new(plan: TensorPlan) -> bool:
+    return plan.source is None or plan.fresh or plan.inserted
+
+
+def _has_new(plan: TensorPlan) -> bool:
+    return any(d is not None and bool(d.newborn.any()) for d in plan.dims)
+
+
+def _count(plan: TensorPlan) -> int:
+    total = old = 1
+    for i, size in enumerate(plan.shape):
+        dim = plan.dims[i] if plan.dims else None
+        total *= size
+        old *= size if dim is None else size - int(dim.newborn.sum())
+    return total if _is_new(plan) else total - old
+
+
+@dataclass(eq=False)
+class _Before:
+    """What a step must leave alone: of each widened parameter its values, and state of its shape by key."""
+
+    rates: list[Any]
+    values: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    states: dict[nn.Parameter, dict[str, Tensor]] = field(default_factory=dict)
+
+
+class Frozen:
+    """Old parameters that stand still while the new ones learn, until :meth:`unfreeze`; a context manager, too.
+
+    Old parameters get ``requires_grad=False``, so that no optimizer steps them. In a widened one the gradients of old
+    entries are zero, and whatever a step of any optimizer does to these entries (weight decay, momentum) and to their
+    moments is undone after it, to the bit. What an optimizer keeps in another shape than the parameter's (Adafactor's
+    rows and columns) covers old and new entries alike and goes on. Buffers are not held: put norms that average into
+    eval mode. Gradients that wait in what is frozen are dropped.
+    """
+
+    def __init__(self, new: NewParameters, parameters: Mapping[str, nn.Parameter]) -> None:
+        widened = set(new.widened)
+        if not any(parameters[n].requires_grad for n in new):
+            why = "requires_grad is False in all that is new" if new.names else "the growth made nothing new"
+            raise SpecError(f"nothing would be trained, as {why}; nothing was frozen")
+        self._held = [p for n, p in parameters.items() if n not in new and p.requires_grad]
+        self._new = {p: new.entries(n, p.device) for n, p in parameters.items() if n in widened and p.requires_grad}
+        self._steps: dict[int, list[_Before]] = {}
+        for p in self._held:
+            p.requires_grad_(False)
+            p.grad = None
+        self._handles: list[RemovableHandle] = []
+        for p in self._new:
+            if p.grad is not None:
+                p.grad = self._of_new(p, p.grad)
+            self._handles.append(p.register_hook(lambda g, p=p: self._of_new(p, g)))
+        if self._new:
+            # hooks of all optimizers run around those of any one of them, which may hold weights in other units
+            self._handles.append(register_optimizer_step_pre_hook(self._before_step))
+            self._handles.append(register_optimizer_step_post_hook(self._after_step))
+
+    def unfreeze(self) -> None:
+        """Let everything learn again that did before."""
+        for handle in self._handles:
+            handle.remove()
+        for p in self._held:
+            p.requires_grad_(True)
+        self._handles, self._held, self._new, self._steps = [], [], {}, {}
+
+    def __enter__(self) -> Frozen:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unfreeze()
+
+    def _mask(self, p: nn.Parameter) -> Tensor:
+        if self._new[p].device != p.device:
+            self._new[p] = self._new[p].to(p.device)
+        return self._new[p]
+
+    def _of_new(self, p: nn.Parameter, gradient: Tensor) -> Tensor:
+        mask = self._mask(p)
+        if not gradient.is_sparse:
+            return gradient.masked_fill(~mask, 0)
+        gradient = gradient.coalesce()
+        rows = mask[tuple(gradient.indices())]
+        return torch.sparse_coo_tensor(gradient.indices(), gradient.values().masked_fill(~rows, 0), gradient.shape)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        mine = [p for group in optimizer.param_groups for p in group["params"] if p in self._new]
+        if not mine:
+            return
+        before = _Before([group.get(KEY) for group in optimizer.param_groups])
+        for p in mine:
+            before.values[p] = p.detach().clone()
+            before.states[p] = {k: v.clone() for k, v in _state(optimizer, p).items()}
+        stack = self._steps.setdefault(id(optimizer), [])
+        del stack[:-1]  # a step that raised leaves its own; a step within a step puts one more on top
+        stack.append(before)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        stack = self._steps.get(id(optimizer))
+        if not stack:
+            return
+        before = stack.pop()
+        # where the end of per-slice learning rates brought the moments into other units, they have to stay so
+        same = all(a is b for a, b in zip(before.rates, (g.get(KEY) for g in optimizer.param_groups), strict=False))
+        for p, value in before.values.items():
+            mask = self._mask(p)
+            p.copy_(torch.where(mask, p, value))
+            now = _state(optimizer, p)
+            for key, old in before.states[p].items() if same else ():
+                if key in now:
+                    now[key].copy_(torch.where(mask, now[key], old))
+
+
+def _state(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
+    """What an optimizer keeps for every entry of a parameter."""
+    state = optimizer.state.get(p, {})
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape}
+
+
+def freeze_old(new: NewParameters, model: nn.Module) -> Frozen:
+    """Hold everything in a model but what is new.
+
+    Raises:
+        SpecError: the model has not the grown parameters under their names, they are sharded, or nothing new would be
+            trained; nothing is changed then.
+    """
+    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    for name in new:
+        p, shape = by_name.get(name), tuple(new.entries(name, "meta").shape)
+        if p is None or tuple(p.shape) != shape:
+            what = "no such parameter" if p is None else f"one of shape {tuple(p.shape)}"
+            raise SpecError(f"the model is not the grown one: {name} has shape {shape}, and the model has {what}")
+        if hasattr(p, "device_mesh"):
+            raise SpecError(f"{name} is sharded: freeze the old parameters before the model is sharded")
+        names[id(p)] = name  # the class may have tied it to one whose name comes first
+    return Frozen(new, {name: by_name[name] for name in names.values()})
+
+
+__all__ = ["Frozen", "NewParameters", "freeze_old"]
