@@ -21,7 +21,7 @@ from fxgrow.ir.running import plain_tensors
 from fxgrow.ir.traced import Traced
 from fxgrow.landing.blocks import Restacked, restack
 from fxgrow.landing.compare import Difference, differences
-from fxgrow.landing.config import Attributes, adopt, builder_of, solve
+from fxgrow.landing.config import Attributes, Builder, adopt, builder_of, instance_of, solve
 from fxgrow.landing.literals import Candidate, Literal, candidates, changed_literals, mirrored
 from fxgrow.landing.living import Living, attributes_of
 from fxgrow.landing.sizes import KeptSizes
@@ -91,6 +91,7 @@ class _Applying:
         settings = None
         if builder is not None:
             shapes = {n: tuple(t.shape) for n, t in self.tensors.items()}
+            shapes |= {a: shapes[n] for a, n in self.grown.aliases.items() if n in shapes}
             settings = solve(builder, shapes, wanted, stacks)
         if settings is None or builder is None:
             living.undo(mark)
@@ -101,6 +102,8 @@ class _Applying:
         if settings is not None and builder is not None:
             adopt(living, builder, settings, origin)
         self.prove()
+        if builder is not None:
+            self.warn_of_config(builder)
 
     # numbers
 
@@ -188,7 +191,7 @@ class _Applying:
                     self.living.undo(mark)
                 else:
                     failure, found, mark = None, now, self.living.mark
-                    literals = [_literal(d) for d in found if _is_number(d)]
+                    literals = [x for d in found for x in _literals(d)]
             chosen = self.choose(literals)
             if not chosen:
                 break
@@ -223,6 +226,16 @@ class _Applying:
             warnings.simplefilter("ignore")
             return trace(self.living.model, args, kwargs, calls=calls or None)
 
+    def warn_of_config(self, builder: Builder) -> None:
+        """Say it where the model's config now makes another model than this one: a checkpoint stores the config."""
+        said = builder.differs(instance_of(self.living.model))
+        if said:
+            warnings.warn(
+                f"{type(self.living.model).__name__} is grown, and its config cannot say so: made anew from it, {said}"
+                ". Keep the model itself, or grow what the config ties (docs/landing.md)",
+                stacklevel=6,
+            )
+
     # words
 
     def refused(self, found: list[Difference]) -> GrowthRefused:
@@ -252,9 +265,14 @@ def words(d: Difference) -> str:
     """A difference for people."""
     line = d.their_source or d.source
     where = f"{line}: " if line else ""
+    at = f"{d.node or 'the graph'} in {d.module_path or 'the model'}"
+    if d.kind == "missing":
+        does = f"multiplies by {d.ours}" if isinstance(d.ours, float) else f"computes {d.argument}"
+        return f"{where}the growth {does} at {at}, and the class does not"
+    if d.kind == "extra":
+        return f"{where}the class computes {d.argument} in {d.module_path or 'the model'}, and the growth does not"
     what = f"{d.argument} of " if d.argument else ""
-    place = f"{d.node or 'the graph'} in {d.module_path or 'the model'}"
-    return f"{where}{what}{place} is {d.theirs}, the growth needs {d.ours}"
+    return f"{where}{what}{at} is {d.theirs}, the growth needs {d.ours}"
 
 
 def origins(model: nn.Module, stacks: list[Restacked]) -> dict[str, str]:
@@ -273,13 +291,19 @@ def origins(model: nn.Module, stacks: list[Restacked]) -> dict[str, str]:
     return out
 
 
-def _is_number(d: Difference) -> bool:
-    both = (d.ours, d.theirs)
-    return d.kind == "literal" and all(v is None or type(v) in (int, float) for v in both)
-
-
-def _literal(d: Difference) -> Literal:
-    return Literal(d.module_path, d.theirs, d.ours, d.their_source or d.source, d.node, d.argument)
+def _literals(d: Difference) -> list[Literal]:
+    """The numbers of a difference, each entry of a list by itself."""
+    if d.kind != "literal":
+        return []
+    pairs = [(d.theirs, d.ours)]
+    if isinstance(d.ours, list | tuple) and isinstance(d.theirs, list | tuple) and len(d.ours) == len(d.theirs):
+        pairs = [(old, new) for old, new in zip(d.theirs, d.ours, strict=True) if old != new]
+    line = d.their_source or d.source
+    return [
+        Literal(d.module_path, old, new, line, d.node, d.argument)
+        for old, new in pairs
+        if all(v is None or type(v) in (int, float) for v in (old, new))
+    ]
 
 
 __all__ = ["apply"]

@@ -56,11 +56,14 @@ class Builder:
     Attributes:
         config: the model's own.
         base: what the class makes of it.
+        added, changed: names of tensors, and attributes, by which the model was another than that.
     """
 
     kind: type[nn.Module]
     config: Any
     base: Instance = field(init=False)
+    added: set[str] = field(default_factory=set)
+    changed: set[tuple[str, str]] = field(default_factory=set)
     deadline: float = field(default_factory=lambda: time.monotonic() + _PATIENCE)
 
     def build(self, values: Mapping[Key, Any]) -> Instance | None:
@@ -78,6 +81,24 @@ class Builder:
                 return instance_of(self.kind(config))
         except Exception:
             return None
+
+    def differs(self, model: Instance) -> str:
+        """What is another in the class made anew from the config as it is now, in words; "" for nothing."""
+        self.deadline = time.monotonic() + _PATIENCE
+        made = self.build({})
+        if made is None:
+            return "it cannot be built"
+        for name, shape in made.shapes.items():
+            if model.shapes.get(name, shape) != shape:
+                return f"{name} has the shape {shape}, not {model.shapes[name]}"
+        alone = set(made.shapes) ^ (set(model.shapes) - self.added)
+        if alone:
+            return f"{min(alone)} is there in one of them only"
+        for (path, name), value in made.attributes.items():
+            known = model.attributes.get((path, name), value)
+            if known != value and (path, name) not in self.changed:
+                return f"{f'{path}.' if path else ''}{name} is {value}, not {known}"
+        return ""
 
 
 def instance_of(model: nn.Module) -> Instance:
@@ -112,7 +133,8 @@ def builder_of(model: nn.Module) -> Builder | None:
         builder = Builder(type(model), config)
         made = builder.build({})
         if made is not None and {n: s for n, s in own.shapes.items() if n in made.shapes} == made.shapes:
-            builder.base = made
+            builder.base, builder.added = made, set(own.shapes) - set(made.shapes)
+            builder.changed = {k for k, v in own.attributes.items() if made.attributes.get(k, v) != v}
             return builder
     return None
 
@@ -148,34 +170,93 @@ def solve(
     """
     base = builder.base
     goal = {n: s for n, s in shapes.items() if n in base.shapes or stacks}
+    lists = {k: v for s in stacks for k, v in _restacked_lists(builder.config, s).items()}
     choices: dict[Key, list[Any]] = {}
     for key, value in _settings(builder.config):
+        if not _matters(value, base, goal, wanted, stacks):
+            continue
         for probe in (2 * value, value + 1, 3 * value):
-            lists = _stretched(builder.config, value, probe)
-            moved = builder.build({key: probe, **lists})
+            moved = builder.build({key: probe, **_stretched(builder.config, value, probe)})
             if moved is not None:
                 found = _values_for(key, value, probe, base, moved, goal, wanted, stacks)
                 if found:
                     choices[key] = found
                 break
-    lists = {k: v for s in stacks for k, v in _restacked_lists(builder.config, s).items()}
+    whole, nearest = _search(builder, goal, wanted, choices, lists)
+    if whole is None:
+        more = _unset(builder, goal, nearest)
+        if more:
+            whole, _ = _search(builder, goal, wanted, {**choices, **more}, lists)
+    return whole or _by_themselves(builder, goal, choices, lists)
+
+
+def _matters(
+    value: int, base: Instance, goal: Mapping[str, tuple[int, ...]], wanted: Attributes, stacks: list[Restacked]
+) -> bool:
+    """Whether a setting may stand behind anything that has grown: whether it divides, or is, a number that changes."""
+    old = {
+        o
+        for n, s in base.shapes.items()
+        if len(goal.get(n, s)) == len(s)
+        for o, g in zip(s, goal.get(n, s), strict=True)
+        if o != g
+    }
+    old |= {v for k in wanted if type(v := base.attributes.get(k)) is int}
+    old |= {len(s.origins) - len(s.copied) for s in stacks}
+    return any(o % value == 0 or value % o == 0 for o in old if o)
+
+
+def _search(
+    builder: Builder,
+    goal: Mapping[str, tuple[int, ...]],
+    wanted: Attributes,
+    choices: Mapping[Key, list[Any]],
+    lists: dict[Key, Any],
+) -> tuple[Settings | None, dict[Key, Any]]:
+    """The choice that makes the grown shapes and the most of the wanted attributes; and the one that comes nearest."""
     best: tuple[int, Settings] | None = None
-    keys = list(choices)
-    tried = 0
-    for picked in itertools.product(*([*choices[k], None] for k in keys)):
-        values = {k: v for k, v in zip(keys, picked, strict=True) if v is not None}
-        tried += 1
-        if tried > _MOST_TRIED:
-            break
-        made = builder.build({**values, **lists})
-        if made is None or any(made.shapes.get(n) != s for n, s in goal.items()):
+    nearest: tuple[int, dict[Key, Any]] | None = None
+    for picked in itertools.islice(itertools.product(*([*found, None] for found in choices.values())), _MOST_TRIED):
+        values = {**{k: v for k, v in zip(choices, picked, strict=True) if v is not None}, **lists}
+        made = builder.build(values)
+        if made is None:
+            continue
+        wrong = sum(made.shapes.get(n) != s for n, s in goal.items()) + len(
+            set(made.shapes) - set(goal) - set(builder.base.shapes)
+        )
+        if nearest is None or wrong < nearest[0]:
+            nearest = wrong, values
+        if wrong:
             continue
         missed = sum(made.attributes.get(k, v) != v for k, v in wanted.items())
         if best is None or missed < best[0]:
-            best = missed, Settings({**values, **lists}, base, made)
+            best = missed, Settings(values, builder.base, made)
         if not missed:
             break
-    return best[1] if best else _by_themselves(builder, goal, choices, lists, stacks)
+    return best[1] if best else None, nearest[1] if nearest else {}
+
+
+def _unset(builder: Builder, goal: Mapping[str, tuple[int, ...]], nearest: Mapping[Key, Any]) -> dict[Key, list[Any]]:
+    """Settings that are None, and so follow from others, with the sizes that still lack when the others are chosen."""
+    made = builder.build(nearest)
+    if made is None:
+        return {}
+    lacking = {
+        new
+        for n, s in goal.items()
+        if len(made.shapes.get(n, ())) == len(s)
+        for there, new in zip(made.shapes[n], s, strict=True)
+        if there != new
+    }
+    out: dict[Key, list[Any]] = {}
+    for name, value in list(attributes_of(builder.config).items()):
+        for size in sorted(lacking)[:4] if value is None and isinstance(name, str) else ():
+            tried = builder.build({**nearest, (name,): size})
+            if tried is not None and tried.shapes != made.shapes:
+                out.setdefault((name,), []).append(size)
+            elif tried is not None:
+                break  # it moves nothing
+    return out
 
 
 def _by_themselves(
@@ -183,7 +264,6 @@ def _by_themselves(
     goal: Mapping[str, tuple[int, ...]],
     choices: Mapping[Key, list[Any]],
     lists: dict[Key, Any],
-    stacks: list[Restacked],
 ) -> Settings | None:
     """Settings that move nothing but what has grown, each by itself, where no choice of all makes the grown shapes."""
     base, values = builder.base, {}
@@ -193,7 +273,7 @@ def _by_themselves(
             if made is None:
                 continue
             moved = {n for n, s in made.shapes.items() if base.shapes.get(n) != s}
-            fits = set(made.shapes) <= set(goal) and all(
+            fits = set(made.shapes) <= set(goal) | set(base.shapes) and all(
                 there in (old, new)
                 for n in moved & set(base.shapes)
                 for old, there, new in zip(base.shapes[n], made.shapes[n], goal[n], strict=True)

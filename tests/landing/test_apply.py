@@ -182,3 +182,68 @@ def test_a_compiled_model_runs_no_stale_code() -> None:
     with torch.no_grad():
         model[2].weight.zero_()
         torch.testing.assert_close(model(*x), model[2].bias.expand(3, 3))
+
+
+class Config:
+    """Settings, some of which follow from others where they are not given."""
+
+    def __init__(self, width: int = 8, inner: int | None = None, layers: int = 2) -> None:
+        self.width, self.inner, self.layers = width, inner, layers
+        self.kinds = ["even" if i % 2 == 0 else "odd" for i in range(layers)]
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config, number: int) -> None:
+        super().__init__()
+        self.inner = config.inner or 4 * config.width
+        self.norm, self.up = nn.LayerNorm(config.width), nn.Linear(config.width, self.inner)
+        self.down, self.kind = nn.Linear(self.inner, config.width), config.kinds[number]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(self.norm(x)).tanh())
+
+
+class Configured(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.first, self.last = nn.Linear(5, config.width), nn.Linear(config.width, 3)
+        self.layers = nn.ModuleList([Layer(config, i) for i in range(config.layers)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for layer in self.layers[: self.config.layers]:
+            x = layer(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize(
+    ("spec", "settings"),
+    [
+        (widen("*/residual"), {"width": 16, "inner": 32, "layers": 2}),
+        (widen("*/hidden"), {"width": 8, "inner": 64, "layers": 2}),
+        ({"op": "deepen", "stack": "layers", "by": 1}, {"width": 8, "inner": None, "layers": 3}),
+    ],
+    ids=["width", "inner", "layers"],
+)
+def test_the_config_says_what_the_model_is(spec: dict[str, Any], settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = trained(Configured(Config()).double())
+    before, x = copy.deepcopy(model), (torch.randn(3, 5, dtype=torch.float64),)
+    fxgrow.grow(model, spec, x).apply_(model)
+    assert {k: v for k, v in vars(model.config).items() if k != "kinds"} == settings
+    assert len(model.config.kinds) == model.config.layers
+    rebuilt = Configured(model.config).double()
+    rebuilt.load_state_dict(model.state_dict())
+    for module in (model, rebuilt):
+        assert relative_error(before, module, x) <= 1e-12
+
+
+def test_a_config_that_cannot_say_it_is_told_of() -> None:
+    torch.manual_seed(0)
+    model = trained(Configured(Config(inner=16)).double())
+    before, x = copy.deepcopy(model), (torch.randn(3, 5, dtype=torch.float64),)
+    growth = fxgrow.grow(model, widen("layers.0/hidden"), x)
+    with pytest.warns(UserWarning, match=r"its config cannot say so.*layers\.0\.up\.weight has the shape \(16, 8\)"):
+        growth.apply_(model)
+    assert relative_error(before, model, x) <= 1e-12
