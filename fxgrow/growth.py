@@ -86,6 +86,7 @@ class Growth:
         See :func:`fxgrow.optim.carry` for the policies and options; the policy that ``grow`` was given, or
         ``asymmetric``, is the default.
         """
+        self._check_unchanged()
         names, new = self.source_names(), self._new()
         made = carry(self.plan, names, new, optimizer, policy or self.policy, handed=self._handed, **options)
         self._hand_over([made], new)
@@ -107,14 +108,25 @@ class Growth:
             What was passed.
 
         Raises:
-            FxgrowError: a policy that does not fit, a second call, parameters kept beside the groups (see
-                :func:`fxgrow.optim.carry_`); every optimizer is as it was then.
+            FxgrowError: a policy that does not fit, a second call, weights that have changed since the growth,
+                parameters kept beside the groups (see :func:`fxgrow.optim.carry_`); every optimizer is as it was then.
         """
+        self._check_unchanged()
         names, new = self.source_names(), self._new()
         several: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         carry_(self.plan, names, new, several, policy or self.policy, handed=self._handed, **options)
         self._hand_over(several, new)
         return optimizer
+
+    def _check_unchanged(self) -> None:
+        """Whether the small model's weights are what they were: moments of a later step belong to other weights."""
+        for name, ref in self._source:
+            p = ref()
+            if p is not None and self._versions[name] not in (-1, version_of(p)):
+                raise FxgrowError(
+                    f"{name} has changed since the model was grown (an optimizer's step?), and the grown weights do "
+                    "not know of it: carry the optimizer over right after the growth"
+                )
 
     def _new(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters(remove_duplicate=True))

@@ -126,6 +126,37 @@ def test_a_new_process_goes_on_with_a_plain_optimizer_over_the_larger_class(tmp_
         assert losses[name] == pytest.approx(those, abs=1e-9), name
 
 
+@pytest.mark.parametrize("order", ["apply_ first", "carry_ first", "a backward pass between"])
+def test_the_users_own_model_goes_on_with_the_same_optimizer(order: str) -> None:
+    """``growth.apply_(model); growth.carry_(optimizer)``, twice, with gradients in flight: nothing else changes."""
+    model, one, twin, two = twins(ADAMW)
+    schedules = [lr_scheduler.OneCycleLR(o, max_lr=2e-2, total_steps=60) for o in (one, two)]
+    for k, spec in ((100, (HIDDEN, STREAM)), (200, (MORE,))):
+        for module in (model, twin):
+            module.zero_grad()
+            loss_of(module, k).backward()
+        growth = grown(model, *spec, optimizer=one, policy="exact")
+        if order == "carry_ first":
+            growth.carry_(one)
+            growth.apply_(model)
+        else:
+            growth.apply_(model)
+            if order == "a backward pass between":
+                loss_of(model, k + 1).backward()
+                loss_of(twin, k + 1).backward()
+            growth.carry_(one)
+        own = list(model.parameters())
+        assert [id(p) for p in one.param_groups[0]["params"]] == [id(p) for p in own]
+        for module, optimizer in ((model, one), (twin, two)):
+            loss_of(module, k + 2).backward()
+            optimizer.step()
+        for j in range(k + 3, k + 28):
+            assert abs(either(model, one, j) - either(twin, two, j)) <= 1e-9
+            for schedule in schedules:
+                schedule.step()
+    assert model.up.out_features == 48 and one.param_groups[0]["lr"] == two.param_groups[0]["lr"]
+
+
 @pytest.mark.parametrize("first", [("exact", {}), ("exact", {"ramp": 7}), ("asymmetric", {"warmup": 8, "peak": 1.5})])
 @pytest.mark.parametrize("second", ["exact", "asymmetric", "copy"])
 def test_a_second_growth_leaves_what_the_first_began(first: tuple[str, dict[str, Any]], second: str) -> None:
@@ -346,6 +377,18 @@ def test_a_second_call_is_refused() -> None:
     assert same(before, snapshot(one))
 
 
+@pytest.mark.parametrize("how", ["carry_", "carry"])
+def test_a_step_between_growth_and_carrying_is_refused(how: str) -> None:
+    """The grown weights are those before it, the moments those after it."""
+    model, one, *_ = twins(ADAMW)
+    growth = grown(model, HIDDEN)
+    step(model, one, 3)
+    before = snapshot(one)
+    with pytest.raises(fxgrow.FxgrowError, match=r"emb\.weight has changed since the model was grown"):
+        getattr(growth, how)(one, "exact")
+    assert same(before, snapshot(one))
+
+
 def test_an_optimizer_of_another_model_is_refused() -> None:
     model, one, _, two = twins(ADAMW)
     growth = grown(model, HIDDEN)
@@ -369,7 +412,7 @@ def test_weights_that_a_failed_step_left_in_other_units_do_not_grow() -> None:
     one.param_groups[0]["alpha"] = alpha
     with pytest.raises(fxgrow.FxgrowError, match="did not finish"):
         grown(growth.module, STREAM)
-    with pytest.raises(fxgrow.FxgrowError, match="did not finish"):
+    with pytest.raises(fxgrow.FxgrowError, match="has changed since"):
         later.carry_(one)
     one.zero_grad()
     one.step()
