@@ -6,6 +6,7 @@ to compute the same. Then its modules take the grown tensors as they are, so tha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -37,7 +38,8 @@ def into(
         traced: the target's trace, where it is at hand.
 
     Returns:
-        What to know: tensors that no captured call reads and that stay the target's own.
+        What to know: tensors that no captured call reads and that stay the target's own; buffers that are not saved and
+        have other values than the class computes.
 
     Raises:
         GrowthRefused: the target computes something else, or cannot be traced; it is as it was.
@@ -49,10 +51,16 @@ def into(
         raise GrowthRefused(refusal(type(model).__name__, found, plan, theirs))
     tensors, kept = _matched(model, module, grown, theirs)
     _check_run(model, module, grown, tensors)
+    name = type(model).__name__
+    notes = [f"no captured call reads {', '.join(kept)}: the larger {name} keeps its own"] if kept else []
+    if unsaved := _unsaved(model, theirs, tensors):
+        notes.append(
+            f"the buffer {unsaved[0]} of the larger {name} is not in its state dict, and holds other values now than "
+            "the class computes: save it with the weights, else a model that loads them computes something else"
+        )
+        warnings.warn(notes[-1], stacklevel=3)
     _exchange(model, tensors)
-    if not kept:
-        return []
-    return [f"no captured call reads {', '.join(kept)}: the larger {type(model).__name__} keeps its own"]
+    return notes
 
 
 def trace_like(model: nn.Module, program: Traced) -> Program:
@@ -106,6 +114,17 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
+
+
+def _unsaved(model: nn.Module, theirs: Traced, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Buffers that are not saved and that the class, as it built the target, has other values for."""
+    read = {str(n.target) for n in theirs.graph.nodes if n.op == "get_attr"}
+
+    def differs(old: torch.Tensor, new: torch.Tensor) -> bool:
+        return not (old.is_meta or new.is_meta) and not torch.equal(old, new.to(old.device))
+
+    own = dict(model.named_buffers())
+    return [n for n, b in own.items() if n in read - theirs.persistent and n in tensors and differs(b, tensors[n])]
 
 
 def _exchange(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -277,7 +277,7 @@ class CallForm:
     def _group(self, node: fx.Node) -> int:
         return self._memory.place[self._memory.sharing(node)[0]]
 
-    def _size(self, size: Size | None) -> Size | None:
+    def _size(self, size: Any) -> Any:
         """A size over the inputs' sizes by name."""
         if size is None or isinstance(size, int):
             return size
@@ -524,10 +524,12 @@ class CallForm:
         if before is None:
             return None
         dim = given["dim"] % len(before)
-        sizes = [self._size(p[dim]) if p is not None else None for p in parts]
+        if any(p is None for p in parts):
+            return None
+        sizes = [self._size(p[dim]) for p in parts if p is not None]
         argument = next(n for n in ("split_size", "split_sizes", "chunks") if n in given)
         wanted = given[argument]
-        if any(s is None for s in sizes) or not same_size(sum(sizes), before[dim]):
+        if not same_size(sum(sizes), before[dim]):
             return None
         if argument == "split_sizes":
             right = isinstance(wanted, list | tuple) and [self._given(w) for w in wanted] == sizes

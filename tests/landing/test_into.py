@@ -284,3 +284,12 @@ def test_the_optimizer_goes_on_over_the_targets_parameters() -> None:
             o.step()
     small = same[0]
     assert relative_error(small, big, ids()) <= 1e-9
+
+
+def test_buffers_that_are_not_saved_and_that_the_class_computes_otherwise_are_named() -> None:
+    small, big = double(Llama()), double(Llama(hidden=12), 1)
+    small.inverse.mul_(0.5)
+    with pytest.warns(UserWarning, match="buffer inverse of the larger Llama is not in its state dict"):
+        growth = fxgrow.expand(small, big, ids(), verify=False)
+    assert any("buffer inverse" in n for n in growth.receipt.notes)
+    assert relative_error(small, big, ids()) <= 1e-12
