@@ -30,6 +30,8 @@ def show_plan(console: Console, made: GrowthPlan, program: Program | None = None
         console.print("in the graph")
         for text, count in lines.items():
             console.print("  " + escape(text) + (f"  ×{count}" if count > 1 else ""), soft_wrap=True)
+    for constant in made.constants:
+        console.print(f"[yellow]stays in the graph[/] {escape(str(constant))}", soft_wrap=True)
     for note in made.notes:
         console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
 

@@ -46,6 +46,8 @@ def graph_lines(plan: GrowthPlan) -> dict[str, int]:
                 text = f"{base}: {arguments}" + (f", by {change.target}" if change.target else "")
             elif change.kind == "rescale":
                 text = f"{change.node.rstrip('0123456789').rstrip('_')}: result × {change.factor:g}"
+            elif change.kind == "unscale":
+                text = f"{change.node.rstrip('0123456789').rstrip('_')}: taken out, weights have its factor"
             else:
                 continue
             lines[text] = lines.get(text, 0) + 1
