@@ -233,7 +233,7 @@ class _Sizes:
         if summed and not by_weight:
             return _power(value, [(a, b) for a, b, _ in summed], (1, 2, 3), tolerance)
         for old, new, role in summed:
-            if role == "rank":
+            if role == "rank" and self._low_rank(node.args[0]):
                 return value * (old / new if name in _PRODUCTS else new / old)
         mine = self._last(node.args[0]) + [(a, b) for a, b, _ in summed if a >= _LEAST]
         return _power(value, mine, (1,), tolerance)
@@ -254,20 +254,38 @@ class _Sizes:
             found.append((int(a), int(b)))
         return found
 
-    def _summed(self, node: fx.Node) -> tuple[list[tuple[int, int, str]], bool]:
-        """The grown axes that the product behind a value sums over, and whether by a weight."""
+    def _low_rank(self, node: fx.Node) -> bool:
+        """Whether a value is a product with one weight after another, as an adapter's is."""
+        for _ in range(2):
+            found = self._product(node)
+            if found is None:
+                return False
+            values = [n for n in found.all_input_nodes if isinstance(self.old.dims.get(n), list)]
+            if not any(map(is_parameter, values)) or not isinstance(found.args[0], fx.Node):
+                return False
+            node = found.args[0]
+        return True
+
+    @staticmethod
+    def _product(node: fx.Node) -> fx.Node | None:
+        """The sum of products that a value is, seen through what moves, scales or drops its entries."""
         while node.op == "call_function" and node.all_input_nodes:
             name = op_name(node.target)
             if FAMILIES.get(name) == "contraction":
-                break
+                return node
             scaled = name in _PRODUCTS + _QUOTIENTS and not isinstance(node.args[1], fx.Node)
             if not (moves(node) or scaled or "dropout" in name) or not isinstance(node.args[0], fx.Node):
-                return [], False
+                return None
             node = node.args[0]
-        if FAMILIES.get(op_name(node.target)) != "contraction":
+        return None
+
+    def _summed(self, node: fx.Node) -> tuple[list[tuple[int, int, str]], bool]:
+        """The grown axes that the product behind a value sums over, and whether by a weight."""
+        found = self._product(node)
+        if found is None:
             return [], False
-        operands = [n for n in node.all_input_nodes if isinstance(self.old.dims.get(n), list)]
-        left = {a.id for d in self.old.dims.get(node) or [] for a in axes_of(d)}
+        operands = [n for n in found.all_input_nodes if isinstance(self.old.dims.get(n), list)]
+        left = {a.id for d in self.old.dims.get(found) or [] for a in axes_of(d)}
         axes = {a.id for n in operands for d in self.old.dims[n] for a in axes_of(d)} - left
         return [self.grown[a] for a in sorted(axes) if a in self.grown], any(map(is_parameter, operands))
 

@@ -289,9 +289,29 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize(("buffer", "factor"), [(False, 1.5), (True, 2)])
 def test_multipliers_of_embeddings_follow_the_width(buffer: bool, factor: float) -> None:
     model = made(lambda: Scaled(buffer))
-    growth = grown(model, [widen("./hidden", factor)])
+    growth = grown(model, [widen("embed.weight:1", factor)])
     assert growth.plan.constants == []
     compare(model, growth, Scaled(buffer, int(16 * factor)))
+
+
+class Adapted(nn.Module):
+    """A low-rank adapter, whose scale is alpha over the rank."""
+
+    def __init__(self, rank: int = 2) -> None:
+        super().__init__()
+        self.rank, self.embed, self.base = rank, nn.Embedding(11, 8), nn.Linear(8, 6)
+        self.a, self.b = nn.Linear(8, rank, bias=False), nn.Linear(rank, 6, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return self.base(x) + self.b(self.a(x)) * (3.0 / self.rank)  # type: ignore[no-any-return]
+
+
+def test_the_scale_of_an_adapter_follows_its_rank() -> None:
+    model = made(Adapted)
+    growth = grown(model, [widen("a.weight:0")])
+    assert growth.plan.constants == []
+    compare(model, growth, Adapted(4))
 
 
 class Product(nn.Module):
