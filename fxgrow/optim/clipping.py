@@ -53,7 +53,7 @@ def clip_grad_norm_(
     for one in given:
         factors.update({p: [] for group in one.param_groups for p in group["params"]})
     for one in given:
-        factors.update(norm_factors(one, norm_type))
+        factors.update({p: list(f) for p, f in norm_factors(one, norm_type).items()})
     held = [p for p in factors if p.grad is not None]
     norms = [_in_units(p, factors[p], norm_type) for p in held]
     total = get_total_norm(norms, norm_type, error_if_nonfinite, foreach)
@@ -74,6 +74,6 @@ def _in_units(p: Tensor, factors: Sequence[Tensor | float], norm_type: float) ->
     for f in along:
         grad = grad * f
     norm = get_total_norm([grad.values() if grad.is_sparse else grad], norm_type)
-    for f in plain:
-        norm = norm * f
+    for number in plain:
+        norm = norm * number
     return norm

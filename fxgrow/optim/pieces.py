@@ -3,8 +3,7 @@
 A piece is a range of a parameter's rows, with the same range of its gradient and its state. One that is newborn steps
 at a learning rate of its own, at no further cost. Where only some of its columns are newborn, these are kept aside, and
 brought back part of the way afterwards; where policy ``exact`` steps in the small model's units, the piece is brought
-there and back. Both happen a chunk at a time, while it is in the processor's cache, so that memory is read as often as
-by the optimizer alone, and no more is needed than a chunk.
+there and back. Both happen a chunk at a time, so that no more memory is needed than for a chunk.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ LINEAR: set[type[torch.optim.Optimizer]] = {
     torch.optim.SGD,
 }
 #: entries that are stepped together where something is kept aside
-CHUNK = 1 << 19
+CHUNK = 1 << 23
 #: more pieces than this and a parameter is stepped as a whole
 MOST = 64
 
@@ -143,8 +142,8 @@ class Stepper:
     def step(
         self,
         optimizer: torch.optim.Optimizer,
-        cuts: Mapping[Tensor, _Cut],
-        active: Mapping[Tensor, Active],
+        cuts: Mapping[nn.Parameter, _Cut],
+        active: Mapping[nn.Parameter, Active],
     ) -> None:
         """One step of all parameters that have a gradient."""
         counts = [pair for cut in cuts.values() for pair in cut.counts]
@@ -198,7 +197,7 @@ class _Batch:
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         self.views: list[Tensor] = []  # that hold on to a gradient
         self.kept: dict[int, tuple[SliceRates, list[Tensor], list[Tensor]]] = {}
-        self.after: list[Callable[[], None]] = []
+        self.after: list[Callable[[], object]] = []
 
     def add(self, number: int, piece: _Piece, grad: Tensor) -> None:
         tensor = piece.tensor
@@ -248,7 +247,7 @@ class _Batch:
             stepped.grad = _multiply(scaled, of_gradient[1:])
             if getattr(self.optimizer, "grad_scale", None) is not None:  # the step unscales gradients in place
                 there = [_of(piece, f) for f in self.stepper.factors(p, "gradient", 1.0)]
-                self.after.append(lambda: _multiply(grad.copy_(scaled), there) and None)
+                self.after.append(lambda: _multiply(grad.copy_(scaled), there))
         else:
             stepped.grad = grad
 

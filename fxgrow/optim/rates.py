@@ -193,8 +193,8 @@ class _Applied:
             groups = []
             for group in optimizer.param_groups:
                 for p in group["params"]:
-                    of = [(s, r.exponent) for r, s in active.get(p, ()) if s.scaled]
-                    groups.append({**muon_group(group, p.shape, of), "params": [p]})
+                    shares = [(s, r.exponent) for r, s in active.get(p, ()) if s.scaled]
+                    groups.append({**muon_group(group, p.shape, shares), "params": [p]})
             try:
                 step_groups(optimizer, groups, optimizer.state)
             finally:

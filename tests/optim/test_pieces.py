@@ -1,0 +1,103 @@
+"""Steps in pieces: each entry moves at its rate, none that has no step, and no hook is left."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import optim
+
+from fxgrow.optim import pieces, slice_rates
+from fxgrow.optim.rates import all_rates
+from tests.optim.test_rates import HIDDEN, STREAM, apart, grown, started, step
+
+LINEAR: dict[str, Callable[[Any], optim.Optimizer]] = {
+    "Adadelta": lambda p: optim.Adadelta(p, lr=1.0, weight_decay=0.01),
+    "Adagrad": lambda p: optim.Adagrad(p, lr=1e-2, lr_decay=0.1),
+    "Adam": lambda p: optim.Adam(p, lr=1e-2, weight_decay=0.1, amsgrad=True, foreach=False),
+    "AdamW fused": lambda p: optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True, maximize=True),
+    "AdamW foreach": lambda p: optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
+    "Adamax": lambda p: optim.Adamax(p, lr=torch.tensor(1e-2, dtype=torch.float64)),
+    "NAdam": lambda p: optim.NAdam(p, lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True),
+    "RAdam": lambda p: optim.RAdam(p, lr=1e-2),
+    "RMSprop": lambda p: optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True, weight_decay=0.1),
+    "SGD": lambda p: optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.05, nesterov=True),
+    "SGD fused": lambda p: optim.SGD(p, lr=1e-2, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_newborn_entries_move_by_their_rate_and_old_ones_as_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a plain step of the same optimizer: its movement, times the rate where newborn."""
+    monkeypatch.setattr(pieces, "CHUNK", 40)
+    model, optimizer = started(LINEAR[name])
+    growth = grown(model, HIDDEN, STREAM)
+    carried = growth.carry(optimizer, "asymmetric", warmup=10, peak=1.5)
+    for k in range(3):
+        step(growth.module, carried, k)
+    plain_module, plain = copy.deepcopy((growth.module, carried))
+    for group in plain.param_groups:
+        del group["fxgrow"], group["fxgrow_steps"]
+    rates = slice_rates(carried)
+    assert rates is not None and rates.newborn_rate not in (0.0, 1.0)
+    rate, before = rates.newborn_rate, copy.deepcopy(dict(growth.module.named_parameters()))
+    step(growth.module, carried, 5)
+    step(plain_module, plain, 5)
+    seen = 0
+    for n, p in growth.module.named_parameters():
+        newborn = torch.zeros_like(p, dtype=torch.bool)
+        for i, d in enumerate(growth.plan.tensors[n].dims):
+            if d is not None:
+                shape = [1] * p.dim()
+                shape[i] = -1
+                newborn |= torch.from_numpy(d.newborn).view(shape)
+        other = plain_module.get_parameter(n)
+        # not to the bit: vectors of the processor begin elsewhere
+        torch.testing.assert_close(p[~newborn], other[~newborn], rtol=1e-14, atol=1e-15)
+        torch.testing.assert_close((p - before[n])[newborn], rate * (other - before[n])[newborn], rtol=1e-9, atol=1e-15)
+        for key, value in carried.state[p].items():
+            torch.testing.assert_close(value, plain.state[other][key], rtol=1e-13, atol=1e-15)
+        seen += int(newborn.sum())
+    assert seen
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_exact_in_chunks_follows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "CHUNK", 40)
+    model, optimizer = started(LINEAR[name])
+    growth = grown(model, HIDDEN, {**STREAM, "factor": 3})
+    carried = growth.carry(optimizer, "exact")
+    assert apart(model, optimizer, growth.module, carried, steps=8) <= 1e-13
+
+
+@pytest.mark.parametrize("policy", ["exact", "asymmetric"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_takes_no_step_keeps_its_bits(policy: str, dtype: torch.dtype, fused: bool) -> None:
+    """Parameters without a gradient, and entries whose gradient and state are zero."""
+    model, optimizer = started(lambda p: optim.AdamW(p, lr=0.01, weight_decay=0.0, eps=1e-3, fused=fused), dtype=dtype)
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()
+    growth = grown(model, HIDDEN, {**STREAM, "factor": 3})
+    carried = growth.carry(optimizer, policy, **({"warmup": 5} if policy == "asymmetric" else {}))
+    before = copy.deepcopy(growth.module.state_dict())
+    for _ in range(3):
+        for n, p in growth.module.named_parameters():
+            p.grad = None if n.startswith("out") else torch.zeros_like(p)
+        carried.step()
+    assert all(torch.equal(v, before[k]) for k, v in growth.module.state_dict().items())
+
+
+def test_after_the_warm_up_no_hook_is_left_and_groups_are_as_they_were() -> None:
+    model, optimizer = started(LINEAR["AdamW fused"])
+    growth = grown(model, HIDDEN)
+    carried = growth.carry(optimizer, "asymmetric", warmup=2)
+    groups = carried.param_groups
+    for k in range(3):
+        step(growth.module, carried, k)
+        assert carried.param_groups is groups
+    assert not carried._optimizer_step_pre_hooks and not carried._optimizer_step_post_hooks
+    assert not all_rates(carried) and set(groups[0]) == set(optimizer.param_groups[0])
