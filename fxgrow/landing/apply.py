@@ -25,6 +25,7 @@ from fxgrow.landing.config import Attributes, Builder, adopt, builder_of, instan
 from fxgrow.landing.literals import Candidate, Literal, candidates, changed_literals, mirrored
 from fxgrow.landing.living import Living, attributes_of
 from fxgrow.landing.sizes import KeptSizes
+from fxgrow.landing.ties import tied_with
 from fxgrow.plan import GrowthPlan
 from fxgrow.trace.tracer import trace
 
@@ -118,8 +119,9 @@ class _Applying:
             found = candidates(self.living.model, literal)
             free = [c for c in found if (*c.key, c.value) not in self.tried]
             fitting = [c for c in free if out.get(c.key, c).value == c.value and (not sure or c.is_sure)]
-            if not fitting:
+            if not found:
                 self.unset.append(literal)
+            if not fitting:
                 continue
             if any(c.key in out and c.rank[:3] == fitting[0].rank[:3] for c in fitting):
                 continue  # set for another literal already
@@ -248,17 +250,19 @@ class _Applying:
             "Make the number an attribute of the module, or a field of its config, that the forward reads; or use "
             "growth.module"
         )
-        return GrowthRefused("\n".join(lines))
+        lines.append(tied_with(self.before, self.plan))
+        return GrowthRefused("\n".join(line for line in lines if line))
 
     def refused_trace(self, error: FxgrowError | None) -> GrowthRefused:
         name = type(self.living.model).__name__
         lines = [f"{name} cannot run with the grown weights, and is as it was:", f"  {error}"]
-        for literal in self.unset[:4]:
+        for literal in {(u.line, u.old, u.new): u for u in self.unset}.values():  # blocks are alike: a line once
             lines.append(
                 f"  {literal.line or literal.path}: computes with {literal.old}, the growth needs {literal.new}, and "
                 "no attribute of the module or its config holds that number"
             )
-        return GrowthRefused("\n".join(lines))
+        lines.append(tied_with(self.before, self.plan))
+        return GrowthRefused("\n".join(line for line in lines if line))
 
 
 def words(d: Difference) -> str:

@@ -307,3 +307,34 @@ def _attributes(model: nn.Module) -> dict[str, Any]:
         for name, value in vars(module).items()
         if isinstance(value, int | float | str | tuple)
     }
+
+
+class Tied(nn.Module):
+    """Attention in which one number is the width of the stream and that of all heads."""
+
+    def __init__(self, width: int = 8, heads: int = 2) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, width), nn.Linear(width, 3)
+        self.project, self.back = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.width, self.heads = width, heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x)
+        b, t, c = x.shape
+        q, k, v = (
+            y.view(b, t, self.heads, c // self.heads).transpose(1, 2) for y in self.project(x).split(self.width, dim=-1)
+        )
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, c)
+        return self.down((x + self.back(y)).tanh())
+
+
+def test_what_the_class_ties_is_named_and_lands_together() -> None:
+    torch.manual_seed(0)
+    model = trained(Tied().to(D))
+    x, heads = torch.randn(3, 4, 5, dtype=D), {"op": "widen", "axis": "*/heads", "factor": 2}
+    with pytest.raises(fxgrow.GrowthRefused, match=r"may land with `widen \./residual to: 16`"):
+        fxgrow.grow(model, heads, (x,)).apply_(model)
+    before = model(x)
+    fxgrow.grow(model, [heads, {"op": "widen", "axis": "./residual", "to": 16}], (x,)).apply_(model)
+    assert (model.width, model.heads) == (16, 4)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
