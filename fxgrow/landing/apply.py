@@ -126,6 +126,8 @@ class _Applying:
             if any(c.key in out and c.rank[:3] == fitting[0].rank[:3] for c in fitting):
                 continue  # set for another literal already
             out[fitting[0].key] = fitting[0]
+        if any(c.is_direct for c in out.values()):  # what follows from others may be right once these are
+            out = {k: c for k, c in out.items() if c.is_direct}
         self.chosen |= out
         return list(out.values())
 

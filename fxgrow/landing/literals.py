@@ -61,6 +61,11 @@ class Candidate:
         return id(self.holder), self.name, self.index
 
     @property
+    def is_direct(self) -> bool:
+        """Whether it holds the number itself."""
+        return self.rank[0] == 0
+
+    @property
     def is_sure(self) -> bool:
         """Whether it is the module's own, holds the number itself, and is read in the line."""
         return self.rank[:3] == (0, 0, 0)

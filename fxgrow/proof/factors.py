@@ -151,8 +151,8 @@ class Factors:
         if (node, about) not in self.able:
             if node.op == "get_attr":
                 able = self.scalable(str(node.target), about) and node in self.axes.dims
-            else:
-                able = node.op == "call_function"
+            else:  # what is made of no numbers, such as an arange or a cast mask, is what it is
+                able = node.op == "call_function" and self.law(node) is not None
             self.able[node, about] = able and real(node) and not self.axes.memory.written(node)
         return self.able[node, about]
 

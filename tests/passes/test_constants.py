@@ -358,6 +358,42 @@ def test_what_has_no_place_stays_in_the_graph_and_says_why() -> None:
         torch.testing.assert_close(mine, theirs, rtol=LIMIT, atol=LIMIT)
 
 
+ADDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "arange": lambda y: torch.arange(y.shape[0], dtype=y.dtype)[:, None],
+    "linspace": lambda y: torch.linspace(1.0, 2.0, 3, dtype=y.dtype)[:, None],
+    "ones": lambda y: torch.ones_like(y),
+    "full": lambda y: y.new_full((1,), 2.0),
+    "tensor": lambda y: torch.tensor(2.0, dtype=y.dtype),
+    "eye": lambda y: torch.eye(3, dtype=y.dtype).sum(-1, keepdim=True),
+    "mask": lambda y: (y > 0).to(y.dtype),
+    "numbers": lambda y: torch.arange(3)[:, None].to(y.dtype),
+    "signs": lambda y: y.detach().sign(),
+    "range": lambda y: torch.zeros_like(y).exp(),
+}
+
+
+class Added(nn.Module):
+    """A normed value and another one that no weight makes, summed with copies."""
+
+    def __init__(self, what: str, size: int = 8) -> None:
+        super().__init__()
+        self.up, self.norm, self.out, self.what = nn.Linear(5, size), Rms(size), nn.Linear(size, 3), what
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.norm(self.up(x))
+        y = y + ADDED[self.what](y)
+        return self.out(y), y.sum(-1)
+
+
+@pytest.mark.parametrize("what", ADDED)
+def test_values_that_no_weight_makes_stay_what_they_are(what: str) -> None:
+    torch.manual_seed(0)
+    model, x = trained(Added(what).double()), torch.randn(3, 5, dtype=torch.float64)
+    growth = fxgrow.grow(model, widen("up.weight:0"), (x,), verify=False)
+    for mine, theirs in zip(growth.module(x), model(x), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=LIMIT, atol=LIMIT)
+
+
 # afterwards -----------------------------------------------------------------------------------------------------------
 
 
@@ -439,7 +475,7 @@ def test_a_wanted_number_is_reached_by_folding() -> None:
 def test_what_cannot_be_reached_leaves_all_as_it_was() -> None:
     program = fxgrow.capture(made(Shared), (TOKENS,))
     state = State.start(program)
-    (step,) = run_operation(state, Widen(axis="./hidden", factor=2))
+    (step,) = run_operation(state, Widen(axis="./rank", factor=2))
     before = {n: t.model_dump_json() for n, t in state.tensors.items()}
     node = next(n for n in state.graph.nodes if "attention" in n.name)
     assert not fold(state, step, node, "scale", 0.123)
