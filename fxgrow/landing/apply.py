@@ -22,7 +22,7 @@ from fxgrow.ir.traced import Traced
 from fxgrow.landing.blocks import Restacked, restack
 from fxgrow.landing.compare import Difference, differences
 from fxgrow.landing.config import Attributes, Builder, adopt, builder_of, instance_of, solve
-from fxgrow.landing.literals import Candidate, Literal, candidates, changed_literals, mirrored
+from fxgrow.landing.literals import Candidate, Literal, candidates, changed_literals, mirrored, moved
 from fxgrow.landing.living import Living, attributes_of
 from fxgrow.landing.sizes import KeptSizes
 from fxgrow.landing.ties import tied_with
@@ -98,6 +98,7 @@ class _Applying:
             living.undo(mark)
             self.put(self.chosen.values())
             restack(living, self.plan)
+        self.literals = moved(literals, living.model, origin)
         self.exchange(constants)
         kept.settle(living)
         if settings is not None and builder is not None:

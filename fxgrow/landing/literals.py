@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import linecache
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,18 @@ def changed_literals(before: Traced, grown: Traced) -> list[Literal]:
                 info = info_of(old)
                 found[Literal(info.module_path, was, value, info.source, node.name, argument)] = None
     return list(found)
+
+
+def moved(literals: Sequence[Literal], model: nn.Module, origin: Mapping[str, str]) -> list[Literal]:
+    """Literals of a model whose blocks were numbered anew: at their modules' paths now, and at those of their copies.
+
+    Args:
+        origin: module path now to the path that it had, or was copied from, where they differ.
+    """
+    now: dict[str, list[str]] = {}
+    for path, _ in model.named_modules(remove_duplicate=False):
+        now.setdefault(origin.get(path, path), []).append(path)
+    return [dataclasses.replace(x, path=path) for x in literals for path in now.get(x.path, [])]
 
 
 def _numbers(node: fx.Node) -> Iterator[tuple[str, Number]]:
