@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,80 +12,7 @@ from torch import Tensor, nn
 from benchmarks.families import Example, Maker
 from benchmarks.families.plain import V, _floats, _images, _language, _pairs, _tokens
 from examples.gpt import model as gpt
-
-
-@dataclass
-class Config:
-    """One size ties several axes: ``n_embd`` is the stream, the MLP's width over four, and heads × head width."""
-
-    block_size: int = 24
-    vocab_size: int = V
-    n_layer: int = 2
-    n_head: int = 4
-    n_embd: int = 32
-    dropout: float = 0.0
-
-
-class Attention(nn.Module):
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.c_attn, self.c_proj = nn.Linear(config.n_embd, 3 * config.n_embd), nn.Linear(config.n_embd, config.n_embd)
-        self.n_head, self.n_embd = config.n_head, config.n_embd
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, T, C = x.size()
-        q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
-        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for y in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.dropout(self.c_proj(y.transpose(1, 2).contiguous().view(B, T, C)))  # type: ignore[no-any-return]
-
-
-class Block(nn.Module):
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(config.n_embd), Attention(config), nn.LayerNorm(config.n_embd)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.n_embd, 4 * config.n_embd),
-            nn.GELU(),
-            nn.Linear(4 * config.n_embd, config.n_embd),
-            nn.Dropout(config.dropout),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
-
-
-class TiedGPT(nn.Module):
-    """A GPT whose config has one width, tied embeddings, and ``generate``."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.wte, self.wpe = (
-            nn.Embedding(config.vocab_size, config.n_embd),
-            nn.Embedding(config.block_size, config.n_embd),
-        )
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.wte.weight = self.lm_head.weight
-
-    def forward(self, idx: Tensor) -> Tensor:
-        x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
-        for block in self.h:
-            x = block(x)
-        return self.lm_head(self.ln_f(x))  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-        for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size :])[:, -1] / temperature
-            if top_k is not None:
-                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-            idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], dim=1)
-        return idx
+from examples.nanogpt import model as nanogpt
 
 
 class Written(nn.Module):
@@ -378,11 +304,20 @@ def _gpt(**options: Any) -> Example:
     return Example(model, {}, {}, (_tokens(2, 7), _tokens(2, 7)), (_tokens(3, 9), _tokens(3, 9)))
 
 
+def _nanogpt(targets: bool = True, **options: Any) -> Example:
+    """One width in the config ties the stream, the MLP and heads × head width."""
+    model = nanogpt.GPT(nanogpt.GPTConfig(block_size=24, vocab_size=V, n_layer=2, n_head=4, n_embd=32, **options))
+    inputs, other = ((_tokens(2, 7),) * (1 + targets), (_tokens(3, 9),) * (1 + targets))
+    return Example(model, {}, {}, inputs, other)
+
+
 FAMILIES: dict[str, dict[str, Maker]] = {
     "": {
         "examples.gpt": _gpt,
         "examples.gpt-written": lambda: _gpt(flash=False, bias=False),
-        "tied-gpt": lambda: _language(TiedGPT(Config())),
+        "examples.nanogpt": _nanogpt,
+        "examples.nanogpt-dropout": lambda: _nanogpt(dropout=0.1, bias=False),
+        "examples.nanogpt-logits": lambda: _nanogpt(targets=False),
         "written-attention": lambda: _language(Written()),
         "grouped-queries": lambda: _language(Grouped()),
         "experts": lambda: _language(Experts()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ def _fake(trial: landing.Trial, apply: Any) -> Any:
     return types.SimpleNamespace(module=growth.module, plan=growth.plan, apply_=apply)
 
 
+def _land(trial: landing.Trial, apply: Any) -> dict[str, Any]:
+    return trial._land(_fake(trial, apply), copy.deepcopy(trial.example.model))
+
+
 def _by_hand(trial: landing.Trial, model: nn.Sequential) -> None:
     grown = _fake(trial, None).module.state_dict()
     model[0], model[1], model[3] = nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 3)
@@ -45,7 +50,7 @@ def _by_hand(trial: landing.Trial, model: nn.Sequential) -> None:
 
 
 def test_a_class_that_computes_the_grown_function_has_landed(trial: landing.Trial) -> None:
-    row = trial._land(_fake(trial, lambda model: _by_hand(trial, model)))
+    row = _land(trial, lambda model: _by_hand(trial, model))
     assert row["landed"] == "exact"
     assert row["error"] < 1e-12 and row["gradients"] < 1e-12
 
@@ -55,7 +60,7 @@ def test_a_class_that_computes_something_else_is_an_error(trial: landing.Trial) 
         _by_hand(trial, model)
         model[1].eps = 1e-2  # type: ignore[union-attr]
 
-    assert trial._land(_fake(trial, apply))["landed"].startswith("ERROR: the class differs by ")
+    assert _land(trial, apply)["landed"].startswith("ERROR: the class differs by ")
 
 
 def test_a_refusal_that_leaves_a_bit_changed_is_an_error(trial: landing.Trial) -> None:
@@ -64,8 +69,8 @@ def test_a_refusal_that_leaves_a_bit_changed_is_an_error(trial: landing.Trial) -
             model[0].weight.data[0, 0] += 1e-15  # type: ignore[index, union-attr, operator]
         raise GrowthRefused("a literal\nand more")
 
-    assert trial._land(_fake(trial, lambda m: refuse(m, spoil=False)))["landed"] == "a literal"
-    spoiled = trial._land(_fake(trial, lambda m: refuse(m, spoil=True)))["landed"]
+    assert _land(trial, lambda m: refuse(m, spoil=False))["landed"] == "a literal"
+    spoiled = _land(trial, lambda m: refuse(m, spoil=True))["landed"]
     assert spoiled == "ERROR: refused, and 0.weight changed: a literal"
 
 
