@@ -1,8 +1,8 @@
 """Grow a small convolutional network while it learns to tell shapes apart: ``python -m examples.vision`` (a minute).
 
 Inverted residuals with depthwise convolutions, squeeze-and-excitation, batch norm and stochastic depth: what
-MobileNet and EfficientNet are made of. Channels double, a stage gets another block, and training goes on with its
-optimizer.
+MobileNet and EfficientNet are made of. Channels double, a stage gets another block, and training goes on: the same
+model, the same optimizer, and the cosine schedule that holds it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,12 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, generator: torch.Generator, batch: int = 64
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    steps: int,
+    generator: torch.Generator,
+    batch: int = 64,
 ) -> float:
     """Train for some steps; returns the mean loss of the last ten."""
     model.train()
@@ -107,6 +112,7 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        scheduler.step()
         losses.append(loss.item())
     return sum(losses[-10:]) / len(losses[-10:])
 
@@ -119,22 +125,25 @@ def main(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     test = images(1000, torch.Generator().manual_seed(seed + 1))
-    model: nn.Module = Net()
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loss = train(model, optimizer, steps, generator)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * steps)
+    loss = train(model, optimizer, scheduler, steps, generator)
     before = accuracy(model, *test)
     typer.echo(f"{steps} steps: loss {loss:.3f}, accuracy {before:.1%}")
 
     growth = fxgrow.grow(model, SPEC, (test[0][:4],))
-    optimizer = growth.carry(optimizer)
+    growth.apply_(model)
+    growth.carry_(optimizer)
     receipt = growth.receipt
     typer.echo(f"grown {receipt.params_before:,} -> {receipt.params_after:,} parameters: {growth.plan.exactness}")
     moved = f"{receipt.error_float64:.1e} in eval, {receipt.error_float64_train:.1e} in train"
     typer.echo(f"  float64 outputs moved {moved}")
-    typer.echo(f"  accuracy {accuracy(growth.module, *test):.1%}")
+    typer.echo(f"  accuracy {accuracy(model, *test):.1%}")
 
-    loss = train(growth.module, optimizer, steps, generator)
-    typer.echo(f"{steps} more steps: loss {loss:.3f}, accuracy {accuracy(growth.module, *test):.1%}")
+    loss = train(model, optimizer, scheduler, steps, generator)
+    rate = optimizer.param_groups[0]["lr"]
+    typer.echo(f"{steps} more steps: loss {loss:.3f}, accuracy {accuracy(model, *test):.1%}, learning rate {rate:.0e}")
 
 
 if __name__ == "__main__":
