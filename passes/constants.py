@@ -166,7 +166,7 @@ def _held(value: fx.Node) -> fx.Node:
 def _readers(state: State, held: fx.Node) -> list[fx.Node]:
     """The ops that read a tensor of the model, seen through copies and casts."""
     queue = [n for n in state.graph.nodes if n.op == "get_attr" and n.target == held.target]
-    out = []
+    out: list[fx.Node] = []
     while queue:
         for user in queue.pop().users:
             (queue if copies(user) or casts(user) else out).append(user)

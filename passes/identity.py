@@ -323,7 +323,9 @@ def _reorders(node: fx.Node) -> bool:
     if not moves(node) or detaches(node) or writes(node) or len(views) != 1 or views != node.all_input_nodes[:1]:
         return False
     before, after = (n.meta.get("val") for n in (views[0], node))
-    if not isinstance(after, torch.Tensor) or before.dtype != after.dtype or after.is_complex():  # it may be conjugated
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if before.dtype != after.dtype or after.is_complex():  # it may be conjugated
         return False
     return same_size(*(math.prod(sizes_of(n) or [0]) for n in (views[0], node)))
 

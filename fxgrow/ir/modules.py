@@ -66,7 +66,7 @@ def share_hooks(old: torch.Tensor, new: torch.Tensor) -> None:
         new._backward_hooks = old._backward_hooks
     hooks = getattr(old, _ACCUMULATED, None)
     if hooks:
-        new._post_accumulate_grad_hooks = hooks  # type: ignore[attr-defined]
+        new._post_accumulate_grad_hooks = hooks
     vars(new).update({k: v for k, v in vars(old).items() if k not in vars(new)})
 
 
@@ -74,7 +74,7 @@ def drop_hooks(tensor: torch.Tensor) -> None:
     """The inverse of :func:`share_hooks`."""
     tensor._backward_hooks = None
     if getattr(tensor, _ACCUMULATED, None):
-        tensor._post_accumulate_grad_hooks = None  # type: ignore[attr-defined]
+        tensor._post_accumulate_grad_hooks = {}
 
 
 _ACCUMULATED = "_post_accumulate_grad_hooks"

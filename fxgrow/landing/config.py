@@ -313,11 +313,11 @@ def _values_for(
             for old, there, new in zip(shape, other, target, strict=True):
                 reach(old, there, new)
     for place, new in wanted.items():
-        old, there = base.attributes.get(place), moved.attributes.get(place)
-        if isinstance(old, int | float) and isinstance(there, int | float) and old != there and type(new) is type(old):
-            reach(old, there, new)
-            if old and there and value * new % old == 0:
-                found.setdefault(value * new // old)
+        was, now = base.attributes.get(place), moved.attributes.get(place)
+        if type(was) in (int, float) and type(now) in (int, float) and was != now and type(new) is type(was):
+            reach(was, now, new)
+            if was and now and value * new % was == 0:
+                found.setdefault(int(value * new // was))
     if set(moved.shapes) != set(base.shapes):
         for stack in stacks:
             if len(stack.origins) - len(stack.copied) == value:

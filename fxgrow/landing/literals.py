@@ -140,7 +140,7 @@ def candidates(model: nn.Module, literal: Literal) -> list[Candidate]:
     line, names = names_in_line(literal.line), set[str]()
     while True:
         module = model.get_submodule(path)
-        names |= names_in_code(type(module))
+        names |= names_in_code(type(module))  # type: ignore[arg-type]
         near = [module, *configs_of(module)]
         for step, holder in enumerate(near):
             for name, index, value in _held(holder):
@@ -223,10 +223,8 @@ def names_in_code(kind: type) -> frozenset[str]:
         if cls is nn.Module:
             break
         for member in vars(cls).values():
-            function = inspect.unwrap(
-                getattr(member, "__func__", member) if not isinstance(member, property) else member.fget
-            )
-            code = getattr(function, "__code__", None)
+            function: Any = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            code = getattr(inspect.unwrap(function), "__code__", None)
             if code is not None:
                 found |= _names_of(code)
     return frozenset(found)
