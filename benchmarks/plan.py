@@ -166,6 +166,7 @@ def measure(layers: int, spec: str, small: bool, profile: str | None = None) -> 
         "parameters_before": plan.parameters_before,
         "parameters_after": plan.parameters_after,
         "export": export.seconds,
+        "traces": export.count,
         "capture": capture.figures(),
         "analyse": analysis.figures(),
         "plan": planning.figures(),
@@ -181,15 +182,17 @@ def measure(layers: int, spec: str, small: bool, profile: str | None = None) -> 
 
 
 class Export:
-    """Seconds spent in ``torch.export.export``."""
+    """Seconds spent in ``torch.export.export``, and how often it ran."""
 
     seconds = cpu = 0.0
+    count = 0
 
     def __enter__(self) -> Export:
         original = self._original = torch.export.export
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             wall, cpu = time.perf_counter(), time.process_time()
+            self.count += 1
             try:
                 return original(*args, **kwargs)
             finally:
@@ -226,6 +229,7 @@ def run(argv: list[str]) -> int:
                 "layers",
                 "nodes",
                 "parameters",
+                "traces",
                 "export",
                 "own: capture",
                 "analyse",
@@ -267,6 +271,7 @@ def _row(r: dict[str, Any]) -> list[str]:
         str(r["layers"]),
         f"{r['nodes']:,}",
         f"{r['parameters_before'] / 1e9:.1f} to {r['parameters_after'] / 1e9:.1f} G",
+        str(r["traces"]),
         f"{r['export']:.1f} ({r['export_cpu']:.1f})",
         *[f"{x['wall']:.2f} ({x['cpu']:.2f})" for x in (own, r["analyse"], r["plan"])],
         f"{r['own_cpu'] / r['total_cpu']:.0%}",

@@ -130,14 +130,16 @@ def _squeezed(graph: fx.Graph) -> Iterator[Any]:
 _BOUND = re.compile(r"(\w+)\.shape\[(\d+)\] <= (\d+)")
 
 
-def weigh(guards: Sequence[Guard], replica: Replica) -> list[Guard]:
+def weigh(guards: Sequence[Guard], replicas: Sequence[Replica]) -> list[Guard]:
     """Drop guards that do not matter, and mark upper bounds beyond which the model itself raises.
+
+    With a replica for each mode that a graph serves, both in all of them.
 
     Ops compare sizes with one another to choose strides and kernels; such a guard does not matter, which is shown by
     running the model and the graph, without data, at sizes that break it. Of the upper bounds only those that are a
     size of one of the model's tensors are tried: no other can move.
     """
-    inputs, leaves = replica.inputs, replica.leaves
+    inputs, leaves = replicas[0].inputs, replicas[0].leaves
     examples = {n.name: tuple(x.shape) for n, x in zip(inputs, leaves, strict=True) if isinstance(x, torch.Tensor)}
     symbols: dict[str, Any] = {}  # an input's dim, as text, to its size in the graph
     for node in inputs:
@@ -178,11 +180,11 @@ def weigh(guards: Sequence[Guard], replica: Replica) -> list[Guard]:
             }
             if broken([guard], shapes) is not None and broken(others, shapes) is None:
                 found.append(at)
-        return all(replica.agrees(at) for at in found)
+        return all(replica.agrees(at) for replica in replicas for at in found)
 
     def is_edge(guard: Guard) -> bool:
         bound = _BOUND.fullmatch(guard.condition)
-        if bound is None or not any(int(bound[3]) in t.shape for t in replica.state.values()):
+        if bound is None or not any(int(bound[3]) in t.shape for t in replicas[0].state.values()):
             return False
         symbol, most = symbols.get(f"{bound[1]}.shape[{bound[2]}]"), int(bound[3])
         if symbol is None:
@@ -195,11 +197,11 @@ def weigh(guards: Sequence[Guard], replica: Replica) -> list[Guard]:
         def alike(symbolic: Any, n: int) -> bool:  # targets are as long as tokens, though only their product need agree
             return isinstance(symbolic, torch.SymInt) and n == length
 
-        def raises(which: Callable[[Any, int], bool], new: int) -> bool:
+        def raises(replica: Replica, which: Callable[[Any, int], bool], new: int) -> bool:
             return replica.raises(lambda s, n: new if which(s, n) else n)
 
-        which = next((w for w in (same, alike) if not raises(w, most)), None)
-        return which is not None and raises(which, most + 1) and raises(which, 2 * most)
+        which = next((w for w in (same, alike) if not raises(replicas[0], w, most)), None)
+        return which is not None and all(raises(r, which, n) for r in replicas for n in (most + 1, 2 * most))
 
     kept = list(guards)
     for guard in guards:

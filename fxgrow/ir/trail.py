@@ -6,6 +6,7 @@ their literals, over the names of weights and inputs. Equal digests mean equal f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,20 +18,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.ir import trees
 from fxgrow.ir.quiet import quiet
-from fxgrow.ir.running import run_with
+from fxgrow.ir.running import in_mode, run_with
 from fxgrow.ir.traits import Trait, traits_of
 
+#: by node, the (path, literal) pairs in which a mode differs from the one that was traced
+Literals = dict[str, list[tuple[Any, Any]]]
 #: from a size of an input in the graph, and in the example, to the size to run at
 Sizes = Callable[[Any, int], int]
 
 
 class Replica:
-    """A model and the graph of one of its calls, to be run at sizes other than the example's."""
+    """A model and the graph of one of its calls, to be run at sizes other than the example's.
+
+    Args:
+        training: the mode that both are in.
+    """
 
     def __init__(
-        self, model: nn.Module, exported: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        exported: torch.export.ExportedProgram,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        training: bool,
     ) -> None:
         self.model, self.exported = model, exported
+        self.training, self.flags = training, Literals()
+        self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self.known: dict[int, torch.Tensor] = {}  # weights and buffers to their fakes, which no run changes
         self.leaves, self.spec = trees.tree_flatten((args, dict(kwargs)))
         self.specs = {str(s.arg.name): s for s in exported.graph_signature.input_specs}
         self.inputs = [
@@ -40,6 +55,12 @@ class Replica:
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
         }
+
+    def in_eval(self, flags: Literals) -> Replica:
+        """The same in eval mode, where the graph has other literals, by node and path, than it was traced with."""
+        other = copy.copy(self)
+        other.training, other.flags = False, flags
+        return other
 
     def raises(self, sizes: Sizes) -> bool:
         """Whether the model does where its inputs have these sizes."""
@@ -58,14 +79,17 @@ class Replica:
         except Exception:
             return False
 
-    def _fakes(self, trail: _Trail, mode: FakeTensorMode, sizes: Sizes) -> tuple[dict[str, torch.Tensor], list[Any]]:
-        known: dict[int, torch.Tensor] = {}
+    def _given(self, trail: _Trail, sizes: Sizes) -> tuple[dict[str, torch.Tensor], list[Any]]:
+        mode = self.fakes
+        named: set[int] = set()
 
-        def fake(tensor: torch.Tensor, *name: str | int) -> torch.Tensor:
-            if id(tensor) not in known:  # ties stay
-                known[id(tensor)] = mode.from_tensor(tensor.detach(), static_shapes=True)
-                trail.name(known[id(tensor)], name)
-            return known[id(tensor)]
+        def fake(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in self.known:
+                self.known[id(tensor)] = mode.from_tensor(tensor.detach(), static_shapes=True)
+            if id(tensor) not in named:  # ties stay
+                named.add(id(tensor))
+                trail.name(self.known[id(tensor)], ("state", name))
+            return self.known[id(tensor)]
 
         def resized(number: int, node: fx.Node, leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
@@ -75,22 +99,22 @@ class Replica:
             trail.name(out, ("input", number))
             return out
 
-        state = {name: fake(t, "state", name) for name, t in self.state.items()}
+        state = {name: fake(name, t) for name, t in self.state.items()}
         return state, [resized(i, n, x) for i, (n, x) in enumerate(zip(self.inputs, self.leaves, strict=True))]
 
     def _model(self, sizes: Sizes) -> list[Any]:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        with in_mode(self.model, self.training), self.fakes, torch.no_grad():
             trail = _Trail()
-            state, leaves = self._fakes(trail, mode, sizes)
+            state, leaves = self._given(trail, sizes)
             args, kwargs = trees.tree_unflatten(leaves, self.spec)
             with trail:
                 out = run_with(self.model, state, args, kwargs)
             return trail.digests([out, *state.values()])
 
     def _graph(self, sizes: Sizes) -> list[Any]:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        with self.fakes, torch.no_grad():
             trail = _Trail()
-            state, leaves = self._fakes(trail, mode, sizes)
+            state, leaves = self._given(trail, sizes)
             values = iter(leaves)
             given = []
             for node in self.exported.graph.nodes:
@@ -103,8 +127,27 @@ class Replica:
                     else:
                         given.append(self.exported.constants[str(spec.target)])
             with trail:
-                out = fx.Interpreter(self.exported.graph_module).run(*given)
+                out = _InMode(self.exported.graph_module, self.flags).run(*given)
             return trail.digests([out, *state.values()])
+
+
+class _InMode(fx.Interpreter):
+    """Runs a graph with other literals."""
+
+    def __init__(self, module: fx.GraphModule, flags: Literals) -> None:
+        super().__init__(module)
+        self.flags = flags
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name not in self.flags:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        args, kwargs = list(args), dict(kwargs)
+        for (where, key), value in self.flags[n.name]:
+            if n.target is torch.ops.aten.add_.Tensor:  # nothing is added: only the other mode counts
+                return args[0]
+            (args if where == "args" else kwargs)[key] = value
+        return n.target(*args, **kwargs)  # type: ignore[operator]
 
 
 class _Trail(TorchDispatchMode):

@@ -9,7 +9,7 @@ import enum
 import functools
 from typing import Any
 
-from fxgrow.ir.ops import op_name
+from fxgrow.ir.ops import op_name, schema_of
 
 
 class Trait(enum.Enum):
@@ -99,9 +99,20 @@ def follows_mode(schema: Any, argument: str) -> bool:
     return argument in _OF_MODE or is_dropout_probability(schema, argument)
 
 
+def is_mode_literal(target: Any, path: tuple[Any, ...]) -> bool:
+    """Whether a literal, by its path in a call, is one that a model sets by its mode.
+
+    Any value may be put in for such a one; what else differs between the modes needs a graph for each.
+    """
+    schema = schema_of(target)
+    if schema is None or len(path) != 2:
+        return False
+    return follows_mode(schema, path[1] if path[0] == "kwargs" else schema.arguments[path[1]].name)
+
+
 def is_dropout_probability(schema: Any, argument: str) -> bool:
     """Whether an argument of an op is the probability with which it drops entries."""
     return argument in _OF_DROPOUT or (argument == "p" and "dropout" in schema.name)
 
 
-__all__ = ["TRAITS", "Trait", "follows_mode", "is_dropout_probability", "traits_of"]
+__all__ = ["TRAITS", "Trait", "follows_mode", "is_dropout_probability", "is_mode_literal", "traits_of"]

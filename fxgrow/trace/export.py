@@ -1,4 +1,4 @@
-"""Tracing proper: ``torch.export``, once for every call and mode."""
+"""Tracing proper: ``torch.export``, once for every call, and once more where eval mode runs other ops."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,17 +18,19 @@ from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, find_guards, has_mixed_sizes, settle_sizes, weigh
 from fxgrow.ir.quiet import quiet
+from fxgrow.ir.replay import BothModes
 from fxgrow.ir.running import in_mode, plain_tensors_kept
 from fxgrow.ir.symbolic import ON_DATA, oblivious_sizes
 from fxgrow.ir.traced import Call
 from fxgrow.ir.trail import Replica
 from fxgrow.trace.foreign import Watch, check_backward, check_ops, custom_backwards, in_words
 from fxgrow.trace.lines import place_of, source_line, user_line
+from fxgrow.trace.modes import Flags, align
 
 
 def export_less(
     model: nn.Module, calls: list[Call], dynamic: str, error: CaptureError
-) -> tuple[list[list[tuple[torch.export.ExportedProgram, list[Guard]]]], str]:
+) -> tuple[list[list[Exported]], str]:
     """What can be traced of a model that cannot be traced whole, and how that was done.
 
     Raises:
@@ -43,29 +46,68 @@ def export_less(
     raise error
 
 
+@dataclass(frozen=True)
+class Exported:
+    """One graph of a call.
+
+    Attributes:
+        program: as ``torch.export`` returned it.
+        guards: for which sizes it is the model.
+        training: the mode it serves, None for both.
+        flags: of a graph for both, by node the (path, eval literal) pairs where eval mode differs.
+        reason: why it serves one mode only.
+    """
+
+    program: torch.export.ExportedProgram
+    guards: list[Guard]
+    training: bool | None = None
+    flags: Flags = field(default_factory=dict)
+    reason: str = ""
+
+
 def export_calls(
     model: nn.Module, calls: list[Call], dynamic: str, modes: tuple[bool, ...] = (True, False)
-) -> list[list[tuple[torch.export.ExportedProgram, list[Guard]]]]:
-    """Every call in train and in eval mode, with its guards; the modules' own modes are put back."""
-    exported = []
-    for call in calls:
-        pair = []
-        for mode in modes:
-            with in_mode(model, mode):
-                with custom_backwards() as used:
-                    traced = _export(model, call.args, call.kwargs, dynamic)
-                check_ops(traced.graph, source_line)
-                if used:
-                    check_backward(model, traced, call.args, call.kwargs, used)
-                guards = find_guards(traced, user_line)
-                pair.append((traced, weigh(guards, Replica(model, traced, call.args, call.kwargs))))
-        exported.append(pair)
-    return exported
+) -> list[list[Exported]]:
+    """Every call in the given modes: one graph where it can serve both. The modules' own modes are put back."""
+    return [_export_call(model, call, dynamic, modes) for call in calls]
+
+
+def _export_call(model: nn.Module, call: Call, dynamic: str, modes: tuple[bool, ...]) -> list[Exported]:
+    found = []
+    for mode in modes:
+        with in_mode(model, mode), custom_backwards() as used:
+            program, flags = _export(model, call.args, call.kwargs, dynamic, both=mode and False in modes)
+        with in_mode(model, mode):
+            check_ops(program.graph, source_line)
+            if used:
+                check_backward(model, program, call.args, call.kwargs, used)
+        guards = find_guards(program, user_line)
+        replicas = [Replica(model, program, call.args, call.kwargs, mode)]
+        if flags is not None and not used:
+            replicas.append(replicas[0].in_eval(flags))
+            return [Exported(program, weigh(guards, replicas), None, flags)]
+        found.append(Exported(program, weigh(guards, replicas), mode))
+    if len(found) == 1:
+        return found
+    train, evaluation = found
+    same, reason, flags = align(train.program, evaluation.program)
+    if not same:
+        return [replace(one, reason=reason) for one in found]
+    return [Exported(train.program, list(dict.fromkeys([*train.guards, *evaluation.guards])), None, flags)]
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: str
-) -> torch.export.ExportedProgram:
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: str, both: bool = False
+) -> tuple[torch.export.ExportedProgram, Flags | None]:
+    """A graph of the model in the mode it is in.
+
+    Args:
+        both: find out on the way whether eval mode runs the same ops.
+
+    Returns:
+        The graph; and where eval mode differs, None where that is not known.
+    """
+
     def one(x: Any) -> dict[int, Any] | None:
         if not isinstance(x, torch.Tensor):
             return None
@@ -75,12 +117,12 @@ def _export(
     def dims(value: Any) -> Any:
         return trees.tree_map(one, value)
 
-    def export(oblivious: bool) -> torch.export.ExportedProgram:
+    def export(oblivious: bool, replay: BothModes | None = None) -> torch.export.ExportedProgram:
         with (
             warnings.catch_warnings(),
             quiet(),
             plain_tensors_kept(model),
-            _traceable_forward(model, kwargs, left_out),
+            _traceable_forward(model, kwargs, left_out, replay),
             oblivious_sizes(oblivious),
             watch,
         ):
@@ -91,19 +133,31 @@ def _export(
             settle_sizes(exported)
             return exported
 
+    def twice(oblivious: bool) -> tuple[torch.export.ExportedProgram, Flags | None]:
+        """Once where the second run of the forward leaves the trace as it is, else once more without it."""
+        if both and _REPLAY:
+            replay = BothModes(model, watch)
+            with contextlib.suppress(Exception):
+                traced = export(oblivious, replay)
+                if not replay.spoilt:
+                    return traced, replay.flags_in(traced)
+            left_out.clear()
+            watch.reason = ""
+        return export(oblivious), None
+
     watch = Watch(user_line)
     left_out: set[str] = set()
     try:
-        exported = export(True)
+        exported, flags = twice(True)
         if has_mixed_sizes(exported):  # the plain trace may pin them
             with contextlib.suppress(Exception):
-                plain = export(False)
-                exported = exported if has_mixed_sizes(plain) else plain
+                plain, pinned = twice(False)
+                exported, flags = (exported, flags) if has_mixed_sizes(plain) else (plain, pinned)
     except Exception as error:
         try:
             if watch.reason or isinstance(error, ON_DATA):
                 raise error
-            exported = export(False)
+            exported, flags = twice(False)
         except Exception:
             raise CaptureError(watch.reason or _capture_message(model, error)) from error
     if watch.reason:
@@ -118,22 +172,27 @@ def _export(
         warnings.warn(
             f"{type(model).__name__} returns a {', a '.join(sorted(left_out))}, which PyTorch cannot take apart: the "
             "grown module returns None in its place. Register the class with pytree to keep it",
-            stacklevel=6,
+            stacklevel=7,
         )
-    return exported
+    return exported, flags
 
+
+#: whether to learn of eval mode from the trace in train mode; else each mode is traced
+_REPLAY = True
 
 #: what a graph can return
 _LEAVES = (torch.Tensor, bool, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @contextlib.contextmanager
-def _traceable_forward(model: nn.Module, kwargs: Mapping[str, Any], left_out: set[str]) -> Iterator[None]:
+def _traceable_forward(
+    model: nn.Module, kwargs: Mapping[str, Any], left_out: set[str], replay: BothModes | None = None
+) -> Iterator[None]:
     """Give ``forward`` a form that ``torch.export`` takes, on this instance and while it is traced.
 
     ``forward(x, **kwargs)`` gets a signature that names the keywords, which dims are looked up by. Objects among the
     results that pytree cannot take apart, such as a cache of keys and values, become None; ``left_out`` gets their
-    types.
+    types. With ``replay`` it runs in eval mode as well.
     """
     forward, own = model.forward, model.__dict__.get("forward")
     signature = inspect.signature(forward)
@@ -150,9 +209,14 @@ def _traceable_forward(model: nn.Module, kwargs: Mapping[str, Any], left_out: se
         left_out.add(type(leaf).__name__)
         return None
 
+    def known_results(*args: Any, **keywords: Any) -> Any:
+        return trees.tree_map(known, forward(*args, **keywords))
+
     @functools.wraps(forward)
     def traceable(*args: Any, **keywords: Any) -> Any:
-        return trees.tree_map(known, forward(*args, **keywords))
+        if replay is not None:
+            return replay.run(known_results, args, keywords)
+        return known_results(*args, **keywords)
 
     traceable.__signature__ = signature  # type: ignore[attr-defined]
     model.__dict__["forward"] = traceable

@@ -6,20 +6,25 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.export.graph_signature import InputKind
 
+from fxgrow.ir.bits import same_to_the_bit
 from fxgrow.ir.ops import schema_of
-from fxgrow.ir.traits import follows_mode
+from fxgrow.ir.traits import is_mode_literal
+
+#: by train node, the (path, eval literal) pairs where eval mode differs
+Flags = dict[str, list[tuple[Any, Any]]]
 
 
-def align(
-    train: torch.export.ExportedProgram, evaluation: torch.export.ExportedProgram
-) -> tuple[bool, str, dict[str, list[tuple[Any, Any]]]]:
+def align(train: torch.export.ExportedProgram, evaluation: torch.export.ExportedProgram) -> tuple[bool, str, Flags]:
     """Where the train and the eval graph differ in literals.
 
     Returns:
         Whether one graph can serve both modes; otherwise why not; and, by train node, the (path, eval literal) pairs.
     """
-    flags: dict[str, list[tuple[Any, Any]]] = {}
+    if train.call_spec.out_spec != evaluation.call_spec.out_spec:
+        return False, "train and eval return different structures", {}
+    flags: Flags = {}
     names: dict[str, str] = {}  # eval node -> train node
     todo = list(evaluation.graph.nodes)[::-1]
     for node in train.graph.nodes:
@@ -39,21 +44,43 @@ def align(
             return False, f"train runs {node.target} where eval runs {other.target}", {}
         todo.pop()
         names[other.name] = _through_copies(node).name
-        if node.op == "placeholder" and node.name != other.name:
+        if node.op == "placeholder" and (node.name != other.name or not _same_constant(node, train, evaluation)):
             return False, "the inputs differ between train and eval", {}
+        if node.op == "get_attr" and not _same_region(node, other, train, evaluation):
+            return False, "train and eval differ inside of a region", {}
         _fill_defaults(node, other)
         differences: list[tuple[Any, Any]] = []
         if not _compare(node.args, other.args, names, ("args",), differences) or not _compare(
             dict(node.kwargs), dict(other.kwargs), names, ("kwargs",), differences
         ):
             return False, f"train and eval compute {node.name} from different values", {}
-        if differences and not all(_is_mode(node, path) for path, _ in differences):
+        if differences and not all(is_mode_literal(node.target, path) for path, _ in differences):
             return False, f"train and eval give {node.target} different literals", {}
         if differences:
             flags[node.name] = differences
     if todo:
         return False, "the eval graph is longer than the train graph", {}
     return True, "", flags
+
+
+def _same_constant(
+    node: fx.Node, train: torch.export.ExportedProgram, evaluation: torch.export.ExportedProgram
+) -> bool:
+    """Whether an input that is a constant, such as ``torch.tensor(0.5)``, has one value in both modes."""
+    (spec,) = [s for s in train.graph_signature.input_specs if s.arg.name == node.name]
+    if spec.kind is not InputKind.CONSTANT_TENSOR:
+        return True
+    a, b = (p.constants.get(str(spec.target)) for p in (train, evaluation))
+    return a is b or (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and same_to_the_bit(a, b))
+
+
+def _same_region(
+    node: fx.Node, other: fx.Node, train: torch.export.ExportedProgram, evaluation: torch.export.ExportedProgram
+) -> bool:
+    """Whether the bodies that two higher-order operators run, such as one without gradients, are one to the letter."""
+    bodies = [getattr(p.graph_module, str(n.target), None) for p, n in ((train, node), (evaluation, other))]
+    texts = [str(b.graph) if isinstance(b, fx.GraphModule) else None for b in bodies]
+    return texts[0] is not None and texts[0] == texts[1]
 
 
 def _fill_defaults(a: fx.Node, b: fx.Node) -> None:
@@ -74,15 +101,6 @@ def _through_copies(node: fx.Node) -> fx.Node:
     while node.target == _CONTIGUOUS:
         node = node.args[0]  # type: ignore[assignment]
     return node
-
-
-def _is_mode(node: fx.Node, path: tuple[Any, ...]) -> bool:
-    """Whether a literal is one that any value may be put in for; what else differs between modes needs two graphs."""
-    schema = schema_of(node.target)
-    if schema is None or len(path) != 2:
-        return False
-    name = path[1] if path[0] == "kwargs" else schema.arguments[path[1]].name
-    return follows_mode(schema, name)
 
 
 def _counts_batches(node: fx.Node) -> bool:

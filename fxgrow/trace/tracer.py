@@ -1,9 +1,10 @@
 """From an ``nn.Module`` and example inputs to a :class:`~fxgrow.ir.traced.Traced`: one clean ATen graph with names.
 
-Capture goes through ``torch.export`` (non-strict, every input dim ``Dim.AUTO``), twice: in train and in eval mode.
-Where the two graphs differ only in literals, the literal is rewired to the module's own ``training`` flag, so that
-one graph serves both modes. Where they differ in ops (stochastic depth), they stand side by side, like the graphs of
-several named calls, and constrain one set of axes. Parameters are ``get_attr`` nodes under their own names; ties are
+Capture goes through ``torch.export`` (non-strict, every input dim ``Dim.AUTO``) in train mode, on whose trace the
+forward is replayed in eval mode (:mod:`fxgrow.ir.replay`). Where the two differ only in literals, the literal is
+rewired to the module's own ``training`` flag, so that one graph serves both modes. Where they may differ in more, eval
+mode is traced as well; where the ops differ (stochastic depth), the graphs stand side by side, like those of several
+named calls, and constrain one set of axes. Parameters are ``get_attr`` nodes under their own names; ties are
 kept.
 """
 
@@ -24,7 +25,6 @@ from fxgrow.ir.traced import Call, Traced, matching_calls, program_of
 from fxgrow.trace.examples import as_calls, check_example, check_plain, check_signature, strange_dtypes
 from fxgrow.trace.export import export_calls, export_less
 from fxgrow.trace.graph import Trace, traced_from
-from fxgrow.trace.modes import align
 from fxgrow.weights.materialise import check_readable
 
 
@@ -70,25 +70,15 @@ def trace(
     traces: list[Trace] = []
     served: list[Call] = []
     reasons: list[str] = []
-    for call, pair in zip(wanted, exported, strict=True):
-        if len(pair) == 1:
+    for call, graphs in zip(wanted, exported, strict=True):
+        for one in graphs:
+            own = replace(call, training=one.training, inputs=[], constants={}, sizes={}, guards=one.guards)
+            traces.append((one.program, one.flags))
+            served.append(own)
+        reasons += [r for r in (graphs[0].reason,) if r]
+        if len(graphs) == 1 and graphs[0].training is False:
             reasons.append(f"train mode cannot be traced ({refused.partition(chr(10))[0]})")
-            traces.append((pair[0][0], {}))
-            served.append(replace(call, training=False, guards=pair[0][1]))
             was_training = False
-            continue
-        (train, there), (evaluation, here) = pair
-        same, reason, flags = align(train, evaluation)
-        if same:
-            traces.append((train, flags))
-            served.append(replace(call, guards=list(dict.fromkeys([*there, *here]))))
-            continue
-        reasons.append(reason)
-        traces += [(train, {}), (evaluation, {})]
-        served += [
-            replace(call, training=mode, inputs=[], constants={}, sizes={}, guards=own)
-            for mode, own in ((True, there), (False, here))
-        ]
     program = traced_from(model, traces, served)
     program.training, program.mode_reason = was_training, next(iter(reasons), "")
     program.seconds = time.perf_counter() - start
