@@ -8,6 +8,7 @@ grown one, literal by literal. What differs is looked up again; if it cannot be 
 
 from __future__ import annotations
 
+import typing
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -229,7 +230,7 @@ class _Applying:
                 calls[call.name] = call.kwargs if call.kwargs else call.args
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return trace(self.living.model, args, kwargs, calls=calls or None)
+            return trace(self.living.model, args, kwargs, calls=calls or None, dynamic=_dynamic(self.before))
 
     def warn_of_config(self, builder: Builder) -> None:
         """Say it where the model's config now makes another model than this one: a checkpoint stores the config."""
@@ -266,6 +267,12 @@ class _Applying:
             )
         lines.append(tied_with(self.before, self.plan))
         return GrowthRefused("\n".join(line for line in lines if line))
+
+
+def _dynamic(before: Traced) -> typing.Literal["all", "batch"]:
+    """How the program was captured: whether every size of an input but the first was fixed."""
+    later = [s for c in before.calls for sizes in c.sizes.values() for s in sizes[1:]]
+    return "batch" if later and None not in later else "all"
 
 
 def words(d: Difference) -> str:
