@@ -8,7 +8,6 @@ grown one, literal by literal. What differs is looked up again; if it cannot be 
 
 from __future__ import annotations
 
-import typing
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,14 +20,14 @@ from fxgrow.ir.modules import uncompiled
 from fxgrow.ir.running import plain_tensors
 from fxgrow.ir.traced import Traced
 from fxgrow.landing.blocks import Restacked, restack
-from fxgrow.landing.compare import Difference, differences
+from fxgrow.landing.compare import Difference, described, differences
 from fxgrow.landing.config import Attributes, Builder, adopt, builder_of, instance_of, solve
 from fxgrow.landing.literals import Candidate, Literal, candidates, changed_literals, mirrored, moved
 from fxgrow.landing.living import Living, attributes_of
+from fxgrow.landing.retrace import retrace
 from fxgrow.landing.sizes import KeptSizes
 from fxgrow.landing.ties import tied_with
 from fxgrow.plan import GrowthPlan
-from fxgrow.trace.tracer import trace
 
 #: second traces of one model; every one but the last has found a number that differs
 _MOST = 8
@@ -105,8 +104,7 @@ class _Applying:
         if settings is not None and builder is not None:
             adopt(living, builder, settings, origin)
         self.prove()
-        if builder is not None:
-            self.warn_of_config(builder)
+        self.warn(builder)
 
     # numbers
 
@@ -220,25 +218,25 @@ class _Applying:
             return False
 
     def trace(self) -> Traced:
-        calls: dict[str, Any] = {}
-        args: tuple[Any, ...] = ()
-        kwargs: dict[str, Any] = {}
-        for call in self.before.calls:
-            if call.name == "forward":
-                args, kwargs = call.args, call.kwargs
-            else:
-                calls[call.name] = call.kwargs if call.kwargs else call.args
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return trace(self.living.model, args, kwargs, calls=calls or None, dynamic=_dynamic(self.before))
+            return retrace(self.living.model, self.before)
 
-    def warn_of_config(self, builder: Builder) -> None:
-        """Say it where the model's config now makes another model than this one: a checkpoint stores the config."""
-        said = builder.differs(instance_of(self.living.model))
+    def warn(self, builder: Builder | None) -> None:
+        """Say what a checkpoint of the model would not bring back: its config may now make another model than this."""
+        name = type(self.living.model).__name__
+        said = builder.differs(instance_of(self.living.model)) if builder is not None else ""
         if said:
             warnings.warn(
-                f"{type(self.living.model).__name__} is grown, and its config cannot say so: made anew from it, {said}"
-                ". Keep the model itself, or grow what the config ties (docs/landing.md)",
+                f"{name} is grown, and its config cannot say so: made anew from it, {said}. Keep the model itself, or "
+                "grow what the config ties (docs/landing.md)",
+                stacklevel=6,
+            )
+        unsaved = [c.node for c in self.plan.constants if c.op == "buffer"]
+        if unsaved:
+            warnings.warn(
+                f"{name} holds buffers that its state dict does not, and that have grown ({', '.join(unsaved[:3])}): "
+                "save them with the weights, else a model that loads these computes something else",
                 stacklevel=6,
             )
 
@@ -247,7 +245,7 @@ class _Applying:
     def refused(self, found: list[Difference]) -> GrowthRefused:
         name = type(self.living.model).__name__
         lines = [f"{name} cannot compute the grown function, and is as it was:"]
-        lines += [f"  {words(d)}" for d in found[:4]]
+        lines += [f"  {described(d)}" for d in found[:4]]
         if len(found) > 4:
             lines.append(f"  and {len(found) - 4} more")
         lines.append(
@@ -267,26 +265,6 @@ class _Applying:
             )
         lines.append(tied_with(self.before, self.plan))
         return GrowthRefused("\n".join(line for line in lines if line))
-
-
-def _dynamic(before: Traced) -> typing.Literal["all", "batch"]:
-    """How the program was captured: whether every size of an input but the first was fixed."""
-    later = [s for c in before.calls for sizes in c.sizes.values() for s in sizes[1:]]
-    return "batch" if later and None not in later else "all"
-
-
-def words(d: Difference) -> str:
-    """A difference for people."""
-    line = d.their_source or d.source
-    where = f"{line}: " if line else ""
-    at = f"{d.node or 'the graph'} in {d.module_path or 'the model'}"
-    if d.kind == "missing":
-        does = f"multiplies by {d.ours}" if isinstance(d.ours, float) else f"computes {d.argument}"
-        return f"{where}the growth {does} at {at}, and the class does not"
-    if d.kind == "extra":
-        return f"{where}the class computes {d.argument} in {d.module_path or 'the model'}, and the growth does not"
-    what = f"{d.argument} of " if d.argument else ""
-    return f"{where}{what}{at} is {d.theirs}, the growth needs {d.ours}"
 
 
 def origins(model: nn.Module, stacks: list[Restacked]) -> dict[str, str]:

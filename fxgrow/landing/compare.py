@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fxgrow.ir.guards import Guard, bound_of, broken, inputs_of
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import bound_arguments
@@ -43,16 +45,6 @@ class Difference:
     theirs: Any = None
     source: str = ""
     their_source: str = ""
-
-    def __str__(self) -> str:
-        place = " at ".join(x for x in (self.node, self.module_path and f"module {self.module_path}") if x)
-        lines = self.source or self.their_source
-        if self.source and self.their_source and self.source != self.their_source:
-            lines = f"{self.source}; there {self.their_source}"
-        what = f"{self.kind} {self.argument}".strip()
-        return (
-            f"{what} of {place or 'the model'}{f' ({lines})' if lines else ''}: {self.ours} here, {self.theirs} there"
-        )
 
 
 def differences(ours: Traced, theirs: Traced) -> list[Difference]:
@@ -323,3 +315,29 @@ def _shown(value: Operand | Literal | None) -> Any:
 
 def _written(term: Term | None) -> str | None:
     return None if term is None else f"written by {term.node.name}"
+
+
+# words ---------------------------------------------------------------------------------------------------------------
+
+
+def described(d: Difference, who: str = "the class") -> str:
+    """A difference for people, between the growth and ``who``."""
+    where = f"{d.node or 'the graph'} in {d.module_path or 'the model'}"
+    lines = " and ".join(dict.fromkeys(x for x in (d.source, d.their_source) if x))
+    at = f" ({lines})" if lines else ""
+    if d.kind == "missing":
+        by = f" by {d.ours:g}" if isinstance(d.ours, float) else ""
+        what = "multiplies" if "mul" in d.argument else f"runs {d.argument}"
+        return f"{where}: the growth {what}{by}, {who} does not{at}"
+    if d.kind == "extra":
+        by = f" ({d.theirs:g})" if isinstance(d.theirs, float) else ""
+        return f"{where}: {who} runs {d.argument}{by}, the growth does not{at}"
+    ours, theirs = (f"{v:.10g}" if isinstance(v, float) else _short(v) for v in (d.ours, d.theirs))
+    return f"{where}, {d.kind} {d.argument}: the growth needs {ours}, {who} has {theirs}{at}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        first = "" if value.is_meta else f" that begins with {value.flatten()[:3].tolist()}"
+        return f"a tensor of shape {tuple(value.shape)}{first}"
+    return str(value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +16,11 @@ from fxgrow.errors import CaptureError, ExactnessError, GrowthRefused
 from fxgrow.ir.modules import tensor_of, uncompiled
 from fxgrow.ir.running import in_mode, run_eval, run_with
 from fxgrow.ir.traced import Traced
-from fxgrow.landing.compare import Difference, differences
+from fxgrow.landing.compare import Difference, described, differences
 from fxgrow.landing.living import Living
+from fxgrow.landing.retrace import retrace
 from fxgrow.plan import CloneBlock, GrowthPlan
-from fxgrow.program import Program, capture
+from fxgrow.program import Program
 from fxgrow.verify.outputs import relative_errors
 
 #: what a run may differ by, relatively, though the graphs are equal: rounding in the model's own dtype
@@ -69,15 +69,8 @@ def trace_like(model: nn.Module, program: Traced) -> Program:
     Raises:
         GrowthRefused: it cannot be traced so.
     """
-    calls: dict[str, Any] = {}
-    args, kwargs = program.args, program.kwargs
-    first = program.calls[0].name if program.calls else ""
-    named = {c.name: c for c in program.calls}
-    if len(named) > 1 or first != "forward":
-        calls = {n: c.kwargs if c.kwargs and not c.args else c.args for n, c in named.items()}
-        args, kwargs = (), {}
     try:
-        return capture(model, args, kwargs, calls=calls or None)
+        return retrace(model, program)
     except CaptureError as error:
         name = type(model).__name__
         raise GrowthRefused(f"the larger {name} cannot be traced with the growth's examples: {error}") from error
@@ -176,7 +169,7 @@ def refusal(name: str, found: Iterable[Difference], plan: GrowthPlan, theirs: Tr
     """What the larger class computes otherwise, both numbers and both lines, and what to do."""
     listed = list(found)
     lines = [f"the larger {name} does not compute what the growth does; it is as it was:"]
-    lines += [f"  {words(d)}" for d in listed[:_MOST]]
+    lines += [f"  {described(d, 'the larger class')}" for d in listed[:_MOST]]
     if len(listed) > _MOST:
         lines.append(f"  and {len(listed) - _MOST} more")
     gates = [c.gate for s in plan.steps for c in s.changes if isinstance(c, CloneBlock) and c.gate]
@@ -194,26 +187,3 @@ def refusal(name: str, found: Iterable[Difference], plan: GrowthPlan, theirs: Tr
     else:
         lines.append("Build the larger instance with the growth's sizes and ties, or use growth.module")
     return "\n".join(lines)
-
-
-def words(d: Difference) -> str:
-    """A difference for people."""
-    where = f"{d.node or 'the graph'} in {d.module_path or 'the model'}"
-    lines = " and ".join(dict.fromkeys(x for x in (d.source, d.their_source) if x))
-    at = f" ({lines})" if lines else ""
-    if d.kind == "missing":
-        by = f" by {d.ours:g}" if isinstance(d.ours, float) else ""
-        what = "multiplies" if "mul" in d.argument else f"runs {d.argument}"
-        return f"{where}: the growth {what}{by}, the larger class does not{at}"
-    if d.kind == "extra":
-        by = f" ({d.theirs:g})" if isinstance(d.theirs, float) else ""
-        return f"{where}: the larger class runs {d.argument}{by}, the growth does not{at}"
-    ours, theirs = (f"{v:.10g}" if isinstance(v, float) else _short(v) for v in (d.ours, d.theirs))
-    return f"{where}, {d.kind} {d.argument}: the growth needs {ours}, the larger class has {theirs}{at}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        first = "" if value.is_meta else f" that begins with {value.flatten()[:3].tolist()}"
-        return f"a tensor of shape {tuple(value.shape)}{first}"
-    return str(value)
