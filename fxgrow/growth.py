@@ -12,16 +12,19 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import fx, nn
+from torch.optim.swa_utils import AveragedModel
 
 from fxgrow import kernels
 from fxgrow.compile import compile_regions
 from fxgrow.devices import check_memory
+from fxgrow.emit.blocks import block_regions, is_checkpointed
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import FxgrowError, SpecError, reworded
 from fxgrow.ir.modules import uncompiled, version_of
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.traced import Traced, program_of
 from fxgrow.landing.apply import apply
+from fxgrow.landing.copies import grown_tensors
 from fxgrow.landing.into import into
 from fxgrow.landing.solve import solve_constants
 from fxgrow.limits import check_elements
@@ -158,6 +161,30 @@ class Growth:
         self._check_source(uncompiled(model))
         tensors = self.program.tensors
         return apply(model, self.plan, self._before, self.program, tensors)
+
+    def apply_to_copy_(self, copy: nn.Module) -> nn.Module:
+        """Grow a copy of the model in place by the same plan: a moving average of its weights, a frozen teacher.
+
+        Args:
+            copy: of the class and sizes that the model had, with weights of its own; of an ``AveragedModel`` its
+                ``module`` is grown, and the count of averages stays.
+
+        Returns:
+            What was passed.
+
+        Raises:
+            GrowthRefused: as :meth:`apply_`; the copy is as it was.
+            FxgrowError: its tensors are not the model's by name, shape and dtype, or the plan, which was proved for the
+                model's weights, does not keep what the copy computes.
+        """
+        before = self._before
+        if before is None:
+            raise FxgrowError(
+                "this growth was not made by fxgrow.grow, so that there is no model to compare copies with"
+            )
+        inner = uncompiled(copy.module if isinstance(copy, AveragedModel) else copy)
+        apply(inner, self.plan, before, self.program, grown_tensors(inner, self.plan, before, self.program))
+        return copy
 
     def _check_source(self, model: nn.Module) -> None:
         """Whether a model is the one that was grown, with the weights that it had."""
@@ -425,9 +452,12 @@ def _caveats(program: Program) -> list[str]:
             "mask of its own, so that what is read through them varies less, and behind anything that is not linear "
             "the mean moves, too"
         )
-    if any(info_of(n).checkpointed for n in program.graph.nodes):
+    again = {n for r in block_regions(program, program.graph) if is_checkpointed(r) for n in r.nodes}
+    ops = [n for n in program.graph.nodes if n.op == "call_function" and not info_of(n).is_flag]
+    if any(info_of(n).checkpointed and n not in again for n in ops):
         notes.append(
-            "activation checkpointing is traced away: the grown module keeps every activation for its backward; apply "
-            "torch.utils.checkpoint to its blocks again"
+            "activation checkpointing is traced away where it covers less than a block of a stack, or the block writes "
+            "into its state: there the grown module keeps every activation for its backward; apply "
+            "torch.utils.checkpoint to it again"
         )
     return notes

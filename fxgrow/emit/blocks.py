@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
+from fxgrow.ir.memory import writes
 from fxgrow.ir.nodes import NodeInfo, info_of, meta_of
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.stacks import block_of, block_path, stacks_of
@@ -117,6 +121,31 @@ def _owned(node: fx.Node, path: str, inside: set[fx.Node], call: int) -> bool:
     return str(node.target).startswith(path + ".") and all(u in inside for u in node.users if info_of(u).call == call)
 
 
+class CheckpointedBlock(fx.GraphModule):
+    """A block whose activations are made again for its backward, as the original's were."""
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        kind = type(self)
+        kind.forward = _checkpointed(kind.forward)
+        return code
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def again(self: nn.Module, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(self, *args)
+        return checkpoint(forward, self, *args, use_reentrant=False)
+
+    return again
+
+
+def is_checkpointed(region: Region) -> bool:
+    """Whether all of a block ran under activation checkpointing, and nothing that it writes would be written twice."""
+    return all(info_of(n).checkpointed and not writes(n) for n in region.nodes)
+
+
 def split_blocks(program: Traced, graph: fx.Graph, children: dict[str, nn.Module]) -> fx.Graph:
     """Move blocks into child modules, added to ``children``.
 
@@ -125,7 +154,9 @@ def split_blocks(program: Traced, graph: fx.Graph, children: dict[str, nn.Module
     regions: dict[fx.Node, Region] = {}
     for region in block_regions(program, graph):
         kind = program.containers.get(region.path, "Block")
-        child = fx.GraphModule(nn.Module(), fx.Graph(), class_name=identifier(kind))
+        child = (CheckpointedBlock if is_checkpointed(region) else fx.GraphModule)(
+            nn.Module(), fx.Graph(), class_name=identifier(kind)
+        )
         child.graph = _block_graph(region)
         known = children.setdefault(region.path, child)
         if known is child or (isinstance(known, fx.GraphModule) and known.code == child.code):
@@ -195,7 +226,8 @@ def share_classes(children: Mapping[str, nn.Module]) -> None:
     first: dict[str, type] = {}
     for child in children.values():
         assert isinstance(child, fx.GraphModule)
-        cls = first.setdefault(type(child).__name__ + "\n" + child.code, type(child))
+        again = isinstance(child, CheckpointedBlock)
+        cls = first.setdefault(f"{again} {type(child).__name__}\n{child.code}", type(child))
         child.__class__ = cls
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from fxgrow.errors import CheckpointError, InputError
 from fxgrow.ir.modules import child_of, order_children
 from fxgrow.ir.provenance import Provenance, code_of, edited, provenance_of, remember
 from fxgrow.ir.serialize import graph_from_json, graph_to_json
-from fxgrow.ir.traced import Call, Traced, matching_calls
+from fxgrow.ir.traced import Call, Traced, matching_calls, same_constant
 from fxgrow.ir.treespecs import check, rebuild
 
 
@@ -53,6 +53,9 @@ def regenerate(
     for call, graph in zip(program.calls, targets, strict=False):
         check_inputs(graph, call)
     plain = len(graphs) == 1 and not any(c.nested or c.constants or c.training is not None for c in program.calls)
+    taken = [str(n.target) for n in targets[0].nodes if n.op == "placeholder"]
+    if set(taken) <= set(program.signature) and taken != program.signature:
+        plain = False  # what was left out in the example may be given as it is by default, by place or by name
     kind = RegeneratedModule if plain else CallsModule
     module = kind(nn.Module(), fx.Graph(), class_name=identifier(program.class_name))
     for path, child in own.items():
@@ -73,6 +76,20 @@ def regenerate(
 
 class RegeneratedModule(fx.GraphModule):
     """A GraphModule that can be pickled, though its ``meta`` holds a graph."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            found = provenance_of(self) if "meta" in self.__dict__ else None
+            if found is None or name not in found.program.members:
+                raise
+            kind = found.program.class_name
+            raise AttributeError(
+                f"the grown {kind} is a graph module, which keeps the forward and the weights of {kind} and not its "
+                f"{name!r}. growth.apply_(model) grows your own {kind} in place, and growth.into(larger) fills a "
+                "larger instance that you made; both keep the class"
+            ) from error
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduce(self) if provenance_of(self) is not None else super().__reduce_ex__(protocol)
@@ -100,6 +117,12 @@ class CallsModule(RegeneratedModule):
         signature, calls = program.signature, program.calls
         taken = [[str(n.target) for n in graph.nodes if n.op == "placeholder"] for graph in graphs]
 
+        def direct(number: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+            """Whether the arguments are the graph's own inputs, each in its place or by its name."""
+            call, names = calls[number], taken[number]
+            known = not signature or not set(names) <= set(signature) or signature[: len(args)] == names[: len(args)]
+            return not call.nested and not call.constants and known and (not signature or kwargs.keys() <= set(names))
+
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             served = [n for n, c in enumerate(calls) if c.serves(self.training)]
             if not served:
@@ -108,13 +131,11 @@ class CallsModule(RegeneratedModule):
                     f"the module is in {now} mode, and was captured in the other mode only ({program.mode_reason}); "
                     f"call .{other}() on it first"
                 )
-            plain = not any(calls[n].nested or calls[n].constants for n in served)
-            if len(served) == 1 and (plain or len(args) > len(signature)):  # as a GraphModule of that graph would
-                return functions[served[0]](self, *args, **kwargs)
+            if len(served) == 1 and (direct(served[0], args, kwargs) or len(args) > len(signature)):
+                return functions[served[0]](self, *args, **kwargs)  # as a GraphModule of that graph would
             found = matching_calls(program, args, kwargs, self.training)
             if not found:
-                known = "; ".join(_signature(c) for c in calls)
-                raise TypeError(f"no call with these arguments was captured; captured: {known}")
+                raise TypeError(_misfit(program, served, args, kwargs))
             together = {**dict(zip(signature, args, strict=False)), **kwargs}
             chosen = found[0]
             if len(found) > 1:  # sizes decide; where none is for them, the first says why not
@@ -136,6 +157,35 @@ class CallsModule(RegeneratedModule):
 def _fits(call: Call, given: Mapping[str, Any]) -> bool:
     leaves = call.flatten(given) or {}
     return call.fits({n: leaves[n].shape for n in call.inputs})
+
+
+def _misfit(program: Traced, served: Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Why no call takes these arguments: what differs from the one that comes nearest."""
+    together = {**dict(zip(program.signature, args, strict=False)), **kwargs}
+
+    def against(call: Call) -> list[str]:
+        given = call.flatten(together)
+        if given is None:
+            return [f"{', '.join(call.nested)} is built differently"]
+        out = [f"the input {n} is missing" for n in call.inputs if not isinstance(given.get(n), torch.Tensor)]
+        for name in dict.fromkeys((*given, *call.constants)):
+            if name in call.inputs:
+                continue
+            here = given.get(name, program.defaults.get(name))
+            there = call.constants.get(name, program.defaults.get(name))
+            if isinstance(here, torch.Tensor):
+                out.append(f"{name} is a tensor, and was captured without one")
+            elif not same_constant(here, there):
+                out.append(f"{name} is {str(here)[:40]!r}, and was captured as {there!r}")
+        return out
+
+    reasons = min((against(program.calls[n]) for n in served), key=len)
+    known = "; ".join(_signature(c) for c in program.calls)
+    return (
+        f"no call with these arguments was captured ({', '.join(reasons)}); captured: {known}. What is not a tensor is "
+        "part of the graph: grow with this call as well, calls={'name': {…}}, or grow your own model in place, "
+        "growth.apply_(model)"
+    )
 
 
 def _signature(call: Call) -> str:

@@ -12,7 +12,7 @@ Whatever does not fit to the letter means that the modes are not known to agree,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,14 +110,16 @@ def _itself(leaf: Any) -> Any:
 
 def _held(model: nn.Module) -> dict[tuple[str, ...], int]:
     """The tensors that modules hold, by place: parameters, buffers, attributes, and what stands in lists or dicts."""
-    out = {}
+    out: dict[tuple[str, ...], int] = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name in ("_modules", "forward"):
                 continue
-            values = value.items() if isinstance(value, dict) else [("", value)]
-            if isinstance(value, list | tuple):
-                values = list(enumerate(value))
+            values: Iterable[tuple[Any, Any]] = [("", value)]
+            if isinstance(value, dict):
+                values = value.items()
+            elif isinstance(value, list | tuple):
+                values = enumerate(value)
             for key, one in values:
                 if isinstance(one, torch.Tensor):
                     out[path, name, str(key)] = id(one)
@@ -415,7 +417,7 @@ class _Replay(ProxyTorchDispatchMode):
 
 def _defaults(func: Any, start: int, stop: int) -> list[Any]:
     """The defaults of an op's positional arguments in a range of places."""
-    arguments = schema_of(func).arguments[start:stop]  # type: ignore[union-attr]
+    arguments = schema_of(func).arguments[start:stop]
     if not all(a.has_default_value() for a in arguments):
         raise _Differs(f"{func} is given other arguments")
     return [a.default_value for a in arguments]

@@ -156,6 +156,7 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
                 ("is_flag", info.is_flag),
                 ("rescale", info.rescale),
                 ("numbers", dict(info.numbers)),
+                ("checkpointed", info.checkpointed),
                 ("call", info.call),
                 ("input", info.input),
             )
@@ -318,6 +319,7 @@ def graph_from_json(entries: Iterable[Mapping[str, Any]]) -> fx.Graph:
             is_flag=bool(entry.get("is_flag")),
             rescale=bool(entry.get("rescale")),
             numbers=_numbers(entry.get("numbers", {}), where),
+            checkpointed=bool(entry.get("checkpointed")),
             call=_typed(entry.get("call", 0), int, where),
             input=_identifier(entry["input"], where) if "input" in entry else None,
         )

@@ -82,6 +82,8 @@ class Traced:
         calls: every way of calling the model that was captured. With several, the graph holds them side by side: the
             nodes know the number of their call, parameters are shared, the output node is a tuple.
         signature, defaults: the forward method's parameters in order, and the plain values they default to.
+        members: names of the methods and attributes that the class has and a graph module lacks; empty where they are
+            not known.
     """
 
     graph: fx.Graph
@@ -101,6 +103,7 @@ class Traced:
     calls: list[Call] = field(default_factory=list)
     signature: list[str] = field(default_factory=list)
     defaults: dict[str, Any] = field(default_factory=dict)
+    members: frozenset[str] = frozenset()
     seconds: float = 0.0
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -157,14 +160,15 @@ def matching_calls(
             continue
         others = {n for n in (*given, *call.constants) if n not in call.inputs}
         here, there = {**program.defaults, **given}, {**program.defaults, **call.constants}
-        if all(_same_constant(here.get(n), there.get(n)) for n in others):
+        if all(same_constant(here.get(n), there.get(n)) for n in others):
             found.append(number)
     if alone and not found and not any(isinstance(v, torch.Tensor) for v in together.values()):
         return [n for n in asked if not calls[n].inputs]
     return found
 
 
-def _same_constant(a: Any, b: Any) -> bool:
+def same_constant(a: Any, b: Any) -> bool:
+    """Whether two plain values are the same argument: 2 is 2.0, and True is not "True"."""
     return a is b or (type(a) is type(b) and bool(a == b)) or (isinstance(a, int | float) and bool(a == b))
 
 

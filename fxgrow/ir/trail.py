@@ -141,12 +141,15 @@ class _InMode(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.name not in self.flags:
             return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        args, kwargs = list(args), dict(kwargs)
+        given, named = self.fetch_args_kwargs_from_env(n)
+        args, kwargs = list(given), dict(named)
         for (where, key), value in self.flags[n.name]:
             if n.target is torch.ops.aten.add_.Tensor:  # nothing is added: only the other mode counts
                 return args[0]
-            (args if where == "args" else kwargs)[key] = value
+            if where == "args":
+                args[key] = value
+            else:
+                kwargs[key] = value
         return n.target(*args, **kwargs)  # type: ignore[operator]
 
 

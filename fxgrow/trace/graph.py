@@ -17,6 +17,7 @@ from fxgrow.ir import trees
 from fxgrow.ir.memory import Memory, writes
 from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of, note
 from fxgrow.ir.ops import HigherOrderOperator, schema_of
+from fxgrow.ir.provenance import provenance_of
 from fxgrow.ir.traced import Call, Traced
 from fxgrow.ir.traits import Trait, traits_of
 from fxgrow.ir.treespecs import describe
@@ -90,6 +91,7 @@ def traced_from(
         calls=calls,
         signature=_positional(model),
         defaults=_defaults(model),
+        members=_members(model),
     )
     graph.lint()
     return program
@@ -288,6 +290,15 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     return {
         n: p.default for n, p in inspect.signature(model.forward).parameters.items() if isinstance(p.default, plain)
     }
+
+
+def _members(model: nn.Module) -> frozenset[str]:
+    """What one can ask of the user's object and not of any module."""
+    known = provenance_of(model)
+    if known is not None:
+        return known.program.members
+    names = {*dir(type(model)), *vars(model)} - set(dir(nn.Module))
+    return frozenset(n for n in names if not n.startswith("_") and n != "training")
 
 
 def _structure(call: Call, flat: list[Any], spec: Any) -> Any:
