@@ -74,7 +74,7 @@ def test_what_depends_on_no_input_is_computed_once() -> None:
     assert_same(rebuilt(program)(x), model(x))
     assert "constant" not in ", ".join(rebuilt(program).state_dict())
     for request in ({"factor": 2}, {"to": 9}, {"by": 4, "fill": "add"}):
-        growth = fxgrow.grow(program, {"op": "widen", "axis": "./hidden", **request})
+        growth = fxgrow.grow(program, {"op": "widen", "axis": "up.weight:0", **request})
         assert growth.receipt.error_float64 is not None
         assert growth.receipt.error_float64 <= 1e-12
 
