@@ -1,15 +1,21 @@
 """Steps at several rates: an optimizer that works entry by entry steps its parameters in pieces.
 
 A piece is a range of a parameter's rows, with the same range of its gradient and its state. One that is newborn steps
-at a learning rate of its own, at no further cost. Where only some of its columns are newborn, these are kept aside, and
+at a learning rate of its own, in the same call. Where only some of its entries are newborn, these are kept aside, and
 brought back part of the way afterwards; where policy ``exact`` steps in the small model's units, the piece is brought
 there and back. Both happen a chunk at a time, so that no more memory is needed than for a chunk.
+
+A processor's loops round the last few entries of a tensor otherwise than the ones before: one at a time, in place of a
+vector at a time. Pieces therefore begin and end where vectors do, and while entries warm up the old ones take the steps
+that they would take without rates, to the bit. With several threads torch itself divides tensors by their length, so
+that the last bit of entries where two threads meet is open, and so it is where a row has more entries than a chunk.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +43,8 @@ LINEAR: set[type[torch.optim.Optimizer]] = {
 }
 #: entries that are stepped together where something is kept aside
 CHUNK = 1 << 23
+#: entries after which every processor's vector loops are where they began: two vectors of 32 numbers of 16 bits
+VECTOR = 64
 #: more pieces than this and a parameter is stepped as a whole
 MOST = 64
 
@@ -57,7 +65,7 @@ def step_groups(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], 
 class _Piece:
     """Rows ``start`` to ``stop`` of a parameter; None: all of it, as it is.
 
-    ``rate`` is that of newborn rows; ``columns`` are views of the newborn columns of the others.
+    ``rate`` is that of newborn rows; ``mixed`` are views of the newborn entries among others.
     """
 
     tensor: Tensor
@@ -65,7 +73,7 @@ class _Piece:
     start: int = 0
     stop: int | None = None
     rate: SliceRates | None = None
-    columns: list[Tensor] = field(default_factory=list)
+    mixed: list[Tensor] = field(default_factory=list)
 
     def of(self, tensor: Tensor) -> Tensor:
         """The same rows of a gradient or of a factor."""
@@ -159,7 +167,7 @@ class Stepper:
                     batch.add(number, _Piece(p), p.grad)
                     continue
                 for piece in cut.pieces:
-                    if cut.units or piece.columns:
+                    if cut.units or piece.mixed:
                         size = piece.tensor.numel()
                         if batch.work and batch.work + size > CHUNK:
                             batch.run()
@@ -168,7 +176,7 @@ class Stepper:
                     batch.add(number, piece, piece.of(p.grad))
                     if cut.units:
                         batch.bring(piece, p, self.undone(active[p]))
-                    elif piece.columns:
+                    elif piece.mixed:
                         batch.keep(piece, cut.rates)
         batch.run()
 
@@ -210,11 +218,11 @@ class _Batch:
         self.members.setdefault((number, id(piece.rate)), (piece.rate, []))[1].append(tensor)
 
     def keep(self, piece: _Piece, rates: SliceRates) -> None:
-        """Keep newborn columns aside."""
-        _, columns, aside = self.kept.setdefault(id(rates), (rates, [], []))
-        for c in piece.columns:
-            columns.append(c)
-            aside.append(self.stepper.scratch("columns", self.used, c))
+        """Keep newborn entries aside."""
+        _, mixed, aside = self.kept.setdefault(id(rates), (rates, [], []))
+        for m in piece.mixed:
+            mixed.append(m)
+            aside.append(self.stepper.scratch("newborn", self.used, m))
 
     def bring(self, piece: _Piece, p: nn.Parameter, undone: bool) -> None:
         """Into the small model's units."""
@@ -261,15 +269,15 @@ class _Batch:
             if group.get("capturable") and tensors[0].device.type == "cpu":
                 group["capturable"] = False  # asked for where the whole step is compiled, which this one is not
             groups.append(group)
-        for _, columns, aside in self.kept.values():
-            copy_each(aside, columns)
+        for _, mixed, aside in self.kept.values():
+            copy_each(aside, mixed)
         try:
             step_groups(optimizer, groups, self.state)
         finally:
             for tensor in self.views:
                 tensor.grad = None
-            for rates, columns, aside in self.kept.values():
-                lerp_each(columns, aside, 1.0 - rates.newborn_rate)
+            for rates, mixed, aside in self.kept.values():
+                lerp_each(mixed, aside, 1.0 - rates.newborn_rate)
             for leave in self.after:
                 leave()
 
@@ -298,9 +306,14 @@ def _cut(p: nn.Parameter, state: Mapping[str, Any], rates: SliceRates, s: Slice)
     row = max(1, data[0].numel()) if len(data) else 1
     newborn = s.newborn if s.warms else []
     rows = newborn[0] if newborn else None
-    for start, stop, new in _runs(rows, p.shape[0]):
-        columns = not new and any(v is not None for v in newborn[1:])
-        size = max(1, CHUNK // row) if columns or s.scaled else stop - start
+    together = VECTOR // math.gcd(VECTOR, row)  # rows that end where a vector does
+    for start, stop, new in _runs(_aligned(rows, together), p.shape[0]):
+        among = rows is not None and bool(rows[start:stop].any())
+        mixed = not new and (among or any(v is not None for v in newborn[1:]))
+        size = stop - start
+        if mixed or s.scaled:
+            size = max(1, CHUNK // row)
+            size -= size % together if size > together else 0
         for a in range(start, stop, size):
             b = min(stop, a + size)
             view = data.narrow(0, a, b - a)
@@ -313,11 +326,21 @@ def _cut(p: nn.Parameter, state: Mapping[str, Any], rates: SliceRates, s: Slice)
                     found.counts.append((mine[key], v))
                 else:
                     mine[key] = v
-            blocks = list(newborn_blocks(view, list(newborn), 1)) if columns else []
+            inside = [None if rows is None else rows[a:b], *newborn[1:]]
+            blocks = list(newborn_blocks(view, inside, 0)) if mixed else []
             found.pieces.append(_Piece(view, mine, a, b, rates if new else None, blocks))
             if len(blocks) > MOST:
                 return None
     return found if len(found.pieces) <= MOST + p.numel() // CHUNK else None
+
+
+def _aligned(newborn: np.ndarray | None, together: int) -> np.ndarray | None:
+    """Rows that step as newborn ones: groups of so many rows, counted from the first, that hold no old row."""
+    if newborn is None:
+        return None
+    groups = np.arange(len(newborn)) // together
+    old = np.bincount(groups, ~newborn)
+    return np.asarray(old[groups] == 0)
 
 
 def _runs(mask: np.ndarray | None, size: int) -> Iterator[tuple[int, int, bool]]:

@@ -6,12 +6,15 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import optim
+from torch import nn, optim
 
+import fxgrow
 from fxgrow.optim import pieces, slice_rates
-from fxgrow.optim.rates import all_rates
+from fxgrow.optim.rates import all_rates, write_rates
+from fxgrow.optim.slices import Slice, SliceRates
 from tests.optim.test_rates import HIDDEN, STREAM, apart, grown, started, step
 
 LINEAR: dict[str, Callable[[Any], optim.Optimizer]] = {
@@ -33,6 +36,7 @@ LINEAR: dict[str, Callable[[Any], optim.Optimizer]] = {
 def test_newborn_entries_move_by_their_rate_and_old_ones_as_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a plain step of the same optimizer: its movement, times the rate where newborn."""
     monkeypatch.setattr(pieces, "CHUNK", 40)
+    monkeypatch.setattr(pieces, "VECTOR", 1)  # in so small a model, whole tensors would be one piece
     model, optimizer = started(LINEAR[name])
     growth = grown(model, HIDDEN, STREAM)
     carried = growth.carry(optimizer, "asymmetric", warmup=10, peak=1.5)
@@ -55,7 +59,7 @@ def test_newborn_entries_move_by_their_rate_and_old_ones_as_without(name: str, m
                 shape[i] = -1
                 newborn |= torch.from_numpy(d.newborn).view(shape)
         other = plain_module.get_parameter(n)
-        # not to the bit: vectors of the processor begin elsewhere
+        # not to the bit, as pieces end within vectors; the next test is about those that do not
         torch.testing.assert_close(p[~newborn], other[~newborn], rtol=1e-14, atol=1e-15)
         torch.testing.assert_close((p - before[n])[newborn], rate * (other - before[n])[newborn], rtol=1e-9, atol=1e-15)
         for key, value in carried.state[p].items():
@@ -64,9 +68,52 @@ def test_newborn_entries_move_by_their_rate_and_old_ones_as_without(name: str, m
     assert seen
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["AdamW fused", "SGD"])
+def test_old_entries_step_as_without_rates_to_the_bit(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever old rows end, with new rows before them, and in chunks; the gradients are the same numbers."""
+    monkeypatch.setattr(pieces, "CHUNK", 1000)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for rows, columns, first, last, side in [
+            (17, 7, 5, 17, 7),
+            (300, 3, 41, 290, 3),
+            (257, 30, 100, 257, 9),
+            (50, 30, 0, 0, 9),
+            (640, 1, 300, 640, 1),
+        ]:
+            torch.manual_seed(rows)
+            p = nn.Parameter(torch.randn(rows, columns, dtype=dtype))
+            p.grad = torch.randn_like(p)
+            one = LINEAR[name]([p])
+            one.step()
+            q, plain = copy.deepcopy((p, one))
+            new_rows, new_columns = np.arange(rows), np.arange(columns) >= side
+            slices = Slice(newborn=[(new_rows >= first) & (new_rows < last), new_columns])
+            rates = SliceRates(warmup=10**6, peak=1.3)
+            rates.slices["p"] = slices
+            write_rates(one, [rates], {id(p): "p"})
+            old = torch.from_numpy(~slices.newborn[0][:, None] & ~new_columns)
+            start = p.detach().clone()
+            for _ in range(3):
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+                one.step()
+                plain.step()
+            assert torch.equal(p[old], q[old]), (rows, columns)
+            moved = (p - start)[~old].abs().sum() / (q - start)[~old].abs().sum()
+            assert moved < 0.01, "newborn entries move by their rate"
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("name", LINEAR)
 def test_exact_in_chunks_follows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "CHUNK", 40)
+    monkeypatch.setattr(pieces, "VECTOR", 1)
     model, optimizer = started(LINEAR[name])
     growth = grown(model, HIDDEN, {**STREAM, "factor": 3})
     carried = growth.carry(optimizer, "exact")
@@ -101,3 +148,48 @@ def test_after_the_warm_up_no_hook_is_left_and_groups_are_as_they_were() -> None
         assert carried.param_groups is groups
     assert not carried._optimizer_step_pre_hooks and not carried._optimizer_step_post_hooks
     assert not all_rates(carried) and set(groups[0]) == set(optimizer.param_groups[0])
+
+
+def test_a_step_that_raises_leaves_everything_as_it_was() -> None:
+    model, optimizer = started(LINEAR["AdamW fused"])
+    growth = grown(model, HIDDEN, {**STREAM, "factor": 3})
+    carried = growth.carry(optimizer, "exact")
+    before, groups = copy.deepcopy(growth.module.state_dict()), carried.param_groups
+    betas = groups[0].pop("betas")
+    with pytest.raises(KeyError):
+        step(growth.module, carried, 0)
+    groups[0]["betas"] = betas
+    assert carried.param_groups is groups
+    assert all(torch.equal(v, before[k]) for k, v in growth.module.state_dict().items())
+
+
+def test_parameters_that_are_no_plain_matrices() -> None:
+    """0-dim and transposed ones, and an empty group."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+            self.gain = nn.Parameter(torch.tensor(1.5))
+            self.up.weight = nn.Parameter(self.up.weight.detach().t().contiguous().t())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.tanh(self.up(x))) * self.gain
+
+    torch.manual_seed(0)
+    model = Odd().double()
+    optimizer = optim.AdamW([{"params": list(model.parameters())}, {"params": []}], lr=1e-2)
+    x = torch.randn(5, 4).double()
+
+    def one(module: nn.Module, opt: optim.Optimizer) -> float:
+        opt.zero_grad()
+        loss = module(x).square().mean()
+        loss.backward()
+        opt.step()
+        return float(loss.detach())
+
+    one(model, optimizer)
+    growth = fxgrow.grow(model, {"op": "widen", "axis": "up.weight:0", "factor": 3}, (x,), verify=False)
+    carried = growth.carry(optimizer, "exact")
+    for _ in range(8):
+        assert abs(one(model, optimizer) - one(growth.module, carried)) <= 1e-13
