@@ -27,7 +27,7 @@ from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import bound_arguments, nodes_among, op_name
 from fxgrow.ir.sizes import result_sizes
 from fxgrow.proof.tagged import TaggedCall, parts_of, possible, tagged
-from fxgrow.rules.base import FAMILIES, casts, is_linear, jumping_operands, moves, rule_of, value_of, weights
+from fxgrow.rules.base import FAMILIES, casts, is_linear, jumping_operands, moves, reads, rule_of, value_of, weights
 from fxgrow.rules.forms import Along, Pattern, Pointwise
 
 #: how often a search may fail before it is given up, and all searches together before the rest get a few attempts each
@@ -175,11 +175,11 @@ def law_of(node: fx.Node) -> Law | None:
     operands = [n for n in node.all_input_nodes if real(n)]
     if node.op == "output":
         return Law(held=tuple(operands), result=False)
-    if node.op != "call_function" or not operands or not real(node):
-        sizes = isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
-        return (
-            Law(held=tuple(operands), result=False) if node.op == "call_function" and operands and not sizes else None
-        )
+    if node.op != "call_function" or not operands:
+        return None
+    if not real(node):  # a number that is read out (``item``) is no size
+        sizes = not any(reads(node, n) for n in operands)
+        return None if sizes else Law(held=tuple(operands), result=False)
     name, rule, given = op_name(node.target), rule_of(node), bound_arguments(node)
     held = Law(held=tuple(operands), result=False)
     if rule is None:
@@ -188,8 +188,8 @@ def law_of(node: fx.Node) -> Law | None:
     operands = [n for n in operands if n in read]
     if name == "getitem":
         return Law(same=tuple(operands))
-    if value_of(node) is not None:
-        return Law(result=False)
+    if (value := value_of(node)) is not None:
+        return Law(held=(value,) if real(value) else (), result=False)
     if name in _PRODUCTS + _QUOTIENTS:
         other = given["other"]
         product = [(given["self"], 1.0)] if real(given["self"]) else []
@@ -207,6 +207,7 @@ def law_of(node: fx.Node) -> Law | None:
     if name in _ADDS:
         terms = [given["self"], given["other"]]
         plain = all(real(t) or (isinstance(t, int | float) and t == 0) for t in terms)
+        plain |= name == "aten.add.Tensor" and isinstance(terms[1], int | float) and terms[1] * given["alpha"] == 0
         if name == "aten.add.Tensor" and terms[0] in operands and isinstance(terms[1], int | float) and not plain:
             return Law(added=float(terms[1] * given["alpha"]))
         return Law(same=tuple(operands)) if plain else held
@@ -387,8 +388,8 @@ class _Search:
         """The ways of making a node's law hold; None where it does."""
         law = self.factors.law(node)
         site = self.factors.sites.get(node)
-        if law is None:
-            return None
+        if law is None:  # nothing could make up for a number: truth values times it
+            return [] if node in self.active else None
         if any(isinstance(self.of.get(n), Part) for n in (node, *node.all_input_nodes)):
             return self._of_parts(node, law)
         if law.added or any(isinstance(self.of.get(n), About) for n in (node, *node.all_input_nodes)):

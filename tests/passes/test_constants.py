@@ -394,6 +394,41 @@ def test_values_that_no_weight_makes_stay_what_they_are(what: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=LIMIT, atol=LIMIT)
 
 
+# what reads a value otherwise than by entries -------------------------------------------------------------------------
+
+READ: dict[str, Callable[[Tensor], Tensor]] = {
+    "no multiple of a number": lambda y: torch.add(y, 3.0, alpha=0),
+    "read out": lambda y: y * y.mean().item(),
+    "filled": lambda y: torch.zeros_like(y).fill_(y.mean()),
+    "truth values times a size": lambda y: y * (1 + (y > 0) * 4.0),
+    "whole numbers times a size": lambda y: y + torch.arange(y.shape[-1]) * 16,
+}
+
+
+class Read(nn.Module):
+    """A product summed over its units, of which copies count twice; one side and the sum are read in some way."""
+
+    def __init__(self, what: str, hidden: int = 16) -> None:
+        super().__init__()
+        self.a, self.b, self.out, self.what = nn.Linear(5, hidden), nn.Linear(5, hidden), nn.Linear(1, 3), what
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.a(x)) * READ[self.what](self.b(x))
+        return self.out(READ[self.what](y.sum(-1, keepdim=True)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("what", READ)
+def test_values_that_are_read_otherwise_keep_their_factor(what: str) -> None:
+    torch.manual_seed(0)
+    model, x = trained(Read(what).double()), torch.randn(3, 5, dtype=torch.float64)
+    try:
+        growth = fxgrow.grow(model, widen("a.weight:0"), (x,), verify=False)
+    except FxgrowError:  # the analysis does not follow the units through it
+        return
+    for scale in (1.0, 100.0, -0.01):
+        torch.testing.assert_close(growth.module(scale * x), model(scale * x), rtol=LIMIT, atol=LIMIT)
+
+
 # afterwards -----------------------------------------------------------------------------------------------------------
 
 
