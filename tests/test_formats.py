@@ -88,7 +88,7 @@ def test_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     assert loaded.plan is not None and loaded.receipt is not None and loaded.plan.exactness == "exact"
     again = fxgrow.load(fxgrow.save(loaded, path))
     assert all(torch.equal(t, loaded.module.state_dict()[n]) for n, t in again.module.state_dict().items())
-    growth = fxgrow.grow(again.module, {"op": "widen", "axis": "./hidden", "factor": 2}, *_example(again))
+    growth = fxgrow.grow(again.module, {"op": "widen", "axis": "emb.weight:1", "factor": 2}, *_example(again))
     assert growth.module.get_parameter("emb.weight").shape == (7, 16)
 
 
