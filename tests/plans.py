@@ -239,7 +239,7 @@ CASES: dict[str, Case] = {
     "written-norm": Case(_seeded(Written, (4, 5)), [[_widen("*/hidden"), _widen("*/residual")]]),
     "llama-heads-and-stream": Case(_zoo("llama"), [[_widen("*/kv_heads"), _widen("*/residual", to=24)]]),
     "rotary-tables-extend": Case(
-        _rotary, [[{"op": "extend", "axis": "cos:0", "factor": 2}, _widen("*/hidden", factor=2)]]
+        _rotary, [[{"op": "extend", "axis": "cos:0", "factor": 2}, _widen("*/rank", factor=2)]]
     ),
     "vit": Case(_zoo("vit"), [[_widen("*/heads"), _widen("fc1.weight:0", by=4, fill="add"), _widen("*/residual")]]),
     "cnn": Case(_cnn, [[_widen("*/channels"), _widen("*/hidden", by=4, fill="add")]], "batch"),
