@@ -163,11 +163,11 @@ def words_of(f: Callable[[torch.Tensor], torch.Tensor], **how: Any) -> str:
 def test_a_refusal_names_op_line_reason_and_what_works_each_once() -> None:
     text = words_of(lambda h: h / h.exp().sum(-1, keepdim=True), to=12)
     first, second, ways = text.splitlines()
-    assert first.startswith("cannot grow ./hidden from 8 to 12: aten.sum.dim_IntList at ")
+    assert first.startswith("cannot grow ./rank from 8 to 12: aten.sum.dim_IntList at ")
     assert "test_refusals.py" in first
     assert "12 is no multiple of 8: some units would be copied more often than others" in first
     assert second.startswith("nor as one copy of every unit and 4 padded ones: ")
-    assert ways == "(exact for ./hidden: `to: 16`)"
+    assert ways == "(exact for ./rank: `to: 16`)"
     reasons = [line.partition(": ")[2] for line in (first, second)]
     assert reasons[0] != reasons[1]
 

@@ -135,7 +135,7 @@ def test_plan(run: Any) -> None:
     spec = f'[{HIDDEN}, {{op: widen, axis: "./residual", to: 40}}, {{op: deepen, stack: transformer.h, factor: 2}}]'
     out, _ = run("plan", GPT, spec)
     assert "GPT: exact" in out and "transformer.h.*.mlp/hidden" in out
-    assert "normalized_shape=[40], eps=8e-06" in out
+    assert "normalized_shape=[40]" in out
     assert "block transformer.h.1" in out and "last projections zero" in " ".join(out.split())
     plan = fxgrow.GrowthPlan.from_json(run("plan", GPT, spec, "--json")[0])
     growth = fxgrow.grow(gpt()[0], spec, gpt()[1])

@@ -70,12 +70,16 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "contributed_package", raising=False)
 
 
+#: the factor that the new operation leaves stays where it put it
+WIDEN = {"op": "widen", "axis": "./hidden", "factor": 2}
+
+
 @pytest.mark.usefixtures("installed")
 def test_a_package_adds_an_operation() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2)).double()
     x = torch.randn(5, 3, dtype=torch.float64)
-    growth = fxgrow.grow(model, [{"op": "halve", "layer": "0"}, {"op": "widen", "axis": "./hidden", "factor": 2}], (x,))
+    growth = fxgrow.grow(model, [{"op": "halve", "layer": "0"}, {**WIDEN, "constants": "keep"}], (x,))
     weight = growth.module.get_parameter("0.weight")
     assert torch.equal(weight, model[0].weight.repeat(2, 1) / 2)
     assert growth.receipt.error_float64 is not None and growth.receipt.error_float64 < 1e-12
