@@ -150,7 +150,8 @@ def _element(state: State, value: fx.Node) -> float | None:
         return None
     plan = state.tensors[name]
     tensor = state.program.tensor(plan.source or name)
-    if tensor.is_meta or tensor.numel() != 1 or not is_fine(tensor.dtype) or plan.zero:
+    fine = is_fine(tensor.dtype) and is_fine(value.meta["val"].dtype)
+    if tensor.is_meta or tensor.numel() != 1 or not fine or plan.zero:
         return None
     found = (tensor.double() * plan.scale).to(tensor.dtype)
     return float(found.to(value.meta["val"].dtype))

@@ -11,6 +11,7 @@ from fxgrow.ir import trees
 from fxgrow.ir.running import run_eval
 from fxgrow.ir.traced import Traced
 from fxgrow.plan import GrowthPlan
+from fxgrow.verify.outputs import relative_errors
 from fxgrow.weights.materialise import materialise_all
 
 
@@ -33,7 +34,7 @@ def grown_tensors(copy: nn.Module, plan: GrowthPlan, before: Traced, grown: Trac
     names = [n for n in plan.tensors if n not in grown.constants]
     tensors = {**dict(materialise_all(plan, own.__getitem__, names)), **grown.constants}
     if plan.exactness == "exact" and not any(t.is_meta for t in own.values()):
-        _check(copy, regenerate(grown, tensors), before)
+        _check(copy, regenerate(grown, tensors), before, plan)
     trained = {name: p.requires_grad for name, p in own.items()}
     usual = any(p.requires_grad for p in copy.parameters())  # of what is made from nothing
     return {
@@ -46,16 +47,13 @@ def _shown(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _check(copy: nn.Module, grown: nn.Module, before: Traced) -> None:
+def _check(copy: nn.Module, grown: nn.Module, before: Traced, plan: GrowthPlan) -> None:
     """Compare on the example, in the copy's own dtype: proofs may lean on what the model's tensors held."""
-    old, new = (trees.tensors_in(run_eval(m, before.args, before.kwargs)) for m in (copy, grown))
-    for a, b in zip(old, new, strict=True):
-        if not a.is_floating_point():
-            continue
-        limit = torch.finfo(a.dtype).eps ** 0.5
-        worst = float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)) if a.numel() else 0.0
-        if not worst <= limit:
+    old, new = (run_eval(m, before.args, before.kwargs) for m in (copy, grown))
+    outputs = zip(relative_errors(old, new, plan), trees.tensors_in(old), strict=True)
+    for error, dtype in ((e.relative_error, t.dtype) for e, t in outputs if t.is_floating_point()):
+        if not error <= torch.finfo(dtype).eps ** 0.5:
             raise FxgrowError(
                 f"the plan, proved for the model's weights, moves what this {type(copy).__name__} computes by "
-                f"{worst:.1e} of its largest output; grow the copy by itself: fxgrow.grow(copy, spec, ...)"
+                f"{error:.1e} of its largest output; grow the copy by itself: fxgrow.grow(copy, spec, ...)"
             )

@@ -207,9 +207,11 @@ def law_of(node: fx.Node) -> Law | None:
     if name in _ADDS:
         terms = [given["self"], given["other"]]
         plain = all(real(t) or (isinstance(t, int | float) and t == 0) for t in terms)
-        plain |= name == "aten.add.Tensor" and isinstance(terms[1], int | float) and terms[1] * given["alpha"] == 0
-        if name == "aten.add.Tensor" and terms[0] in operands and isinstance(terms[1], int | float) and not plain:
-            return Law(added=float(terms[1] * given["alpha"]))
+        if name == "aten.add.Tensor" and all(isinstance(v, int | float) for v in (terms[1], given["alpha"])):
+            added = float(terms[1] * given["alpha"])
+            plain |= added == 0.0
+            if terms[0] in operands and not plain:
+                return Law(added=added)
         return Law(same=tuple(operands)) if plain else held
     if isinstance(rule, Pattern) and FAMILIES.get(name) == "contraction":
         return _of_contraction(rule, given, operands)

@@ -54,3 +54,15 @@ def test_what_is_no_copy_is_refused_and_left_alone() -> None:
     with pytest.raises(fxgrow.FxgrowError, match=r"no copy of the model as it was captured: .* is float32"):
         growth.apply_to_copy_(other)
     assert all(torch.equal(t, state[n]) for n, t in other.state_dict().items())
+
+
+def test_copies_get_more_positions_and_outputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    teacher, x = copy.deepcopy(model), torch.randn(5, 4, dtype=torch.float64)
+    moved(teacher)
+    before = teacher(x)
+    growth = fxgrow.grow(model, {"op": "extend", "axis": "2.weight:0", "by": 2}, (x,), verify=False)
+    after = growth.apply_to_copy_(teacher)(x)
+    assert after.shape == (5, 5)
+    torch.testing.assert_close(after[:, :3], before, rtol=1e-12, atol=1e-12)

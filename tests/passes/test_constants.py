@@ -429,6 +429,25 @@ def test_values_that_are_read_otherwise_keep_their_factor(what: str) -> None:
         torch.testing.assert_close(growth.module(scale * x), model(scale * x), rtol=LIMIT, atol=LIMIT)
 
 
+class Counted(nn.Module):
+    """A number that a buffer holds, read as a whole one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.out = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.register_buffer("k", torch.tensor(16.0, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.up(x)) * self.k.to(torch.int64))
+
+
+def test_whole_numbers_out_of_a_buffer_are_no_constants_of_a_size() -> None:
+    torch.manual_seed(0)
+    model, x = trained(Counted().double()), torch.randn(3, 5, dtype=torch.float64)
+    growth = fxgrow.grow(model, widen("up.weight:0"), (x,), verify=False)
+    torch.testing.assert_close(growth.module(x), model(x), rtol=LIMIT, atol=LIMIT)
+
+
 # afterwards -----------------------------------------------------------------------------------------------------------
 
 
