@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.families import Example, Maker, perturbed, sources
-from benchmarks.rows import Table, anonymous, cell, environments, first, label, versions
+from benchmarks.rows import Table, anonymous, cell, environments, errors_in, first, label, versions
 
 #: roles whose growth is promised wherever a model has them
 PROMISED = {
@@ -111,13 +111,7 @@ def grown(row: dict[str, Any]) -> bool:
 
 
 def errors_of(results: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"{label(r)} {a['name']}: {a[k]}"
-        for r in results
-        for a in r["axes"]
-        for k in ("double", "uneven")
-        if str(a.get(k, "")).startswith("ERROR")
-    ]
+    return errors_in(results, ("double", "uneven"), lambda r, a, _: f"{label(r)} {a['name']}")
 
 
 def totals(results: list[dict[str, Any]]) -> dict[str, tuple[int, int, int, int]]:

@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks.families import Example, Maker, perturbed, sources
 from benchmarks.living import Wide, differences, picture, reloaded, spoken
-from benchmarks.rows import Table, anonymous, cell, environments, first, label, versions
+from benchmarks.rows import Table, anonymous, cell, environments, errors_in, first, label, versions
 
 LIMIT = 1e-10
 #: gradients pass through every op twice, and are compared relative to each tensor's largest
@@ -255,13 +255,7 @@ def exact(row: dict[str, Any], what: str) -> bool:
 
 def errors_of(results: list[dict[str, Any]]) -> list[str]:
     """What is neither exact nor refused."""
-    return [
-        f"{label(r)}, {a['growth']}, {what}: {a[what]}"
-        for r in results
-        for a in r["axes"]
-        for what in ("module", "landed")
-        if str(a.get(what, "")).startswith("ERROR")
-    ]
+    return errors_in(results, ("module", "landed"), lambda r, a, what: f"{label(r)}, {a['growth']}, {what}")
 
 
 def share(results: list[dict[str, Any]], growth: str = "*") -> tuple[int, int]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import fxgrow
 from benchmarks import common
 from examples.gpt.model import GPT, GPTConfig
 
@@ -35,12 +36,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(shape: str, spec: str, fused: bool, threads: int, repeats: int) -> dict[str, Any]:
-    """Time the steps in one process; CPU and wall seconds of each round, and peak bytes."""
-    import fxgrow
-
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
+def _grown(shape: str, spec: str, fused: bool) -> tuple[fxgrow.Growth, torch.optim.AdamW]:
+    """A growth, and the small model's optimizer after one step."""
     config = SHAPES[shape]
     tokens = torch.randint(0, config.vocab_size, (2, config.block_size))
     small = GPT(config)
@@ -49,7 +46,14 @@ def measure(shape: str, spec: str, fused: bool, threads: int, repeats: int) -> d
         p.grad = torch.randn_like(p).mul_(1e-3)
     optimizer.step()
     optimizer.zero_grad()
-    growth = fxgrow.grow(small, SPECS[spec], (tokens, tokens), verify=False)
+    return fxgrow.grow(small, SPECS[spec], (tokens, tokens), verify=False), optimizer
+
+
+def measure(shape: str, spec: str, fused: bool, threads: int, repeats: int) -> dict[str, Any]:
+    """Time the steps in one process; CPU and wall seconds of each round, and peak bytes."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    growth, optimizer = _grown(shape, spec, fused)
     carried = {"none": growth.carry(optimizer, "copy")}
     carried.update({name: growth.carry(optimizer, **how) for name, how in WAYS.items()})
     sizes = {"parameters": sum(p.numel() * p.element_size() for p in growth.module.parameters())}
@@ -66,7 +70,7 @@ def measure(shape: str, spec: str, fused: bool, threads: int, repeats: int) -> d
             one.step()
         hooks = len(one._optimizer_step_pre_hooks) + len(one._optimizer_step_post_hooks)
         assert bool(hooks) == (name in ("warm-up", "exact")), f"{name} has {hooks} hooks"
-    del growth, small, optimizer
+    del growth, optimizer
     gc.collect()
     steps = {name: one.step for name, one in carried.items()}
     times = common.side_by_side(steps, repeats, warmup=1)
@@ -75,18 +79,8 @@ def measure(shape: str, spec: str, fused: bool, threads: int, repeats: int) -> d
 
 def peak(shape: str, spec: str, fused: bool, threads: int, way: str) -> dict[str, Any]:
     """Bytes that the second step takes at most, on top of what is there before it, in a process of its own."""
-    import fxgrow
-
     torch.set_num_threads(threads)
-    config = SHAPES[shape]
-    tokens = torch.randint(0, config.vocab_size, (2, config.block_size))
-    small = GPT(config)
-    optimizer = torch.optim.AdamW(small.parameters(), lr=1e-4, fused=fused)
-    for p in small.parameters():
-        p.grad = torch.randn_like(p).mul_(1e-3)
-    optimizer.step()
-    optimizer.zero_grad()
-    growth = fxgrow.grow(small, SPECS[spec], (tokens, tokens), verify=False)
+    growth, optimizer = _grown(shape, spec, fused)
     one = growth.carry(optimizer, **(WAYS[way] if way != "none" else {"policy": "copy"}))
     for p in growth.module.parameters():
         p.grad = torch.randn_like(p).mul_(1e-3)

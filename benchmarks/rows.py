@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,19 @@ from benchmarks.families import Maker, from_file
 
 ROOT = Path(__file__).resolve().parent.parent
 _MARK = "@@row "
+
+
+def errors_in(
+    results: list[dict[str, Any]], what: Sequence[str], named: Callable[[dict[str, Any], dict[str, Any], str], str]
+) -> list[str]:
+    """What is neither exact nor refused: of the entries ``what`` of every axis, in the words of ``named``."""
+    return [
+        f"{named(r, a, k)}: {a[k]}"
+        for r in results
+        for a in r["axes"]
+        for k in what
+        if str(a.get(k, "")).startswith("ERROR")
+    ]
 
 
 @dataclass

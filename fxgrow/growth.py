@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -123,13 +123,16 @@ class Growth:
 
     def _check_unchanged(self) -> None:
         """Whether the small model's weights are what they were: moments of a later step belong to other weights."""
-        for name, ref in self._source:
-            p = ref()
-            if p is not None and self._versions[name] not in (-1, version_of(p)):
-                raise FxgrowError(
-                    f"{name} has changed since the model was grown (an optimizer's step?), and the grown weights do "
-                    "not know of it: carry the optimizer over right after the growth"
-                )
+        changed = self._changed((n, p) for n, ref in self._source if (p := ref()) is not None)
+        if changed:
+            raise FxgrowError(
+                f"{changed} has changed since the model was grown (an optimizer's step?), and the grown weights do "
+                "not know of it: carry the optimizer over right after the growth"
+            )
+
+    def _changed(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+        """The first of some of the small model's tensors that was written into since the growth; "" for none."""
+        return next((n for n, t in tensors if self._versions.get(n, -1) not in (-1, version_of(t))), "")
 
     def _new(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters(remove_duplicate=True))
@@ -195,9 +198,9 @@ class Growth:
                     f"apply_ grows the model that was captured, and {name} of this {type(model).__name__} is another "
                     "tensor than that one's: grow this model"
                 )
-        for name, tensor in (*own.items(), *model.named_buffers()):
-            if self._versions.get(name, -1) not in (-1, version_of(tensor)):
-                raise FxgrowError(f"{name} has changed since the model was grown: grow it again, then apply the growth")
+        changed = self._changed((*own.items(), *model.named_buffers()))
+        if changed:
+            raise FxgrowError(f"{changed} has changed since the model was grown: grow it again, then apply the growth")
 
     def into(self, target: nn.Module) -> nn.Module:
         """Put the growth into a larger instance of the model's class, which you built: in its config's sizes.

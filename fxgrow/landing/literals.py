@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import linecache
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -185,7 +184,7 @@ def _fitting(literal: Literal, value: Number, in_line: bool, derived: bool) -> I
         grown = value * ratio
         if multiple and math.isclose(grown, round(grown), rel_tol=1e-12) and round(grown) != value:
             yield round(grown), 1
-    elif type(value) is float:
+    elif type(value) is float and literal.new > 0:
         for power in (1, -1, 2, -2, 0.5, -0.5):
             if _same(value**power if value > 0 else math.nan, literal.old):
                 yield float(literal.new ** (1 / power)), 1
@@ -195,24 +194,16 @@ def _fitting(literal: Literal, value: Number, in_line: bool, derived: bool) -> I
 def _same(a: float, b: float) -> bool:
     if type(a) is int and type(b) is int:
         return a == b
-    return math.isclose(a, b, rel_tol=1e-12, abs_tol=0.0) and (
-        type(a) is float or type(b) is int or float(b).is_integer()
-    )
+    return math.isclose(a, b, rel_tol=1e-12) and (type(a) is float or type(b) is int or float(b).is_integer())
 
 
 # the user's code ----------------------------------------------------------------------------------------------------
-
-_PLACE = re.compile(r"(?P<file>[^\s:]+\.py):(?P<line>\d+)")
 
 
 @functools.lru_cache(maxsize=4096)
 def names_in_line(line: str) -> frozenset[str]:
     """Attributes that a line of the user's reads: ``n_head`` of ``x.view(B, T, self.n_head, -1)``."""
-    text = line
-    place = _PLACE.search(line)
-    if place:
-        text = linecache.getline(place["file"], int(place["line"])) or line
-    return frozenset(re.findall(r"\.\s*([A-Za-z_]\w*)", text))
+    return frozenset(re.findall(r"\.\s*([A-Za-z_]\w*)", line.partition(": ")[2]))
 
 
 @functools.lru_cache(maxsize=1024)
