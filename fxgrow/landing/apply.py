@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +32,14 @@ from fxgrow.plan import GrowthPlan
 
 #: second traces of one model; every one but the last has found a number that differs
 _MOST = 8
+
+
+class Setting(NamedTuple):
+    """A plain attribute that was set, and what it held."""
+
+    holder: Any
+    name: str
+    old: Any
 
 
 def apply(
@@ -71,9 +80,11 @@ class _Applying:
         self.living, self.plan, self.before, self.grown, self.tensors = living, plan, before, grown, tensors
         self.tried: set[tuple[Any, ...]] = set()
         self.chosen: dict[tuple[Any, ...], Candidate] = {}
-        self.doubtful: list[tuple[Candidate, Any]] = []
+        self.done: list[tuple[Candidate, list[Setting]]] = []
         self.unset: list[Literal] = []
         self.literals: list[Literal] = []
+        self.modules = {id(m) for m in living.model.modules()}  # all others are copies of them
+        self.kept = 0  # so many of what was done belong to the best that was reached
 
     def run(self) -> None:
         living = self.living
@@ -83,7 +94,7 @@ class _Applying:
         wanted: Attributes = {}
         paths = {id(m): p for p, m in living.model.named_modules()}
         for candidate in self.choose(literals, sure=True):
-            if id(candidate.holder) in paths and candidate.index is None:
+            if id(candidate.holder) in paths and candidate.index is None and not candidate.rivals:
                 wanted[paths[id(candidate.holder)], candidate.name] = candidate.value
         constants = self.constants_held()
         mark = living.mark
@@ -125,21 +136,23 @@ class _Applying:
                 continue
             if any(c.key in out and c.rank[:3] == fitting[0].rank[:3] for c in fitting):
                 continue  # set for another literal already
-            out[fitting[0].key] = fitting[0]
+            likeliest = [c for c in fitting if c.rank[:3] == fitting[0].rank[:3]]
+            out[fitting[0].key] = replace(fitting[0], rivals=len({c.key for c in likeliest}) - 1)
         if any(c.is_direct for c in out.values()):  # what follows from others may be right once these are
             out = {k: c for k, c in out.items() if c.is_direct}
         self.chosen |= out
         return list(out.values())
 
-    def put(self, chosen: Iterable[Candidate], doubtful: bool = False) -> None:
+    def put(self, chosen: Iterable[Candidate]) -> None:
         for candidate in chosen:
             self.tried.add((*candidate.key, candidate.value))
             old = attributes_of(candidate.holder).get(candidate.name)
-            if doubtful and not candidate.is_sure:
-                self.doubtful.append((candidate, old))
             candidate.put(self.living)
+            settings = [Setting(candidate.holder, candidate.name, old)]
             if candidate.index is None and isinstance(old, int | float):
-                mirrored(self.living, candidate.holder, candidate.name, old, candidate.value)
+                others = mirrored(self.living, candidate.holder, candidate.name, old, candidate.value)
+                settings += [Setting(o, candidate.name, old) for o in others]
+            self.done.append((candidate, settings))
 
     # tensors
 
@@ -162,11 +175,14 @@ class _Applying:
 
     def exchange(self, constants: Mapping[str, tuple[Any, str]]) -> None:
         grown = self.grown
-        for name in (*grown.parameters, *grown.buffers):
-            self.living.tensor(name, self.tensors[name])
-        for alias, name in grown.aliases.items():
-            if name in grown.parameters or name in grown.buffers:
-                self.living.tensor(alias, self.tensors[name])
+        kept = {n: n for n in (*grown.parameters, *grown.buffers)}
+        kept |= {a: n for a, n in grown.aliases.items() if n in kept}
+        exchanged: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for place, name in kept.items():
+            old = self.living.tensor(place, self.tensors[name])
+            if old is not None:
+                exchanged[id(old)] = old, self.tensors[name]
+        self.living.references(exchanged)
         for name, (holder, leaf) in constants.items():
             self.living.attribute(holder, leaf, self.tensors[name])
 
@@ -178,38 +194,56 @@ class _Applying:
         Raises:
             GrowthRefused: nothing is left that could be set.
         """
-        literals, found, mark = self.literals, list[Difference](), self.living.mark
+        literals, found, mark, self.kept = self.literals, list[Difference](), self.living.mark, len(self.done)
         failure: CaptureError | None = None
         for _ in range(_MOST):
             try:
                 theirs = self.trace()
             except CaptureError as error:
                 failure = failure or error
-                self.living.undo(mark)  # what was set last does not suffice, or makes it worse
+                self.take_back(mark)  # what was set last does not suffice, or makes it worse
             else:
                 now = differences(self.grown, theirs)
                 if not now:
                     self.prune()
                     return
                 if found and len(now) >= len(found):
-                    self.living.undo(mark)
+                    self.take_back(mark)
                 else:
-                    failure, found, mark = None, now, self.living.mark
+                    failure, found, mark, self.kept = None, now, self.living.mark, len(self.done)
                     literals = [x for d in found for x in _literals(d)]
             chosen = self.choose(literals)
             if not chosen:
                 break
-            self.put(chosen, doubtful=failure is not None)
+            self.put(chosen)
         raise self.refused(found) if found else self.refused_trace(failure)
 
+    def take_back(self, mark: int) -> None:
+        self.living.undo(mark)
+        del self.done[self.kept :]
+
     def prune(self) -> None:
-        """Take back settings that were tried because the model did not run, and that it does not need to."""
-        doubtful, self.doubtful = self.doubtful, []
-        mark = self.living.mark
-        for candidate, old in doubtful:
-            candidate.restored(self.living, old)
-        if doubtful and not self.lands():
-            self.living.undo(mark)
+        """Take back what was set and no captured call reads, an attribute at a time: it held the number by chance, or
+        is for other methods; which of the two, nobody can tell but the user.
+        """
+        groups: dict[tuple[type, str], list[Setting]] = {}
+        for candidate, settings in self.done:
+            groups.setdefault((type(candidate.holder), candidate.name), []).extend(settings)
+        for (kind, name), settings in groups.items():
+            mark = self.living.mark
+            now, old = attributes_of(settings[0].holder)[name], settings[0].old
+            copies = [m for m in self.living.model.modules() if type(m) is kind and id(m) not in self.modules]
+            settings += [Setting(m, name, old) for m in copies if vars(m).get(name) == now]
+            for setting in reversed(settings):
+                self.living.attribute(setting.holder, setting.name, setting.old)
+            if not self.lands():
+                self.living.undo(mark)
+            elif now != old:
+                warnings.warn(
+                    f"{kind.__name__}.{name} is {old}, as a size was that has grown, and stays so: no "
+                    f"captured call reads it. If other methods do, and mean that size, set it to {now}",
+                    stacklevel=7,
+                )
 
     def lands(self) -> bool:
         try:

@@ -48,6 +48,7 @@ class Candidate:
         holder: a module, or a bundle of settings.
         index: of the entry, where the attribute is a tuple or list.
         rank: the lower, the likelier.
+        rivals: other attributes that are as likely to hold the literal.
     """
 
     holder: Any
@@ -55,6 +56,7 @@ class Candidate:
     index: int | None
     value: Number
     rank: tuple[int, ...]
+    rivals: int = 0
 
     @property
     def key(self) -> tuple[int, str, int | None]:
@@ -69,10 +71,6 @@ class Candidate:
     def is_sure(self) -> bool:
         """Whether it is the module's own, holds the number itself, and is read in the line."""
         return self.rank[:3] == (0, 0, 0)
-
-    def restored(self, living: Living, old: Any) -> None:
-        """Set the attribute to what it was."""
-        living.attribute(self.holder, self.name, old)
 
     def put(self, living: Living) -> None:
         """Set the attribute."""
@@ -229,13 +227,20 @@ def _names_of(code: Any) -> set[str]:
     return found
 
 
-def mirrored(living: Living, holder: Any, name: str, old: Number, new: Number) -> None:
-    """Settings under the same name with the same old value: the config that the attribute was taken from."""
+def mirrored(living: Living, holder: Any, name: str, old: Number, new: Number) -> list[Any]:
+    """Set what has the same name and the same old value in a config, which the attribute was taken from.
+
+    Returns:
+        The configs.
+    """
+    found = []
     for module in living.model.modules():
         for config in configs_of(module):
             here = attributes_of(config).get(name)
             if config is not holder and type(here) is type(old) and here == old:
                 living.attribute(config, name, new)
+                found.append(config)
+    return found
 
 
 __all__ = ["Candidate", "Literal", "candidates", "changed_literals", "mirrored", "names_in_code", "names_in_line"]

@@ -55,13 +55,36 @@ class Living:
         self._undo.append(lambda: set_children(container, before))
         set_children(container, children)
 
-    def tensor(self, name: str, new: torch.Tensor) -> None:
-        """Put a parameter or buffer in the place of the one of that name, with its hooks and attributes."""
+    def references(self, exchanged: Mapping[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Let plain attributes, and lists, tuples and dicts among them, hold new tensors in the place of old ones.
+
+        Args:
+            exchanged: by ``id`` of the old tensor, it and the new one.
+        """
+
+        def current(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return exchanged[id(value)][1] if id(value) in exchanged else value
+            if type(value) in (list, tuple):
+                return type(value)(current(v) for v in value)
+            return {k: current(v) for k, v in value.items()} if type(value) is dict else value
+
+        for module in self.model.modules():
+            for name, value in list(vars(module).items()):
+                if name not in _OWN and any(id(t) in exchanged for t in _tensors_in(value)):
+                    self.attribute(module, name, current(value))
+
+    def tensor(self, name: str, new: torch.Tensor) -> torch.Tensor | None:
+        """Put a parameter or buffer in the place of the one of that name, with its hooks and attributes.
+
+        Returns:
+            The old one; None where there was none, or it is the new one already.
+        """
         path, _, leaf = name.rpartition(".")
         holder = self.module(path)
         old = tensor_of(holder, leaf)
         if old is new:
-            return
+            return None
         hooked = isinstance(old, nn.Parameter) and old.shape is not None
         self._undo.append(lambda: set_tensor(holder, leaf, old))
         set_tensor(holder, leaf, new)
@@ -76,6 +99,19 @@ class Living:
                     vars(new).pop(key, None)
 
             self._undo.append(back)
+        return old
+
+
+#: what every module keeps, under other care than a plain attribute's
+_OWN = frozenset(vars(nn.Module()))
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif type(value) in (list, tuple, dict):
+        for v in value.values() if type(value) is dict else value:
+            yield from _tensors_in(v)
 
 
 def attributes_of(holder: Any) -> MutableMapping[str, Any]:

@@ -49,7 +49,7 @@ def traced_from(
     structures = []
     for number, ((exported, flags), call) in enumerate(zip(traces, calls, strict=True)):
         before = set(graph.nodes)
-        structures.append(_trace_into(graph, exported, flags, aliases, attributes, constants, call, number))
+        structures.append(_trace_into(graph, exported, flags, aliases, attributes, constants, call, number, own))
         call.nested = _nested_inputs(model, exported, call)
         shared = set(attributes.values())
         for node in graph.nodes:
@@ -97,6 +97,24 @@ def traced_from(
     return program
 
 
+def _check_apart(constant: Any, own: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a constant that is a parameter's or buffer's memory: growth would part them, and it gets no gradient.
+
+    Raises:
+        CaptureError: the forward reads the tensor where PyTorch does not look for it.
+    """
+    if not isinstance(constant, torch.Tensor) or constant.is_meta or constant.layout != torch.strided:
+        return
+    memory = constant.untyped_storage().data_ptr()
+    for name, tensor in own.items():
+        same = tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() == memory
+        if memory and same:
+            raise CaptureError(
+                f"the forward reads {name} through a plain attribute, a list or another object, which PyTorch traces "
+                f"as a constant without gradient: read it as self.{name}, or keep it in a ParameterList"
+            )
+
+
 def _nested_inputs(
     model: nn.Module, exported: torch.export.ExportedProgram, call: Call
 ) -> dict[str, tuple[str, list[str]]]:
@@ -123,6 +141,7 @@ def _trace_into(
     constants: dict[str, torch.Tensor],
     call: Call,
     number: int,
+    own: Mapping[str, torch.Tensor],
 ) -> Any:
     """Append one call's ops to the graph, and fill in which inputs it takes. Returns its output structure."""
     env: dict[fx.Node, Any] = {}
@@ -151,6 +170,7 @@ def _trace_into(
             elif spec.kind is InputKind.CONSTANT_TENSOR:
                 name = "constant_" + re.sub(r"\W", "_", str(spec.target)) + (f"_{number}" if number else "")
                 value = exported.constants[str(spec.target)]
+                _check_apart(value, own)
                 constants[name] = value.detach() if isinstance(value, torch.Tensor) else value
                 env[node] = attribute(name, node)
             elif spec.kind is InputKind.USER_INPUT:

@@ -79,6 +79,22 @@ def test_what_depends_on_no_input_is_computed_once() -> None:
         assert growth.receipt.error_float64 <= 1e-12
 
 
+def test_weights_that_are_read_out_of_a_list_are_refused() -> None:
+    """PyTorch traces them as constants, so that the graph would learn nothing there."""
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 6)
+            self.weights = [self.up.weight]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.weights[0], self.up.bias)
+
+    with pytest.raises(fxgrow.CaptureError, match=r"reads up.weight through .* read it as self\.up\.weight"):
+        fxgrow.capture(Listed(), (torch.randn(3, 4),))
+
+
 @pytest.mark.parametrize("flash", [True, False])
 def test_train_and_eval_share_one_graph(flash: bool) -> None:
     model = small_gpt(dropout=0.3, flash=flash)

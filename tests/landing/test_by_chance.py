@@ -1,0 +1,74 @@
+"""Attributes that hold an old size by chance, or for methods that no example runs; tensors held in other places."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxgrow
+from tests.models import trained
+
+D = torch.float64
+
+
+class Window(nn.Module):
+    """Attention with as many heads as a window has places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = self.heads = 4
+        self.width = 6
+        self.up, self.down = nn.Linear(5, 24), nn.Linear(24, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, t, _ = x.shape
+        y = self.up(x)
+        y = y.view(b, t, self.window if t > 99 else self.heads, self.width).transpose(1, 2)
+        return self.down(F.scaled_dot_product_attention(y, y, y).transpose(1, 2).reshape(b, t, -1))
+
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x[:, -self.window :])
+
+
+def test_a_number_that_no_call_reads_stays_and_is_told_of() -> None:
+    torch.manual_seed(0)
+    model = trained(Window().to(D))
+    before, x = copy.deepcopy(model), torch.randn(3, 7, 5, dtype=D)
+    growth = fxgrow.grow(model, {"op": "widen", "axis": "*/heads", "factor": 2}, (x,))
+    with pytest.warns(UserWarning, match=r"Window\.window is 4, .* set it to 8"):
+        growth.apply_(model)
+    assert (model.heads, model.window) == (8, 4)
+    for old, new in ((before(x), model(x)), (before.last(x), model.last(x))):
+        torch.testing.assert_close(new, old, rtol=0, atol=1e-12)
+
+
+class Listed(nn.Module):
+    """Weights that stand in lists as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.weights = [(self.up.weight, 1.0)]
+        self.named = {"down": self.down.weight}
+        self.__dict__["alone"] = self.up.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).tanh())
+
+    def again(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.weights[0][0], self.alone).tanh(), self.named["down"], self.down.bias)
+
+
+def test_tensors_in_lists_and_plain_attributes_are_exchanged_too() -> None:
+    torch.manual_seed(0)
+    model = trained(Listed().to(D))
+    before, x = copy.deepcopy(model), torch.randn(3, 5, dtype=D)
+    fxgrow.grow(model, {"op": "widen", "axis": "up.weight:0", "factor": 2}, (x,)).apply_(model)
+    assert model.weights[0][0] is model.up.weight and model.alone is model.up.bias
+    assert model.named["down"] is model.down.weight
+    for old, new in ((before(x), model(x)), (before(x), model.again(x))):
+        torch.testing.assert_close(new, old, rtol=0, atol=1e-12)
