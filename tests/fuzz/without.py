@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fxgrow.analysis.context import AnalysisContext
+from fxgrow.ir import replay
 from fxgrow.ir.ops import bound_arguments
 from fxgrow.passes import changes
 from fxgrow.proof import interpreter, scales, ties
@@ -68,7 +69,8 @@ def _whole_numbers() -> None:
 
 def _mode_literals() -> None:
     """Literals that differ between train and eval are all taken to be flags."""
-    _replace(modes, "_is_mode", lambda *_: True)
+    for module in (modes, replay):
+        _replace(module, "is_mode_literal", lambda *_: True)
 
 
 def _state() -> None:

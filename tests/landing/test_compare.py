@@ -222,8 +222,8 @@ def _split_of(program: Traced, name: str) -> str:
 # grown --------------------------------------------------------------------------------------------------------------
 
 
-def _grown(*axes: str) -> fxgrow.Program:
-    spec = fxgrow.GrowthSpec.parse([{"op": "widen", "axis": axis, "factor": 2} for axis in axes])
+def _grown(*axes: str, **options: Any) -> fxgrow.Program:
+    spec = fxgrow.GrowthSpec.parse([{"op": "widen", "axis": axis, "factor": 2, **options} for axis in axes])
     return fxgrow.plan_growth(fxgrow.capture(trained(Net()), ids()), spec)[1]
 
 
@@ -232,7 +232,7 @@ def test_a_growth_is_equal_to_the_larger_class() -> None:
 
 
 def test_constants_that_the_larger_class_has_otherwise_are_the_only_differences() -> None:
-    grown = _grown("*/residual", "*/head_dim", "*/value_dim")
+    grown = _grown("*/residual", "*/head_dim", "*/value_dim", constants="keep")
     scale, factor = differences(grown, fxgrow.capture(Net(width=16), ids()))
     assert (scale.kind, scale.module_path, scale.argument) == ("literal", "block", "scale")
     assert (scale.ours, scale.theirs) == (0.25, pytest.approx(8**-0.5))

@@ -287,16 +287,19 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("operation", [{"by": 4}, ADDED])
-def test_a_norm_without_eps_keeps_the_one_of_its_dtype(dtype: torch.dtype, operation: dict[str, Any]) -> None:
+@pytest.mark.parametrize("constants", ["fold", "keep"])
+def test_a_norm_without_eps_keeps_the_one_of_its_dtype(
+    dtype: torch.dtype, operation: dict[str, Any], constants: str
+) -> None:
     """Compared with the op's own arithmetic in float64, at the eps that the op has in the model's dtype."""
     model = Normed().to(dtype)
-    spec = {"operations": [{"op": "widen", "axis": "up.weight:0", **operation}]}
+    spec = {"operations": [{"op": "widen", "axis": "up.weight:0", "constants": constants, **operation}]}
     grown = grow(model, spec, (r(6, 5).to(dtype),), verify=False).module
     eps = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
     old = 8
     new = old + operation["by"]
     found = [bound_arguments(n)["eps"] for n in grown.graph.nodes if "rms_norm" in str(n.target)]
-    assert found == [pytest.approx(eps * old / new, rel=1e-12)] * 2
+    assert found == ([None] if constants == "fold" else [pytest.approx(eps * old / new, rel=1e-12)]) * 2
     for x in inputs(6, 5):
         x = (x + 0.1).to(dtype)
         with torch.no_grad():

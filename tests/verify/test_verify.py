@@ -54,8 +54,8 @@ def sabotage(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[fx.Graph], 
     def install(change: Callable[[fx.Graph], None]) -> None:
         plan_growth = fxgrow.growth.plan_growth
 
-        def wrong(program: Any, spec: Any) -> Any:
-            plan, grown = plan_growth(program, spec)
+        def wrong(*given: Any) -> Any:
+            plan, grown = plan_growth(*given)
             change(grown.graph)
             grown.graph.lint()
             return plan, grown

@@ -136,10 +136,10 @@ SEVERAL = {
     "resnet-kind=cat": [widen("./channels", factor=2), widen("./channels-2", by=3, fill="add")],
     "resnet-kind=grouped": [widen("./channels", factor=2), widen("./channels-2", to=7)],
     "inverted-residual": [widen("./channels", to=9, split="uneven"), widen("./channels-2", by=3, fill="add")],
-    "autoencoder": [widen("*/hidden", factor=2), widen("*/hidden-2", by=3, fill="add")],
-    "adversarial-einsum3": [widen("*/hidden", to=11), widen("*/hidden-2", factor=2, noise={"scale": 1e-2})],
-    "adversarial-outer-mixed": [widen("*/hidden", by=2, fill="add"), widen("*/hidden-2", by=2, fill="add")],
-    "adversarial-lora": [widen("*/hidden", by=2, fill="add"), widen("*/hidden-2", by=3, fill="add")],
+    "autoencoder": [widen("*/hidden", factor=2), widen("*/rank", by=3, fill="add")],
+    "adversarial-einsum3": [widen("*/rank", to=11), widen("*/rank-2", factor=2, noise={"scale": 1e-2})],
+    "adversarial-outer-mixed": [widen("*/hidden", by=2, fill="add"), widen("*/rank", by=2, fill="add")],
+    "adversarial-lora": [widen("*/hidden", by=2, fill="add"), widen("*/rank", by=3, fill="add")],
 }
 
 
