@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fxgrow.landing.living import Living
 
@@ -92,11 +93,31 @@ def kept_sizes(module: nn.Module) -> Sizes:
     for kind, sizes in _OWN:
         if isinstance(module, kind):
             try:
-                with torch.no_grad():
-                    return sizes(module)
+                return _read(module, sizes)
             except (AttributeError, TypeError, ValueError):  # a subclass that has made its weights anew
                 return {}
     return {}
+
+
+class _Reader(nn.Module):
+    """Reads a layer's sizes in its forward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, sizes: Callable[[Any], Sizes]) -> Sizes:
+        return sizes(self.module)
+
+
+def _read(module: nn.Module, sizes: Callable[[Any], Sizes]) -> Sizes:
+    """The sizes of a layer. A weight that is computed where it is read, and may write buffers then, is so on meta."""
+    if not is_parametrized(module):
+        return sizes(module)
+    reader = _Reader(module)
+    tensors = {n: t.detach().to("meta") for n, t in (*reader.named_parameters(), *reader.named_buffers())}
+    with torch.no_grad():
+        return dict(torch.func.functional_call(reader, tensors, (sizes,)))
 
 
 class KeptSizes:

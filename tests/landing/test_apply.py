@@ -107,6 +107,24 @@ def test_parametrized_weights_grow() -> None:
     assert relative_error(before, model, x) <= 1e-12
 
 
+@pytest.mark.parametrize("fill", ["add", "copy"])
+def test_weights_that_write_buffers_where_they_are_read(fill: str) -> None:
+    torch.manual_seed(0)
+    normed = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 8))
+    model = trained(nn.Sequential(normed, nn.Tanh(), nn.Linear(8, 3)).double())
+    before, x = copy.deepcopy(model), (torch.randn(3, 5, dtype=torch.float64),)
+    growth = fxgrow.grow(model, {"op": "widen", "axis": "./hidden", "factor": 2, "fill": fill}, x, verify=False)
+    if fill == "add":
+        growth.apply_(model)
+        assert (model[0].out_features, model[2].in_features) == (16, 16)
+    else:
+        with pytest.raises(fxgrow.GrowthRefused, match=r"multiplies by .*the class does not"):
+            growth.apply_(model)
+        assert all(torch.equal(t, before.state_dict()[n]) for n, t in model.state_dict().items())
+    for mode in (False, True):
+        assert relative_error(before.train(mode), model.train(mode), x) <= 1e-12
+
+
 def test_blocks_know_their_numbers() -> None:
     class Block(nn.Module):
         def __init__(self, number: int, shared: nn.Module) -> None:
