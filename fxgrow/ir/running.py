@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,48 @@ def plain_tensors_kept(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards modules have the plain attributes that they had, the same objects with the same entries.
+
+    A trace makes lists and dicts anew, so that one that several modules share comes apart, and leaves behind what a
+    forward assigns: a table that it makes at its first call would be a fake tensor.
+    """
+    held = [(part, {n: v for n, v in vars(part).items() if n not in _MODULE}) for part in module.modules()]
+    filled: dict[int, tuple[Any, Any]] = {}
+    todo = [v for _, attributes in held for v in attributes.values()]
+    while todo:
+        value = todo.pop()
+        if not isinstance(value, list | tuple | dict | set) or id(value) in filled:
+            continue
+        filled[id(value)] = value, copy.copy(value) if isinstance(value, list | dict | set) else None
+        todo.extend(value.values() if isinstance(value, dict) else value)
+    try:
+        yield
+    finally:
+        for part, attributes in held:
+            table = vars(part)
+            for name in [n for n in table if n not in _MODULE and n not in attributes]:
+                del table[name]
+            table.update(attributes)
+        for value, entries in filled.values():
+            if isinstance(value, list) and not _alike(value, entries):
+                value[:] = entries
+            elif isinstance(value, dict | set) and not _alike(value, entries):
+                value.clear()
+                value.update(entries)
+
+
+#: what every module has by itself
+_MODULE = frozenset(vars(nn.Module()))
+
+
+def _alike(value: Any, entries: Any) -> bool:
+    """Whether a list, dict or set still has the very entries that it had, in their order."""
+    parts = [(*x.keys(), *x.values()) if isinstance(x, dict) else tuple(x) for x in (value, entries)]
+    return list(map(id, parts[0])) == list(map(id, parts[1]))
+
+
+@contextlib.contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
     held = [
         (part, leaf, t, t.detach().clone())
@@ -66,9 +109,10 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
 
 
 def run_eval(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a module returns in eval mode for copies of the inputs, without gradients. Its buffers stay as they are."""
+    """What a module returns in eval mode for copies of the inputs, without gradients. It stays as it is."""
     copies = trees.clones((tuple(args), dict(kwargs)))
-    with in_mode(module, False), _buffers_kept(module), plain_tensors_kept(module), torch.no_grad():
+    kept = _buffers_kept(module), plain_tensors_kept(module), attributes_kept(module)
+    with in_mode(module, False), kept[0], kept[1], kept[2], torch.no_grad():
         return module(*copies[0], **copies[1])
 
 
@@ -94,6 +138,7 @@ def run_with(
             *part.named_buffers(recurse=False, remove_duplicate=False),
         )
         places.update({prefix + leaf: other[id(own)] for leaf, own in held if id(own) in other})
-    out = torch.func.functional_call(module, places, args, dict(kwargs), tie_weights=False)
+    with attributes_kept(module):
+        out = torch.func.functional_call(module, places, args, dict(kwargs), tie_weights=False)
     tensors.update({name: t for name, t in places.items() if name in tensors})
     return out

@@ -19,7 +19,7 @@ from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, find_guards, has_mixed_sizes, settle_sizes, weigh
 from fxgrow.ir.quiet import quiet
 from fxgrow.ir.replay import BothModes
-from fxgrow.ir.running import in_mode, plain_tensors_kept
+from fxgrow.ir.running import attributes_kept, in_mode, plain_tensors_kept
 from fxgrow.ir.symbolic import ON_DATA, oblivious_sizes
 from fxgrow.ir.traced import Call
 from fxgrow.ir.trail import Replica
@@ -69,7 +69,8 @@ def export_calls(
     model: nn.Module, calls: list[Call], dynamic: str, modes: tuple[bool, ...] = (True, False)
 ) -> list[list[Exported]]:
     """Every call in the given modes: one graph where it can serve both. The modules' own modes are put back."""
-    return [_export_call(model, call, dynamic, modes) for call in calls]
+    with attributes_kept(model):
+        return [_export_call(model, call, dynamic, modes) for call in calls]
 
 
 def _export_call(model: nn.Module, call: Call, dynamic: str, modes: tuple[bool, ...]) -> list[Exported]:
@@ -122,6 +123,7 @@ def _export(
             warnings.catch_warnings(),
             quiet(),
             plain_tensors_kept(model),
+            attributes_kept(model),
             _traceable_forward(model, kwargs, left_out, replay),
             oblivious_sizes(oblivious),
             watch,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxgrow.ir.running import in_mode, plain_tensors
+from fxgrow.ir.running import attributes_kept, in_mode, plain_tensors
 from fxgrow.verify.buffers import Before, state_of, values_of
 from fxgrow.verify.differences import Differences
 from fxgrow.verify.execute import draws, same_draws
@@ -47,7 +47,7 @@ class Native:
         for training in (False, True):
             if not self.inputs.served(training) or (training and one_mode):
                 continue
-            with in_mode(module, training), in_mode(grown, training):
+            with in_mode(module, training), in_mode(grown, training), attributes_kept(module):
                 abreast = Abreast(module, grown, self.pair.writes, training, self.failures, self.receipt)
                 with abreast.undone():
                     if not self._calls(abreast):

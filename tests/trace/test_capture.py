@@ -529,3 +529,32 @@ def test_a_transformers_model_as_everybody_builds_it() -> None:
     assert growth.receipt.error_float64 is not None
     assert growth.receipt.error_float64 <= 1e-12
     assert "past_key_values" not in growth.module(input_ids=ids)
+
+
+class Remembers(nn.Module):
+    """Shares a list with its part, and makes a table at its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.config, self.shapes, self.last = {"width": 8, "seen": [1]}, [()], None
+        self.up.config = self.config
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(tuple(x.shape))
+        self.config["seen"].append(2)
+        self.config["more"] = 1
+        if not hasattr(self, "table"):
+            self.table = torch.ones(1, dtype=x.dtype)
+        self.last = self.up(x) * self.table
+        return self.down(self.last.tanh())
+
+
+@pytest.mark.parametrize("verify", ["native", "float64"])
+def test_a_trace_leaves_attributes_as_they_were(verify: str) -> None:
+    model, x = Remembers().double(), torch.randn(4, 5, dtype=torch.float64)
+    config, shapes = model.config, model.shapes
+    fxgrow.grow(model, {"op": "widen", "axis": "up.weight:0", "factor": 2}, (x,), verify=verify)
+    assert model.config is model.up.config is config and config == {"width": 8, "seen": [1]}
+    assert model.shapes is shapes and shapes == [()] and model.last is None
+    assert not hasattr(model, "table")
