@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -165,6 +165,7 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
         plan=None if plan is None else _plain(plan),
         receipt=None if receipt is None else _plain(receipt),
         signature=list(program.signature),
+        asks_dtype=program.asks_dtype,
         defaults={n: encode_value(v, f"default of {n}") for n, v in program.defaults.items()},
         graph=graph_to_json(program.graph),
     )
@@ -174,6 +175,7 @@ def save(growth: Growth | Loaded | fx.GraphModule, path: str | Path, *, examples
     for number, call in enumerate(program.calls):
         record = CallRecord(name=call.name, inputs=call.inputs, training=call.training)
         record.structure, record.nested, record.sizes = call.treespec, call.nested, call.sizes
+        record.dtypes = {n: cast(Any, str(d).removeprefix("torch.")) for n, d in call.dtypes.items()}
         record.guards = [GuardRecord(**asdict(guard)) for guard in call.guards]
         record.constants = {n: encode_value(v, f"input {n}") for n, v in call.constants.items()}
         if examples and not on_meta:
@@ -399,6 +401,7 @@ def _load(path: Path, manifest: Manifest, device: str | torch.device) -> Loaded:
         containers=dict(manifest.containers),
         calls=calls,
         signature=list(manifest.signature),
+        asks_dtype=manifest.asks_dtype,
         defaults={n: decode_value(v, {}, f"{path / MANIFEST}: {n}") for n, v in manifest.defaults.items()},
     )
     try:
@@ -434,6 +437,7 @@ def _read_calls(
         call = Call(record.name, args, kwargs, list(record.inputs), constants)
         call.training, call.treespec, call.nested = record.training, record.structure, dict(record.nested)
         call.sizes, call.guards = dict(record.sizes), [Guard(**guard.model_dump()) for guard in record.guards]
+        call.dtypes = {n: getattr(torch, d) for n, d in record.dtypes.items()}
         for guard in call.guards:
             try:
                 unknown = set(inputs_of(guard.condition)) - set(call.inputs)

@@ -18,14 +18,17 @@ from fxgrow import kernels
 from fxgrow.compile import compile_regions
 from fxgrow.devices import check_memory
 from fxgrow.emit.blocks import block_regions, is_checkpointed
+from fxgrow.emit.casts import refusal
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import FxgrowError, SpecError, reworded
 from fxgrow.ir.modules import uncompiled, version_of
 from fxgrow.ir.nodes import info_of
+from fxgrow.ir.provenance import Cast, provenance_of, remember
 from fxgrow.ir.traced import Traced, program_of
 from fxgrow.landing.apply import apply
 from fxgrow.landing.copies import grown_tensors
 from fxgrow.landing.into import into
+from fxgrow.landing.recast import recast
 from fxgrow.landing.solve import solve_constants
 from fxgrow.limits import check_elements
 from fxgrow.optim.carry import carry, carry_
@@ -40,7 +43,7 @@ from fxgrow.spec import GrowthSpec
 from fxgrow.verify.execute import drops_out
 from fxgrow.verify.receipt import Receipt
 from fxgrow.verify.verification import verify
-from fxgrow.weights.materialise import check_finite, check_readable, materialise_all
+from fxgrow.weights.materialise import check_finite, check_readable, materialise_all, materialise_tensor
 
 Verify = Literal["auto", "float64", "native"]
 Optimizers = TypeVar("Optimizers", bound=torch.optim.Optimizer | Sequence[torch.optim.Optimizer])
@@ -288,6 +291,41 @@ def plan_growth(program: Program, spec: GrowthSpec, like: Traced | None = None) 
     return plan, Program.of(_grown_shapes(state.program, plan))
 
 
+def _let_cast(
+    module: fx.GraphModule,
+    model: nn.Module,
+    before: Traced,
+    grown: tuple[GrowthPlan, Traced],
+    spec: GrowthSpec,
+    like: Traced | None,
+) -> None:
+    """Let a grown module follow casts as the model does: what that computes in another dtype is grown once more."""
+    plan, program = grown
+    source = weakref.ref(model)  # a growth does not keep the small model alive
+
+    def recast_program(casts: tuple[Cast, ...]) -> tuple[Traced, dict[str, torch.Tensor]] | None:
+        living = source()
+        if living is None:
+            return None
+        shapes = {n: p.shape for n, p in living.named_parameters()}
+        if shapes == {n: p.shape for n, p in program.parameters.items()}:  # the growth was applied to it
+            again = recast(living, program, casts)
+            return again, again.constants
+        if shapes != {n: p.shape for n, p in before.parameters.items()}:
+            return None
+        traced = recast(living, before, casts)
+        other, result = plan_growth(traced, spec, like)
+        mine, theirs = (p.model_dump(mode="json", include={"tensors"})["tensors"] for p in (plan, other))
+        changed = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
+        if changed:
+            raise refusal(before.class_name, casts[-1], f"in that dtype its growth makes another {changed[0]}")
+        return result, {n: materialise_tensor(other.tensors[n], traced.constants[n]) for n in traced.constants}
+
+    found = provenance_of(module)
+    assert found is not None
+    remember(module, dataclasses.replace(found, recast=recast_program))
+
+
 def _grown_shapes(program: Traced, plan: GrowthPlan) -> Traced:
     def shaped(table: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {n: torch.empty(plan.tensors[n].shape, dtype=t.dtype, device="meta") for n, t in table.items()}
@@ -360,6 +398,9 @@ def grow(
         check_plan(plan, policy, optimizer, {id(p): n for n, p in program.parameters.items()})
     check_memory(_needed(program, grown_program, plan))
     module, _ = build(program, grown_program, plan, seconds, consume=consume)
+    if isinstance(model, nn.Module):
+        shapes = None if like is None else like.without_tensors()
+        _let_cast(module, model, program.without_tensors(), (plan, grown_program), parsed, shapes)
     unmeasured = (
         "the model has no values (meta tensors)"
         if _on_meta(program)

@@ -20,6 +20,9 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+Floats = Literal["bfloat16", "float16", "float32", "float64"]
+
+
 class TensorRecord(_Model):
     """One stored tensor."""
 
@@ -40,7 +43,10 @@ class GuardRecord(_Model):
 
 
 class CallRecord(_Model):
-    """One way of calling the model; ``args`` and ``kwargs`` are its example, None where it was not stored."""
+    """One way of calling the model; ``args`` and ``kwargs`` are its example, None where it was not stored.
+
+    ``dtypes`` are those that inputs must have, of a module that was cast.
+    """
 
     name: str
     inputs: list[str] = Field(default_factory=list)
@@ -50,6 +56,7 @@ class CallRecord(_Model):
     nested: dict[str, tuple[str, list[str]]] = Field(default_factory=dict)
     sizes: dict[str, list[int | None]] = Field(default_factory=dict)
     guards: list[GuardRecord] = Field(default_factory=list)
+    dtypes: dict[str, Floats] = Field(default_factory=dict)
     args: Any = None
     kwargs: Any = None
 
@@ -70,6 +77,7 @@ class Manifest(_Model):
         calls: the ways of calling the model, with example arguments, tensors by their names in
             ``examples.safetensors``.
         signature: the forward method's parameters in order.
+        asks_dtype: the forward asks for dtypes of tensors, as far as is known.
     """
 
     format: Literal["fxgrow-checkpoint"] = FORMAT
@@ -89,6 +97,7 @@ class Manifest(_Model):
     receipt: dict[str, Any] | None = None
     calls: list[CallRecord] = Field(default_factory=list)
     signature: list[str] = Field(default_factory=list)
+    asks_dtype: bool = True
     defaults: dict[str, Any] = Field(default_factory=dict)
     graph: list[dict[str, Any]]
 

@@ -13,6 +13,19 @@ from fxgrow.ir.nodes import info_of
 from fxgrow.ir.traced import Call
 
 
+def check_dtype(value: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+    """The dtype of an input decides what a model that asks for it computes; the graph was made for one of them.
+
+    Raises:
+        InputError: an input has another dtype than the module was cast to.
+    """
+    if value.dtype is not dtype:
+        raise InputError(
+            f"input {name} is {value.dtype}; the module was cast with its inputs to {dtype}, and its forward asks for "
+            f"dtypes: pass {name}.to({dtype})"
+        )
+
+
 def check_size(value: torch.Tensor, sizes: Sequence[int | None], name: str) -> None:
     """Sizes that the trace made part of the graph are checked when it runs.
 
@@ -39,6 +52,9 @@ def check_inputs(graph: fx.Graph, call: Call) -> None:
             compile_condition(guard.condition)
         with graph.inserting_after(placeholders[-1]):
             graph.call_function(check_guards, ([inputs[n] for n in names], names, *guards))
+    for name, dtype in call.dtypes.items():
+        with graph.inserting_after(placeholders[-1]):
+            graph.call_function(check_dtype, (inputs[name], dtype, name))
     for name, sizes in reversed(call.sizes.items()):
         with graph.inserting_after(placeholders[-1]):
             graph.call_function(check_size, (inputs[name], list(sizes), name))

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import fx, nn
 
 from fxgrow.emit.blocks import identifier, share_classes, split_blocks
+from fxgrow.emit.casts import cast_by, check_cast, keeping, refusal
 from fxgrow.emit.checks import check_inputs
 from fxgrow.emit.graphs import call_graphs, clean_graph
 from fxgrow.errors import CheckpointError, InputError
@@ -91,6 +92,35 @@ class RegeneratedModule(fx.GraphModule):
                 "larger instance that you made; both keep the class"
             ) from error
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        found = provenance_of(self) if "meta" in self.__dict__ else None
+        cast = cast_by(self, fn) if found is not None and recurse else {}
+        if found is None or not cast:
+            return super()._apply(fn, recurse)
+        casts = (*found.casts, cast)
+        made = found.recast(casts) if found.program.asks_dtype and found.recast is not None else None
+        if made is None:
+            check_cast(found.program, cast)
+            super()._apply(keeping(fn, self, dict.fromkeys(found.program.constants)))
+            remember(self, dataclasses.replace(found, casts=casts))
+            return self
+        program, constants = made
+        fresh = regenerate(program, program.without_tensors().tensors)
+        blocks = _alike(self, fresh, cast)
+        super()._apply(keeping(fn, self, {n: t.dtype for n, t in program.tensors.items()}))
+        for name, value in constants.items():
+            path, _, leaf = name.rpartition(".")
+            holder = self.get_submodule(path)
+            holder.register_buffer(leaf, value.to(getattr(holder, leaf).device), persistent=False)
+        made_so = provenance_of(fresh)
+        assert made_so is not None
+        remember(self, dataclasses.replace(made_so, casts=casts, recast=found.recast))
+        for mine, other in blocks.values():
+            mine.graph = other.graph
+        share_classes({n: mine for n, (mine, _) in blocks.items() if n})
+        remember(self, dataclasses.replace(made_so, casts=casts, recast=found.recast, code=code_of(self)))
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduce(self) if provenance_of(self) is not None else super().__reduce_ex__(protocol)
 
@@ -152,6 +182,22 @@ class CallsModule(RegeneratedModule):
         out = super().__deepcopy__(memo)
         out.recompile()
         return out
+
+
+def _alike(
+    module: fx.GraphModule, fresh: fx.GraphModule, cast: Mapping[torch.dtype, torch.dtype]
+) -> dict[str, tuple[fx.GraphModule, fx.GraphModule]]:
+    """The graph modules of two modules by path.
+
+    Raises:
+        GrowthRefused: the other one is built differently.
+    """
+    found = [{n: m for n, m in one.named_modules() if isinstance(m, fx.GraphModule)} for one in (module, fresh)]
+    mine, other = found
+    same = mine.keys() == other.keys() and all(type(mine[n]).__bases__ == type(other[n]).__bases__ for n in mine)
+    if not same or {n for n, _ in module.named_parameters()} != {n for n, _ in fresh.named_parameters()}:
+        raise refusal("grown module", cast, "in that dtype it has other blocks, calls or parameters")
+    return {n: (m, other[n]) for n, m in mine.items()}
 
 
 def _fits(call: Call, given: Mapping[str, Any]) -> bool:

@@ -55,6 +55,11 @@ def set_tensor(module: nn.Module, leaf: str, tensor: torch.Tensor | None) -> Non
         module._buffers[leaf] = tensor
 
 
+def map_tensors(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """What ``module.to(...)`` does, with a function of one's own: the module may have its say about it."""
+    module._apply(function)
+
+
 def version_of(tensor: torch.Tensor) -> int:
     """How often a tensor was written into; -1 where PyTorch does not count."""
     return -1 if tensor.is_inference() else tensor._version

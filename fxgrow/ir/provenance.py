@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
 from fxgrow.ir.traced import Traced
 
 _KEY = "fxgrow"
+
+#: dtypes to the dtypes that they were cast to
+Cast = Mapping[torch.dtype, torch.dtype]
+#: after these casts, one after another: the program, and its constants; None where the model is gone
+Recast = Callable[[tuple[Cast, ...]], "tuple[Traced, Mapping[str, torch.Tensor]] | None"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +26,15 @@ class Provenance:
         program: with shapes in place of tensors.
         code: as it was generated; empty for a module that was not.
         graphs: of a module that has one for each of several ways of calling it.
+        casts: of the module since it was made.
+        recast: makes the program anew in other dtypes, from the model that it was made from.
     """
 
     program: Traced
     code: str = ""
     graphs: tuple[fx.Graph, ...] = ()
+    casts: tuple[Cast, ...] = ()
+    recast: Recast | None = None
 
 
 def remember(module: fx.GraphModule, what: Provenance) -> None:

@@ -23,6 +23,7 @@ class Call:
     :mod:`fxgrow.ir.treespecs`) and the names of its leaves. ``training`` is the mode it serves, None for both.
     ``sizes`` are those of the tensors, None in dims that may differ from call to call.
     ``guards`` are the conditions on them under which the graph is the model (see :mod:`fxgrow.ir.guards`).
+    ``dtypes`` are those that inputs must have, of a graph that was cast.
     ``treespec`` describes what it returns where that is no plain tuple, list or dict; the graph then returns leaves.
     """
 
@@ -36,6 +37,7 @@ class Call:
     nested: dict[str, tuple[str, list[str]]] = field(default_factory=dict)
     sizes: dict[str, list[int | None]] = field(default_factory=dict)
     guards: list[Guard] = field(default_factory=list)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
     def flatten(self, given: Mapping[str, Any]) -> dict[str, Any] | None:
         """The arguments with nested ones taken apart; None where they are not built like the example's."""
@@ -84,6 +86,7 @@ class Traced:
         signature, defaults: the forward method's parameters in order, and the plain values they default to.
         members: names of the methods and attributes that the class has and a graph module lacks; empty where they are
             not known.
+        asks_dtype: the forward asks for dtypes of tensors: in another dtype its graph may be another.
     """
 
     graph: fx.Graph
@@ -104,6 +107,7 @@ class Traced:
     signature: list[str] = field(default_factory=list)
     defaults: dict[str, Any] = field(default_factory=dict)
     members: frozenset[str] = frozenset()
+    asks_dtype: bool = True
     seconds: float = 0.0
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -23,6 +23,7 @@ from fxgrow.ir.running import attributes_kept, in_mode, plain_tensors_kept
 from fxgrow.ir.symbolic import ON_DATA, oblivious_sizes
 from fxgrow.ir.traced import Call
 from fxgrow.ir.trail import Replica
+from fxgrow.trace.dtypes import Dtypes
 from fxgrow.trace.foreign import Watch, check_backward, check_ops, custom_backwards, in_words
 from fxgrow.trace.lines import place_of, source_line, user_line
 from fxgrow.trace.modes import Flags, align
@@ -56,6 +57,7 @@ class Exported:
         training: the mode it serves, None for both.
         flags: of a graph for both, by node the (path, eval literal) pairs where eval mode differs.
         reason: why it serves one mode only.
+        asks_dtype: the forward asks for the dtypes of tensors, so that in another one its graph may be another.
     """
 
     program: torch.export.ExportedProgram
@@ -63,6 +65,7 @@ class Exported:
     training: bool | None = None
     flags: Flags = field(default_factory=dict)
     reason: str = ""
+    asks_dtype: bool = False
 
 
 def export_calls(
@@ -77,7 +80,7 @@ def _export_call(model: nn.Module, call: Call, dynamic: str, modes: tuple[bool, 
     found = []
     for mode in modes:
         with in_mode(model, mode), custom_backwards() as used:
-            program, flags = _export(model, call.args, call.kwargs, dynamic, both=mode and False in modes)
+            program, flags, asks = _export(model, call.args, call.kwargs, dynamic, both=mode and False in modes)
         with in_mode(model, mode):
             check_ops(program.graph, source_line)
             if used:
@@ -86,27 +89,28 @@ def _export_call(model: nn.Module, call: Call, dynamic: str, modes: tuple[bool, 
         replicas = [Replica(model, program, call.args, call.kwargs, mode)]
         if flags is not None and not used:
             replicas.append(replicas[0].in_eval(flags))
-            return [Exported(program, weigh(guards, replicas), None, flags)]
-        found.append(Exported(program, weigh(guards, replicas), mode))
+            return [Exported(program, weigh(guards, replicas), None, flags, asks_dtype=asks)]
+        found.append(Exported(program, weigh(guards, replicas), mode, asks_dtype=asks))
     if len(found) == 1:
         return found
     train, evaluation = found
     same, reason, flags = align(train.program, evaluation.program)
     if not same:
         return [replace(one, reason=reason) for one in found]
-    return [Exported(train.program, list(dict.fromkeys([*train.guards, *evaluation.guards])), None, flags)]
+    guards = list(dict.fromkeys([*train.guards, *evaluation.guards]))
+    return [replace(train, guards=guards, training=None, flags=flags)]
 
 
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: str, both: bool = False
-) -> tuple[torch.export.ExportedProgram, Flags | None]:
+) -> tuple[torch.export.ExportedProgram, Flags | None, bool]:
     """A graph of the model in the mode it is in.
 
     Args:
         both: find out on the way whether eval mode runs the same ops.
 
     Returns:
-        The graph; and where eval mode differs, None where that is not known.
+        The graph; where eval mode differs, None where that is not known; and whether the forward asks for dtypes.
     """
 
     def one(x: Any) -> dict[int, Any] | None:
@@ -124,7 +128,7 @@ def _export(
             quiet(),
             plain_tensors_kept(model),
             attributes_kept(model),
-            _traceable_forward(model, kwargs, left_out, replay),
+            _traceable_forward(model, kwargs, left_out, dtypes, replay),
             oblivious_sizes(oblivious),
             watch,
         ):
@@ -147,7 +151,7 @@ def _export(
             watch.reason = ""
         return export(oblivious), None
 
-    watch = Watch(user_line)
+    watch, dtypes = Watch(user_line), Dtypes()
     left_out: set[str] = set()
     try:
         exported, flags = twice(True)
@@ -176,7 +180,7 @@ def _export(
             "grown module returns None in its place. Register the class with pytree to keep it",
             stacklevel=7,
         )
-    return exported, flags
+    return exported, flags, dtypes.asked
 
 
 #: whether to learn of eval mode from the trace in train mode; else each mode is traced
@@ -188,7 +192,11 @@ _LEAVES = (torch.Tensor, bool, int, float, complex, str, torch.SymInt, torch.Sym
 
 @contextlib.contextmanager
 def _traceable_forward(
-    model: nn.Module, kwargs: Mapping[str, Any], left_out: set[str], replay: BothModes | None = None
+    model: nn.Module,
+    kwargs: Mapping[str, Any],
+    left_out: set[str],
+    dtypes: Dtypes,
+    replay: BothModes | None = None,
 ) -> Iterator[None]:
     """Give ``forward`` a form that ``torch.export`` takes, on this instance and while it is traced.
 
@@ -212,7 +220,9 @@ def _traceable_forward(
         return None
 
     def known_results(*args: Any, **keywords: Any) -> Any:
-        return trees.tree_map(known, forward(*args, **keywords))
+        with dtypes:
+            results = forward(*args, **keywords)
+        return trees.tree_map(known, results)
 
     @functools.wraps(forward)
     def traceable(*args: Any, **keywords: Any) -> Any:

@@ -22,6 +22,7 @@ from fxgrow.ir.traced import Call, Traced
 from fxgrow.ir.traits import Trait, traits_of
 from fxgrow.ir.treespecs import describe
 from fxgrow.trace.constants import fold_constants
+from fxgrow.trace.dtypes import join_casts
 from fxgrow.trace.lines import source_line
 
 #: an exported graph, and by node the (path, eval literal) pairs where the other mode's graph differs
@@ -59,6 +60,7 @@ def traced_from(
             for path, cls in (node.meta.get("nn_module_stack") or {}).values():
                 types.setdefault(_clean(path), cls if isinstance(cls, str) else cls.__qualname__)
     graph.output(structures[0] if len(structures) == 1 else tuple(structures))
+    join_casts(graph)
     fold_constants(graph, constants)
     graph.eliminate_dead_code(is_impure_node=_impure)
     needed = False

@@ -22,6 +22,7 @@ from torch import fx, nn
 from fxgrow.errors import CaptureError
 from fxgrow.ir.provenance import edited, provenance_of
 from fxgrow.ir.traced import Call, Traced, matching_calls, program_of
+from fxgrow.rules.base import implied_arguments
 from fxgrow.trace.examples import as_calls, check_example, check_plain, check_signature, strange_dtypes
 from fxgrow.trace.export import export_calls, export_less
 from fxgrow.trace.graph import Trace, traced_from
@@ -80,6 +81,9 @@ def trace(
             reasons.append(f"train mode cannot be traced ({refused.partition(chr(10))[0]})")
             was_training = False
     program = traced_from(model, traces, served)
+    asked = any(one.asks_dtype for graphs in exported for one in graphs)
+    # an op may take a number from its operand's dtype, where it is given none
+    program.asks_dtype = asked or any(implied_arguments(n) for n in program.graph.nodes if n.op == "call_function")
     program.training, program.mode_reason = was_training, next(iter(reasons), "")
     program.seconds = time.perf_counter() - start
     return program
