@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.ir.foreach import copy_each, lerp_each
+from fxgrow.optim.fused import CACHED, Fused, fused_kernels
 from fxgrow.optim.slices import Factors, Slice, SliceRates
 from fxgrow.weights.moments import steps_like
 
@@ -74,6 +75,7 @@ class _Piece:
     stop: int | None = None
     rate: SliceRates | None = None
     mixed: list[Tensor] = field(default_factory=list)
+    aside: list[Tensor] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The same rows of a gradient or of a factor."""
@@ -91,12 +93,14 @@ class _Cut:
     rates: SliceRates
     pieces: list[_Piece]
     units: bool
+    chunk: int
     counts: list[tuple[Tensor, Tensor]]  # step counts of pieces, and the parameter's own
 
-    def is_of(self, p: Tensor, state: Mapping[str, Any], rates: SliceRates) -> bool:
+    def is_of(self, p: Tensor, state: Mapping[str, Any], rates: SliceRates, chunk: int) -> bool:
         return (
             self.address == p.data_ptr()
             and self.rates is rates
+            and self.chunk == chunk
             and len(self.held) == len(state)
             and all(a is b for a, b in zip(self.held, state.values(), strict=True))
         )
@@ -117,12 +121,15 @@ class Stepper:
     ) -> None:
         self.factors, self.undone = factors, undone
         self.cuts: dict[Tensor, _Cut] = {}
+        self.kernels: dict[Tensor, Fused] = {}
         self.buffers: dict[tuple[Any, ...], Tensor] = {}
 
-    @staticmethod
-    def takes(optimizer: torch.optim.Optimizer) -> bool:
-        """Whether it can be stepped so."""
-        return steps_like(optimizer, LINEAR) and not any(g.get("differentiable") for g in optimizer.param_groups)
+    def takes(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it can be stepped so, by its groups' present numbers."""
+        if not steps_like(optimizer, LINEAR) or any(g.get("differentiable") for g in optimizer.param_groups):
+            return False
+        self.kernels = fused_kernels(optimizer)
+        return True
 
     def pieces(self, optimizer: torch.optim.Optimizer, p: nn.Parameter, active: Active) -> _Cut | None:
         """The pieces of a parameter with a gradient; None: it has to be stepped as a whole."""
@@ -132,15 +139,20 @@ class Stepper:
         (rates, s) = active[0]
         warms = s.warms and rates.steps < rates.warmup
         if s.whole:
-            return _Cut(0, [], rates, [_Piece(p, rate=rates)], False, []) if warms and not s.scaled else None
+            return _Cut(0, [], rates, [_Piece(p, rate=rates)], False, CHUNK, []) if warms and not s.scaled else None
         state = optimizer.state.get(p)
         if not state or p.dim() == 0 or not p.is_contiguous() or p.is_complex() or (warms and s.scaled):
             return None
         if grad.layout != torch.strided or not grad.is_contiguous():
             return None
+        chunk = CHUNK
+        if not s.scaled and p in self.kernels and self.kernels[p].takes(p, state):
+            chunk = min(CHUNK, CACHED * torch.get_num_threads())
+        else:
+            self.kernels.pop(p, None)
         found = self.cuts.get(p)
-        if found is None or not found.is_of(p, state, rates):
-            made = _cut(p, state, rates, s)
+        if found is None or not found.is_of(p, state, rates, chunk):
+            made = _cut(p, state, rates, s, chunk)
             if made is None:
                 self.cuts.pop(p, None)
                 return None
@@ -154,13 +166,15 @@ class Stepper:
         active: Mapping[nn.Parameter, Active],
     ) -> None:
         """One step of all parameters that have a gradient."""
-        counts = [pair for cut in cuts.values() for pair in cut.counts]
+        apart = [(p, cut) for p, cut in cuts.items() if cut.held and p in self.kernels]
+        alone = {p for p, _ in apart}
+        counts = [pair for p, cut in cuts.items() if p not in alone for pair in cut.counts]
         if counts:
             copy_each([mine for mine, _ in counts], [own for _, own in counts])
         batch = _Batch(self, optimizer)
         for number, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
-                if p.grad is None:
+                if p.grad is None or p in alone:
                     continue
                 cut = cuts.get(p)
                 if cut is None:
@@ -179,6 +193,39 @@ class Stepper:
                     elif piece.mixed:
                         batch.keep(piece, cut.rates)
         batch.run()
+        for p, cut in apart:
+            self.step_alone(p, cut, optimizer.state[p])
+
+    def step_alone(self, p: nn.Parameter, cut: _Cut, state: Mapping[str, Any]) -> None:
+        """Step the pieces of a parameter one after the other."""
+        kernel, grad = self.kernels[p], p.grad
+        assert grad is not None
+        count = kernel.counted(state)
+        for piece in cut.pieces:
+            assert piece.state is not None
+            aside = self.aside(piece)
+            rate = 1.0 if piece.rate is None else piece.rate.newborn_rate
+            if aside:
+                copy_each(aside, piece.mixed)
+            try:
+                kernel(piece.tensor, piece.of(grad), piece.state, count, rate)
+            finally:
+                if aside:
+                    lerp_each(piece.mixed, aside, 1.0 - cut.rates.newborn_rate)
+        kernel.uncounted(state)
+
+    def aside(self, piece: _Piece) -> list[Tensor]:
+        """Memory for a piece's newborn entries; pieces that step one after the other share it."""
+        if not piece.mixed:
+            return []
+        held = self.buffers.get(("newborn", piece.tensor.dtype, piece.tensor.device))
+        if piece.aside is None or held is None or piece.aside[0].data_ptr() != held.data_ptr():
+            used: dict[tuple[Any, ...], int] = {}
+            needed = sum(m.numel() for m in piece.mixed)
+            self.scratch("newborn", used, piece.tensor.view(-1)[:needed])
+            used.clear()
+            piece.aside = [self.scratch("newborn", used, m) for m in piece.mixed]
+        return piece.aside
 
     def scratch(self, kind: str, used: dict[tuple[Any, ...], int], like: Tensor) -> Tensor:
         """Memory of a tensor's shape, out of what is kept from step to step."""
@@ -292,7 +339,7 @@ def _of(piece: _Piece, factor: Tensor | float) -> Tensor | float:
     return piece.of(factor) if isinstance(factor, Tensor) else factor
 
 
-def _cut(p: nn.Parameter, state: Mapping[str, Any], rates: SliceRates, s: Slice) -> _Cut | None:
+def _cut(p: nn.Parameter, state: Mapping[str, Any], rates: SliceRates, s: Slice, chunk: int) -> _Cut | None:
     tensors = [v for v in state.values() if isinstance(v, Tensor)]
     if any(v is None for v in state.values()):
         return None  # it will be made in this step
@@ -301,7 +348,7 @@ def _cut(p: nn.Parameter, state: Mapping[str, Any], rates: SliceRates, s: Slice)
         for v in tensors
     ):
         return None
-    found = _Cut(p.data_ptr(), list(state.values()), rates, [], s.scaled, [])
+    found = _Cut(p.data_ptr(), list(state.values()), rates, [], s.scaled, chunk, [])
     data = p.detach()
     row = max(1, data[0].numel()) if len(data) else 1
     newborn = s.newborn if s.warms else []
@@ -312,7 +359,7 @@ def _cut(p: nn.Parameter, state: Mapping[str, Any], rates: SliceRates, s: Slice)
         mixed = not new and (among or any(v is not None for v in newborn[1:]))
         size = stop - start
         if mixed or s.scaled:
-            size = max(1, CHUNK // row)
+            size = max(1, chunk // row)
             size -= size % together if size > together else 0
         for a in range(start, stop, size):
             b = min(stop, a + size)
@@ -331,7 +378,7 @@ def _cut(p: nn.Parameter, state: Mapping[str, Any], rates: SliceRates, s: Slice)
             found.pieces.append(_Piece(view, mine, a, b, rates if new else None, blocks))
             if len(blocks) > MOST:
                 return None
-    return found if len(found.pieces) <= MOST + p.numel() // CHUNK else None
+    return found if len(found.pieces) <= MOST + p.numel() // chunk else None
 
 
 def _aligned(newborn: np.ndarray | None, together: int) -> np.ndarray | None:
@@ -360,9 +407,24 @@ def newborn_blocks(view: Tensor, newborn: Sequence[np.ndarray | None], dim: int)
         dim += 1
     if dim >= len(newborn):
         return
-    for a, b, new in _runs(newborn[dim], view.shape[dim]):
-        part = view.narrow(dim, a, b - a)
+    mask, after = newborn[dim], list(newborn[dim + 1 :])
+    assert mask is not None
+    period = _period(mask)
+    inside = dim
+    if period < len(mask):  # the same in every head, say: one view for all of them
+        view, mask, inside = view.unflatten(dim, (-1, period)), mask[:period], dim + 1
+    for a, b, new in _runs(mask, len(mask)):
+        part = view.narrow(inside, a, b - a)
         if new:
             yield part
         else:
-            yield from newborn_blocks(part, newborn, dim + 1)
+            yield from newborn_blocks(part, [None] * (inside + 1) + after, inside + 1)
+
+
+def _period(mask: np.ndarray) -> int:
+    """Entries after which a mask repeats itself to its end; its length where it does not."""
+    edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+    for period in edges[1:MOST:2].tolist():  # after a run of each value
+        if len(mask) % period == 0 and bool((mask.reshape(-1, period) == mask[:period]).all()):
+            return int(period)
+    return len(mask)

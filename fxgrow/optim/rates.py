@@ -177,7 +177,7 @@ class _Applied:
     def enter_or_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Bring parameters into the units in which they step; where the step has to be taken apart, take it."""
         active = {p: of for p in self.names if p.grad is not None and (of := self.active(p))}
-        if Stepper.takes(optimizer):
+        if self.stepper.takes(optimizer):
             cuts = {p: cut for p, of in active.items() if (cut := self.stepper.pieces(optimizer, p, of)) is not None}
             if not cuts:
                 self.enter(active)

@@ -15,7 +15,7 @@ import fxgrow
 from fxgrow.optim import pieces, slice_rates
 from fxgrow.optim.rates import all_rates, write_rates
 from fxgrow.optim.slices import Slice, SliceRates
-from tests.optim.test_rates import HIDDEN, STREAM, apart, grown, started, step
+from tests.optim.test_rates import HIDDEN, STREAM, apart, grown, loss_of, started, step
 
 LINEAR: dict[str, Callable[[Any], optim.Optimizer]] = {
     "Adadelta": lambda p: optim.Adadelta(p, lr=1.0, weight_decay=0.01),
@@ -193,3 +193,53 @@ def test_parameters_that_are_no_plain_matrices() -> None:
     carried = growth.carry(optimizer, "exact")
     for _ in range(8):
         assert abs(one(model, optimizer) - one(growth.module, carried)) <= 1e-13
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"amsgrad": True}, {"maximize": True}, {"lr": torch.tensor(1e-2, dtype=torch.float64)}]
+)
+def test_the_kernel_called_part_by_part_is_the_optimizers_own(how: dict[str, Any]) -> None:
+    """Fused against a loop over tensors, while columns warm up, with a gradient scaler whose third step is skipped."""
+    runs = []
+    for way in ({"fused": True}, {"foreach": False}):
+        model, optimizer = started(lambda p, way=way: optim.AdamW(p, **{"lr": 1e-2, "weight_decay": 0.1, **how, **way}))
+        growth = grown(model, HIDDEN, STREAM)
+        growth.carry_(optimizer, "asymmetric", warmup=7, peak=1.5)
+        runs.append((growth.module, optimizer, torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)))
+    (fused, by_kernel, _), (loop, plain, _) = runs
+    for k in range(9):
+        for module, optimizer, scaler in runs:
+            optimizer.zero_grad()
+            scaler.scale(loss_of(module, k)).backward()
+            if k == 2:
+                next(module.parameters()).grad.view(-1)[0] = torch.inf  # type: ignore[union-attr]
+            scaler.step(optimizer)
+            scaler.update()
+        for p, q in zip(fused.parameters(), loop.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(by_kernel.state[p], plain.state[q], rtol=1e-12, atol=1e-13)
+        assert [r.steps for r in all_rates(by_kernel)] == [r.steps for r in all_rates(plain)]
+    assert by_kernel.state[next(fused.parameters())]["step"] == 12 and not all_rates(by_kernel)
+
+
+def test_newborn_entries_that_repeat_are_one_view() -> None:
+    """Entries of every head, say; each newborn entry is in one view, whatever the masks are."""
+    random = np.random.default_rng(0)
+    for rows, columns, most in [
+        (np.arange(24) % 6 >= 4, None, 1),
+        (None, np.arange(30) % 2 == 1, 1),
+        (np.arange(12) % 4 < 1, np.arange(15) % 5 >= 3, 2),
+        (np.arange(7) % 3 == 0, np.arange(8) >= 3, 7),
+        *((random.random(9) < 0.4, random.random(8) < 0.5, 72) for _ in range(20)),
+    ]:
+        shape = (9 if rows is None else len(rows), 9 if columns is None else len(columns), 2)
+        seen = torch.zeros(shape)
+        blocks = list(pieces.newborn_blocks(seen, [rows, columns, None], 0))
+        for block in blocks:
+            block.add_(1)
+        old = np.ones(shape[:2], dtype=bool)
+        for mask, view in ((rows, (-1, 1)), (columns, (1, -1))):
+            if mask is not None:
+                old &= ~mask.reshape(view)
+        assert torch.equal(seen, torch.from_numpy(~old)[..., None].expand(shape).float())
+        assert len(blocks) <= most
