@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fxgrow.ir import trees
+from fxgrow.ir.memo import caches_kept
 
 
 @contextlib.contextmanager
@@ -52,8 +53,9 @@ def plain_tensors_kept(module: nn.Module) -> Iterator[None]:
 def attributes_kept(module: nn.Module) -> Iterator[None]:
     """Afterwards modules have the plain attributes that they had, the same objects with the same entries.
 
-    A trace makes lists and dicts anew, so that one that several modules share comes apart, and leaves behind what a
-    forward assigns: a table that it makes at its first call would be a fake tensor.
+    Caches of their code that have got entries are emptied. A trace makes lists and dicts anew, so that one that several
+    modules share comes apart, and leaves behind what a forward assigns: a table that it makes at its first call would
+    be a fake tensor.
     """
     held = [(part, {n: v for n, v in vars(part).items() if n not in _MODULE}) for part in module.modules()]
     filled: dict[int, tuple[Any, Any]] = {}
@@ -65,7 +67,8 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
         filled[id(value)] = value, copy.copy(value) if isinstance(value, list | dict | set) else None
         todo.extend(value.values() if isinstance(value, dict) else value)
     try:
-        yield
+        with caches_kept(module):
+            yield
     finally:
         for part, attributes in held:
             table = vars(part)

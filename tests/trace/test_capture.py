@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -558,3 +560,32 @@ def test_a_trace_leaves_attributes_as_they_were(verify: str) -> None:
     assert model.config is model.up.config is config and config == {"width": 8, "seen": [1]}
     assert model.shapes is shapes and shapes == [()] and model.last is None
     assert not hasattr(model, "table")
+
+
+@functools.lru_cache(maxsize=4)
+def angles(size: int) -> torch.Tensor:
+    return torch.linspace(1, 2, size, dtype=torch.float64)
+
+
+class Looked(nn.Module):
+    """Reads tables that a cache holds by size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    @staticmethod
+    @functools.lru_cache
+    def more(size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x) * angles(4)[:1]
+        return self.down((h + self.more(3)[0]).tanh())
+
+
+def test_caches_keep_no_tables_of_a_trace() -> None:
+    model, x = trained(Looked().double()), torch.randn(4, 5, dtype=torch.float64)
+    before = copy.deepcopy(model)
+    fxgrow.grow(model, {"op": "widen", "axis": "up.weight:0", "factor": 2}, (x,)).apply_(model)
+    torch.testing.assert_close(model(x), before(x), rtol=0, atol=1e-12)
