@@ -15,7 +15,10 @@ if not _Path(__file__).with_name("passes").is_dir():
     __path__.append(str(_Path(__file__).parents[1]))
 
 from fxgrow.lazy import attach as _attach
+from fxgrow.saved import when_torch_is_there as _when_torch_is_there
 from fxgrow.version import __version__ as __version__
 
 # The public names stand in __init__.pyi and load on first use; fxgrow.lazy says why.
 __getattr__, __dir__, __all__ = _attach(__name__, __file__)
+
+_when_torch_is_there()

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 import torch
 
-import fxgrow.optim  # torch.load knows what it puts into an optimizer
+import fxgrow
 from examples.gpt.data import decode, encode, python_help
 from examples.nanogpt.model import GPT, GPTConfig
 

@@ -27,6 +27,7 @@ from fxgrow.ir.uncompiled import uncompiled
 from fxgrow.optim.pieces import MOST, Active, Stepper, newborn_blocks, step_groups
 from fxgrow.optim.slices import Factors, Slice, SliceRates, along, combined, halves, wide
 from fxgrow.optim.whole import is_muon, muon_group
+from fxgrow.saved import tell_torch
 from fxgrow.weights.moments import moment_of
 
 __all__ = [
@@ -58,7 +59,7 @@ class GroupRates(dict[str, Any]):
         return f"<per-slice learning rates of {sum(len(g['slices']) for g in self['growths'])} tensors>"
 
 
-torch.serialization.add_safe_globals([GroupRates])
+tell_torch()
 
 
 def rates_of_groups(

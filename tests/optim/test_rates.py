@@ -225,6 +225,48 @@ def test_a_process_that_does_not_know_fxgrow_does_not_load_the_state(tmp_path: P
     assert ran.returncode != 0 and "fxgrow.optim.rates.GroupRates" in ran.stderr
 
 
+READ = """
+{imports}
+assert "fxgrow.optim" not in sys.modules
+import torch
+module, state = torch.load({file!r}, weights_only=True)
+weights = [torch.nn.Parameter(w) for w in module]
+optimizer = torch.optim.SGD([{{"params": weights[:1]}}, {{"params": weights[1:]}}], lr=0.0)
+optimizer.load_state_dict(state)
+for p in weights:
+    p.grad = torch.ones_like(p)
+optimizer.step()
+torch.save([p.detach() for p in weights], {file!r} + ".after")
+assert not any(type(f).__module__.startswith("fxgrow.") for f in sys.meta_path)
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["import sys, torch, fxgrow", "import sys, fxgrow, importlib.util as u; u.find_spec('torch')"],
+    ids=["torch first", "fxgrow first"],
+)
+def test_import_fxgrow_is_enough_to_load_rates_and_apply_them(imports: str, tmp_path: Path) -> None:
+    model = net()
+    names = ["up.weight", "down.weight"]
+    optimizer = optim.SGD([{"params": [model.get_parameter(n)]} for n in names], lr=0.5)
+    growth = grown(model, HIDDEN)
+    carried = growth.carry(optimizer, "asymmetric", warmup=8)
+    held = [growth.module.get_parameter(n) for n in names]
+    file = tmp_path / "state.pt"
+    torch.save(([p.detach() for p in held], carried.state_dict()), file)
+    code = READ.format(imports=imports, file=str(file))
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    for p in held:
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in held]
+    carried.step()
+    for p, q, old in zip(held, torch.load(f"{file}.after"), before, strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=0, atol=1e-15)
+        assert len((old - q).unique().round(decimals=12).unique()) == 2  # old entries at one rate, new ones at another
+
+
 # a growth after a growth ----------------------------------------------------------------------------------------------
 
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
