@@ -8,6 +8,8 @@ grown one, literal by literal. What differs is looked up again; if it cannot be 
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -20,10 +22,10 @@ from fxgrow.errors import CaptureError, FxgrowError, GrowthRefused
 from fxgrow.ir.modules import uncompiled
 from fxgrow.ir.running import plain_tensors
 from fxgrow.ir.traced import Traced
-from fxgrow.landing.blocks import Restacked, restack
+from fxgrow.landing.blocks import Numbered, Restacked, restack
 from fxgrow.landing.compare import Difference, described, differences
 from fxgrow.landing.config import Attributes, Builder, adopt, builder_of, instance_of, solve
-from fxgrow.landing.literals import Candidate, Literal, candidates, changed_literals, mirrored, moved
+from fxgrow.landing.literals import Candidate, Literal, candidates, changed_literals, mirrored, moved, names_in_code
 from fxgrow.landing.living import Living, attributes_of
 from fxgrow.landing.retrace import retrace
 from fxgrow.landing.sizes import KeptSizes
@@ -84,6 +86,8 @@ class _Applying:
         self.unset: list[Literal] = []
         self.literals: list[Literal] = []
         self.modules = {id(m) for m in living.model.modules()}  # all others are copies of them
+        self.numbered: list[Numbered] = []
+        self.told: list[str] = []
         self.kept = 0  # so many of what was done belong to the best that was reached
 
     def run(self) -> None:
@@ -108,7 +112,8 @@ class _Applying:
         if settings is None or builder is None:
             living.undo(mark)
             self.put(self.chosen.values())
-            restack(living, self.plan)
+            stacks = restack(living, self.plan)
+        self.numbered = [n for s in stacks for n in s.numbered]
         self.literals = moved(literals, living.model, origin)
         self.exchange(constants)
         kept.settle(living)
@@ -196,7 +201,7 @@ class _Applying:
         """
         literals, found, mark, self.kept = self.literals, list[Difference](), self.living.mark, len(self.done)
         failure: CaptureError | None = None
-        for _ in range(_MOST):
+        for attempt in range(_MOST):
             try:
                 theirs = self.trace()
             except CaptureError as error:
@@ -212,11 +217,48 @@ class _Applying:
                 else:
                     failure, found, mark, self.kept = None, now, self.living.mark, len(self.done)
                     literals = [x for d in found for x in _literals(d)]
+            if not attempt and self.unnumber():
+                mark = self.living.mark
+                continue
             chosen = self.choose(literals)
             if not chosen:
                 break
             self.put(chosen)
         raise self.refused(found) if found else self.refused_trace(failure)
+
+    def unnumber(self) -> bool:
+        """Give back to attributes what they held that are no numbers of blocks, though they were equal to them."""
+        groups: dict[tuple[type, str], list[Numbered]] = {}
+        for each in self.numbered:
+            if each.name in names_in_code(type(each.module)):  # type: ignore[arg-type]
+                groups.setdefault((type(each.module), each.name), []).append(each)
+        if not groups:
+            return False
+        mark, wrong = self.living.mark, self.wrong()
+        for each in itertools.chain(*groups.values()):
+            self.living.attribute(each.module, each.name, each.old)
+        least = self.wrong()
+        if least >= wrong:
+            self.living.undo(mark)
+            return False
+        for (kind, name), group in groups.items():
+            mark = self.living.mark
+            for each in group:
+                self.living.attribute(each.module, name, each.new)
+            if self.wrong() > least:
+                self.living.undo(mark)
+                self.told.append(
+                    f"{kind.__name__}.{name} is {sorted({e.old for e in group})} in blocks that were copied or moved, "
+                    "and stays so: captured calls compute with it. If it is the block's number to other methods, set it"
+                )
+        return True
+
+    def wrong(self) -> float:
+        """In how much the model's graph differs from the grown one."""
+        try:
+            return len(differences(self.grown, self.trace()))
+        except CaptureError:
+            return math.inf
 
     def take_back(self, mark: int) -> None:
         self.living.undo(mark)
@@ -266,6 +308,8 @@ class _Applying:
                 "grow what the config ties (docs/landing.md)",
                 stacklevel=6,
             )
+        for told in self.told:
+            warnings.warn(told, stacklevel=6)
         unsaved = [c.node for c in self.plan.constants if c.op == "buffer"]
         if unsaved:
             warnings.warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,13 +17,27 @@ from fxgrow.landing.living import Living, attributes_of, configs_of
 from fxgrow.plan import CloneBlock, GrowthPlan, InsertLayer, Renumber
 
 
+class Numbered(NamedTuple):
+    """An attribute that was taken for its block's number, what it held, and what it holds now."""
+
+    module: nn.Module
+    name: str
+    old: int
+    new: int
+
+
 @dataclass
 class Restacked:
-    """What became of one stack: for each number, the old number of the block that stands there or was copied."""
+    """What became of one stack: for each number, the old number of the block that stands there or was copied.
+
+    Attributes:
+        numbered: attributes that have another number now.
+    """
 
     stack: str
     origins: dict[int, int]
     copied: set[int]
+    numbered: list[Numbered]
 
 
 def restack(living: Living, plan: GrowthPlan) -> list[Restacked]:
@@ -87,13 +101,16 @@ def _restack(living: Living, stack: str, clones: list[CloneBlock], prefixes: dic
     old = {int(n): m for n, m in children.items() if n.isdigit() and m is not None}
     places = _numbers_kept(old)
     living.children(stack, out)
+    anew: list[Numbered] = []
     for n, module in out.items():
         if n.isdigit() and module is not None:
             parts = dict(module.named_modules())
             for (path, name), offset in places.items():
-                if path in parts and type(vars(parts[path]).get(name)) is int:
+                held = vars(parts[path]).get(name) if path in parts else None
+                if type(held) is int and held != int(n) + offset:
                     living.attribute(parts[path], name, int(n) + offset)
-    return Restacked(stack, origins, {c.number for c in clones})
+                    anew.append(Numbered(parts[path], name, held, int(n) + offset))
+    return Restacked(stack, origins, {c.number for c in clones}, anew)
 
 
 def copied(block: nn.Module, model: nn.Module) -> nn.Module:
@@ -141,4 +158,4 @@ def _numbers_kept(blocks: dict[int, nn.Module]) -> dict[tuple[str, str], int]:
     return out
 
 
-__all__ = ["Restacked", "copied", "restack"]
+__all__ = ["Numbered", "Restacked", "copied", "restack"]

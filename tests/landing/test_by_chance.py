@@ -72,3 +72,42 @@ def test_tensors_in_lists_and_plain_attributes_are_exchanged_too() -> None:
     assert model.named["down"] is model.down.weight
     for old, new in ((before(x), model(x)), (before(x), model.again(x))):
         torch.testing.assert_close(new, old, rtol=0, atol=1e-12)
+
+
+class Dilated(nn.Module):
+    """A block whose settings are the numbers of two blocks, by chance; ``place`` is its number."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place, self.shift, self.gain = place, place, place + 1
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x).tanh()
+        return x + self.gain * (y.roll(1, -1) if self.shift == 1 else y)
+
+
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv1d(3, 4, 1), nn.Conv1d(4, 2, 1)
+        self.blocks = nn.ModuleList(Dilated(i) for i in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def test_settings_that_are_numbers_of_blocks_by_chance_stay() -> None:
+    torch.manual_seed(0)
+    model = trained(Convolved().to(D))
+    before, x = copy.deepcopy(model), torch.randn(2, 3, 7, dtype=D)
+    growth = fxgrow.grow(model, {"op": "deepen", "stack": "blocks", "factor": 2}, (x,), verify=False)
+    with pytest.warns(UserWarning, match=r"Dilated\.(shift|gain) is .* stays so"):
+        growth.apply_(model)
+    blocks = list(model.blocks)
+    assert [b.place for b in blocks] == [0, 1, 2, 3]
+    assert [b.shift for b in blocks] == [0, 0, 1, 1] and [b.gain for b in blocks] == [1, 1, 2, 2]
+    torch.testing.assert_close(model(x), before(x), rtol=0, atol=1e-12)
