@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn, optim
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import SWALR
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 import fxgrow
 from fxgrow.optim.rates import slice_rates
@@ -295,6 +295,43 @@ def test_a_gradient_scaler_goes_on_with_its_skipped_steps(kind: str) -> None:
             seen.append(scaler.get_scale())
         assert abs(losses[0] - losses[1]) <= 1e-9
     assert scales[0] == scales[1] and len(set(scales[0])) > 2
+
+
+@pytest.mark.parametrize("name", ["OneCycle", "Plateau"])
+def test_all_that_a_loop_holds_goes_on_in_place(name: str) -> None:
+    """Scheduler, scaler, average and gradients in flight, over two growths of the model itself and a skipped step."""
+    model, one, twin, two = twins(VARIANTS["AdamW fused"], steps=0)
+    example = torch.arange(20).remainder(11).view(4, 5)
+    runs = []
+    for module, optimizer in ((model, one), (twin, two)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3)
+        average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        runs.append((module, optimizer, SCHEDULERS[name](optimizer), scaler, average))
+    for k in range(16):
+        losses = []
+        for module, optimizer, _, scaler, _ in runs:
+            optimizer.zero_grad()
+            scaler.scale(loss_of(module, 100 + k)).backward()
+            if module is model and k in (4, 9):
+                growth = grown(model, *((HIDDEN, STREAM) if k == 4 else (MORE,)))
+                growth.apply_(model)
+                growth.carry_(one, "exact")
+                growth.apply_to_copy_(runs[0][-1])
+            loss = loss_of(module, k)
+            scaler.scale(loss).backward()
+            if k == 10:
+                next(module.parameters()).grad.view(-1)[0] = torch.inf  # type: ignore[union-attr]
+            losses.append(float(loss.detach()))
+        for module, optimizer, scheduler, scaler, average in runs:
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step(*([1.0] if name == "Plateau" else []))
+            average.update_parameters(module)
+        assert abs(losses[0] - losses[1]) <= 1e-9
+    (*_, mine), (*_, its) = runs
+    torch.testing.assert_close(mine(example), its(example), rtol=0, atol=1e-9)
+    assert one.param_groups[0]["lr"] == two.param_groups[0]["lr"] and runs[0][3].get_scale() == runs[1][3].get_scale()
+    assert int(mine.n_averaged) == 16 and model.up.out_features == 48
 
 
 def snapshot(optimizer: optim.Optimizer) -> Any:

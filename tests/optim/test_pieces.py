@@ -15,6 +15,8 @@ import fxgrow
 from fxgrow.optim import pieces, slice_rates
 from fxgrow.optim.rates import all_rates, write_rates
 from fxgrow.optim.slices import Slice, SliceRates
+from tests.optim.nets import VARIANTS, sized
+from tests.optim.nets import grown as grown_anew
 from tests.optim.test_rates import HIDDEN, STREAM, apart, grown, loss_of, started, step
 
 LINEAR: dict[str, Callable[[Any], optim.Optimizer]] = {
@@ -220,6 +222,25 @@ def test_the_kernel_called_part_by_part_is_the_optimizers_own(how: dict[str, Any
             torch.testing.assert_close(by_kernel.state[p], plain.state[q], rtol=1e-12, atol=1e-13)
         assert [r.steps for r in all_rates(by_kernel)] == [r.steps for r in all_rates(plain)]
     assert by_kernel.state[next(fused.parameters())]["step"] == 12 and not all_rates(by_kernel)
+
+
+@pytest.mark.parametrize(("fused", "loop"), [("AdamW fused", "AdamW"), ("SGD fused", "SGD")])
+def test_a_growth_over_an_unfinished_warm_up(fused: str, loop: str) -> None:
+    """Where two warm-ups are in force a parameter steps as a whole: fused as by a loop, and to the end of both."""
+    runs = []
+    for name in (fused, loop):
+        model: nn.Module = sized()
+        optimizer = VARIANTS[name](model.parameters())
+        losses = []
+        for k in range(14):
+            if k in (2, 5):
+                growth = grown_anew(model, *((HIDDEN, STREAM) if k == 2 else ({**HIDDEN, "factor": 2},)))
+                growth.carry_(optimizer, "asymmetric", warmup=6)
+                model = growth.module
+            losses.append(step(model, optimizer, k))
+        runs.append(losses)
+        assert not all_rates(optimizer)
+    assert runs[0] == pytest.approx(runs[1], abs=1e-12)
 
 
 def test_newborn_entries_that_repeat_are_one_view() -> None:
