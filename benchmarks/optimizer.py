@@ -3,8 +3,9 @@
 The same parameters, gradients and state stand thrice in one process: under an optimizer without rates, one whose new
 entries warm up or that follows the small model, and one whose warm-up is over. They take turns, so that whatever else
 the machine does disturbs all alike; ratios are taken round by round. Shapes are those of a GPT whose hidden width,
-heads and stream were doubled (all, or the hidden width alone). Memory is the most that one step takes on top of what is
-there before, over the bytes of the parameters.
+heads and stream were doubled (all, or the hidden width alone); and matrices of which half the rows, half the columns or
+both are new, or every second column. Memory is the most that one step takes on top of what is there before, over the
+bytes of the parameters.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 import fxgrow
 from benchmarks import common
 from examples.gpt.model import GPT, GPTConfig
+from fxgrow.optim.rates import write_rates
+from fxgrow.optim.slices import Slice, SliceRates
 
 #: name -> (sizes before the growth, example batch)
 SHAPES: dict[str, GPTConfig] = {
@@ -77,6 +81,35 @@ def measure(shape: str, spec: str, fused: bool, threads: int, repeats: int) -> d
     return {"shape": shape, "spec": spec, "fused": fused, "times": times, **sizes}
 
 
+def matrices(fused: bool, threads: int, repeats: int, rows: int = 1536, columns: int = 1024) -> dict[str, Any]:
+    """CPU and wall seconds of steps over six matrices of which parts warm up."""
+    torch.set_num_threads(threads)
+    lower, right = np.arange(rows) >= rows // 2, np.arange(columns) >= columns // 2
+    new: dict[str, list[np.ndarray | None] | None] = {
+        "none": None,
+        "rows": [lower, None],
+        "columns": [None, right],
+        "rows and columns": [lower, right],
+        "every second column": [None, np.arange(columns) % 2 == 1],
+    }
+    steps = {}
+    for name, newborn in new.items():
+        torch.manual_seed(0)
+        own = [nn.Parameter(torch.randn(rows, columns)) for _ in range(6)]
+        for p in own:
+            p.grad = torch.randn_like(p).mul_(1e-3)
+        one = torch.optim.AdamW(own, lr=1e-4, fused=fused)
+        one.step()
+        if newborn is not None:
+            rates = SliceRates(warmup=10**6, peak=1.3)
+            rates.slices = {str(k): Slice(newborn=newborn) for k in range(len(own))}
+            write_rates(one, [rates], {id(p): str(k) for k, p in enumerate(own)})
+        for _ in range(3):
+            one.step()
+        steps[name] = one.step
+    return {"fused": fused, "rows": rows, "columns": columns, "times": common.side_by_side(steps, repeats, warmup=1)}
+
+
 def peak(shape: str, spec: str, fused: bool, threads: int, way: str) -> dict[str, Any]:
     """Bytes that the second step takes at most, on top of what is there before it, in a process of its own."""
     torch.set_num_threads(threads)
@@ -126,10 +159,27 @@ def run(argv: list[str]) -> int:
         ["model, growth, step", "none, ms", *WAYS, "memory, warm-up", "memory, exact"],
         rows,
     )
+    runs_of_matrices, lines = [], []
+    size = {"rows": 48, "columns": 32} if given.quick else {}
+    for fused in (True, False):
+        found = common.isolated(
+            "benchmarks.optimizer:matrices", {"fused": fused, "threads": threads, "repeats": repeats, **size}
+        )
+        runs_of_matrices.append(found)
+        base = found["times"].pop("none")
+        for name, time in found["times"].items():
+            one = common.ratio(time["cpu"], base["cpu"])
+            way = "fused" if fused else "default"
+            lines.append([f"{name}, {way}", f"{one['median']:.2f} ({one['low']:.2f}–{one['high']:.2f})"])
+            figures.append({"name": f"new {name}, {way}", "ratio": {"warm-up": one}})
+    common.table(
+        "AdamW while parts of six matrices warm up: CPU time over a step without rates", ["new", "ratio"], lines
+    )
     checks = [
         common.verdict(f"{f['name']}: {way}", f["ratio"][way]["median"], bound)
         for f in figures
         for way, bound in (("warm-up", 1.15), ("after", 1.03))
+        if way in f["ratio"]
     ]
     with common.figure(given.out, "optimizer", size=(6.4, 3.6)) as (ax,):
         ax.barh([f["name"] for f in figures], [f["ratio"]["warm-up"]["median"] for f in figures], color="#4c72b0")
@@ -137,6 +187,13 @@ def run(argv: list[str]) -> int:
         ax.set_xlabel("step while new entries warm up / step without rates (CPU time)")
         ax.invert_yaxis()
     common.save(
-        given.json, {"environment": common.environment(threads), "runs": runs, "figures": figures, "checks": checks}
+        given.json,
+        {
+            "environment": common.environment(threads),
+            "runs": runs,
+            "matrices": runs_of_matrices,
+            "figures": figures,
+            "checks": checks,
+        },
     )
     return 0
