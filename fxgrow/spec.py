@@ -100,6 +100,11 @@ class Widen(Operation):
         "auto", description="fill add: outgoing weights of new units; paired is (+z, -z) on two equal new units"
     )
     seed: Count = Field(0, ge=0, description="fill add: seed of the new units' weights")
+    groups: Literal["keep", "share"] = Field(
+        "keep",
+        description="what becomes of groups that share a unit (query heads of a key-value head): there are more of "
+        "them, or they are shared out among its copies, and the members stay",
+    )
     constants: Literal["fold", "keep"] = Field(
         "fold",
         description="numbers that keep the function (scales, factors): into weights where that is exact, so that the "
@@ -122,7 +127,9 @@ class Widen(Operation):
                 )
             if self.split == "uneven":
                 raise ValueError("split applies to fill: copy only")
-        elif self.fan_in != "auto" or self.fan_out != "auto":
+        if self.groups == "share" and (self.fill, self.split, self.noise) != ("copy", "even", None):
+            raise ValueError("groups: share makes equal copies: leave out fill, split and noise")
+        if self.fill == "copy" and (self.fan_in != "auto" or self.fan_out != "auto"):
             raise ValueError("fan_in and fan_out apply to fill: add only")
         if self.noise is not None and self.preserve == "exact":
             if self.noise.kind == "independent":

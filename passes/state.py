@@ -93,6 +93,10 @@ class State:
             _note_sizes(axes, axes.uses.get(axis.id, ()))
         self._axes = axes
 
+    def analyse_again(self) -> None:
+        """Find the axes anew: the graph ties others than before."""
+        self._axes = None
+
     def next_unique(self) -> int:
         self.counter += 1
         return self.counter

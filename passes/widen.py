@@ -10,9 +10,12 @@ import numpy as np
 from fxgrow.analysis.axes import NamedAxis
 from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.dtypes import is_fine
+from fxgrow.ir.nodes import note
+from fxgrow.ir.sizes import sizes_of
 from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.changes import changes_of
 from fxgrow.passes.constants import Before, settle
+from fxgrow.passes.groups import copied, cut, made_units, note_of, repeats_of
 from fxgrow.passes.state import State, new_size
 from fxgrow.plan import (
     FILL_CONSTANT,
@@ -21,6 +24,7 @@ from fxgrow.plan import (
     FILL_ZERO,
     AxisGrowth,
     AxisMap,
+    Edit,
     NoisePlan,
     Step,
 )
@@ -56,6 +60,10 @@ def plan_widen(state: State, op: Widen) -> list[Step]:
         request=op.model_dump(exclude_defaults=True, mode="json"),
         exactness=op.preserve if _changes_function(op) else "exact",
     )
+    if op.groups == "share":
+        for info in infos:
+            _share_groups(state, op, state.axes[info.name], step)  # found anew after each
+        return [step]
     before = Before.of(state)
     for info in infos:
         new = new_size(op, info)
@@ -162,6 +170,67 @@ def _grow_axis(state: State, op: Widen, info: NamedAxis, new: int, step: Step) -
     if op.noise is not None and not any(state.tensors[m.tensor].last.noise for m in info.members):
         step.notes.append(f"no weight multiplies {info.name} by itself, so that there is nowhere to put exact noise")
     state.apply(step, changes, {axis: new})
+
+
+def _share_groups(state: State, op: Widen, info: NamedAxis, step: Step) -> None:
+    """Give every unit copies that share out its group, see :mod:`fxgrow.passes.groups`.
+
+    Raises:
+        GrowthRefused: no groups, or none that can be shared out so; or the units are read one by one as well.
+    """
+    new = new_size(op, info)
+    state.check_room(info, new)
+    if new == info.size:
+        step.notes.append(f"{info.name} has {new} units already")
+        return
+    repeats = repeats_of(state.axes, info)
+    copies = new // info.size
+    odd = [r.groups for r in repeats if new % info.size or r.groups % copies]
+    if odd:
+        why = f"{odd[0]} of each group cannot be shared out among {new / info.size:g} copies"
+        raise GrowthRefused(Refusal(info.name, why, "widen", info.size, new))
+    part = State(cut(state.program, repeats), state.tensors, counter=state.counter)
+    made = Step(op=step.op, request=step.request)
+    while units := next((u for u in made_units(part.axes, repeats, info) if u.size != new), None):
+        if not units.growable:
+            raise GrowthRefused(Refusal(info.name, f"its units are frozen by {units.reason}", "widen", info.size, new))
+        proof = GrowthProof(part.axes, units.axis, info.name, copied(units.size, copies), Content.FREE)
+        outcome = proof.run()
+        sizes = size_edits(part.axes, units.axis, new, proof.context.refuse_at)
+        changes = changes_of(part.graph, outcome, sizes)
+        if outcome.scales or outcome.readers or any(not isinstance(c, Edit) or c.why == "constant" for c in changes):
+            raise GrowthRefused(Refusal(info.name, "its units are summed over as well", "widen", info.size, new))
+        _plan_tensors(part, op, units, outcome)
+        part.apply(made, changes, {units.axis: new})
+    state.counter = part.counter
+    step.axes.append(
+        AxisGrowth(
+            name=info.name,
+            role=info.role,
+            old=info.size,
+            new=new,
+            fill=op.fill,
+            split=op.split,
+            copies=copies,
+            newborn=0,
+            exact_gradients=False,  # each copy gets those of its part of the group
+            how=f"{copies} copies of every unit, which share out its group",
+        )
+    )
+    state.apply(step, [*made.changes, *(e for r in repeats if (e := r.edit(copies)) is not None)])
+    known = {n.name: n for n in part.graph.nodes}
+    for node in state.graph.nodes:
+        if node.name in known:
+            note(node, **note_of(known[node.name]))
+    for repeat in repeats:
+        sizes_before = sizes_of(repeat.node)
+        if repeat.sizes and sizes_before is not None:
+            rates = {"units": lambda s: s * copies, "members": lambda s: s // copies}
+            note(
+                repeat.node,
+                sizes=[rates[repeat.sizes[i]](s) if i in repeat.sizes else s for i, s in enumerate(sizes_before)],
+            )
+    state.analyse_again()
 
 
 def _exact_ways(state: State, op: Widen, info: NamedAxis, new: int) -> list[str]:

@@ -408,8 +408,10 @@ class CallForm:
         return Operand(self.terms[node], self._write(node))
 
     def _changes_nothing(self, node: fx.Node) -> bool:
-        """Dropout of nothing, and products with 1."""
+        """Dropout of nothing, products with 1, and what is repeated once."""
         given = bound_arguments(node)
+        if node.target is torch.ops.aten.repeat_interleave.self_int:
+            return given["repeats"] == 1 and given["dim"] is not None and not self._touched(node)
         if node.target in _PRODUCTS:
             other = given["other"]
             return not isinstance(other, fx.Node) and self._numbers.form(other) == self._numbers.form(1)
@@ -463,6 +465,14 @@ class CallForm:
         sizes, argument = self._sizes(node), "size" if "size" in bound_arguments(node) else "shape"
         if sizes is None or not self._consistent(bound_arguments(node).get(argument), sizes):
             return None
+        return self._in_sizes(node, source, sizes, argument)
+
+    def reshaped(self, node: fx.Node, source: fx.Node) -> Term | None:
+        """Dims that are merged, or come and go with size 1, by the sizes of the result."""
+        sizes = self._sizes(node)
+        return None if sizes is None else self._in_sizes(node, source, sizes, "shape")
+
+    def _in_sizes(self, node: fx.Node, source: fx.Node, sizes: Sequence[Size], argument: str) -> Term:
         start = self.terms[source]
         while start.op == RESHAPE:
             start = start.operands["self"].term
@@ -561,6 +571,9 @@ class CallForm:
 
 _FORMS: dict[str, Callable[[CallForm, fx.Node, fx.Node], Term | None]] = {
     "aten.expand.default": CallForm.expanded,
+    "aten.unsqueeze.default": CallForm.reshaped,
+    "aten.squeeze.dim": CallForm.reshaped,
+    "aten.flatten.using_ints": CallForm.reshaped,
     "aten.slice.Tensor": CallForm.sliced,
     "aten.permute.default": CallForm.permuted,
     "aten.transpose.int": CallForm.permuted,
