@@ -25,7 +25,7 @@ from fxgrow.ir.modules import uncompiled, version_of
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.provenance import Cast, provenance_of, remember
 from fxgrow.ir.traced import Traced, program_of
-from fxgrow.landing.apply import apply
+from fxgrow.landing.apply import apply, constants_held
 from fxgrow.landing.copies import grown_tensors
 from fxgrow.landing.into import into
 from fxgrow.landing.recast import recast
@@ -71,11 +71,12 @@ class Growth:
         program: Program,
         source: nn.Module,
         before: Traced | None = None,
+        held: Mapping[str, tuple[str, str]] | None = None,
     ) -> None:
         self.module, self.plan, self.receipt, self.program = module, plan, receipt, program
         self.policy = "asymmetric"
         self._handed: set[str] = set()
-        self._before = before
+        self._before, self._held = before, held or {}
         # weak, so that a growth does not keep the small model alive
         self._source = [(n, weakref.ref(p)) for n, p in source.named_parameters(remove_duplicate=True)]
         self._versions = {n: version_of(t) for n, t in (*source.named_parameters(), *source.named_buffers())}
@@ -166,7 +167,7 @@ class Growth:
             raise FxgrowError("this growth was not made by fxgrow.grow, so that there is no model to apply it to")
         self._check_source(uncompiled(model))
         tensors = self.program.tensors
-        return apply(model, self.plan, self._before, self.program, tensors)
+        return apply(model, self.plan, self._before, self.program, tensors, self._held)
 
     def apply_to_copy_(self, copy: nn.Module) -> nn.Module:
         """Grow a copy of the model in place by the same plan: a moving average of its weights, a frozen teacher.
@@ -189,7 +190,8 @@ class Growth:
                 "this growth was not made by fxgrow.grow, so that there is no model to compare copies with"
             )
         inner = uncompiled(copy.module if isinstance(copy, AveragedModel) else copy)
-        apply(inner, self.plan, before, self.program, grown_tensors(inner, self.plan, before, self.program))
+        tensors = grown_tensors(inner, self.plan, before, self.program)
+        apply(inner, self.plan, before, self.program, tensors, self._held)
         return copy
 
     def _check_source(self, model: nn.Module) -> None:
@@ -397,6 +399,7 @@ def grow(
     if optimizer is not None:
         check_plan(plan, policy, optimizer, {id(p): n for n, p in program.parameters.items()})
     check_memory(_needed(program, grown_program, plan))
+    held = constants_held(uncompiled(model), program) if isinstance(model, nn.Module) else {}
     module, _ = build(program, grown_program, plan, seconds, consume=consume)
     if isinstance(model, nn.Module):
         shapes = None if like is None else like.without_tensors()
@@ -426,7 +429,7 @@ def grow(
     receipt.notes.extend(_caveats(program))
     source_module = model if isinstance(model, nn.Module) else _Names(program)
     grown = Program.of(program_of(module, grown_program))
-    growth = Growth(module, plan, receipt, grown, source_module, program.without_tensors())
+    growth = Growth(module, plan, receipt, grown, source_module, program.without_tensors(), held)
     growth.policy = policy
     return growth
 

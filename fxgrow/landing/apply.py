@@ -44,8 +44,30 @@ class Setting(NamedTuple):
     old: Any
 
 
+def constants_held(model: nn.Module, program: Traced) -> dict[str, tuple[str, str]]:
+    """Which module holds each of a program's constants as a plain attribute, and under which name."""
+    places = {
+        (t.data_ptr(), tuple(t.shape), t.stride()): name
+        for name, t in plain_tensors(model).items()
+        if not t.is_meta and t.numel()
+    }
+    out = {}
+    for name, constant in program.constants.items():
+        if not constant.is_meta and constant.numel():
+            found = places.get((constant.data_ptr(), tuple(constant.shape), constant.stride()))
+            if found is not None:
+                path, _, leaf = found.rpartition(".")
+                out[name] = path, leaf
+    return out
+
+
 def apply(
-    model: nn.Module, plan: GrowthPlan, before: Traced, grown: Traced, tensors: Mapping[str, torch.Tensor]
+    model: nn.Module,
+    plan: GrowthPlan,
+    before: Traced,
+    grown: Traced,
+    tensors: Mapping[str, torch.Tensor],
+    held: Mapping[str, tuple[str, str]],
 ) -> nn.Module:
     """Grow a living model.
 
@@ -54,6 +76,7 @@ def apply(
         before: its program before the growth.
         grown: the grown program.
         tensors: the grown parameters and buffers by name; the model holds these very objects afterwards.
+        held: places of constants, see :func:`constants_held`.
 
     Returns:
         The model that was given.
@@ -63,7 +86,7 @@ def apply(
     """
     living = Living(uncompiled(model))
     try:
-        _Applying(living, plan, before, grown, tensors).run()
+        _Applying(living, plan, before, grown, tensors, held).run()
     except BaseException:
         living.undo()
         raise
@@ -78,8 +101,10 @@ class _Applying:
         before: Traced,
         grown: Traced,
         tensors: Mapping[str, torch.Tensor],
+        held: Mapping[str, tuple[str, str]],
     ) -> None:
         self.living, self.plan, self.before, self.grown, self.tensors = living, plan, before, grown, tensors
+        self.held = held
         self.tried: set[tuple[Any, ...]] = set()
         self.chosen: dict[tuple[Any, ...], Candidate] = {}
         self.done: list[tuple[Candidate, list[Setting]]] = []
@@ -100,7 +125,7 @@ class _Applying:
         for candidate in self.choose(literals, sure=True):
             if id(candidate.holder) in paths and candidate.index is None and not candidate.rivals:
                 wanted[paths[id(candidate.holder)], candidate.name] = candidate.value
-        constants = self.constants_held()
+        constants = {n: (living.module(path), leaf) for n, (path, leaf) in self.held.items() if n in self.tensors}
         mark = living.mark
         stacks = restack(living, self.plan)
         origin = origins(living.model, stacks)
@@ -160,23 +185,6 @@ class _Applying:
             self.done.append((candidate, settings))
 
     # tensors
-
-    def constants_held(self) -> dict[str, tuple[Any, str]]:
-        """Which modules hold the program's constants, as plain attributes."""
-        held = {
-            (t.data_ptr(), tuple(t.shape), t.stride()): name
-            for name, t in plain_tensors(self.living.model).items()
-            if not t.is_meta and t.numel()
-        }
-        out = {}
-        for name, constant in self.before.constants.items():
-            if constant.is_meta or name not in self.tensors:
-                continue
-            found = held.get((constant.data_ptr(), tuple(constant.shape), constant.stride()))
-            if found is not None:
-                path, _, leaf = found.rpartition(".")
-                out[name] = (self.living.module(path), leaf)
-        return out
 
     def exchange(self, constants: Mapping[str, tuple[Any, str]]) -> None:
         grown = self.grown
@@ -376,4 +384,4 @@ def _literals(d: Difference) -> list[Literal]:
     ]
 
 
-__all__ = ["apply"]
+__all__ = ["apply", "constants_held"]

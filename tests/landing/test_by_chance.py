@@ -111,3 +111,23 @@ def test_settings_that_are_numbers_of_blocks_by_chance_stay() -> None:
     assert [b.place for b in blocks] == [0, 1, 2, 3]
     assert [b.shift for b in blocks] == [0, 0, 1, 1] and [b.gain for b in blocks] == [1, 1, 2, 2]
     torch.testing.assert_close(model(x), before(x), rtol=0, atol=1e-12)
+
+
+class Masked(nn.Module):
+    """Holds a tensor of its width that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.mask = torch.linspace(0.5, 1.5, 8, dtype=D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).tanh() * self.mask)
+
+
+def test_tensors_that_are_plain_attributes_grow() -> None:
+    model = trained(Masked().to(D))
+    before, x = copy.deepcopy(model), torch.randn(3, 5, dtype=D)
+    fxgrow.grow(model, {"op": "widen", "axis": "up.weight:0", "factor": 2}, (x,), verify=False).apply_(model)
+    assert model.mask.shape == (16,)
+    torch.testing.assert_close(model(x), before(x), rtol=0, atol=1e-12)
