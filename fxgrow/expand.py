@@ -12,6 +12,7 @@ from fxgrow.errors import SpecError
 from fxgrow.growth import Growth, Verify, grow
 from fxgrow.ir.modules import uncompiled
 from fxgrow.landing.between import spec_between
+from fxgrow.landing.compare import described, differences
 from fxgrow.landing.into import into
 from fxgrow.program import capture
 
@@ -49,7 +50,9 @@ def expand(
     seconds = time.perf_counter() - start
     operations = spec_between(before, theirs, **how)
     if not operations:
-        raise SpecError("the two models have the same sizes: there is nothing to grow")
+        found = [described(d, "the larger class") for d in differences(before, theirs)]
+        rest = "\n  ".join(["; they compute something else, which no growth makes good:", *found[:6]]) if found else ""
+        raise SpecError("the two models have the same sizes: there is nothing to grow" + rest)
     growth = grow(small, operations, args, kwargs, calls=calls, verify=verify, program=before, like=theirs)
     growth.receipt.seconds["capture"] = seconds
     growth.receipt.notes.extend(into(big, growth.module, growth.plan, growth.program, theirs))

@@ -40,6 +40,10 @@ def test_other_constants_are_refused_and_nothing_is_changed() -> None:
 def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(fxgrow.SpecError, match="nothing to grow"):
         fxgrow.expand(small_gpt(), small_gpt(), tokens())
+    with pytest.raises(
+        fxgrow.SpecError, match=r"something else.*\n.*eps: the growth needs 1e-05, the larger class has 0.001"
+    ):
+        fxgrow.expand(small_gpt(), small_gpt(norm_eps=1e-3), tokens())
     with pytest.raises(fxgrow.SpecError, match=r"hidden has 128 units, the larger model 64"):
         fxgrow.expand(small_gpt(), small_gpt(n_hidden=64), tokens())
     with pytest.raises(fxgrow.GrowthRefused, match=r"vocab from 50 to 60.*the loss runs over it"):
