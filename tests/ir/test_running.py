@@ -97,3 +97,29 @@ def test_run_eval_leaves_buffers_as_they_were() -> None:
     calls, last = model.calls, model.last
     assert run_eval(model, [torch.zeros(1)], {}).item() == 1
     assert model.calls is calls and model.last is last and not calls and not last
+
+
+class Keeps(nn.Module):
+    """Keeps what it has seen, as forwards do: in an attribute, a list, a dict; and an LSTM keeps its weights in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
+        self.seen, self.cache, self.calls = [0], {"first": 1}, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lstm(x)[0]
+        self.calls += 1
+        self.seen.append(x.shape[-1])
+        self.cache["width"] = h.shape[-1]
+        return self.out(h)
+
+
+def test_what_a_forward_keeps_is_as_it_was_after_a_run_and_a_trace() -> None:
+    model, x = Keeps(), torch.randn(2, 5, 4)
+    seen, cache, weights = model.seen, model.cache, model.lstm._flat_weights
+    run_eval(model, [x], {})
+    fxgrow.capture(model, (x,))
+    assert model.seen is seen == [0] and model.cache is cache == {"first": 1} and model.calls == 0
+    assert model.lstm._flat_weights is weights
+    assert all(a is b for a, b in zip(weights, model.lstm.parameters(), strict=True))
