@@ -19,6 +19,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 from torch import fx
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.sym_node import SymNode
@@ -331,7 +332,8 @@ def _is_product(size: sympy.Expr) -> bool:
 
 
 def _simple(condition: Any) -> Any:
-    """``s == min(n, s)`` says ``s <= n``, and ``s > n`` that ``s >= n + 1``: one form for one fact."""
+    """``32 * s != 32`` says ``s != 1``, ``s == min(n, s)`` that ``s <= n``, ``s > n`` that ``s >= n + 1``: one form."""
+    condition = _without_factor(condition)
     if isinstance(condition, sympy.Gt | sympy.Lt) and condition.lhs.is_Symbol and condition.rhs.is_Integer:
         strict = isinstance(condition, sympy.Gt)
         return sympy.Ge(condition.lhs, condition.rhs + 1) if strict else sympy.Le(condition.lhs, condition.rhs - 1)
@@ -341,6 +343,19 @@ def _simple(condition: Any) -> Any:
                 (bound,) = [a for a in other.args if a != one]
                 return sympy.Le(one, bound) if isinstance(other, Min) else sympy.Ge(one, bound)
     return condition
+
+
+def _without_factor(condition: Any) -> Any:
+    """A relation of sums without the whole number that all of their terms have as a factor."""
+    if not isinstance(condition, Relational):
+        return condition
+    sides = [sympy.Add.make_args(side) for side in condition.args]
+    factors = [term.as_coeff_Mul()[0] for side in sides for term in side]
+    common = math.gcd(*map(int, factors)) if all(f.is_Integer for f in factors) else 1
+    if common <= 1:
+        return condition
+    reduced = condition.func(*(sympy.Add(*(term / common for term in side)) for side in sides))
+    return reduced if isinstance(reduced, Relational) else condition
 
 
 def _text(expression: Any, names: Mapping[sympy.Symbol, str]) -> str:

@@ -25,8 +25,18 @@ from fxgrow.ir.traced import Traced
 from fxgrow.landing.blocks import Numbered, Restacked, restack
 from fxgrow.landing.compare import Difference, described, differences
 from fxgrow.landing.config import Attributes, Builder, adopt, builder_of, instance_of, solve
-from fxgrow.landing.literals import Candidate, Literal, candidates, changed_literals, mirrored, moved, names_in_code
+from fxgrow.landing.literals import (
+    Candidate,
+    Literal,
+    candidates,
+    changed_literals,
+    mirrored,
+    moved,
+    names_in_code,
+    steady_attributes,
+)
 from fxgrow.landing.living import Living, attributes_of
+from fxgrow.landing.raised import changed_sizes, literals_of_raise
 from fxgrow.landing.retrace import retrace
 from fxgrow.landing.sizes import KeptSizes
 from fxgrow.landing.ties import tied_with
@@ -133,7 +143,7 @@ class _Applying:
         if builder is not None:
             shapes = {n: tuple(t.shape) for n, t in self.tensors.items()}
             shapes |= {a: shapes[n] for a, n in self.grown.aliases.items() if n in shapes}
-            settings = solve(builder, shapes, wanted, stacks)
+            settings = solve(builder, shapes, wanted, steady_attributes(self.before, self.grown, living.model), stacks)
         if settings is None or builder is None:
             living.undo(mark)
             self.put(self.chosen.values())
@@ -209,12 +219,19 @@ class _Applying:
         """
         literals, found, mark, self.kept = self.literals, list[Difference](), self.living.mark, len(self.done)
         failure: CaptureError | None = None
+        raised: dict[str, list[Literal]] = {}  # by what was said: numbers that a condition held sizes against
         for attempt in range(_MOST):
+            chosen: list[Candidate] = []
             try:
                 theirs = self.trace()
             except CaptureError as error:
                 failure = failure or error
-                self.take_back(mark)  # what was set last does not suffice, or makes it worse
+                if raised and str(error) not in raised and not found:  # that condition holds now, and another does not
+                    mark, self.kept = self.living.mark, len(self.done)
+                else:
+                    self.take_back(mark)  # what was set last does not suffice, or makes it worse
+                raised[str(error)] = literals_of_raise(self.living.model, error, changed_sizes(self.plan.axes))
+                chosen = self.choose(raised[str(error)])
             else:
                 now = differences(self.grown, theirs)
                 if not now:
@@ -228,7 +245,7 @@ class _Applying:
             if not attempt and self.unnumber():
                 mark = self.living.mark
                 continue
-            chosen = self.choose(literals)
+            chosen = chosen or self.choose(literals)
             if not chosen:
                 break
             self.put(chosen)

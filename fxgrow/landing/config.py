@@ -159,13 +159,18 @@ def _settings(config: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
 
 
 def solve(
-    builder: Builder, shapes: Mapping[str, tuple[int, ...]], wanted: Attributes, stacks: list[Restacked]
+    builder: Builder,
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Attributes,
+    steady: Attributes,
+    stacks: list[Restacked],
 ) -> Settings | None:
     """Settings with which the class has the grown shapes, and the wanted attributes where some setting moves them.
 
     Args:
         shapes: of the grown model's tensors, by name.
         wanted: attributes that the graph asks for.
+        steady: attributes that the graph reads and that stay what they are.
         stacks: those that have other blocks now.
     """
     base = builder.base
@@ -187,7 +192,32 @@ def solve(
         more = _unset(builder, goal, nearest)
         if more:
             whole, _ = _search(builder, goal, wanted, {**choices, **more}, lists)
-    return whole or _by_themselves(builder, goal, choices, lists)
+    if whole is not None:
+        return _refined(builder, whole, {**steady, **wanted})
+    return _by_themselves(builder, goal, choices, lists)
+
+
+def _refined(builder: Builder, settings: Settings, wanted: Attributes) -> Settings:
+    """Settings that no shape follows, such as the heads of a joint projection, by the attributes that follow them."""
+
+    def missed(made: Instance) -> list[tuple[Any, Any]]:
+        return [(made.attributes.get(k), v) for k, v in wanted.items() if made.attributes.get(k, v) != v]
+
+    lacking = missed(settings.after)
+    for key, value in _settings(builder.config) if lacking else ():
+        for there, asked in lacking:
+            if key in settings.values or type(there) is not int or type(asked) is not int or not there or not asked:
+                continue
+            scaled = [value * a // b for a, b in ((there, asked), (asked, there)) if value * a % b == 0]
+            for probe in scaled:
+                values = {**settings.values, key: probe}
+                made = builder.build(values)
+                if made is None or made.shapes != settings.after.shapes:
+                    continue
+                if len(missed(made)) < len(lacking):
+                    settings, lacking = Settings(values, settings.before, made), missed(made)
+                    break
+    return settings
 
 
 def _matters(
@@ -244,7 +274,7 @@ def _unset(builder: Builder, goal: Mapping[str, tuple[int, ...]], nearest: Mappi
     lacking = {
         new
         for n, s in goal.items()
-        if len(made.shapes.get(n, ())) == len(s)
+        if n in made.shapes and len(made.shapes[n]) == len(s)
         for there, new in zip(made.shapes[n], s, strict=True)
         if there != new
     }

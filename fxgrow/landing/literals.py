@@ -101,6 +101,32 @@ def changed_literals(before: Traced, grown: Traced) -> list[Literal]:
     return list(found)
 
 
+def steady_attributes(before: Traced, grown: Traced, model: nn.Module) -> dict[tuple[str, str], Number]:
+    """Whole numbers that the graph holds as before, by module path and the attribute that its code may read them of."""
+    known = {n.name: n for n in before.graph.nodes if n.op == "call_function"}
+    found: dict[tuple[str, str], Number] = {}
+    spoilt = set()
+    for node in grown.graph.nodes:
+        old = known.get(node.name)
+        if old is None or node.op != "call_function":
+            continue
+        info, there = info_of(old), dict(_numbers(old))
+        module = model.get_submodule(info.module_path)
+        held = attributes_of(module)
+        names = [n for n in names_in_code(type(module)) if type(held.get(n)) is int]  # type: ignore[arg-type]
+        for argument, value in _numbers(node):
+            for name in names if argument.startswith(_SIZES) else ():
+                if held[name] == there.get(argument):
+                    found[info.module_path, name] = value
+                    if value != held[name]:
+                        spoilt.add((info.module_path, name))
+    return {k: v for k, v in found.items() if k not in spoilt}
+
+
+#: arguments of ops that are sizes, not places
+_SIZES = ("shape", "size", "split_size", "normalized_shape")
+
+
 def moved(literals: Sequence[Literal], model: nn.Module, origin: Mapping[str, str]) -> list[Literal]:
     """Literals of a model whose blocks were numbered anew: at their modules' paths now, and at those of their copies.
 
@@ -206,12 +232,17 @@ def names_in_line(line: str) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=1024)
 def names_in_code(kind: type) -> frozenset[str]:
-    """Attributes that the methods of a class may read, those of its bases up to PyTorch's included."""
+    """Attributes that the methods of a class may read, those of its bases up to PyTorch's included.
+
+    Not what is named where an instance is made: it is written there.
+    """
     found: set[str] = set()
     for cls in kind.__mro__:
         if cls is nn.Module:
             break
-        for member in vars(cls).values():
+        for name, member in vars(cls).items():
+            if name == "__init__":
+                continue
             function: Any = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
             code = getattr(inspect.unwrap(function), "__code__", None)
             if code is not None:
@@ -243,4 +274,4 @@ def mirrored(living: Living, holder: Any, name: str, old: Number, new: Number) -
     return found
 
 
-__all__ = ["Candidate", "Literal", "candidates", "changed_literals", "mirrored", "names_in_code", "names_in_line"]
+__all__ = ["Candidate", "Literal", "candidates", "changed_literals", "mirrored", "moved", "steady_attributes"]

@@ -100,7 +100,7 @@ def test_run_eval_leaves_buffers_as_they_were() -> None:
 
 
 class Keeps(nn.Module):
-    """Keeps what it has seen, as forwards do: in an attribute, a list, a dict; and an LSTM keeps its weights in a list."""
+    """Keeps what it has seen, as forwards do, in a number, a list and a dict; an LSTM keeps its weights in a list."""
 
     def __init__(self) -> None:
         super().__init__()

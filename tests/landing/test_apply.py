@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -265,3 +266,42 @@ def test_a_config_that_cannot_say_it_is_told_of() -> None:
     with pytest.warns(UserWarning, match=r"its config cannot say so.*layers\.0\.up\.weight has the shape \(16, 8\)"):
         growth.apply_(model)
     assert relative_error(before, model, x) <= 1e-12
+
+
+class Heads:
+    def __init__(self, width: int = 8, heads: int = 2) -> None:
+        self.width, self.heads = width, heads
+
+
+class Joint(nn.Module):
+    """A joint projection, whose shape does not follow the heads; the forward reads their width, and in another line."""
+
+    def __init__(self, config: Heads) -> None:
+        super().__init__()
+        self.config, self.heads = config, config.heads
+        self.head_dim = config.width // config.heads
+        self.first, self.qkv = nn.Linear(5, config.width), nn.Linear(config.width, 3 * config.width)
+        self.out, self.last = nn.Linear(config.width, config.width), nn.Linear(config.width, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        joint = self.qkv(x).chunk(3, dim=-1)
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in joint)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.last(x + self.out(y.transpose(1, 2).reshape(*x.shape[:-1], -1)))
+
+
+def test_settings_that_no_shape_follows_are_found_by_what_stays() -> None:
+    """Twice the heads, as wide as they were: with the width alone the class would make them twice as wide."""
+    torch.manual_seed(0)
+    model = trained(Joint(Heads()).double())
+    before, x = copy.deepcopy(model), (torch.randn(3, 4, 5, dtype=torch.float64),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxgrow.grow(model, [widen("*/residual"), widen("*/heads")], x).apply_(model)
+    assert vars(model.config) == {"width": 16, "heads": 4} and (model.heads, model.head_dim) == (4, 4)
+    rebuilt = Joint(model.config).double()
+    rebuilt.load_state_dict(model.state_dict())
+    for module in (model, rebuilt):
+        assert relative_error(before, module, x) <= 1e-12
