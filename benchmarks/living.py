@@ -74,7 +74,7 @@ def _speaker(model: nn.Module) -> nn.Module:
 
 def spoken(model: nn.Module, example: Example) -> dict[str, Tensor] | None:
     """Greedy continuations, with and without a cache; None where the model has no ``generate`` or cannot."""
-    speaker = _speaker(model)
+    speaker: Any = _speaker(model)
     generate: Any = getattr(speaker, "generate", None)
     if generate is None:
         return None
@@ -86,6 +86,9 @@ def spoken(model: nn.Module, example: Example) -> dict[str, Tensor] | None:
     out = {}
     for cached in (True, False):
         settings = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": 10**9}
+        config = speaker.config
+        if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+            settings["decoder_start_token_id"] = 0
         out["cached" if cached else "plain"] = generate(**inputs, **settings, use_cache=cached)
     return out
 

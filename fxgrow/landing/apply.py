@@ -96,7 +96,17 @@ def apply(
     """
     living = Living(uncompiled(model))
     try:
-        _Applying(living, plan, before, grown, tensors, held).run()
+        try:
+            applying = _Applying(living, plan, before, grown, tensors, held)
+            applying.run()
+        except GrowthRefused as refusal:
+            if not applying.in_part:
+                raise
+            living.undo()  # the settings that fit without the others may have done harm
+            try:
+                _Applying(living, plan, before, grown, tensors, held).run(configured=False)
+            except GrowthRefused:
+                raise refusal from None
     except BaseException:
         living.undo()
         raise
@@ -123,9 +133,10 @@ class _Applying:
         self.modules = {id(m) for m in living.model.modules()}  # all others are copies of them
         self.numbered: list[Numbered] = []
         self.told: list[str] = []
+        self.in_part = False  # whether settings were found that make some of the grown shapes only
         self.kept = 0  # so many of what was done belong to the best that was reached
 
-    def run(self) -> None:
+    def run(self, configured: bool = True) -> None:
         living = self.living
         kept = KeptSizes(living.model)
         builder = builder_of(living.model)
@@ -140,10 +151,11 @@ class _Applying:
         stacks = restack(living, self.plan)
         origin = origins(living.model, stacks)
         settings = None
-        if builder is not None:
+        if builder is not None and configured:
             shapes = {n: tuple(t.shape) for n, t in self.tensors.items()}
             shapes |= {a: shapes[n] for a, n in self.grown.aliases.items() if n in shapes}
             settings = solve(builder, shapes, wanted, steady_attributes(self.before, self.grown, living.model), stacks)
+        self.in_part = settings is not None and settings.in_part
         if settings is None or builder is None:
             living.undo(mark)
             self.put(self.chosen.values())

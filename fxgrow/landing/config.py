@@ -15,7 +15,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,11 +42,12 @@ class Instance:
 
 @dataclass
 class Settings:
-    """New values of settings, and the instances before and after."""
+    """New values of settings, and the instances before and after; ``in_part``: they make some of the grown shapes."""
 
     values: dict[Key, Any]
     before: Instance
     after: Instance
+    in_part: bool = False
 
 
 @dataclass
@@ -57,12 +58,14 @@ class Builder:
         config: the model's own.
         base: what the class makes of it.
         added, changed: names of tensors, and attributes, by which the model was another than that.
+        asked: settings that its modules' classes may ask for, with a default.
     """
 
     kind: type[nn.Module]
     config: Any
     base: Instance = field(init=False)
     added: set[str] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
     changed: set[tuple[str, str]] = field(default_factory=set)
     deadline: float = field(default_factory=lambda: time.monotonic() + _PATIENCE)
 
@@ -81,6 +84,11 @@ class Builder:
                 return instance_of(self.kind(config))
         except Exception:
             return None
+
+    def open_settings(self) -> list[str]:
+        """Settings that follow from others: they are None, or are not there and the class asks for them."""
+        known = attributes_of(self.config)
+        return [*(n for n, v in known.items() if v is None and isinstance(n, str)), *sorted(self.asked - {*known})]
 
     def differs(self, model: Instance) -> str:
         """What is another in the class made anew from the config as it is now, in words; "" for nothing."""
@@ -134,9 +142,17 @@ def builder_of(model: nn.Module) -> Builder | None:
         made = builder.build({})
         if made is not None and {n: s for n, s in own.shapes.items() if n in made.shapes} == made.shapes:
             builder.base, builder.added = made, set(own.shapes) - set(made.shapes)
+            builder.asked = {n for kind in {type(m) for m in model.modules()} for n in _asked_by(kind)}
             builder.changed = {k for k, v in own.attributes.items() if made.attributes.get(k, v) != v}
             return builder
     return None
+
+
+def _asked_by(kind: type[nn.Module]) -> set[str]:
+    """Names that a class may ask a config for, with a default: ``getattr(config, "head_dim", None)``."""
+    makers = [getattr(vars(cls).get("__init__"), "__code__", None) for cls in kind.__mro__ if cls is not nn.Module]
+    found = {s for code in makers if code is not None and "getattr" in code.co_names for s in code.co_consts}
+    return {s for s in found if isinstance(s, str) and s.isidentifier() and not s.startswith("_")}
 
 
 def _inner(config: Any, key: Key) -> Any:
@@ -194,7 +210,28 @@ def solve(
             whole, _ = _search(builder, goal, wanted, {**choices, **more}, lists)
     if whole is not None:
         return _refined(builder, whole, {**steady, **wanted})
+    pinned = _pinned(builder, steady)
+    if pinned is not None:
+        other, fixed = pinned
+        settings = solve(other, shapes, wanted, {}, stacks)
+        if settings is not None and not settings.in_part:
+            return replace(settings, values={**fixed, **settings.values})
     return _by_themselves(builder, goal, choices, lists)
+
+
+def _pinned(builder: Builder, steady: Attributes) -> tuple[Builder, dict[Key, Any]] | None:
+    """The same with open settings at what the modules hold by their names, where these stay: ``head_dim`` as it is."""
+    held: dict[str, set[Any]] = {}
+    for (_, name), value in steady.items():
+        held.setdefault(name, set()).add(value)
+    values: dict[Key, Any] = {(n,): held[n].pop() for n in builder.open_settings() if len(held.get(n, ())) == 1}
+    made = builder.build(values) if values else None
+    if made is None or made.shapes != builder.base.shapes:
+        return None
+    out = copy.copy(builder)
+    out.base, out.config = made, copy.deepcopy(builder.config)
+    attributes_of(out.config).update({n: v for (n,), v in values.items()})
+    return out, values
 
 
 def _refined(builder: Builder, settings: Settings, wanted: Attributes) -> Settings:
@@ -279,8 +316,8 @@ def _unset(builder: Builder, goal: Mapping[str, tuple[int, ...]], nearest: Mappi
         if there != new
     }
     out: dict[Key, list[Any]] = {}
-    for name, value in list(attributes_of(builder.config).items()):
-        for size in sorted(lacking)[:4] if value is None and isinstance(name, str) else ():
+    for name in builder.open_settings():
+        for size in sorted(lacking)[:4]:
             tried = builder.build({**nearest, (name,): size})
             if tried is not None and tried.shapes != made.shapes:
                 out.setdefault((name,), []).append(size)
@@ -314,7 +351,7 @@ def _by_themselves(
     if not values:
         return None
     made = builder.build({**values, **lists})
-    return Settings({**values, **lists}, base, made) if made is not None else None
+    return Settings({**values, **lists}, base, made, in_part=True) if made is not None else None
 
 
 def _values_for(
@@ -386,7 +423,7 @@ def adopt(living: Living, builder: Builder, settings: Settings, origin: Mapping[
     Args:
         origin: of module paths that are new, the paths that they had or were copied from.
     """
-    old = {k: attributes_of(_inner(builder.config, k))[k[-1]] for k in settings.values}
+    old = {k: attributes_of(_inner(builder.config, k)).get(k[-1], _ABSENT) for k in settings.values}
     seen: set[int] = set()
     for module in list(living.model.modules()):
         for config in [builder.config, *configs_of(module)]:
@@ -395,7 +432,7 @@ def adopt(living: Living, builder: Builder, settings: Settings, origin: Mapping[
             seen.add(id(config))
             for key, value in settings.values.items():
                 mine = _inner(builder.config, key)
-                alike = type(config) is type(mine) and attributes_of(config).get(key[-1]) == old[key]
+                alike = type(config) is type(mine) and attributes_of(config).get(key[-1], _ABSENT) == old[key]
                 if config is mine or alike:
                     living.attribute(config, key[-1], value)
     for path, module in living.model.named_modules(remove_duplicate=False):
@@ -405,5 +442,8 @@ def adopt(living: Living, builder: Builder, settings: Settings, origin: Mapping[
             if _plain(value) and made != value and value in (was, settings.before.attributes.get((path, name), was)):
                 living.attribute(module, name, made)
 
+
+#: a setting that a config does not have
+_ABSENT = object()
 
 __all__ = ["Builder", "Settings", "adopt", "builder_of", "solve"]

@@ -305,3 +305,35 @@ def test_settings_that_no_shape_follows_are_found_by_what_stays() -> None:
     rebuilt.load_state_dict(model.state_dict())
     for module in (model, rebuilt):
         assert relative_error(before, module, x) <= 1e-12
+
+
+class Grouped(nn.Module):
+    """Asks its config for a setting that it may not have, as large libraries do."""
+
+    def __init__(self, config: Heads) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = getattr(config, "head_dim", config.width // config.heads)
+        self.first, self.last = nn.Linear(5, config.width), nn.Linear(config.width, 3)
+        self.qkv = nn.Linear(config.width, 3 * config.heads * self.head_dim)
+        self.out = nn.Linear(config.heads * self.head_dim, config.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        q, k, v = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in self.qkv(x).chunk(3, dim=-1))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.last(x + self.out(y.transpose(1, 2).flatten(2)))
+
+
+def test_a_setting_that_the_config_lacks_is_added() -> None:
+    torch.manual_seed(0)
+    model = trained(Grouped(Heads()).double())
+    before, x = copy.deepcopy(model), (torch.randn(3, 4, 5, dtype=torch.float64),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxgrow.grow(model, widen("*/heads"), x).apply_(model)
+    assert vars(model.config) == {"width": 8, "heads": 4, "head_dim": 4}
+    rebuilt = Grouped(model.config).double()
+    rebuilt.load_state_dict(model.state_dict())
+    for module in (model, rebuilt):
+        assert relative_error(before, module, x) <= 1e-12
