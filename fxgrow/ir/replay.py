@@ -73,7 +73,7 @@ class BothModes:
         record, held = _Record(self.model, (args, kwargs)), _held(self.model)
         with record.of(mode):
             first = forward(*trees.tree_map(_itself, args), **trees.tree_map(_itself, dict(kwargs)))
-        if record.unfit or _held(self.model) != held:
+        if record.unfit or _assigned(self.model, held):
             self.why = record.unfit or "the forward assigns tensors to attributes"
             return first
         environment = getattr(detect_fake_mode([t for t, _ in record.start]), "shape_env", None)
@@ -90,7 +90,7 @@ class BothModes:
             for event, differences in replay.flags:
                 event.mark(differences)
             self.flagged = len(replay.flags)
-        if _held(self.model) != held or _known(environment) != known:
+        if _assigned(self.model, held) or _known(environment) != known:
             self.agree, self.spoilt = False, True
         if not self.agree and self.watch is not None:
             self.watch.reason = noticed  # a trace in eval mode will notice for itself
@@ -124,6 +124,13 @@ def _held(model: nn.Module) -> dict[tuple[str, ...], int]:
                 if isinstance(one, torch.Tensor):
                     out[path, name, str(key)] = id(one)
     return out
+
+
+def _assigned(model: nn.Module, before: dict[tuple[str, ...], int]) -> bool:
+    """Whether modules hold other tensors than they did, but for a list of the weights that they have (``nn.LSTM``)."""
+    own = {id(t) for t in (*model.parameters(), *model.buffers())}
+    now = _held(model)
+    return before.keys() != now.keys() or any(one != before[place] and one not in own for place, one in now.items())
 
 
 def _known(environment: Any) -> Any:
@@ -261,7 +268,7 @@ class _Record:
             out = dispatch(func, types, args, kwargs)
             if _asks(func):
                 return out
-            on_data = any(tag in func.tags for tag in _UNFIT)
+            on_data = any(tag in func.tags for tag in _UNFIT) and not _by_numbers(func, given)
             if on_data or sizes != [_as_made(t) for t in given]:
                 self.unfit = f"{func} hangs on data, or changes a tensor's sizes"
             node = _last_node(mode.tracer.graph, func)
@@ -274,6 +281,11 @@ class _Record:
             yield
         finally:
             del mode.__torch_dispatch__
+
+
+def _by_numbers(func: Any, given: list[torch.Tensor]) -> bool:
+    """Whether it is a look-up whose result has as many entries as its numbers: masks select as many as hold."""
+    return func is torch.ops.aten.index.Tensor and not any(t.dtype in (torch.bool, torch.uint8) for t in given[1:])
 
 
 def _asks(func: Any) -> bool:

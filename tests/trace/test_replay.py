@@ -125,6 +125,7 @@ WAYS: dict[str, tuple[bool, Callable[[Any, Tensor], Any]]] = {
     "dropout and batch norm": (True, lambda m, x: m.out(m.drop(m.norm(m.up(x))))),
     "what was dropped is used once more": (True, _twice),
     "a range of numbers": (True, lambda m, x: m.out(m.up(x)) + torch.arange(x.shape[0], device=x.device)[:, None]),
+    "a look-up by numbers": (True, lambda m, x: m.out(m.up(x)[torch.arange(x.shape[0], device=x.device)])),
     "a constant": (True, lambda m, x: m.out(m.up(x) * torch.tensor(0.5))),
     "a bound on both": (True, lambda m, x: m.out(m.up(x[:, :5] if x.shape[0] < 9 else x[:1]))),
     "a constant that differs": (False, lambda m, x: m.out(m.up(x) * torch.tensor(0.5 if m.training else 0.25))),
@@ -164,6 +165,22 @@ def test_a_replay_agrees_where_the_modes_do(name: str, traces: Count, monkeypatc
     monkeypatch.setattr(export, "_REPLAY", False)
     assert once == told(model, args)
     assert model.training
+
+
+class Recurrent(nn.Module):
+    """Its first layer keeps a list of its weights, and makes it anew for those of a trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(5, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x)[0])
+
+
+def test_a_list_of_own_weights_is_nothing_that_a_forward_assigns(traces: Count) -> None:
+    told(Recurrent(), (torch.randn(2, 6, 5),))
+    assert traces() == 1
 
 
 @pytest.mark.parametrize("name", [n for n, (enough, _) in WAYS.items() if not enough])
