@@ -13,6 +13,7 @@ import fxgrow
 from benchmarks import __main__ as entry
 from benchmarks import against, common, face, grow, growability
 from examples.gpt.model import GPT
+from fxgrow.trace import export
 
 
 @pytest.fixture
@@ -71,6 +72,12 @@ def test_plan_tells_export_and_own_work_apart(tmp_path: Path, here: list[Any]) -
         assert 0 < r["export"] < r["total"] and r["nodes"] > 50
         assert r["parameters_after"] > 2 * r["parameters_before"]
     assert found["depth"][0]["parameters_after"] > found["depth"][0]["parameters_before"]
+
+
+def test_capture_counts_both_ways(tmp_path: Path, here: list[Any]) -> None:
+    found = _run("capture", tmp_path)["cpu"]
+    assert [len(found[way]) for way in ("one", "two")] == [1, 1] and min(*found["one"], *found["two"]) > 0
+    assert export._REPLAY
 
 
 def test_throughput_compares_modules_that_compute_the_same(tmp_path: Path, here: list[Any]) -> None:
