@@ -208,8 +208,9 @@ def solve(
         more = _unset(builder, goal, nearest)
         if more:
             whole, _ = _search(builder, goal, wanted, {**choices, **more}, lists)
-    if whole is not None:
-        return _refined(builder, whole, {**steady, **wanted})
+    refined = _refined(builder, whole.values if whole is not None else nearest, goal, {**steady, **wanted})
+    if refined is not None:
+        return refined
     pinned = _pinned(builder, steady)
     if pinned is not None:
         other, fixed = pinned
@@ -234,27 +235,42 @@ def _pinned(builder: Builder, steady: Attributes) -> tuple[Builder, dict[Key, An
     return out, values
 
 
-def _refined(builder: Builder, settings: Settings, wanted: Attributes) -> Settings:
-    """Settings that no shape follows, such as the heads of a joint projection, by the attributes that follow them."""
+def _refined(
+    builder: Builder, start: Mapping[Key, Any], goal: Mapping[str, tuple[int, ...]], wanted: Attributes
+) -> Settings | None:
+    """Settings that no shape which has grown follows, such as the heads of a joint projection: by what does not stay.
 
-    def missed(made: Instance) -> list[tuple[Any, Any]]:
-        return [(made.attributes.get(k), v) for k, v in wanted.items() if made.attributes.get(k, v) != v]
+    Returns:
+        None where the class does not get the grown shapes.
+    """
 
-    lacking = missed(settings.after)
-    for key, value in _settings(builder.config) if lacking else ():
-        for there, asked in lacking:
-            if key in settings.values or type(there) is not int or type(asked) is not int or not there or not asked:
-                continue
-            scaled = [value * a // b for a, b in ((there, asked), (asked, there)) if value * a % b == 0]
-            for probe in scaled:
-                values = {**settings.values, key: probe}
-                made = builder.build(values)
-                if made is None or made.shapes != settings.after.shapes:
-                    continue
-                if len(missed(made)) < len(lacking):
-                    settings, lacking = Settings(values, settings.before, made), missed(made)
-                    break
-    return settings
+    def lacking(made: Instance) -> list[tuple[Any, Any]]:
+        pairs = [(made.attributes.get(k), v) for k, v in wanted.items() if made.attributes.get(k, v) != v]
+        for name, shape in goal.items():
+            if len(made.shapes.get(name, ())) == len(shape):
+                pairs += [(there, asked) for there, asked in zip(made.shapes.get(name, ()), shape, strict=True)]
+        return [(a, b) for a, b in dict.fromkeys(pairs) if type(a) is type(b) is int and a != b and a and b]
+
+    def score(made: Instance) -> tuple[int, int]:
+        return _wrong(builder, made, goal), sum(made.attributes.get(k, v) != v for k, v in wanted.items())
+
+    values, made = dict(start), builder.build(start)
+    if made is None:
+        return None
+    for key, value in _settings(builder.config) if score(made) != (0, 0) else ():
+        probes = [value * x // y for a, b in lacking(made) for x, y in ((a, b), (b, a)) if value * x % y == 0]
+        for probe in dict.fromkeys(probes) if key not in values else ():
+            other = builder.build({**values, key: probe})
+            if other is not None and score(other) < score(made):
+                values, made = {**values, key: probe}, other
+                break
+    return Settings(values, builder.base, made) if not score(made)[0] else None
+
+
+def _wrong(builder: Builder, made: Instance, goal: Mapping[str, tuple[int, ...]]) -> int:
+    """How many shapes are not the grown ones, and how many tensors there are that nobody knows."""
+    unknown = set(made.shapes) - set(goal) - set(builder.base.shapes)
+    return sum(made.shapes.get(n) != s for n, s in goal.items()) + len(unknown)
 
 
 def _matters(
@@ -288,9 +304,7 @@ def _search(
         made = builder.build(values)
         if made is None:
             continue
-        wrong = sum(made.shapes.get(n) != s for n, s in goal.items()) + len(
-            set(made.shapes) - set(goal) - set(builder.base.shapes)
-        )
+        wrong = _wrong(builder, made, goal)
         if nearest is None or wrong < nearest[0]:
             nearest = wrong, values
         if wrong:
@@ -341,9 +355,7 @@ def _by_themselves(
                 continue
             moved = {n for n, s in made.shapes.items() if base.shapes.get(n) != s}
             fits = set(made.shapes) <= set(goal) | set(base.shapes) and all(
-                there in (old, new)
-                for n in moved & set(base.shapes)
-                for old, there, new in zip(base.shapes[n], made.shapes[n], goal[n], strict=True)
+                _between(base.shapes[n], made.shapes[n], goal.get(n, base.shapes[n])) for n in moved & set(base.shapes)
             )
             if moved and fits:
                 values[key] = value
@@ -352,6 +364,11 @@ def _by_themselves(
         return None
     made = builder.build({**values, **lists})
     return Settings({**values, **lists}, base, made, in_part=True) if made is not None else None
+
+
+def _between(old: tuple[int, ...], there: tuple[int, ...], new: tuple[int, ...]) -> bool:
+    """Whether every size is the old or the new one."""
+    return len(old) == len(there) == len(new) and all(s in (a, b) for a, s, b in zip(old, there, new, strict=True))
 
 
 def _values_for(

@@ -269,8 +269,8 @@ def test_a_config_that_cannot_say_it_is_told_of() -> None:
 
 
 class Heads:
-    def __init__(self, width: int = 8, heads: int = 2) -> None:
-        self.width, self.heads = width, heads
+    def __init__(self, width: int = 8, heads: int = 2, table: bool = False) -> None:
+        self.width, self.heads, self.table = width, heads, table
 
 
 class Joint(nn.Module):
@@ -280,6 +280,7 @@ class Joint(nn.Module):
         super().__init__()
         self.config, self.heads = config, config.heads
         self.head_dim = config.width // config.heads
+        self.register_buffer("table", torch.arange(1.0, self.head_dim + 1) if config.table else None, persistent=False)
         self.first, self.qkv = nn.Linear(5, config.width), nn.Linear(config.width, 3 * config.width)
         self.out, self.last = nn.Linear(config.width, config.width), nn.Linear(config.width, 3)
 
@@ -288,19 +289,21 @@ class Joint(nn.Module):
         joint = self.qkv(x).chunk(3, dim=-1)
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (part.view(shape).transpose(1, 2) for part in joint)
+        q = q if self.table is None else q * self.table
         y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         return self.last(x + self.out(y.transpose(1, 2).reshape(*x.shape[:-1], -1)))
 
 
-def test_settings_that_no_shape_follows_are_found_by_what_stays() -> None:
+@pytest.mark.parametrize("table", [False, True])
+def test_settings_that_no_grown_shape_follows_are_found_by_what_stays(table: bool) -> None:
     """Twice the heads, as wide as they were: with the width alone the class would make them twice as wide."""
     torch.manual_seed(0)
-    model = trained(Joint(Heads()).double())
+    model = trained(Joint(Heads(table=table)).double())
     before, x = copy.deepcopy(model), (torch.randn(3, 4, 5, dtype=torch.float64),)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fxgrow.grow(model, [widen("*/residual"), widen("*/heads")], x).apply_(model)
-    assert vars(model.config) == {"width": 16, "heads": 4} and (model.heads, model.head_dim) == (4, 4)
+    assert vars(model.config) == {"width": 16, "heads": 4, "table": table} and (model.heads, model.head_dim) == (4, 4)
     rebuilt = Joint(model.config).double()
     rebuilt.load_state_dict(model.state_dict())
     for module in (model, rebuilt):
@@ -332,7 +335,7 @@ def test_a_setting_that_the_config_lacks_is_added() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fxgrow.grow(model, widen("*/heads"), x).apply_(model)
-    assert vars(model.config) == {"width": 8, "heads": 4, "head_dim": 4}
+    assert vars(model.config) == {"width": 8, "heads": 4, "table": False, "head_dim": 4}
     rebuilt = Grouped(model.config).double()
     rebuilt.load_state_dict(model.state_dict())
     for module in (model, rebuilt):
