@@ -73,3 +73,79 @@ def test_a_condition_on_a_number_of_no_attribute_is_refused() -> None:
         growth.apply_(model)
     assert all(vars(m)[k] is v for m, own in held for k, v in own.items())
     model(x).sum().backward()
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.dim, self.lr = 6, 0.1
+
+
+def _same(size: int, wanted: int) -> None:
+    if size != wanted:
+        raise ValueError(f"{size} is not {wanted}")
+
+
+class Forms(nn.Module):
+    """Conditions that read a config, a property, half of a size, and that stand in functions or behind other lines."""
+
+    def __init__(this, form: str) -> None:
+        super().__init__()
+        this.form, this.config, this.sizes, this.half, this.width, this.other = form, Settings(), [6, 7], 3, 6, 6
+        this.first, this.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    @property
+    def size(this) -> int:
+        return this.sizes[0]
+
+    def forward(this, x: Tensor) -> Tensor:
+        h = this.first(x)
+        return this.last(getattr(this, this.form)(h).tanh())
+
+    def settings(this, h: Tensor) -> Tensor:
+        assert h.shape[-1] == this.config.dim
+        return h
+
+    def computed(this, h: Tensor) -> Tensor:
+        assert h.shape[-1] == this.size
+        return h
+
+    def part(this, h: Tensor) -> Tensor:
+        assert h.shape[-1] == 2 * this.half
+        return h
+
+    def checked(this, h: Tensor) -> Tensor:
+        torch._check(h.shape[-1] == this.width)
+        return h
+
+    def function(this, h: Tensor) -> Tensor:
+        _same(h.shape[-1], this.width)
+        return h
+
+    def behind(this, h: Tensor) -> Tensor:
+        if h.shape[-1] == this.width:
+            return h
+        raise ValueError("another size")
+
+    def again(this, h: Tensor) -> Tensor:
+        try:
+            _same(h.shape[-1], this.width)
+        except ValueError:
+            raise RuntimeError("another size")  # noqa: B904
+        return h
+
+    def local(this, h: Tensor) -> Tensor:
+        width = this.width
+        assert h.shape[-1] == width
+        return h
+
+
+@pytest.mark.parametrize("form", ["settings", "computed", "part", "checked", "function", "behind", "again", "local"])
+def test_conditions_in_all_forms(form: str) -> None:
+    torch.manual_seed(0)
+    model, x = trained(Forms(form).to(D)), torch.randn(4, 5, dtype=D)
+    before = copy.deepcopy(model)
+    fxgrow.grow(model, {"op": "widen", "axis": "./hidden", "factor": 2}, (x,), verify=False).apply_(model)
+    held = {"settings": model.config.dim, "computed": model.sizes[0], "part": 2 * model.half}
+    assert held.get(form, model.width) == 12
+    assert (model.other, model.sizes[1]) == (6, 7)
+    torch.testing.assert_close(model(x), before(x), rtol=0, atol=1e-12)
