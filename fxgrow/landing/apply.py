@@ -24,7 +24,7 @@ from fxgrow.ir.running import plain_tensors
 from fxgrow.ir.traced import Traced
 from fxgrow.landing.blocks import Numbered, Restacked, restack
 from fxgrow.landing.compare import Difference, described, differences
-from fxgrow.landing.config import Attributes, Builder, adopt, builder_of, instance_of, solve
+from fxgrow.landing.config import Attributes, Builder, adopt, builder_of, solve
 from fxgrow.landing.literals import (
     Candidate,
     Literal,
@@ -338,7 +338,7 @@ class _Applying:
     def warn(self, builder: Builder | None) -> None:
         """Say what a checkpoint of the model would not bring back: its config may now make another model than this."""
         name = type(self.living.model).__name__
-        said = builder.differs(instance_of(self.living.model)) if builder is not None else ""
+        said = builder.differs(self.living.model) if builder is not None else ""
         if said:
             warnings.warn(
                 f"{name} is grown, and its config cannot say so: made anew from it, {said}. Keep the model itself, or "

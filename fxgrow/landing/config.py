@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxgrow.landing.beside import Unwritten, apart, tensors_beside
 from fxgrow.landing.blocks import Restacked
 from fxgrow.landing.living import Living, attributes_of, configs_of, is_config
 
@@ -30,6 +31,8 @@ Key = tuple[str, ...]  # names of nested bundles, and of the setting
 #: seconds that are spent on building instances
 _PATIENCE = 20.0
 _MOST_TRIED = 48
+#: parameters of a model up to which it is made with memory, to compare tensors that are not saved
+_MOST_MADE = 2**28
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Builder:
         base: what the class makes of it.
         added, changed: names of tensors, and attributes, by which the model was another than that.
         asked: settings that its modules' classes may ask for, with a default.
+        apart: places of what the model held otherwise, beside weights and plain attributes.
     """
 
     kind: type[nn.Module]
@@ -67,31 +71,44 @@ class Builder:
     added: set[str] = field(default_factory=set)
     asked: set[str] = field(default_factory=set)
     changed: set[tuple[str, str]] = field(default_factory=set)
+    apart: set[str] = field(default_factory=set)
     deadline: float = field(default_factory=lambda: time.monotonic() + _PATIENCE)
 
     def build(self, values: Mapping[Key, Any]) -> Instance | None:
         """The class with other settings; None where it cannot be built so."""
+        made = None if time.monotonic() > self.deadline else self.instance(values)
+        return None if made is None else instance_of(made)
+
+    def instance(self, values: Mapping[Key, Any], device: str = "meta") -> nn.Module | None:
+        """The class with other settings on a device, parameters without values; None where it cannot be built so."""
         config = copy.deepcopy(self.config)
         for key, value in values.items():
             table = attributes_of(_inner(config, key))
             table[key[-1]] = value
-        if time.monotonic() > self.deadline:
-            return None
         quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        empty = contextlib.nullcontext() if device == "meta" else Unwritten()
         try:
-            with warnings.catch_warnings(), quiet[0], quiet[1], torch.random.fork_rng(devices=[]), torch.device("meta"):
+            with warnings.catch_warnings(), quiet[0], quiet[1], torch.random.fork_rng(devices=[]), torch.device(device):
                 warnings.simplefilter("ignore")
-                return instance_of(self.kind(config))
+                with empty:
+                    return self.kind(config)
         except Exception:
             return None
+
+    def beside(self, model: nn.Module) -> dict[str, str]:
+        """What the class made anew has otherwise than a model beside weights and plain attributes, by place."""
+        small = sum(p.numel() for p in model.parameters()) <= _MOST_MADE
+        made = self.instance({}, "cpu" if small and tensors_beside(model) else "meta")
+        return {} if made is None else apart(model, made, self.config)
 
     def open_settings(self) -> list[str]:
         """Settings that follow from others: they are None, or are not there and the class asks for them."""
         known = attributes_of(self.config)
         return [*(n for n, v in known.items() if v is None and isinstance(n, str)), *sorted(self.asked - {*known})]
 
-    def differs(self, model: Instance) -> str:
+    def differs(self, living: nn.Module) -> str:
         """What is another in the class made anew from the config as it is now, in words; "" for nothing."""
+        model = instance_of(living)
         self.deadline = time.monotonic() + _PATIENCE
         made = self.build({})
         if made is None:
@@ -106,7 +123,7 @@ class Builder:
             known = model.attributes.get((path, name), value)
             if known != value and (path, name) not in self.changed:
                 return f"{f'{path}.' if path else ''}{name} is {value}, not {known}"
-        return ""
+        return next((said for place, said in self.beside(living).items() if place not in self.apart), "")
 
 
 def instance_of(model: nn.Module) -> Instance:
@@ -144,6 +161,7 @@ def builder_of(model: nn.Module) -> Builder | None:
             builder.base, builder.added = made, set(own.shapes) - set(made.shapes)
             builder.asked = {n for kind in {type(m) for m in model.modules()} for n in _asked_by(kind)}
             builder.changed = {k for k, v in own.attributes.items() if made.attributes.get(k, v) != v}
+            builder.apart = set(builder.beside(model))
             return builder
     return None
 
