@@ -151,7 +151,7 @@ class _Applying:
         stacks = restack(living, self.plan)
         origin = origins(living.model, stacks)
         settings = None
-        if builder is not None and configured:
+        if builder is not None and configured and not builder.sealed:
             shapes = {n: tuple(t.shape) for n, t in self.tensors.items()}
             shapes |= {a: shapes[n] for a, n in self.grown.aliases.items() if n in shapes}
             settings = solve(builder, shapes, wanted, steady_attributes(self.before, self.grown, living.model), stacks)

@@ -23,7 +23,7 @@ from torch import nn
 
 from fxgrow.landing.beside import Unwritten, apart, tensors_beside
 from fxgrow.landing.blocks import Restacked
-from fxgrow.landing.living import Living, attributes_of, configs_of, is_config
+from fxgrow.landing.living import Living, attributes_of, configs_of, is_config, is_sealed
 
 Attributes = dict[tuple[str, str], Any]  # module path and name
 Key = tuple[str, ...]  # names of nested bundles, and of the setting
@@ -74,6 +74,11 @@ class Builder:
     apart: set[str] = field(default_factory=set)
     deadline: float = field(default_factory=lambda: time.monotonic() + _PATIENCE)
 
+    @property
+    def sealed(self) -> bool:
+        """Whether no setting can be set."""
+        return is_sealed(self.config)
+
     def build(self, values: Mapping[Key, Any]) -> Instance | None:
         """The class with other settings; None where it cannot be built so."""
         made = None if time.monotonic() > self.deadline else self.instance(values)
@@ -81,15 +86,14 @@ class Builder:
 
     def instance(self, values: Mapping[Key, Any], device: str = "meta") -> nn.Module | None:
         """The class with other settings on a device, parameters without values; None where it cannot be built so."""
-        config = copy.deepcopy(self.config)
-        for key, value in values.items():
-            table = attributes_of(_inner(config, key))
-            table[key[-1]] = value
+        config = self.config if self.sealed else copy.deepcopy(self.config)
         quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
         empty = contextlib.nullcontext() if device == "meta" else Unwritten()
         try:
             with warnings.catch_warnings(), quiet[0], quiet[1], torch.random.fork_rng(devices=[]), torch.device(device):
                 warnings.simplefilter("ignore")
+                for key, value in values.items():
+                    attributes_of(_inner(config, key))[key[-1]] = value  # a class with slots has no further ones
                 with empty:
                     return self.kind(config)
         except Exception:
@@ -154,7 +158,7 @@ def builder_of(model: nn.Module) -> Builder | None:
     except (TypeError, ValueError):
         return None
     own = instance_of(model)
-    for config in [v for v in vars(model).values() if is_config(v)]:
+    for config in [v for v in vars(model).values() if is_config(v) or is_sealed(v)]:
         builder = Builder(type(model), config)
         made = builder.build({})
         if made is not None and {n: s for n, s in own.shapes.items() if n in made.shapes} == made.shapes:

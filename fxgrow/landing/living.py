@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -116,19 +116,56 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 def attributes_of(holder: Any) -> MutableMapping[str, Any]:
     """The table in which a module, a config or a mapping keeps its attributes: no property or check runs."""
-    return holder if isinstance(holder, MutableMapping) else vars(holder)
+    if isinstance(holder, MutableMapping):
+        return holder
+    return vars(holder) if hasattr(holder, "__dict__") else _Slots(holder)
+
+
+class _Slots(MutableMapping[str, Any]):
+    """The attributes of an object whose class has slots for them."""
+
+    def __init__(self, holder: Any) -> None:
+        self._holder = holder
+        declared = [vars(kind).get("__slots__", ()) for kind in reversed(type(holder).__mro__)]
+        self._names = [n for names in declared for n in ([names] if isinstance(names, str) else names)]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names or not hasattr(self._holder, name):
+            raise KeyError(name)
+        return getattr(self._holder, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self._holder, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        object.__delattr__(self._holder, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (n for n in self._names if hasattr(self._holder, n))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def is_config(value: Any) -> bool:
     """Whether a value looks like a bundle of settings: an object or a mapping with plain numbers among its entries."""
     if isinstance(value, nn.Module | torch.Tensor | type) or callable(value):
         return False
-    if isinstance(value, MutableMapping):
-        table: Mapping[Any, Any] = value
-    elif hasattr(value, "__dict__"):
-        table = vars(value)
-    else:
-        return False
+    if not isinstance(value, MutableMapping) and not hasattr(value, "__dict__"):
+        slots = any(vars(kind).get("__slots__") for kind in type(value).__mro__)
+        if not slots or isinstance(value, Collection):
+            return False
+    return _has_numbers(attributes_of(value))
+
+
+def is_sealed(value: Any) -> bool:
+    """Whether it looks like a bundle of settings of which none can be set: a named tuple, a mapping for readers."""
+    if isinstance(value, tuple):
+        return hasattr(value, "_asdict") and _has_numbers(value._asdict())
+    return isinstance(value, Mapping) and not isinstance(value, MutableMapping) and _has_numbers(value)
+
+
+def _has_numbers(table: Mapping[Any, Any]) -> bool:
     return any(isinstance(k, str) and type(v) in (int, float) for k, v in table.items())
 
 
