@@ -32,7 +32,7 @@ from fxgrow.landing.recast import recast
 from fxgrow.landing.solve import solve_constants
 from fxgrow.limits import check_elements
 from fxgrow.optim.carry import carry, carry_
-from fxgrow.optim.newborn import Frozen, NewParameters, freeze_old
+from fxgrow.optim.newborn import Frozen, NewParameters, check_unfrozen, freeze_old
 from fxgrow.optim.policies import check_optimizer, check_plan
 from fxgrow.optim.rates import check_settled
 from fxgrow.passes.constants import remaining
@@ -95,7 +95,9 @@ class Growth:
         """
         self._check_unchanged()
         names, new = self.source_names(), self._new()
-        made = carry(self.plan, names, new, optimizer, policy or self.policy, handed=self._handed, **options)
+        made = carry(
+            self.plan, names, new, optimizer, self.policy if policy is None else policy, handed=self._handed, **options
+        )
         self._hand_over([made], new)
         return made
 
@@ -121,7 +123,9 @@ class Growth:
         self._check_unchanged()
         names, new = self.source_names(), self._new()
         several: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-        carry_(self.plan, names, new, several, policy or self.policy, handed=self._handed, **options)
+        carry_(
+            self.plan, names, new, several, self.policy if policy is None else policy, handed=self._handed, **options
+        )
         self._hand_over(several, new)
         return optimizer
 
@@ -181,8 +185,8 @@ class Growth:
 
         Raises:
             GrowthRefused: as :meth:`apply_`; the copy is as it was.
-            FxgrowError: its tensors are not the model's by name, shape and dtype, or the plan, which was proved for the
-                model's weights, does not keep what the copy computes.
+            FxgrowError: its tensors are not the model's by name, shape and dtype, or are the model's own; or the plan,
+                which was proved for the model's weights, does not keep what the copy computes.
         """
         before = self._before
         if before is None:
@@ -190,6 +194,13 @@ class Growth:
                 "this growth was not made by fxgrow.grow, so that there is no model to compare copies with"
             )
         inner = uncompiled(copy.module if isinstance(copy, AveragedModel) else copy)
+        names = self.source_names()
+        shared = next((n for n, p in inner.named_parameters() if id(p) in names), "")
+        if shared:
+            raise FxgrowError(
+                f"{shared} of this {type(inner).__name__} is the model's own parameter, and would be another one "
+                "afterwards: apply_ grows the model itself, and a copy needs weights of its own (copy.deepcopy)"
+            )
         tensors = grown_tensors(inner, self.plan, before, self.program)
         apply(inner, self.plan, before, self.program, tensors, self._held)
         return copy
@@ -393,6 +404,7 @@ def grow(
             program = model if isinstance(model, Program) else capture(model, args, kwargs, calls=calls)
     check_readable(program.tensors)
     check_settled(program.parameters.values())
+    check_unfrozen(program.parameters)
     check_finite(program.tensors)
     with _timed(seconds, "analyse and plan"):
         plan, grown_program = plan_growth(program, parsed, like)

@@ -318,6 +318,12 @@ def reduce(module: fx.GraphModule) -> tuple[Callable[..., fx.GraphModule], tuple
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
+    known = {*program.tensors, *program.aliases}
+    if other := next((n for n in (*own, *program.tensors) if (n in own) != (n in known)), ""):
+        what = f"has a tensor {other} now that it did not grow with" if other in own else f"has no tensor {other} now"
+        raise pickle.PicklingError(
+            f"this grown module {what}, and would come back as it was grown: pickle its state dict"
+        )
     fields = {f.name: getattr(program, f.name) for f in dataclasses.fields(program)}
     try:
         fields["graph"] = graph_to_json(program.graph)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fxgrow.optim.members import Member, Newcomers, members_of
-from fxgrow.optim.policies import check_optimizer, check_plan
+from fxgrow.optim.policies import check_optimizer, check_options, check_plan
 from fxgrow.optim.rates import SliceRates, all_rates, check_settled, rates_of_groups
 from fxgrow.optim.state import is_fresh, map_gradient, map_state, slice_of
 from fxgrow.optim.whole import check_whole, warn_of_muon
@@ -72,6 +72,7 @@ def carried(
     Raises:
         FxgrowError: see there; nothing has been changed.
     """
+    check_options(warmup=warmup, peak=peak, ramp=ramp)
     plans = plan.tensors
     out = Carried(members_of(optimizer, names, new, plans, newcomers))
     old = out.replaced

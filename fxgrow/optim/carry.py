@@ -20,6 +20,7 @@ from torch import nn
 from fxgrow.errors import FxgrowError
 from fxgrow.ir.optimizers import forget_sizes, is_scheduled
 from fxgrow.optim.carried import Carried, carried
+from fxgrow.optim.loading import watch_loading
 from fxgrow.optim.members import Newcomers
 from fxgrow.optim.rates import KEY, STEPS, slice_rates
 from fxgrow.optim.wrappers import check_nothing_else, unwrapped
@@ -90,6 +91,7 @@ def carry(
         if p in optimizer.state:
             made.state[p] = copy.deepcopy(optimizer.state[p])
     _fill(made, content)
+    watch_loading(made)
     return made
 
 
@@ -133,6 +135,7 @@ def carry_(
             inner.state.pop(p, None)
         _fill(inner, content)
         forget_sizes(inner)
+        watch_loading(inner)
         slice_rates(inner)  # read anew, so that nothing holds the small model's parameters until the next step
 
 
@@ -161,7 +164,18 @@ def _construct(optimizer: torch.optim.Optimizer, content: Carried) -> torch.opti
     cls = type(optimizer)
     accepted = inspect.signature(cls.__init__).parameters
     options: dict[str, Any] = {k: v for k, v in optimizer.defaults.items() if k in accepted and k != "params"}
-    made: torch.optim.Optimizer = cls([{k: v for k, v in g.items() if k != "param_names"} for g in groups], **options)
+    try:
+        made: torch.optim.Optimizer = cls(
+            [{k: v for k, v in g.items() if k != "param_names"} for g in groups], **options
+        )
+    except TypeError as error:
+        raise FxgrowError(
+            f"{cls.__name__} cannot be made anew from its groups and defaults ({error}): use growth.carry_(optimizer), "
+            "which keeps the object"
+        ) from error
+    for name, value in vars(optimizer).items():  # settings that its own __init__ took and keeps
+        if not name.startswith("_") and isinstance(value, bool | int | float | str | None):
+            setattr(made, name, value)
     for target, g in zip(made.param_groups, groups, strict=True):
         target.update({k: v for k, v in g.items() if k != "params"})
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from fxgrow.errors import SpecError, did_you_mean
+from fxgrow.errors import FxgrowError, SpecError, did_you_mean
 from fxgrow.ir.uncompiled import uncompiled
 from fxgrow.optim.rates import KEY
 from fxgrow.plan import GrowthPlan, TensorPlan
@@ -95,6 +96,10 @@ def _count(plan: TensorPlan) -> int:
     return total if _is_new(plan) else total - old
 
 
+#: those that hold something
+_HOLDING: weakref.WeakSet[Frozen] = weakref.WeakSet()
+
+
 @dataclass(eq=False)
 class _Before:
     """What a step must leave alone: of each widened parameter its values, and state of its shape by key."""
@@ -126,6 +131,7 @@ class Frozen:
             p.requires_grad_(False)
             p.grad = None
         self._handles: list[RemovableHandle] = []
+        _HOLDING.add(self)
         for p in self._new:
             if p.grad is not None:
                 p.grad = self._of_new(p, p.grad)
@@ -142,12 +148,17 @@ class Frozen:
         for p in self._held:
             p.requires_grad_(True)
         self._handles, self._held, self._new, self._steps = [], [], {}, {}
+        _HOLDING.discard(self)
 
     def __enter__(self) -> Frozen:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.unfreeze()
+
+    def holds(self, p: Tensor) -> bool:
+        """Whether a parameter, or its old entries, stand still."""
+        return p in self._new or any(p is held for held in self._held)
 
     def _mask(self, p: nn.Parameter) -> Tensor:
         if self._new[p].device != p.device:
@@ -192,6 +203,21 @@ class Frozen:
                     now[key].copy_(torch.where(mask, now[key], old))
 
 
+def check_unfrozen(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse to grow what stands still: it would be let go in other parameters than the grown model has.
+
+    Raises:
+        FxgrowError: with a parameter's name.
+    """
+    for frozen in list(_HOLDING):
+        name = next((n for n, p in parameters.items() if frozen.holds(p)), None)
+        if name is not None:
+            raise FxgrowError(
+                f"freeze_old of an earlier growth holds {name}, and could not let go what becomes of it: call "
+                "unfreeze() of what it returned, grow, and freeze anew"
+            )
+
+
 def _state(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
     """What an optimizer keeps for every entry of a parameter."""
     state = optimizer.state.get(p, {})
@@ -218,4 +244,4 @@ def freeze_old(new: NewParameters, model: nn.Module) -> Frozen:
     return Frozen(new, {name: by_name[name] for name in names.values()})
 
 
-__all__ = ["Frozen", "NewParameters", "freeze_old"]
+__all__ = ["Frozen", "NewParameters", "check_unfrozen", "freeze_old"]

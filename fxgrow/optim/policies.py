@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -75,6 +77,19 @@ def check_optimizer(
                 f"cannot carry {kind} over a growth: of a parameter of shape {tuple(p.shape)}, {reason}. "
                 "Use policy 'reset'"
             )
+
+
+def check_options(*, warmup: int, peak: float, ramp: int | None) -> None:
+    """Refuse numbers that are none of steps, or no factor of a learning rate.
+
+    Raises:
+        FxgrowError: with the option.
+    """
+    for name, steps in {"warmup": warmup, **({} if ramp is None else {"ramp": ramp})}.items():
+        if not isinstance(steps, numbers.Integral) or steps < 0:
+            raise FxgrowError(f"{name}={steps!r}: it is a number of steps, from 0")
+    if not isinstance(peak, numbers.Real) or not 0 <= peak < math.inf:
+        raise FxgrowError(f"peak={peak!r}: it is a factor of the learning rate, from 0")
 
 
 def check_plan(

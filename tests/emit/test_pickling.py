@@ -103,3 +103,15 @@ def test_an_edited_graph_is_refused_with_the_reason() -> None:
     module.recompile()
     with pytest.raises(pickle.PicklingError, match="edited after the growth"):
         pickle.dumps(module)
+
+
+def test_tensors_that_came_or_went_after_the_growth_are_not_lost_in_silence() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(5, 4)
+    growth = fxgrow.grow(model, {"op": "widen", "axis": "0.weight:0", "factor": 2}, (x,), verify=False)
+    more, pruned = copy.deepcopy(growth.module), copy.deepcopy(growth.module)
+    more.head = nn.Linear(2, 2)
+    with pytest.raises(pickle.PicklingError, match=r"has a tensor head\.weight now"):
+        pickle.dumps(more)
+    nn.utils.parametrizations.weight_norm(pruned.get_submodule("2"))
+    with pytest.raises(pickle.PicklingError, match=r"2\.parametrizations|2\.weight"):
+        pickle.dumps(pruned)

@@ -66,3 +66,14 @@ def test_copies_get_more_positions_and_outputs() -> None:
     after = growth.apply_to_copy_(teacher)(x)
     assert after.shape == (5, 5)
     torch.testing.assert_close(after[:, :3], before, rtol=1e-12, atol=1e-12)
+
+
+def test_a_copy_that_holds_the_models_own_parameters_is_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double(), torch.randn(5, 4).double()
+    target = copy.deepcopy(model)
+    target[0].weight = model[0].weight
+    growth = fxgrow.grow(model, {"op": "widen", "axis": "0.weight:0", "factor": 2}, (x,), verify=False)
+    for one in (target, model):
+        with pytest.raises(fxgrow.FxgrowError, match=r"0\.weight of this Sequential is the model's own parameter"):
+            growth.apply_to_copy_(one)
+    assert target[0].weight is model[0].weight and target[0].weight.shape == (8, 4)
