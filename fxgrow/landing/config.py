@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fractions
 import inspect
 import io
 import itertools
@@ -279,12 +280,18 @@ def _refined(
     values, made = dict(start), builder.build(start)
     if made is None:
         return None
-    for key, value in _settings(builder.config) if score(made) != (0, 0) else ():
-        probes = [value * x // y for a, b in lacking(made) for x, y in ((a, b), (b, a)) if value * x % y == 0]
-        for probe in dict.fromkeys(probes) if key not in values else ():
-            other = builder.build({**values, key: probe})
+    free = {k: v for k, v in _settings(builder.config) if k not in values}
+    for keys in (*itertools.combinations(free, 1), *itertools.combinations(free, 2)):  # heads and those of keys at once
+        if score(made) == (0, 0) or values.keys() & {*keys}:
+            continue
+        ratios = dict.fromkeys(fractions.Fraction(x, y) for a, b in lacking(made) for x, y in ((a, b), (b, a)))
+        for probe in ({k: free[k] * ratio for k in keys} for ratio in ratios):
+            if any(v.denominator != 1 for v in probe.values()):
+                continue
+            chosen = {**values, **{k: int(v) for k, v in probe.items()}}
+            other = builder.build(chosen)
             if other is not None and score(other) < score(made):
-                values, made = {**values, key: probe}, other
+                values, made = chosen, other
                 break
     return Settings(values, builder.base, made) if not score(made)[0] else None
 

@@ -340,3 +340,44 @@ def test_a_setting_that_the_config_lacks_is_added() -> None:
     rebuilt.load_state_dict(model.state_dict())
     for module in (model, rebuilt):
         assert relative_error(before, module, x) <= 1e-12
+
+
+class Shared:
+    def __init__(self, width: int = 16, heads: int = 4, kv_heads: int = 2) -> None:
+        self.width, self.heads, self.kv_heads = width, heads, kv_heads
+
+
+class Fused(nn.Module):
+    """Grouped queries in a joint projection, whose sizes follow both numbers of heads."""
+
+    def __init__(self, config: Shared) -> None:
+        super().__init__()
+        self.config, self.head_dim = config, config.width // config.heads
+        self.groups = config.heads // config.kv_heads
+        self.register_buffer("table", torch.arange(1.0, self.head_dim + 1), persistent=False)
+        self.first, self.last = nn.Linear(5, config.width), nn.Linear(config.width, 3)
+        self.qkv = nn.Linear(config.width, (config.heads + 2 * config.kv_heads) * self.head_dim)
+        self.out = nn.Linear(config.heads * self.head_dim, config.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        counts = (self.config.heads, self.config.kv_heads, self.config.kv_heads)
+        parts = self.qkv(x).split([n * self.head_dim for n in counts], dim=-1)
+        q, k, v = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in parts)
+        k, v = (p.repeat_interleave(self.groups, dim=1) for p in (k, v))
+        y = torch.nn.functional.scaled_dot_product_attention(q * self.table, k, v)
+        return self.last(x + self.out(y.transpose(1, 2).flatten(2)))
+
+
+def test_two_settings_that_one_shape_follows_are_found_together() -> None:
+    torch.manual_seed(0)
+    model = trained(Fused(Shared()).double())
+    before, x = copy.deepcopy(model), (torch.randn(3, 4, 5, dtype=torch.float64),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxgrow.grow(model, [widen("*/residual"), widen("*/kv_heads")], x).apply_(model)
+    assert vars(model.config) == {"width": 32, "heads": 8, "kv_heads": 4}
+    rebuilt = Fused(model.config).double()
+    rebuilt.load_state_dict(model.state_dict())
+    for module in (model, rebuilt):
+        assert relative_error(before, module, x) <= 1e-12
