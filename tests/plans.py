@@ -34,7 +34,8 @@ from fxgrow.plan import DimPlan, GrowthPlan, Step, TensorPlan
 from tests.models import small_cnn, small_gpt, tokens
 from tests.zoo.zoo import NORMS, ZOO, floats, rotate_half, trained
 
-FOLDER = Path(__file__).parent / "fixtures" / "plans"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "tests" / "fixtures" / "plans"
 #: the PyTorch whose graphs the kept plans change
 TORCH = "2.13"
 
@@ -300,6 +301,8 @@ def data_of(plan: GrowthPlan) -> dict[str, Any]:
             return {k: plain(v, k) for k, v in value.items()}
         if isinstance(value, list):
             return [plain(v, key) for v in value]
+        if isinstance(value, str):
+            return value.replace(f"{ROOT}/", "")  # lines of this checkout
         return float(f"{value:.9g}") if key in _ROUNDED and isinstance(value, float) else value
 
     return dict(plain(json.loads(plan.to_json())))

@@ -94,6 +94,30 @@ def _alike(value: Any, entries: Any) -> bool:
 
 
 @contextlib.contextmanager
+def autocast_kept() -> Iterator[None]:
+    """Afterwards autocast is as it was: entering it inside of a trace that refuses it leaves it on in the process."""
+    states = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST}
+    cached, depth = torch.is_autocast_cache_enabled(), _autocast_depth()
+    try:
+        yield
+    finally:
+        for device, (enabled, dtype) in states.items():
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(cached)
+        for _ in range(_autocast_depth() - depth):
+            torch.autocast_decrement_nesting()
+
+
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps")
+
+
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return int(torch.autocast_decrement_nesting())
+
+
+@contextlib.contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
     held = [
         (part, leaf, t, t.detach().clone())

@@ -161,7 +161,7 @@ def is_config(value: Any) -> bool:
 def is_sealed(value: Any) -> bool:
     """Whether it looks like a bundle of settings of which none can be set: a named tuple, a mapping for readers."""
     if isinstance(value, tuple):
-        return hasattr(value, "_asdict") and _has_numbers(value._asdict())
+        return _has_numbers(dict(zip(vars(type(value)).get("_fields", ()), value, strict=False)))
     return isinstance(value, Mapping) and not isinstance(value, MutableMapping) and _has_numbers(value)
 
 

@@ -19,7 +19,7 @@ from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, find_guards, has_mixed_sizes, settle_sizes, weigh
 from fxgrow.ir.quiet import quiet
 from fxgrow.ir.replay import BothModes
-from fxgrow.ir.running import attributes_kept, in_mode, plain_tensors_kept
+from fxgrow.ir.running import attributes_kept, autocast_kept, in_mode, plain_tensors_kept
 from fxgrow.ir.symbolic import ON_DATA, oblivious_sizes
 from fxgrow.ir.traced import Call
 from fxgrow.ir.trail import Replica
@@ -128,6 +128,7 @@ def _export(
             quiet(),
             plain_tensors_kept(model),
             attributes_kept(model),
+            autocast_kept(),
             _traceable_forward(model, kwargs, left_out, dtypes, replay),
             oblivious_sizes(oblivious),
             watch,

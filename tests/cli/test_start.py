@@ -43,7 +43,7 @@ def test_help_loads_what_prints_it_only() -> None:
     code = "import sys, fxgrow.cli; print(sorted(m for m in sys.modules if m.startswith('fxgrow.') or m == 'pydantic'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     loaded = done.stdout.strip("[]\n").replace("'", "").split(", ")
-    allowed = {"fxgrow.cli", "fxgrow.errors", "fxgrow.lazy", "fxgrow.version"}
+    allowed = {"fxgrow.cli", "fxgrow.errors", "fxgrow.lazy", "fxgrow.saved", "fxgrow.version"}
     assert {".".join(m.split(".")[:2]) for m in loaded} == allowed, loaded
 
 

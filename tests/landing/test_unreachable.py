@@ -110,21 +110,6 @@ class ReadOnly(Mixer):
         return self.sizes.heads
 
 
-class Slots(Mixer):
-    class Sizes:
-        __slots__ = ("number",)
-
-        def __init__(self) -> None:
-            self.number = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes = Slots.Sizes()
-
-    def heads(self) -> int:
-        return self.sizes.number
-
-
 class Text(Mixer):
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +253,7 @@ BY_HALF = {"op": "widen", "axis": "down.weight:1", "factor": 1.5}
 CASES: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
     *[
         (kind, {"op": "widen", "axis": "*/heads", "factor": 2})
-        for kind in (Global, Written, Closure, Partial, Default, Property, Environment, Deep, ReadOnly, Slots, Text)
+        for kind in (Global, Written, Closure, Partial, Default, Property, Environment, Deep, ReadOnly, Text)
     ],
     (Asserted, HEADED),
     (Normed, WIDER),

@@ -77,6 +77,15 @@ def test_refused_at_capture_with_the_reason(name: str) -> None:
         fxgrow.capture(M(f).double(), (torch.randn(4, 5, dtype=torch.float64),))
     if name != "autocast":
         assert "autocast" not in str(caught.value)
+    assert not torch.is_autocast_enabled("cpu") and not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+def test_a_capture_under_autocast_leaves_it_on() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(fxgrow.CaptureError):
+            fxgrow.capture(M(autocast), (torch.randn(4, 5),))
+        assert torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")
 
 
 KEPT: dict[str, Callable[[Any, Tensor], Tensor]] = {
