@@ -330,10 +330,10 @@ def report(results: list[dict[str, Any]], missing: list[str]) -> str:
         "- **E** neither: an error.",
         "",
         f"**{landed} of {possible}** growths that are exact in `growth.module` land "
-        f"({landed / max(possible, 1):.1%}), in {sum(bool(r['axes']) for r in results)} classes. A class that ties two "
-        "axes (`n_embd` is the stream, and the heads",
-        "times their width) refuses to grow one of them alone and lands them together: of what a class can be asked "
-        f"for, **{sum(n for n, _ in kinds)} of {sum(of for _, of in kinds)}**",
+        f"({landed / max(possible, 1):.1%}), in {sum(bool(r['axes']) for r in results)} classes.",
+        "A class that ties two axes (`n_embd` is the stream, and the heads times their width) refuses to grow one of",
+        "them alone, and lands them together: of what a class can be asked for, "
+        f"**{sum(n for n, _ in kinds)} of {sum(of for _, of in kinds)}**",
         f"({sum(n for n, _ in kinds) / max(sum(of for _, of in kinds), 1):.1%}) land in one of the ways below.",
         "",
         *environments(results),
