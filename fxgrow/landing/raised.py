@@ -8,6 +8,7 @@ import linecache
 import textwrap
 import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -33,6 +34,8 @@ def literals_of_raise(model: nn.Module, error: BaseException, sizes: Mapping[int
         errors, after = [after, *errors], after.__cause__ or after.__context__
     for each in errors:
         frames = [f for f in reversed(list(traceback.walk_tb(each.__traceback__))) if not _is_call(f[0])]
+        if any(map(_is_op, [f for f, _ in frames if Path(f.f_code.co_filename) != _CHECK][:1])):
+            continue
         for whole, plain in ((False, False), (False, True), (True, False), (True, True)):
             found = _read_in(frames, paths, sizes, whole, plain)
             if found:
@@ -46,6 +49,16 @@ _CALLS = inspect.getsourcefile(nn.Module) or ""
 
 def _is_call(frame: FrameType) -> bool:
     return frame.f_code.co_filename.endswith(_CALLS)
+
+
+def _is_op(frame: FrameType) -> bool:
+    """Whether it is torch's own code below its layers: an op that raises, as it does in a trace."""
+    path = Path(frame.f_code.co_filename)
+    return path.is_relative_to(_CHECK.parent) and not path.is_relative_to(_CHECK.parent / "nn")
+
+
+#: where ``torch._check`` raises
+_CHECK = Path(torch.__file__)
 
 
 def _read_in(
