@@ -33,6 +33,7 @@ from fxgrow.errors import CheckpointError, DiskError
 from fxgrow.growth import Growth
 from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, compile_condition, inputs_of
+from fxgrow.ir.modules import named_tensors
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.provenance import edited, provenance_of
 from fxgrow.ir.running import run_eval
@@ -220,10 +221,7 @@ def _complete(manifest: Manifest) -> bool:
 
 
 def _collect(program: Program, module: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, TensorRecord]]:
-    own: dict[str, torch.Tensor] = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    own = named_tensors(module)
     records: dict[str, TensorRecord] = {}
     for name in program.tensors:
         tensor = own.get(name)

@@ -9,6 +9,7 @@ from torch import nn
 
 from fxgrow.errors import GrowthRefused
 from fxgrow.ir import trees
+from fxgrow.ir.modules import named_tensors
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.traced import Traced
 
@@ -18,7 +19,7 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 def cast_by(module: nn.Module, fn: Function) -> dict[torch.dtype, torch.dtype]:
     """The dtypes of a module's tensors that a function casts, each with what it makes of it."""
     out: dict[torch.dtype, torch.dtype] = {}
-    for tensor in _tensors(module).values():
+    for tensor in named_tensors(module).values():
         if tensor.dtype in out or type(tensor.data) is not torch.Tensor:
             continue
         try:
@@ -31,7 +32,7 @@ def cast_by(module: nn.Module, fn: Function) -> dict[torch.dtype, torch.dtype]:
 def keeping(fn: Function, module: nn.Module, dtypes: Mapping[str, torch.dtype | None]) -> Function:
     """A function that gives tensors their own dtypes, by name; None: that which it has."""
     wanted: dict[int, torch.dtype] = {}
-    for name, tensor in _tensors(module).items():
+    for name, tensor in named_tensors(module).items():
         if name in dtypes:
             for one in (tensor, tensor.grad):
                 if one is not None:
@@ -43,11 +44,6 @@ def keeping(fn: Function, module: nn.Module, dtypes: Mapping[str, torch.dtype | 
         return out if out.dtype is dtype else tensor.to(out.device, dtype)
 
     return applied
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    named = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    return {n: t for kind in named for n, t in kind}
 
 
 def check_cast(program: Traced, cast: Mapping[torch.dtype, torch.dtype]) -> None:

@@ -19,7 +19,7 @@ from fxgrow.emit.casts import cast_by, check_cast, keeping, refusal
 from fxgrow.emit.checks import check_inputs
 from fxgrow.emit.graphs import call_graphs, clean_graph
 from fxgrow.errors import CheckpointError, InputError
-from fxgrow.ir.modules import child_of, order_children
+from fxgrow.ir.modules import child_of, named_tensors, order_children
 from fxgrow.ir.provenance import Provenance, code_of, edited, provenance_of, remember
 from fxgrow.ir.serialize import graph_from_json, graph_to_json
 from fxgrow.ir.traced import Call, Traced, matching_calls, same_constant
@@ -314,10 +314,7 @@ def reduce(module: fx.GraphModule) -> tuple[Callable[..., fx.GraphModule], tuple
             "dict, or grow the edited module once more"
         )
     program = found.program
-    own: dict[str, torch.Tensor] = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    own = named_tensors(module)
     known = {*program.tensors, *program.aliases}
     if other := next((n for n in (*own, *program.tensors) if (n in own) != (n in known)), ""):
         what = f"has a tensor {other} now that it did not grow with" if other in own else f"has no tensor {other} now"

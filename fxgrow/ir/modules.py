@@ -41,6 +41,16 @@ def set_children(module: nn.Module, children: Mapping[str, nn.Module | None]) ->
     module._modules.update(children)
 
 
+#: what every module keeps, under other care than a plain attribute's
+OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's parameters, then its buffers, each under all of its names."""
+    kinds = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    return {name: tensor for kind in kinds for name, tensor in kind}
+
+
 def tensor_of(module: nn.Module, leaf: str) -> torch.Tensor | None:
     """The parameter or buffer that a module itself holds under a name."""
     found = module._parameters.get(leaf)

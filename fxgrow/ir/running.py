@@ -12,6 +12,7 @@ from torch import nn
 
 from fxgrow.ir import trees
 from fxgrow.ir.memo import caches_kept
+from fxgrow.ir.modules import OWN_ATTRIBUTES, named_tensors
 
 
 @contextlib.contextmanager
@@ -57,7 +58,7 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
     modules share comes apart, and leaves behind what a forward assigns: a table that it makes at its first call would
     be a fake tensor.
     """
-    held = [(part, {n: v for n, v in vars(part).items() if n not in _MODULE}) for part in module.modules()]
+    held = [(part, {n: v for n, v in vars(part).items() if n not in OWN_ATTRIBUTES}) for part in module.modules()]
     filled: dict[int, tuple[Any, Any]] = {}
     todo = [v for _, attributes in held for v in attributes.values()]
     while todo:
@@ -72,7 +73,7 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for part, attributes in held:
             table = vars(part)
-            for name in [n for n in table if n not in _MODULE and n not in attributes]:
+            for name in [n for n in table if n not in OWN_ATTRIBUTES and n not in attributes]:
                 del table[name]
             table.update(attributes)
         for value, entries in filled.values():
@@ -81,10 +82,6 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
             elif isinstance(value, dict | set) and not _alike(value, entries):
                 value.clear()
                 value.update(entries)
-
-
-#: what every module has by itself
-_MODULE = frozenset(vars(nn.Module()))
 
 
 def _alike(value: Any, entries: Any) -> bool:
@@ -155,8 +152,7 @@ def run_with(
         tensors: by any name that the module has for them; a tie is set wherever it stands. What the forward assigns
             anew is found here afterwards.
     """
-    kinds = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    other = {id(own): tensors[name] for kind in kinds for name, own in kind if name in tensors}
+    other = {id(own): tensors[name] for name, own in named_tensors(module).items() if name in tensors}
     places: dict[str, torch.Tensor] = {}
     for path, part in module.named_modules():  # each once, whatever its names
         prefix = f"{path}." if path else ""

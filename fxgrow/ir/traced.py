@@ -11,6 +11,7 @@ from torch import fx
 
 from fxgrow.errors import CaptureError
 from fxgrow.ir.guards import Guard, broken
+from fxgrow.ir.modules import named_tensors
 from fxgrow.ir.treespecs import take_apart
 
 
@@ -178,10 +179,7 @@ def same_constant(a: Any, b: Any) -> bool:
 
 def program_of(module: fx.GraphModule, program: Traced) -> Traced:
     """A regenerated module's program with the module's present tensors."""
-    own = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    own = named_tensors(module)
     missing = [n for n in program.tensors if n not in own]
     if missing:
         raise CaptureError(f"the regenerated module has lost {missing[0]!r}; rebuild it from its checkpoint")

@@ -17,6 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxgrow.ir import trees
+from fxgrow.ir.modules import named_tensors
 from fxgrow.ir.quiet import quiet
 from fxgrow.ir.running import in_mode, run_with
 from fxgrow.ir.traits import Trait, traits_of
@@ -51,10 +52,7 @@ class Replica:
         self.inputs = [
             n for n in exported.graph.nodes if n.op == "placeholder" and self.specs[n.name].kind is InputKind.USER_INPUT
         ]
-        self.state: dict[str, torch.Tensor] = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
+        self.state = named_tensors(model)
 
     def in_eval(self, flags: Literals) -> Replica:
         """The same in eval mode, where the graph has other literals, by node and path, than it was traced with."""

@@ -16,12 +16,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fxgrow.ir.modules import OWN_ATTRIBUTES
 from fxgrow.ir.running import plain_tensors
 
 Beside = dict[str, Any]
 
-#: what every module keeps, which is compared elsewhere
-_OWN = frozenset(vars(nn.Module()))
 _DEPTH = 3
 _ENTRIES = 64
 
@@ -31,7 +30,7 @@ def numbers_beside(model: nn.Module, config: Any) -> Beside:
     out: Beside = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, value in list(vars(module).items()):
-            if name not in _OWN and not isinstance(value, int | float):
+            if name not in OWN_ATTRIBUTES and not isinstance(value, int | float):
                 place = f"{path}.{name}" if path else name
                 out.update(_numbers_in(place, value, config, _DEPTH))
     return out

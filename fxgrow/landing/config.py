@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxgrow.ir.modules import named_tensors
 from fxgrow.landing.beside import Unwritten, apart, tensors_beside
 from fxgrow.landing.blocks import Restacked
 from fxgrow.landing.living import Living, attributes_of, configs_of, is_config, is_sealed
@@ -132,11 +133,7 @@ class Builder:
 
 
 def instance_of(model: nn.Module) -> Instance:
-    shapes = {
-        n: tuple(t.shape)
-        for kind in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-        for n, t in kind
-    }
+    shapes = {n: tuple(t.shape) for n, t in named_tensors(model).items()}
     attributes = {
         (path, name): value
         for path, module in model.named_modules(remove_duplicate=False)

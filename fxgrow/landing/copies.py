@@ -8,6 +8,7 @@ from torch import nn
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import FxgrowError
 from fxgrow.ir import trees
+from fxgrow.ir.modules import named_tensors
 from fxgrow.ir.running import run_eval
 from fxgrow.ir.traced import Traced
 from fxgrow.plan import GrowthPlan
@@ -22,7 +23,7 @@ def grown_tensors(copy: nn.Module, plan: GrowthPlan, before: Traced, grown: Trac
         FxgrowError: a tensor that is not the model's by name, shape and dtype; or the plan, which was proved for the
             model's weights, does not keep what the copy computes of the example.
     """
-    own = {**dict(copy.named_parameters(remove_duplicate=False)), **dict(copy.named_buffers(remove_duplicate=False))}
+    own = named_tensors(copy)
     for name, tensor in {**before.parameters, **before.buffers}.items():
         found = own.get(name)
         if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fxgrow.errors import CaptureError, ExactnessError, GrowthRefused
-from fxgrow.ir.modules import tensor_of, uncompiled
+from fxgrow.ir.modules import named_tensors, tensor_of, uncompiled
 from fxgrow.ir.running import in_mode, run_eval, run_with
 from fxgrow.ir.traced import Traced
 from fxgrow.landing.compare import Difference, described, differences
@@ -83,10 +83,10 @@ def _matched(
     model: nn.Module, module: nn.Module, grown: Traced, theirs: Traced
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The grown tensor for every name of the target's, and the names that keep what they hold."""
-    own = _tensors(module)
+    own = named_tensors(module)
     read = {str(n.target) for n in theirs.graph.nodes if n.op == "get_attr"}
     groups: dict[int, list[str]] = {}
-    held = _tensors(model)
+    held = named_tensors(model)
     for name, tensor in held.items():
         groups.setdefault(id(tensor), []).append(name)
     out: dict[str, torch.Tensor] = {}
@@ -100,13 +100,6 @@ def _matched(
             continue
         out.update(dict.fromkeys(names, new))
     return out, kept
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
 
 
 def _unsaved(model: nn.Module, theirs: Traced, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -144,7 +137,7 @@ def _check_run(model: nn.Module, module: nn.Module, grown: Traced, tensors: Mapp
     Raises:
         ExactnessError: they differ, though their graphs are equal.
     """
-    places = [t.device for t in (*_tensors(model).values(), *tensors.values())]
+    places = [t.device for t in (*named_tensors(model).values(), *tensors.values())]
     if len(set(places)) > 1 or any(d.type == "meta" for d in places):
         return
     given = {n: t if isinstance(t, nn.Parameter) else t.clone() for n, t in tensors.items()}

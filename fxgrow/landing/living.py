@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.ir.modules import children_of, drop_hooks, set_children, set_tensor, share_hooks, tensor_of
+from fxgrow.ir.modules import OWN_ATTRIBUTES, children_of, drop_hooks, set_children, set_tensor, share_hooks, tensor_of
 
 _MISSING = object()
 
@@ -71,7 +71,7 @@ class Living:
 
         for module in self.model.modules():
             for name, value in list(vars(module).items()):
-                if name not in _OWN and any(id(t) in exchanged for t in _tensors_in(value)):
+                if name not in OWN_ATTRIBUTES and any(id(t) in exchanged for t in _tensors_in(value)):
                     self.attribute(module, name, current(value))
 
     def tensor(self, name: str, new: torch.Tensor) -> torch.Tensor | None:
@@ -100,10 +100,6 @@ class Living:
 
             self._undo.append(back)
         return old
-
-
-#: what every module keeps, under other care than a plain attribute's
-_OWN = frozenset(vars(nn.Module()))
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

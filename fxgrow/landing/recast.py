@@ -13,7 +13,7 @@ from torch import nn
 from fxgrow.emit.casts import refusal
 from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
-from fxgrow.ir.modules import map_tensors, set_tensor
+from fxgrow.ir.modules import map_tensors, named_tensors, set_tensor
 from fxgrow.ir.provenance import Cast, provenance_of
 from fxgrow.ir.traced import Traced
 from fxgrow.landing.retrace import retrace
@@ -63,13 +63,9 @@ def _cast_copy(model: nn.Module, casts: Sequence[Cast]) -> nn.Module:
     """A copy in other dtypes whose parameters and buffers have memory that nobody wrote into."""
     found = provenance_of(model)
     kept = set() if found is None else set(found.program.constants)  # values of the graph
-    named = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
     memo: dict[int, Any] = {}
     places: dict[str, torch.device] = {}
-    for name, tensor in named.items():
+    for name, tensor in named_tensors(model).items():
         if name in kept:
             continue
         places[name] = tensor.device

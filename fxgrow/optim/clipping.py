@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fxgrow.errors import FxgrowError
-from fxgrow.ir.uncompiled import uncompiled
+from fxgrow.ir.eager import eager
 from fxgrow.optim.rates import norm_factors
 
 
-@uncompiled
+@eager
 @torch.no_grad()
 def clip_grad_norm_(
     optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean
-from fxgrow.ir.uncompiled import uncompiled
+from fxgrow.ir.eager import eager
 from fxgrow.optim.rates import KEY
 from fxgrow.plan import GrowthPlan, TensorPlan
 
@@ -138,8 +138,8 @@ class Frozen:
             self._handles.append(p.register_hook(lambda g, p=p: self._of_new(p, g)))
         if self._new:
             # hooks of all optimizers run around those of any one of them, which may hold weights in other units
-            self._handles.append(register_optimizer_step_pre_hook(uncompiled(self._before_step)))
-            self._handles.append(register_optimizer_step_post_hook(uncompiled(self._after_step)))
+            self._handles.append(register_optimizer_step_pre_hook(eager(self._before_step)))
+            self._handles.append(register_optimizer_step_post_hook(eager(self._after_step)))
 
     def unfreeze(self) -> None:
         """Let everything learn again that did before."""

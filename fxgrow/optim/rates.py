@@ -22,8 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from fxgrow.errors import FxgrowError
+from fxgrow.ir.eager import eager
 from fxgrow.ir.foreach import lerp_each
-from fxgrow.ir.uncompiled import uncompiled
 from fxgrow.optim.pieces import MOST, Active, Stepper, newborn_blocks, step_groups
 from fxgrow.optim.slices import Factors, Slice, SliceRates, along, combined, halves, wide
 from fxgrow.optim.whole import is_muon, muon_group
@@ -401,15 +401,15 @@ def _applied(optimizer: torch.optim.Optimizer) -> _Applied | None:
     if found is None:
         found = _APPLIED[optimizer] = _Applied(optimizer)
         found.handles = [
-            optimizer.register_step_pre_hook(uncompiled(found.pre)),
-            optimizer.register_step_post_hook(uncompiled(found.post)),
+            optimizer.register_step_pre_hook(eager(found.pre)),
+            optimizer.register_step_post_hook(eager(found.post)),
         ]
     elif not found.depth and not found.is_of(optimizer):
         found.read(optimizer)
     return found
 
 
-@uncompiled
+@eager
 def _before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Runs before the hooks of every optimizer: ours are to be the innermost, next to the step itself."""
     found = _applied(optimizer)

@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
 from fxgrow.ir.memory import Memory, writes
+from fxgrow.ir.modules import named_tensors
 from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of, note
 from fxgrow.ir.ops import HigherOrderOperator, schema_of
 from fxgrow.ir.provenance import provenance_of
@@ -34,7 +35,7 @@ def traced_from(
     traces: list[Trace],
     calls: list[Call],
 ) -> Traced:
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    own = named_tensors(model)
     kept: dict[int, str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in own.items():

@@ -12,7 +12,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def uncompiled(run: Callable[P, R]) -> Callable[P, R]:
+def eager(run: Callable[P, R]) -> Callable[P, R]:
     """The same function, which a compiled caller neither traces nor compiles, nor what it calls.
 
     The compiler is imported when it runs first, as that takes seconds, and whoever makes an optimizer has it by then.
@@ -28,4 +28,4 @@ def uncompiled(run: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-__all__ = ["uncompiled"]
+__all__ = ["eager"]
