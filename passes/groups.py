@@ -8,7 +8,7 @@ has changed. So the proof needs to look at what makes the units alone: the graph
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,10 +55,14 @@ class Repeat:
         if self.node.target is _REPEAT:
             return Edit(node=self.node.name, arguments={"repeats": self.groups // copies}, why="size")
         size: list[Any] = [s if isinstance(s, int) else {"$node": s.name} for s in bound_arguments(self.node)["size"]]
-        for i, what in self.sizes.items():
-            if size[i] != -1:
-                size[i] = size[i] * copies if what == "units" else size[i] // copies
-        return Edit(node=self.node.name, arguments={"size": size}, why="size")
+        return Edit(node=self.node.name, arguments={"size": self.scaled(size, copies)}, why="size")
+
+    def scaled(self, sizes: Sequence[Any], copies: int) -> list[Any]:
+        """The op's sizes where every unit has copies; -1, for as many as there are, stays."""
+        known = {i: what for i, what in self.sizes.items() if sizes[i] != -1}
+        return [
+            s if i not in known else s * copies if known[i] == "units" else s // copies for i, s in enumerate(sizes)
+        ]
 
 
 def repeats_of(axes: Axes, info: NamedAxis) -> list[Repeat]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -149,13 +150,10 @@ def _grow_axis(state: State, op: Widen, info: NamedAxis, new: int, step: Step) -
     exact_gradients = not (outcome.statistics and (growth.newborn > 0 or op.split == "uneven"))
     exact_gradients &= not outcome.uneven_gradients
     step.axes.append(
-        AxisGrowth(
-            name=info.name,
-            role=info.role,
-            old=info.size,
-            new=new,
-            fill=op.fill,
-            split=op.split,
+        _axis_growth(
+            op,
+            info,
+            new,
             copies=growth.copies,
             newborn=growth.newborn,
             newborn_content=("+".join(sorted(pinned)) or content.value) if growth.newborn else "",
@@ -170,6 +168,10 @@ def _grow_axis(state: State, op: Widen, info: NamedAxis, new: int, step: Step) -
     if op.noise is not None and not any(state.tensors[m.tensor].last.noise for m in info.members):
         step.notes.append(f"no weight multiplies {info.name} by itself, so that there is nowhere to put exact noise")
     state.apply(step, changes, {axis: new})
+
+
+def _axis_growth(op: Widen, info: NamedAxis, new: int, **how: Any) -> AxisGrowth:
+    return AxisGrowth(name=info.name, role=info.role, old=info.size, new=new, fill=op.fill, split=op.split, **how)
 
 
 def _share_groups(state: State, op: Widen, info: NamedAxis, step: Step) -> None:
@@ -204,13 +206,10 @@ def _share_groups(state: State, op: Widen, info: NamedAxis, step: Step) -> None:
         part.apply(made, changes, {units.axis: new})
     state.counter = part.counter
     step.axes.append(
-        AxisGrowth(
-            name=info.name,
-            role=info.role,
-            old=info.size,
-            new=new,
-            fill=op.fill,
-            split=op.split,
+        _axis_growth(
+            op,
+            info,
+            new,
             copies=copies,
             newborn=0,
             exact_gradients=False,  # each copy gets those of its part of the group
@@ -223,13 +222,9 @@ def _share_groups(state: State, op: Widen, info: NamedAxis, step: Step) -> None:
         if node.name in known:
             note(node, **note_of(known[node.name]))
     for repeat in repeats:
-        sizes_before = sizes_of(repeat.node)
-        if repeat.sizes and sizes_before is not None:
-            rates = {"units": lambda s: s * copies, "members": lambda s: s // copies}
-            note(
-                repeat.node,
-                sizes=[rates[repeat.sizes[i]](s) if i in repeat.sizes else s for i, s in enumerate(sizes_before)],
-            )
+        before = sizes_of(repeat.node)
+        if repeat.sizes and before is not None:
+            note(repeat.node, sizes=repeat.scaled(before, copies))
     state.analyse_again()
 
 

@@ -233,7 +233,7 @@ class _Applying:
         failure: CaptureError | None = None
         raised: dict[str, list[Literal]] = {}  # by what was said: numbers that a condition held sizes against
         for attempt in range(_MOST):
-            chosen: list[Candidate] = []
+            chosen, wrong = list[Candidate](), math.inf
             try:
                 theirs = self.trace()
             except CaptureError as error:
@@ -246,6 +246,7 @@ class _Applying:
                 chosen = self.choose(raised[str(error)])
             else:
                 now = differences(self.grown, theirs)
+                wrong = len(now)
                 if not now:
                     self.prune()
                     return
@@ -254,7 +255,7 @@ class _Applying:
                 else:
                     failure, found, mark, self.kept = None, now, self.living.mark, len(self.done)
                     literals = [x for d in found for x in _literals(d)]
-            if not attempt and self.unnumber():
+            if not attempt and self.unnumber(wrong):
                 mark = self.living.mark
                 continue
             chosen = chosen or self.choose(literals)
@@ -263,15 +264,19 @@ class _Applying:
             self.put(chosen)
         raise self.refused(found) if found else self.refused_trace(failure)
 
-    def unnumber(self) -> bool:
-        """Give back to attributes what they held that are no numbers of blocks, though they were equal to them."""
+    def unnumber(self, wrong: float) -> bool:
+        """Give back to attributes what they held that are no numbers of blocks, though they were equal to them.
+
+        Args:
+            wrong: see :meth:`wrong`, of the model as it is.
+        """
         groups: dict[tuple[type, str], list[Numbered]] = {}
         for each in self.numbered:
             if each.name in names_in_code(type(each.module)):  # type: ignore[arg-type]
                 groups.setdefault((type(each.module), each.name), []).append(each)
         if not groups:
             return False
-        mark, wrong = self.living.mark, self.wrong()
+        mark = self.living.mark
         for each in itertools.chain(*groups.values()):
             self.living.attribute(each.module, each.name, each.old)
         least = self.wrong()

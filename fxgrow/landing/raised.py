@@ -7,7 +7,7 @@ import inspect
 import linecache
 import textwrap
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fxgrow.landing.literals import Literal
+from fxgrow.plan import AxisGrowth
 
 
 def literals_of_raise(model: nn.Module, error: BaseException, sizes: Mapping[int, int]) -> list[Literal]:
@@ -141,7 +142,7 @@ def _numbers(value: Any) -> list[int]:
     return [v for v in entries if type(v) is int]
 
 
-def changed_sizes(axes: list[Any]) -> dict[int, int]:
+def changed_sizes(axes: Iterable[AxisGrowth]) -> dict[int, int]:
     """Old to new size of the axes of a plan, where all that had a size got the same."""
     new: dict[int, set[int]] = {}
     for axis in axes:
