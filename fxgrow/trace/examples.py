@@ -15,6 +15,7 @@ from fxgrow.ir import trees
 from fxgrow.ir.modules import is_compiled
 from fxgrow.ir.running import run_with
 from fxgrow.ir.traced import Call
+from fxgrow.trace.crashes import NoCrashes
 from fxgrow.trace.lines import place_of
 
 
@@ -74,7 +75,7 @@ def check_example(model: nn.Module, call: Call) -> None:
     buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
     try:
         # with gradients, as it is trained: forwards that differentiate need them
-        with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng():
+        with warnings.catch_warnings(), torch.enable_grad(), torch.random.fork_rng(), NoCrashes():
             warnings.simplefilter("ignore")
             run_with(model, buffers, trees.clones(call.args), trees.clones(call.kwargs))
     except Exception as error:

@@ -23,6 +23,7 @@ from fxgrow.ir.running import attributes_kept, autocast_kept, in_mode, plain_ten
 from fxgrow.ir.symbolic import ON_DATA, oblivious_sizes
 from fxgrow.ir.traced import Call
 from fxgrow.ir.trail import Replica
+from fxgrow.trace.crashes import NoCrashes
 from fxgrow.trace.dtypes import Dtypes
 from fxgrow.trace.foreign import Watch, check_backward, check_ops, custom_backwards, in_words
 from fxgrow.trace.lines import place_of, source_line, user_line
@@ -221,7 +222,7 @@ def _traceable_forward(
         return None
 
     def known_results(*args: Any, **keywords: Any) -> Any:
-        with dtypes:
+        with dtypes, NoCrashes():
             results = forward(*args, **keywords)
         return trees.tree_map(known, results)
 

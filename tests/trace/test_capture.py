@@ -589,3 +589,23 @@ def test_caches_keep_no_tables_of_a_trace() -> None:
     before = copy.deepcopy(model)
     fxgrow.grow(model, {"op": "widen", "axis": "up.weight:0", "factor": 2}, (x,)).apply_(model)
     torch.testing.assert_close(model(x), before(x), rtol=0, atol=1e-12)
+
+
+class Grouped(nn.Module):
+    """Grouped queries whose keys are what is left, which may be nothing."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.qkv, self.heads = nn.Linear(8, 16), heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.qkv(x).unflatten(-1, (8, 2)).transpose(1, 2)
+        q, k, v = y[:, : self.heads], y[:, self.heads :], y[:, self.heads :]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def test_a_call_that_would_end_the_process_raises() -> None:
+    """PyTorch divides by the number of heads of the keys, also in a trace."""
+    fxgrow.capture(Grouped(4), (torch.randn(2, 3, 8),))
+    with pytest.raises(fxgrow.CaptureError, match="keys or values of no heads"):
+        fxgrow.capture(Grouped(8), (torch.randn(2, 3, 8),))
