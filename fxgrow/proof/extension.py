@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from fxgrow.algebra import Axis, Leaf, Product, leaves, size_of
+from fxgrow.algebra import Axis, Leaf, Product, is_static, leaves, size_of
 from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.call import from_parameter
 from fxgrow.analysis.ranges import Ranges
@@ -98,7 +98,12 @@ class ExtensionProof:
                     raise self.context.refuse_all(
                         f"in dim {i} of output {number} ({out.name}) new entries would lie between old ones"
                     )
-                old = int(size_of(dim))
+                old = size_of(dim)
+                if not is_static(old):
+                    raise self.context.refuse_all(
+                        f"in dim {i} of output {number} ({out.name}) it stands beside as many entries as an "
+                        "input has, so that no plan can say which entries are new"
+                    )
                 new = (
                     old // self.growth.old * self.growth.new if isinstance(dim, Product) else old + self.growth.newborn
                 )

@@ -137,6 +137,21 @@ def test_classes_of_a_head() -> None:
     assert growth.plan.steps[0].outputs[0].model_dump() == {"output": 0, "dim": 1, "old": 5, "new": 7}
 
 
+def test_classes_beside_as_many_entries_as_an_input_has() -> None:
+    """How many old entries there are hangs on the input, which no plan can say."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(3, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x.t(), self.table.tanh()], 1)
+
+    x = torch.randn(4, 3).double()
+    refused(build(Beside()), {"axis": "table:1", "by": 1}, (x,), "output 0 .* as many as an input has")
+
+
 def test_codebooks_that_share_one_projection() -> None:
     """The vocabulary is the inner factor of the projection's rows: new rows lie between old ones there."""
 
