@@ -13,7 +13,6 @@ import fractions
 import inspect
 import io
 import itertools
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,8 +29,8 @@ from fxgrow.landing.living import Living, attributes_of, configs_of, is_config, 
 Attributes = dict[tuple[str, str], Any]  # module path and name
 Key = tuple[str, ...]  # names of nested bundles, and of the setting
 
-#: seconds that are spent on building instances
-_PATIENCE = 20.0
+#: instances that are built for one growth: most need under 40, a dozen settings in pairs some 200
+_MOST_BUILT = 400
 _MOST_TRIED = 48
 #: parameters of a model up to which it is made with memory, to compare tensors that are not saved
 _MOST_MADE = 2**28
@@ -65,6 +64,8 @@ class Builder:
         added, changed: names of tensors, and attributes, by which the model was another than that.
         asked: settings that its modules' classes may ask for, with a default.
         apart: places of what the model held otherwise, beside weights and plain attributes.
+        fixed: settings that are not tried.
+        left: how many more instances are built.
     """
 
     kind: type[nn.Module]
@@ -74,7 +75,8 @@ class Builder:
     asked: set[str] = field(default_factory=set)
     changed: set[tuple[str, str]] = field(default_factory=set)
     apart: set[str] = field(default_factory=set)
-    deadline: float = field(default_factory=lambda: time.monotonic() + _PATIENCE)
+    fixed: set[Key] = field(default_factory=set)
+    left: int = _MOST_BUILT
 
     @property
     def sealed(self) -> bool:
@@ -83,7 +85,10 @@ class Builder:
 
     def build(self, values: Mapping[Key, Any]) -> Instance | None:
         """The class with other settings; None where it cannot be built so."""
-        made = None if time.monotonic() > self.deadline else self.instance(values)
+        if not self.left:
+            return None
+        self.left -= 1
+        made = self.instance(values)
         return None if made is None else instance_of(made)
 
     def instance(self, values: Mapping[Key, Any], device: str = "meta") -> nn.Module | None:
@@ -107,6 +112,10 @@ class Builder:
         made = self.instance({}, "cpu" if small and tensors_beside(model) else "meta")
         return {} if made is None else apart(model, made, self.config)
 
+    def settings(self) -> Iterator[tuple[Key, Any]]:
+        """Numbers of the config that may be another, and what they are."""
+        return ((key, value) for key, value in _settings(self.config) if key not in self.fixed)
+
     def open_settings(self) -> list[str]:
         """Settings that follow from others: they are None, or are not there and the class asks for them."""
         known = attributes_of(self.config)
@@ -115,10 +124,10 @@ class Builder:
     def differs(self, living: nn.Module) -> str:
         """What is another in the class made anew from the config as it is now, in words; "" for nothing."""
         model = instance_of(living)
-        self.deadline = time.monotonic() + _PATIENCE
-        made = self.build({})
-        if made is None:
+        instance = self.instance({})
+        if instance is None:
             return "it cannot be built"
+        made = instance_of(instance)
         for name, shape in made.shapes.items():
             if model.shapes.get(name, shape) != shape:
                 return f"{name} has the shape {shape}, not {model.shapes[name]}"
@@ -213,7 +222,7 @@ def solve(
     goal = {n: s for n, s in shapes.items() if n in base.shapes or stacks}
     lists = {k: v for s in stacks for k, v in _restacked_lists(builder.config, s).items()}
     choices: dict[Key, list[Any]] = {}
-    for key, value in _settings(builder.config):
+    for key, value in builder.settings():
         if not _matters(value, base, goal, wanted, stacks):
             continue
         for probe in (2 * value, value + 1, 3 * value):
@@ -250,6 +259,7 @@ def _pinned(builder: Builder, steady: Attributes) -> tuple[Builder, dict[Key, An
     if made is None or made.shapes != builder.base.shapes:
         return None
     out = copy.copy(builder)
+    out.fixed = {*values}
     out.base, out.config = made, copy.deepcopy(builder.config)
     attributes_of(out.config).update({n: v for (n,), v in values.items()})
     return out, values
@@ -268,7 +278,7 @@ def _refined(
         pairs = [(made.attributes.get(k), v) for k, v in wanted.items() if made.attributes.get(k, v) != v]
         for name, shape in goal.items():
             if len(made.shapes.get(name, ())) == len(shape):
-                pairs += [(there, asked) for there, asked in zip(made.shapes.get(name, ()), shape, strict=True)]
+                pairs += zip(made.shapes.get(name, ()), shape, strict=True)
         return [(a, b) for a, b in dict.fromkeys(pairs) if type(a) is type(b) is int and a != b and a and b]
 
     def score(made: Instance) -> tuple[int, int]:
@@ -277,9 +287,12 @@ def _refined(
     values, made = dict(start), builder.build(start)
     if made is None:
         return None
-    free = {k: v for k, v in _settings(builder.config) if k not in values}
-    for keys in (*itertools.combinations(free, 1), *itertools.combinations(free, 2)):  # heads and those of keys at once
-        if score(made) == (0, 0) or values.keys() & {*keys}:
+    best = score(made)
+    free = {k: v for k, v in builder.settings() if k not in values}
+    moving: set[Key] = set()
+    pairs = (p for p in itertools.combinations(free, 2) if moving >= {*p})  # heads and those of keys at once
+    for keys in itertools.chain(itertools.combinations(free, 1), pairs):
+        if best == (0, 0) or values.keys() & {*keys}:
             continue
         ratios = dict.fromkeys(fractions.Fraction(x, y) for a, b in lacking(made) for x, y in ((a, b), (b, a)))
         for probe in ({k: free[k] * ratio for k in keys} for ratio in ratios):
@@ -287,10 +300,12 @@ def _refined(
                 continue
             chosen = {**values, **{k: int(v) for k, v in probe.items()}}
             other = builder.build(chosen)
-            if other is not None and score(other) < score(made):
-                values, made = chosen, other
+            if other != made:
+                moving |= {*keys}
+            if other is not None and score(other) < best:
+                values, made, best = chosen, other, score(other)
                 break
-    return Settings(values, builder.base, made) if not score(made)[0] else None
+    return Settings(values, builder.base, made) if not best[0] else None
 
 
 def _wrong(builder: Builder, made: Instance, goal: Mapping[str, tuple[int, ...]]) -> int:
