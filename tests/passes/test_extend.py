@@ -149,7 +149,7 @@ def test_classes_beside_as_many_entries_as_an_input_has() -> None:
             return torch.cat([x.t(), self.table.tanh()], 1)
 
     x = torch.randn(4, 3).double()
-    refused(build(Beside()), {"axis": "table:1", "by": 1}, (x,), "output 0 .* as many as an input has")
+    refused(build(Beside()), {"axis": "table:1", "by": 1}, (x,), "output 0 .* as many entries as an input has")
 
 
 def test_codebooks_that_share_one_projection() -> None:
