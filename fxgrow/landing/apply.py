@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from fxgrow.ir.running import plain_tensors
 from fxgrow.ir.traced import Traced
 from fxgrow.landing.blocks import Numbered, Restacked, restack
 from fxgrow.landing.compare import Difference, described, differences
-from fxgrow.landing.config import Attributes, Builder, adopt, builder_of, solve
+from fxgrow.landing.config import Builder, builders_of
 from fxgrow.landing.literals import (
     Candidate,
     Literal,
@@ -35,15 +35,18 @@ from fxgrow.landing.literals import (
     names_in_code,
     steady_attributes,
 )
-from fxgrow.landing.living import Living, attributes_of
+from fxgrow.landing.living import Living, attributes_of, configs_of
 from fxgrow.landing.raised import changed_sizes, literals_of_raise
 from fxgrow.landing.retrace import retrace
+from fxgrow.landing.settings import Goal, Settings, adopt, relative, solve
 from fxgrow.landing.sizes import KeptSizes
 from fxgrow.landing.ties import tied_with
 from fxgrow.plan import GrowthPlan
 
 #: second traces of one model; every one but the last has found a number that differs
 _MOST = 8
+#: other settings of a config that are tried, beside the likeliest
+_MOST_OTHERS = 3
 
 
 class Setting(NamedTuple):
@@ -95,22 +98,28 @@ def apply(
         GrowthRefused: the class cannot compute the grown function; the model is as it was.
     """
     living = Living(uncompiled(model))
+
+    def begun() -> _Applying:
+        return _Applying(living, plan, before, grown, tensors, held)
+
+    refusal: GrowthRefused | None = None
     try:
-        try:
-            applying = _Applying(living, plan, before, grown, tensors, held)
-            applying.run()
-        except GrowthRefused as refusal:
-            if not applying.in_part:
-                raise
-            living.undo()  # the settings that fit without the others may have done harm
+        builders = builders_of(living.model)
+        for settled in begun().options(builders):
             try:
-                _Applying(living, plan, before, grown, tensors, held).run(configured=False)
-            except GrowthRefused:
-                raise refusal from None
+                begun().run(builders, settled)
+                return model
+            except GrowthRefused as error:
+                refusal = refusal or error
+                living.undo()
     except BaseException:
         living.undo()
         raise
-    return model
+    assert refusal is not None, "options were empty"
+    raise refusal
+
+
+Settled = list[tuple[Builder, Settings]]  # modules that are built from configs, and what these are to say
 
 
 class _Applying:
@@ -129,45 +138,54 @@ class _Applying:
         self.chosen: dict[tuple[Any, ...], Candidate] = {}
         self.done: list[tuple[Candidate, list[Setting]]] = []
         self.unset: list[Literal] = []
-        self.literals: list[Literal] = []
+        self.literals = changed_literals(before, grown)
         self.modules = {id(m) for m in living.model.modules()}  # all others are copies of them
         self.numbered: list[Numbered] = []
         self.told: list[str] = []
-        self.in_part = False  # whether settings were found that make some of the grown shapes only
         self.kept = 0  # so many of what was done belong to the best that was reached
+        self.choose(self.literals, sure=True)
 
-    def run(self, configured: bool = True) -> None:
+    def options(self, builders: list[Builder]) -> Iterator[Settled]:
+        """What configs may be set to, the likeliest first: several settings may make the grown shapes."""
+        goal = self.goal() if builders else Goal({}, {}, {}, [])
+        found = [(b, solve(b, goal.within(b.path))) for b in builders if not (b.sealed or _in_stack(b, goal.stacks))]
+        first = [(b, settings) for b, each in found if (settings := next(each, None)) is not None]
+        yield first
+        for builder, each in found:
+            for settings in itertools.islice(each, _MOST_OTHERS):
+                yield [(b, settings if b is builder else s) for b, s in first]
+        if any(s.in_part for _, s in first):
+            yield []  # the settings that fit without the others may have done harm
+
+    def goal(self) -> Goal:
+        """What modules that are built from configs have to become. The model is as it was afterwards."""
+        paths = {id(m): p for p, m in self.living.model.named_modules()}
+        sure = [c for c in self.chosen.values() if id(c.holder) in paths and c.index is None and not c.rivals]
+        wanted = {(paths[id(c.holder)], c.name): c.value for c in sure}
+        shapes = {n: tuple(t.shape) for n, t in self.tensors.items()}
+        shapes |= {a: shapes[n] for a, n in self.grown.aliases.items() if n in shapes}
+        mark = self.living.mark
+        stacks = restack(self.living, self.plan)
+        steady = steady_attributes(self.before, self.grown, self.living.model)
+        self.living.undo(mark)
+        return Goal(shapes, wanted, steady, stacks)
+
+    def run(self, builders: list[Builder], settled: Settled) -> None:
         living = self.living
         kept = KeptSizes(living.model)
-        builder = builder_of(living.model)
-        self.literals = literals = changed_literals(self.before, self.grown)
-        wanted: Attributes = {}
-        paths = {id(m): p for p, m in living.model.named_modules()}
-        for candidate in self.choose(literals, sure=True):
-            if id(candidate.holder) in paths and candidate.index is None and not candidate.rivals:
-                wanted[paths[id(candidate.holder)], candidate.name] = candidate.value
         constants = {n: (living.module(path), leaf) for n, (path, leaf) in self.held.items() if n in self.tensors}
-        mark = living.mark
+        follows = {id(h) for b, _ in settled for m in b.module.modules() for h in (m, *configs_of(m))}
+        self.put([c for c in self.chosen.values() if id(c.holder) not in follows])
         stacks = restack(living, self.plan)
         origin = origins(living.model, stacks)
-        settings = None
-        if builder is not None and configured and not builder.sealed:
-            shapes = {n: tuple(t.shape) for n, t in self.tensors.items()}
-            shapes |= {a: shapes[n] for a, n in self.grown.aliases.items() if n in shapes}
-            settings = solve(builder, shapes, wanted, steady_attributes(self.before, self.grown, living.model), stacks)
-        self.in_part = settings is not None and settings.in_part
-        if settings is None or builder is None:
-            living.undo(mark)
-            self.put(self.chosen.values())
-            stacks = restack(living, self.plan)
         self.numbered = [n for s in stacks for n in s.numbered]
-        self.literals = moved(literals, living.model, origin)
+        self.literals = moved(self.literals, living.model, origin)
         self.exchange(constants)
         kept.settle(living)
-        if settings is not None and builder is not None:
+        for builder, settings in settled:
             adopt(living, builder, settings, origin)
         self.prove()
-        self.warn(builder)
+        self.warn(builders)
 
     # numbers
 
@@ -340,13 +358,12 @@ class _Applying:
             warnings.simplefilter("ignore")
             return retrace(self.living.model, self.before)
 
-    def warn(self, builder: Builder | None) -> None:
+    def warn(self, builders: Iterable[Builder]) -> None:
         """Say what a checkpoint of the model would not bring back: its config may now make another model than this."""
         name = type(self.living.model).__name__
-        said = builder.differs(self.living.model) if builder is not None else ""
-        if said:
+        for kind, said in {type(b.module).__name__: s for b in builders if (s := b.differs())}.items():
             warnings.warn(
-                f"{name} is grown, and its config cannot say so: made anew from it, {said}. Keep the model itself, or "
+                f"{kind} is grown, and its config cannot say so: made anew from it, {said}. Keep the model itself, or "
                 "grow what the config ties (docs/landing.md)",
                 stacklevel=6,
             )
@@ -385,6 +402,11 @@ class _Applying:
             )
         lines.append(tied_with(self.before, self.plan))
         return GrowthRefused("\n".join(line for line in lines if line))
+
+
+def _in_stack(builder: Builder, stacks: list[Restacked]) -> bool:
+    """Whether a module has, or may have, another path in a model whose stacks have other blocks."""
+    return bool(builder.path) and any(relative(builder.path, s.stack) is not None for s in stacks)
 
 
 def origins(model: nn.Module, stacks: list[Restacked]) -> dict[str, str]:
