@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxgrow.errors import FxgrowError
 from fxgrow.optim.members import Member, Newcomers, members_of
 from fxgrow.optim.policies import check_optimizer, check_options, check_plan
 from fxgrow.optim.rates import SliceRates, all_rates, check_settled, rates_of_groups
 from fxgrow.optim.state import is_fresh, map_gradient, map_state, slice_of
 from fxgrow.optim.whole import check_whole, warn_of_muon
 from fxgrow.plan import GrowthPlan
+from fxgrow.weights.moments import steps_like
 
 
 @dataclass
@@ -72,7 +74,8 @@ def carried(
     Raises:
         FxgrowError: see there; nothing has been changed.
     """
-    check_options(warmup=warmup, peak=peak, ramp=ramp)
+    check_options(warmup=warmup, peak=peak, ramp=ramp, newcomers=newcomers)
+    warmup, peak, ramp = int(warmup), float(peak), None if ramp is None else int(ramp)  # numpy's could not be loaded
     plans = plan.tensors
     out = Carried(members_of(optimizer, names, new, plans, newcomers))
     old = out.replaced
@@ -100,9 +103,29 @@ def carried(
             own.slices[m.name] = s
     rates = [*_earlier(plan, names, optimizer, out, policy), own]
     held = {id(m.parameter): m.name for members in out.members for m in members if m.name is not None}
+    _fill_buffers(optimizer, out)
     groups = [out.params(k) for k in range(len(out.members))]
     out.rates = rates_of_groups(groups, [r for r in rates if not r.finished], {**_labels(out), **held})
     return out
+
+
+def _fill_buffers(optimizer: torch.optim.Optimizer, out: Carried) -> None:
+    """Give parameters without momentum one of zero beside such as have some: a fused step takes all of a group or none.
+
+    It is the momentum that a step without any begins with.
+    """
+    if not steps_like(optimizer, {torch.optim.SGD}):
+        return
+    for group, members in zip(optimizer.param_groups, out.members, strict=True):
+        if not (group["fused"] and group["momentum"]):
+            continue
+        outside = [optimizer.state.get(m.parameter, {}) for m in members if m.name is None]
+        own = [m.parameter for m in members if m.name is not None]
+        states = [*outside, *(out.state.get(p, {}) for p in own)]
+        if any(s.get("momentum_buffer") is not None for s in states):
+            for p in own:
+                if out.state.get(p, {}).get("momentum_buffer") is None:
+                    out.state.setdefault(p, {})["momentum_buffer"] = torch.zeros_like(p, requires_grad=False)
 
 
 def _labels(out: Carried) -> dict[int, str]:
@@ -128,4 +151,10 @@ def _shared(optimizer: torch.optim.Optimizer, old: list[nn.Parameter]) -> dict[i
     """Tensors that are state of several parameters at once (one count of steps, say), and a copy of each."""
     tensors = [v for p in old for v in optimizer.state.get(p, {}).values() if isinstance(v, torch.Tensor)]
     times = Counter(id(v) for v in tensors)
+    twice = next((v for v in tensors if times[id(v)] > 1 and v.numel() > 1), None)
+    if twice is not None:
+        raise FxgrowError(
+            f"{type(optimizer).__name__} keeps one tensor of shape {tuple(twice.shape)} as the state of several "
+            "parameters, which grow each in its own way. Give each one of its own, or use policy 'reset'"
+        )
     return {id(v): copy.deepcopy(v) for v in tensors if times[id(v)] > 1}

@@ -19,6 +19,7 @@ from torch import nn
 
 from fxgrow.errors import FxgrowError
 from fxgrow.ir.optimizers import forget_sizes, is_scheduled
+from fxgrow.optim.beside import check_hooked, check_no_state_beside
 from fxgrow.optim.carried import Carried, carried
 from fxgrow.optim.loading import watch_loading
 from fxgrow.optim.members import Newcomers
@@ -85,7 +86,11 @@ def carry(
         newcomers=newcomers,
         handed=handed,
     )
+    if policy != "reset":
+        check_no_state_beside(optimizer, content.replaced)
     made = _construct(optimizer, content)
+    if any(content.rates):
+        check_hooked(made)
     _warn_of_what_stays(optimizer)
     for p in content.outside:
         if p in optimizer.state:
@@ -129,6 +134,9 @@ def carry_(
         inner = unwrapped(optimizer)
         content = carried(plan, names, new, inner, policy, newcomers=newcomers, **options)
         check_nothing_else(optimizer, content.replaced)
+        check_no_state_beside(inner, content.replaced)
+        if any(content.rates):
+            check_hooked(inner)
         made.append((inner, content))
     for inner, content in made:  # nothing below can fail
         for p in content.replaced:

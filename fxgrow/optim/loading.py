@@ -44,12 +44,14 @@ def check_loaded(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
     )
     for params, group in zip(mine, groups, strict=True):
         for p, number in zip(params, group["params"], strict=True):
-            held = state.get(number, {})
+            held, mine_now = state.get(number, {}), optimizer.state.get(p, {})
+            if not (isinstance(held, Mapping) and isinstance(mine_now, Mapping)):
+                continue  # of a class that keeps something else than a dict
             for key, value in held.items():
                 moment = moment_of(optimizer, key, held)
                 if not isinstance(value, torch.Tensor) or value.dim() == 0 or moment is None or moment.count:
                     continue
-                now = optimizer.state.get(p, {}).get(key)
+                now = mine_now.get(key)
                 known = {moment.shape(p.shape), now.shape if isinstance(now, torch.Tensor) else None}
                 if value.shape not in known:
                     raise FxgrowError(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxgrow.errors import FxgrowError
+from fxgrow.optim.whole import is_muon
 from fxgrow.plan import TensorPlan
 
 #: which optimizer takes parameters that were made of nothing: see :func:`fxgrow.optim.carry`
@@ -121,6 +122,8 @@ def _joining(
     if newcomers is False or not coming:
         return {}
     if newcomers is not None and newcomers is not True:
+        for name in coming:
+            _check_taken(optimizer, name, new[name])
         if not 0 <= newcomers < len(groups):
             raise FxgrowError(f"newcomers={newcomers}: the optimizer has groups 0 to {len(groups) - 1}")
         return dict.fromkeys(coming, newcomers)
@@ -142,14 +145,26 @@ def _joining(
             out[name] = group_of[mine[0]]
         elif alone:
             out[name] = len(groups) - 1
+        if name in out:
+            _check_taken(optimizer, name, new[name])
     return out
 
 
+def _check_taken(optimizer: torch.optim.Optimizer, name: str, p: nn.Parameter) -> None:
+    """Refuse a newcomer that the optimizer cannot step."""
+    if is_muon(optimizer) and p.dim() != 2:
+        raise FxgrowError(
+            f"the growth makes a new parameter {name} of shape {tuple(p.shape)}, and {type(optimizer).__name__} "
+            "steps matrices alone. Carry it together with an optimizer that takes it, growth.carry_([first, second], "
+            "newcomers=second), or leave it to one that you make for it afterwards: newcomers=False"
+        )
+
+
 def _siblings(name: str, new: Mapping[str, nn.Parameter], candidates: list[str]) -> Iterator[list[str]]:
-    """The parameters in the nearest module around, with as many dims; then those that are as well (no) matrices."""
+    """The parameters in the nearest module around, with as many dims; then those that are (no) matrices, too; any."""
     dims, parts = new[name].dim(), name.split(".")
     prefixes = [".".join([*parts[:k], ""]) for k in range(len(parts) - 1, 0, -1)] + [""]
-    for alike in (lambda d: d == dims, lambda d: (d < 2) == (dims < 2)):
+    for alike in (lambda d: d == dims, lambda d: (d < 2) == (dims < 2), lambda _: True):
         for prefix in prefixes:
             found = [n for n in candidates if n.startswith(prefix) and alike(new[n].dim())]
             if found:

@@ -221,7 +221,8 @@ def check_unfrozen(parameters: Mapping[str, Tensor]) -> None:
 def _state(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
     """What an optimizer keeps for every entry of a parameter."""
     state = optimizer.state.get(p, {})
-    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == p.shape}
+    items = state.items() if isinstance(state, Mapping) else ()
+    return {k: v for k, v in items if isinstance(v, Tensor) and v.shape == p.shape}
 
 
 def freeze_old(new: NewParameters, model: nn.Module) -> Frozen:

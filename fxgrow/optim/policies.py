@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fxgrow.errors import FxgrowError
+from fxgrow.optim.members import Newcomers
 from fxgrow.optim.whole import check_whole, why_not_exact
 from fxgrow.optim.wrappers import unwrapped
 from fxgrow.plan import GrowthPlan
@@ -65,13 +66,14 @@ def check_optimizer(
     if policy == "exact" and (reason := why_not_exact(optimizer)):
         raise FxgrowError(reason)
     for p in members:
-        for key, value in optimizer.state.get(p, {}).items():
+        held = optimizer.state.get(p, {})
+        for key, value in held.items() if isinstance(held, Mapping) else ():
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 raise FxgrowError(
                     f"the state {key!r} of {kind} is part of a graph that gradients flow through "
                     "(differentiable=True), and they cannot flow through a growth. Detach it, or use policy 'reset'"
                 )
-        reason = why_unknown(optimizer, p, optimizer.state.get(p, {}), exact=policy == "exact" and ramp is None)
+        reason = why_unknown(optimizer, p, held, exact=policy == "exact" and ramp is None)
         if reason:
             raise FxgrowError(
                 f"cannot carry {kind} over a growth: of a parameter of shape {tuple(p.shape)}, {reason}. "
@@ -79,8 +81,8 @@ def check_optimizer(
             )
 
 
-def check_options(*, warmup: int, peak: float, ramp: int | None) -> None:
-    """Refuse numbers that are none of steps, or no factor of a learning rate.
+def check_options(*, warmup: int, peak: float, ramp: int | None, newcomers: Newcomers = None) -> None:
+    """Refuse numbers that are none of steps, or no factor of a learning rate, and what names no taker of newcomers.
 
     Raises:
         FxgrowError: with the option.
@@ -90,6 +92,11 @@ def check_options(*, warmup: int, peak: float, ramp: int | None) -> None:
             raise FxgrowError(f"{name}={steps!r}: it is a number of steps, from 0")
     if not isinstance(peak, numbers.Real) or not 0 <= peak < math.inf:
         raise FxgrowError(f"peak={peak!r}: it is a factor of the learning rate, from 0")
+    if not isinstance(newcomers, int | torch.optim.Optimizer | None):
+        raise FxgrowError(
+            f"newcomers={newcomers!r}: it is True, False, the number of a group, or the optimizer that takes "
+            "parameters which the growth made of nothing"
+        )
 
 
 def check_plan(

@@ -26,8 +26,19 @@ def map_gradient(plan: TensorPlan, old: nn.Parameter, new: nn.Parameter) -> torc
         return None
     dense = copy_gradient(plan, old.grad.to_dense())
     if old.grad.is_sparse:
-        return dense.to_sparse(old.grad.sparse_dim()).to(new.device, new.dtype)
+        return _like_sparse(plan, old.grad, dense).to(new.device, new.dtype)
     return _laid_out(dense.to(new.device, new.dtype), new)
+
+
+def _like_sparse(plan: TensorPlan, old: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """A sparse gradient of the rows that the old one has, those of zeros among them: they take a step all the same."""
+    old = old.coalesce()
+    marks = torch.sparse_coo_tensor(old.indices(), torch.ones_like(old.values()), old.shape, check_invariants=False)
+    held = copy_gradient(plan, marks.to_dense()) != 0
+    for _ in range(old.dense_dim()):
+        held = held.any(-1)
+    rows = held.nonzero().t()
+    return torch.sparse_coo_tensor(rows, dense[tuple(rows)], dense.shape, check_invariants=False).coalesce()
 
 
 def map_state(
@@ -63,10 +74,13 @@ def map_state(
             out[key] = _placed(materialise_tensor(plan, value), old, new)
         else:
             keep = policy != "asymmetric" or moment.seeded
-            mapped = materialise_moment(plan, value, moment, scale_gradients=scaled, keep_copies=keep)
+            numbers = value if value.is_floating_point() or value.is_complex() else value.double()  # a count by entry
+            mapped = materialise_moment(plan, numbers, moment, scale_gradients=scaled, keep_copies=keep)
             if scaled and moment.seeded:
-                _seed(plan, value, mapped)
-            out[key] = _placed(mapped, old, new)
+                _seed(plan, numbers, mapped)
+            out[key] = (
+                _placed(mapped, old, new) if numbers is value else _laid_out(_moved(mapped, new).to(value.dtype), new)
+            )
     return out
 
 

@@ -98,7 +98,7 @@ def _places(value: Any, where: str, wanted: set[int], seen: set[int], depth: int
     if depth == 0 or id(value) in seen or _holds_nothing(value):
         return
     seen.add(id(value))
-    for name, item in _parts(value):
+    for name, item in parts_of(value):
         yield from _places(item, where + name, wanted, seen, depth - 1)
 
 
@@ -110,7 +110,7 @@ def _holds_nothing(value: Any) -> bool:
     return ours or isinstance(value, nn.Module | ModuleType | type | str | bytes | int | float | complex | None)
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+def parts_of(value: Any) -> Iterator[tuple[str, Any]]:
     """What a value is made of, and how one gets there."""
     if isinstance(value, Mapping | nn.ParameterDict):
         for key, item in list(value.items()):

@@ -7,6 +7,8 @@ to it. What fxgrow knows of steps stands in :data:`ELEMENTWISE` and :data:`TILED
 from __future__ import annotations
 
 import inspect
+import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +39,11 @@ class Moment:
     averaged: int | None = None
     weight: bool = False
     count: bool = False
+
+    @property
+    def scales_with_nothing(self) -> bool:
+        """Neither with gradients nor with weights."""
+        return not (self.gradient or self.value or self.weight)
 
     def shape(self, parameter: torch.Size) -> torch.Size:
         """The shape of the state of a parameter of that shape."""
@@ -133,26 +140,51 @@ def register_state(
         seeded: new entries start with the average of the others, as squares have to; None: as the kind does.
 
     Raises:
-        FxgrowError: no such kind, or no optimizer class.
+        FxgrowError: no such kind, no optimizer class, or a dim that is none; nothing is registered then.
     """
-    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
-        raise FxgrowError(f"register_state({name!r}): {optimizer!r} is not a class of optimizers")
+    call = f"register_state({name!r})"
+    _check_class(optimizer, call)
+    found = kind if isinstance(kind, Moment) else _kind_of(kind, call)
+    if averaged is not None:
+        if isinstance(averaged, bool) or not isinstance(averaged, numbers.Integral):
+            raise FxgrowError(
+                f"{call}: averaged={averaged!r} is no dim of a parameter: it is a whole number, -1 the last"
+            )
+        found = replace(found, averaged=int(averaged))
+    if seeded is not None and not isinstance(seeded, bool):
+        raise FxgrowError(f"{call}: seeded={seeded!r} is neither True nor False, nor None for what the kind does")
+    MOMENTS[optimizer, name] = found if seeded is None else replace(found, seeded=seeded)
+
+
+def _kind_of(kind: Any, call: str) -> Moment:
+    """A kind by its name, or by its two powers."""
     if isinstance(kind, str):
         if kind not in KINDS:
-            raise FxgrowError(f"register_state({name!r}): unknown kind {kind!r}; {did_you_mean(kind, KINDS)}")
-        found = KINDS[kind]
-    else:
-        found = kind if isinstance(kind, Moment) else Moment(*kind)
-    if averaged is not None:
-        found = replace(found, averaged=averaged)
-    MOMENTS[optimizer, name] = found if seeded is None else replace(found, seeded=seeded)
+            raise FxgrowError(f"{call}: unknown kind {kind!r}; {did_you_mean(kind, KINDS)}")
+        return KINDS[kind]
+    powers = list(kind) if isinstance(kind, tuple | list) else []
+    if len(powers) != 2 or not all(isinstance(x, numbers.Real) and math.isfinite(x) for x in powers):
+        raise FxgrowError(
+            f"{call}: kind={kind!r} is neither one of {', '.join(KINDS)}, nor two numbers: the powers of the "
+            "gradient's factor and of the weight's"
+        )
+    return Moment(float(powers[0]), float(powers[1]))
+
+
+def _check_class(optimizer: Any, call: str) -> None:
+    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+        raise FxgrowError(f"{call}: {optimizer!r} is not a class of optimizers")
 
 
 def register_elementwise(optimizer: type[Optimizer]) -> None:
     """Say that an optimizer's step of an entry depends on that entry's own value, gradient and state alone.
 
     Policy ``exact`` takes it then. It must evaluate its closure before anything else.
+
+    Raises:
+        FxgrowError: it is no class of optimizers.
     """
+    _check_class(optimizer, "register_elementwise")
     ELEMENTWISE.add(optimizer)
 
 
@@ -161,7 +193,11 @@ def register_tiled(optimizer: type[Optimizer]) -> None:
 
     Policy ``exact`` takes it then, where every tensor grows by whole copies, as many of each entry. A norm that is
     compared with a constant is no average: it is larger in a larger tensor.
+
+    Raises:
+        FxgrowError: it is no class of optimizers.
     """
+    _check_class(optimizer, "register_tiled")
     TILED.add(optimizer)
 
 
@@ -203,14 +239,28 @@ def why_unknown(optimizer: Optimizer, p: torch.Tensor, state: Mapping[str, Any],
     Args:
         exact: the state stays in the small model's units, so that its shape alone matters.
     """
+    if not isinstance(state, Mapping):
+        return f"its state is a {type(state).__name__}, not a dict by name"
     for key, value in state.items():
         moment = moment_of(optimizer, key, state)
         if not isinstance(value, torch.Tensor):
             if value is not None and not isinstance(value, bool | int | float | str):
                 return f"its state {key!r} is a {type(value).__name__}"
-        elif (moment is not None and moment.count) or (value.numel() <= 1 and value.shape != p.shape):
-            continue
-        elif type(value) is not torch.Tensor or not (value.is_floating_point() or value.is_complex()):
+            if isinstance(value, float) and not exact and (reason := _why_no_number(key, value, moment)):
+                return reason
+        elif moment is not None and moment.count:
+            if _is_of_entries(optimizer, key, value, p):
+                return (
+                    f"its state {key!r} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}: a count of "
+                    "entries or rows grows with them. Say so with fxgrow.optim.register_state, kind (0, 0), for the "
+                    "optimizer's class (averaged=-1: one for each row)"
+                )
+        elif value.numel() <= 1 and value.shape != p.shape:
+            if value.numel() and not exact and (reason := _why_no_number(key, value.item(), moment)):
+                return reason
+        elif type(value) is not torch.Tensor or not (
+            value.is_floating_point() or value.is_complex() or (moment is not None and moment.scales_with_nothing)
+        ):
             return f"its state {key!r} is a {type(value).__name__} of {value.dtype}"
         elif value.shape != (p.shape if moment is None else moment.shape(p.shape)):
             return f"its state {key!r} has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"
@@ -221,3 +271,24 @@ def why_unknown(optimizer: Optimizer, p: torch.Tensor, state: Mapping[str, Any],
                 "with fxgrow.optim.register_state"
             )
     return ""
+
+
+def _why_no_number(key: str, value: Any, moment: Moment | None) -> str:
+    """Why one number of a whole parameter cannot be carried; "" where it can: it is a count, or was not set yet."""
+    if moment is None and (isinstance(value, complex) or not math.isfinite(value) or value == round(value)):
+        return ""
+    if moment is not None and (moment.count or moment.scales_with_nothing or not value):
+        return ""
+    return (
+        f"its state {key!r} is one number, and it is not known how that depends on the parameter's gradients (a norm "
+        "of them grows with the parameter). If it does not, say so with fxgrow.optim.register_state, kind 'count'"
+    )
+
+
+def _is_of_entries(optimizer: Optimizer, key: str, value: torch.Tensor, p: torch.Tensor) -> bool:
+    """Whether what is a count by its name has numbers for entries, rows or columns, unless its own class said it."""
+    own = any((c, key) in MOMENTS for c in type(optimizer).__mro__ if c is not Optimizer)
+    if own or value.numel() <= 1:
+        return False
+    beside = value.shape if value.dim() == p.dim() else (*value.shape, *[1] * (p.dim() - value.dim()))
+    return len(beside) == p.dim() and all(a in (1, b) for a, b in zip(beside, p.shape, strict=True))

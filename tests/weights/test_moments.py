@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn, optim
 
 import fxgrow
-from fxgrow.optim import KINDS, MOMENTS, Moment, moment_of, register_state
+from fxgrow.optim import (
+    KINDS,
+    MOMENTS,
+    Moment,
+    moment_of,
+    register_elementwise,
+    register_state,
+    register_tiled,
+)
 
 #: of torch.optim, what makes one that keeps all it can
 FULL: dict[str, dict[str, Any]] = {
@@ -84,3 +92,94 @@ def test_what_is_no_kind_is_refused() -> None:
         register_state("speed", "gradeint")
     with pytest.raises(fxgrow.FxgrowError, match="not a class of optimizers"):
         register_state("speed", "gradient", nn.Linear)  # type: ignore[arg-type]
+
+
+# what is not one number for each entry --------------------------------------------------------------------------------
+
+
+class Keeps(optim.Optimizer):
+    """Keeps one thing."""
+
+    def __init__(self, params: Any, value: Any, key: str = "kept") -> None:
+        super().__init__(params, {"lr": 0.1})
+        for p in self.param_groups[0]["params"]:
+            self.state[p][key] = value(p)
+
+    def step(self, closure: Any = None) -> None: ...
+
+
+def carried(value: Any, key: str, policy: str, **options: Any) -> Any:
+    """The state of the widened weight of 3 rows and 2 columns."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    optimizer = Keeps(model.parameters(), value, key)
+    growth = fxgrow.grow(
+        model,
+        {"op": "widen", "axis": "./hidden", "factor": 2},
+        (torch.zeros(2, 2, dtype=torch.float64),),
+        verify=False,
+    )
+    growth.carry_(optimizer, policy, **options)
+    return optimizer.state[growth.module.get_parameter("0.weight")][key]
+
+
+@pytest.mark.parametrize("value", [0.7, torch.tensor(0.7), torch.tensor([0.7])])
+@pytest.mark.parametrize("key", ["exp_avg_sq", "norm"])
+def test_a_number_that_may_depend_on_gradients_is_asked_for(value: Any, key: str) -> None:
+    """NovoGrad's squared norm: that of the grown gradient is another one."""
+    for policy in ("copy", "asymmetric"):
+        with pytest.raises(fxgrow.FxgrowError, match=f"{key!r} is one number"):
+            carried(lambda _: value, key, policy)
+    register_state(key, "count", Keeps)
+    assert float(carried(lambda _: value, key, "copy")) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("value", [7, 7.0, True, "words", None, torch.tensor(7.0), torch.tensor(7), float("inf")])
+def test_counts_and_words_need_no_name(value: Any) -> None:
+    assert carried(lambda _: value, "calls", "copy") in (value, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+@pytest.mark.parametrize("rows", [False, True])
+def test_counts_of_entries_and_rows(dtype: torch.dtype, rows: bool) -> None:
+    def counts(p: Tensor) -> Tensor:
+        own = torch.arange(len(p)).view(-1, *[1] * (p.dim() - 1))
+        return (own if rows else own.expand_as(p)).clone().to(dtype)
+
+    with pytest.raises(fxgrow.FxgrowError, match="a count of entries or rows grows with them"):
+        carried(counts, "step", "copy")
+    if rows:
+        return  # of a bias, a row is an entry
+    register_state("step", (0, 0), Keeps)
+    found = carried(counts, "step", "copy")
+    assert found.dtype == dtype
+    assert found.tolist() == [[float(i), float(i)] for i in (0, 1, 2, 0, 1, 2)]
+    assert carried(counts, "step", "asymmetric").tolist()[3:] == [[0, 0]] * 3, "new entries have taken no step"
+
+
+WRONG: dict[str, tuple[Any, dict[str, Any]]] = {
+    "no kind": (None, {}),
+    "a number": (1, {}),
+    "words": (("a", "b"), {}),
+    "three": ((1, 2, 3), {}),
+    "one": ((1,), {}),
+    "no number": ((float("nan"), 1), {}),
+    "no dim": ("square", {"averaged": "last"}),
+    "half a dim": ("square", {"averaged": 1.5}),
+    "seeds": ("square", {"seeded": "no"}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_registered_is_looked_at(name: str) -> None:
+    kind, options = WRONG[name]
+    with pytest.raises(fxgrow.FxgrowError, match=r"register_state\('odd'\)"):
+        register_state("odd", kind, **options)
+    assert moment_of(optim.SGD, "odd", {}) is None
+
+
+def test_classes_alone_are_registered() -> None:
+    for register in (register_elementwise, register_tiled):
+        for wrong in ("SGD", nn.Linear, optim.SGD(nn.Linear(1, 1).parameters())):
+            with pytest.raises(fxgrow.FxgrowError, match="is not a class of optimizers"):
+                register(wrong)  # type: ignore[arg-type]
