@@ -28,6 +28,7 @@ from fxgrow.ir.traced import Traced, program_of
 from fxgrow.landing.apply import apply, constants_held
 from fxgrow.landing.copies import grown_tensors
 from fxgrow.landing.into import into
+from fxgrow.landing.living import Living
 from fxgrow.landing.recast import recast
 from fxgrow.landing.solve import solve_constants
 from fxgrow.limits import check_elements
@@ -167,11 +168,39 @@ class Growth:
                 what to change. The model is as it was.
             FxgrowError: it is another model, or its weights have changed since.
         """
+        self._apply(model)
+        return model
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """:meth:`apply_`, taken back if the block raises: for what has to succeed together with it, or not at all.
+
+        ::
+
+            with growth.applied(model):
+                growth.carry_(optimizer)
+
+        Args:
+            model: as for :meth:`apply_`.
+
+        Yields:
+            The model.
+
+        Raises:
+            GrowthRefused, FxgrowError: as :meth:`apply_`.
+        """
+        living = self._apply(model)
+        try:
+            yield model
+        except BaseException:
+            living.undo()
+            raise
+
+    def _apply(self, model: nn.Module) -> Living:
         if self._before is None:
             raise FxgrowError("this growth was not made by fxgrow.grow, so that there is no model to apply it to")
         self._check_source(uncompiled(model))
-        tensors = self.program.tensors
-        return apply(model, self.plan, self._before, self.program, tensors, self._held)
+        return apply(model, self.plan, self._before, self.program, self.program.tensors, self._held)
 
     def apply_to_copy_(self, copy: nn.Module) -> nn.Module:
         """Grow a copy of the model in place by the same plan: a moving average of its weights, a frozen teacher.

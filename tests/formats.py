@@ -1,7 +1,7 @@
-"""Files as fxgrow 0.1 writes them, for later versions to read: ``python -m tests.formats FOLDER`` makes them.
+"""Files as this version writes them, for later versions to read: ``python -m tests.formats FOLDER`` makes them.
 
-``tests/fixtures/formats-0.1`` was made so and is not made again: a later version that writes something else gets a
-folder of its own beside it, and :mod:`tests.test_formats` reads them all.
+``tests/fixtures/formats-0.1`` was made so, ``formats-0.1-events`` when schedules got events. They are not made again:
+what writes something else gets a folder of its own beside them, and :mod:`tests.test_formats` reads them all.
 
     spec.yaml, spec.json             one spec with every operation and most keys
     schedule.yaml, schedule.json     one schedule with every trigger and policy
@@ -50,15 +50,17 @@ SPEC: dict[str, Any] = {
     ],
 }
 SCHEDULE: dict[str, Any] = {
-    "version": 1,
-    "growths": [
+    "version": 2,
+    "events": [
         {
             "name": "hidden",
             "trigger": {"step": 4},
-            "operations": [{"op": "widen", "axis": "./hidden", "factor": 2, "noise": {"scale": 0.1, "seed": 2}}],
+            "operations": [
+                {"op": "widen", "axis": "./hidden", "factor": 2, "noise": {"scale": 0.1, "seed": 2}},
+                {"op": "learning_rate", "rewarm": 5, "from": 0.3},
+                {"op": "accumulation", "factor": 2},
+            ],
             "optimizer": {"policy": "asymmetric", "warmup": 8, "peak": 1.5},
-            "learning_rate": {"policy": "rewarm", "steps": 5, "from": 0.3},
-            "accumulation": 2,
         },
         {
             "trigger": {"tokens": 5000},
@@ -67,9 +69,8 @@ SCHEDULE: dict[str, Any] = {
         },
         {
             "trigger": {"epoch": 90},
-            "operations": [{"op": "widen", "axis": "./hidden", "factor": 1.5}],
+            "operations": [{"op": "widen", "axis": "./hidden", "factor": 1.5}, {"op": "learning_rate", "scale": 0.5}],
             "optimizer": {"policy": "exact", "ramp": 10},
-            "learning_rate": {"policy": "scale", "factor": 0.5},
         },
         {
             "trigger": {"plateau": {"metric": "val_loss", "patience": 3, "min_delta": 0.01}},
@@ -134,7 +135,7 @@ def write(folder: Path) -> None:
         plan = plans.plans_of(plans.CASES[name])[-1]
         (folder / f"plan-{name}.json").write_text(plan.to_json() + "\n", encoding="utf-8")
     torch.manual_seed(0)
-    noisy = {"op": "widen", "axis": "./hidden", "factor": 2, "noise": {"scale": 0.1}}
+    noisy = {"op": "widen", "axis": "0.weight:0", "factor": 2, "noise": {"scale": 0.1}}
     chain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
     twice = fxgrow.GrowthSpec.parse([noisy, noisy])
     plan, _ = fxgrow.plan_growth(fxgrow.capture(chain, (torch.zeros(2, 2),)), twice)
@@ -142,7 +143,7 @@ def write(folder: Path) -> None:
     batch = {"idx": torch.randint(7, (2, 3))}
     growth = fxgrow.grow(
         trained(Kept()),
-        {"op": "widen", "axis": "./hidden", "factor": 2},
+        {"op": "widen", "axis": "emb.weight:1", "factor": 2},
         calls={"plain": (batch,), "double": (batch, True), "long": ({"idx": torch.randint(7, (2, 6))},)},
     )
     fxgrow.save(growth, folder / "checkpoint")

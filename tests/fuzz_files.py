@@ -60,21 +60,24 @@ SPEC: dict[str, Any] = {
     ],
 }
 SCHEDULE: dict[str, Any] = {
-    "version": 1,
-    "growths": [
+    "version": 2,
+    "events": [
         {
             "name": "wider",
             "trigger": {"step": 200},
-            "operations": SPEC["operations"][:2],
+            "operations": [
+                *SPEC["operations"][:2],
+                {"op": "learning_rate", "rewarm": 50, "from": 0.2},
+                {"op": "accumulation", "factor": 2, "learning_rate": "sqrt"},
+                {"op": "dropout", "p": 0.1, "modules": "h.*"},
+            ],
             "optimizer": {"policy": "asymmetric", "warmup": 100},
-            "learning_rate": {"policy": "rewarm", "steps": 50, "from": 0.2},
-            "accumulation": 2,
+            "on_error": "skip",
         },
         {"trigger": {"plateau": {"metric": "val_loss", "patience": 3}}, "operations": SPEC["operations"][2:]},
         {
             "trigger": {"epoch": 2.5},
-            "operations": SPEC["operations"][:1],
-            "learning_rate": {"policy": "scale", "factor": 2},
+            "operations": [*SPEC["operations"][:1], {"op": "widen_mlp", "value": 2}],
         },
     ],
 }
@@ -118,7 +121,7 @@ def run_of(folder: Path) -> training.Run:
     """A fresh run, whose optimizer has stepped once where it is to be saved."""
     made = task()
     optimizer = torch.optim.AdamW(made.model.parameters(), lr=1e-3)
-    return training.Run(made, folder, made.model, optimizer, GrowthScheduler([SCHEDULE["growths"][0]]))
+    return training.Run(made, folder, made.model, optimizer, GrowthScheduler([SCHEDULE["events"][0]]))
 
 
 class Seeds:
@@ -135,8 +138,8 @@ class Seeds:
         self.plan: dict[str, Any] = json.loads(self.growth.plan.to_json())
         self.manifest: dict[str, Any] = json.loads((self.checkpoint / "manifest.json").read_text())
         scheduler = GrowthScheduler(SCHEDULE)
-        scheduler._fired = [(scheduler.schedule.growths[0], 200)]
-        self.state = scheduler.state_dict()
+        wider = Schedule.parse(SCHEDULE).events[0]
+        self.state = scheduler.state_dict() | {"done": [{"event": wider.to_dict(), "steps": [200, 200], "errors": {}}]}
         run = run_of(folder / "run")
         run.out.mkdir()
         run.model(torch.randn(2, 4)).sum().backward()

@@ -49,8 +49,12 @@ def test_a_spec(folder: Path, suffix: str) -> None:
 def test_a_schedule(folder: Path, suffix: str) -> None:
     schedule = Schedule.parse(folder / f"schedule.{suffix}")
     assert schedule == Schedule.parse(formats.SCHEDULE) == Schedule.parse(schedule.to_yaml())
-    assert [growth.trigger.kind for growth in schedule.growths] == ["step", "tokens", "epoch", "plateau"]
-    assert [growth.optimizer.policy for growth in schedule.growths] == ["asymmetric", "copy", "exact", "reset"]
+    triggers = ["step 4", "tokens 5000", "epoch 90", "plateau of val_loss"]
+    assert [str(event.trigger) for event in schedule.events] == triggers
+    assert [event.optimizer.policy for event in schedule.events] == ["asymmetric", "copy", "exact", "reset"]
+    assert [[a.op for a in event.actions] for event in schedule.events] == [
+        *(["grow", "learning_rate", "accumulation"], ["grow"], ["grow", "learning_rate"], ["grow"]),
+    ]
 
 
 @pytest.mark.parametrize("file", PLANS, ids=lambda p: p.stem)
@@ -96,11 +100,15 @@ def _example(loaded: Any) -> tuple[Any, Any]:
     return loaded.args, loaded.kwargs
 
 
+def done_in(run: Any) -> list[Any]:
+    return [each.action for each in run.scheduler.done]
+
+
 def test_a_run_goes_on_to_where_it_went(folder: Path, tmp_path: Path) -> None:
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     out = Path(shutil.copytree(folder / "run", tmp_path / "run"))
     run = formats.run(out, resume=True)
-    assert run.step == 12 and len(run.scheduler.fired) == 1
+    assert run.step == 12 and [each.op for each in done_in(run)] == ["grow", "learning_rate", "accumulation"]
     assert run.val_loss == pytest.approx(expected["val_loss"], rel=1e-9)
     total = sum(float(p.detach().abs().sum()) for p in run.model.parameters())
     assert total == pytest.approx(expected["sum"], rel=1e-9)

@@ -143,18 +143,28 @@ def test_a_spec_made_by_hand_holds_operations() -> None:
 
 GROWTH = {"trigger": {"step": 1}, "operations": [{"op": "widen", "axis": "a", "factor": 2}]}
 STATE: dict[str, Any] = {
-    "version": 1,
-    "fired": [{"growth": Schedule.parse([GROWTH]).growths[0].to_dict(), "step": 3}],
+    "version": 2,
+    "done": [{"event": Schedule.parse([GROWTH]).events[0].to_dict(), "steps": [3], "errors": {}}],
     "best": 0.5,
     "bad": 1,
     "reported": 2,
+    "latest": {"val_loss": 0.5},
+    "seconds": 0.0,
 }
 WRONG: list[Any] = [None, True, -1, 1.5, "x", [], {}, [[]], [None], 10**30, float("nan"), {"a": 1}]
 FINE = {("best", "None"), ("best", "True"), ("best", "-1"), ("best", "1.5"), ("reported", "None"), ("reported", "-1")}
-FINE |= {("fired", "[]"), ("bad", "True"), ("reported", "True"), ("version", "True"), ("best", f"{10**30}")}
+FINE |= {
+    ("done", "[]"),
+    ("bad", "True"),
+    ("reported", "True"),
+    ("best", f"{10**30}"),
+    ("latest", "{}"),
+    ("seconds", "True"),
+}
+FINE |= {("latest", "{'a': 1}"), ("seconds", "1.5"), ("seconds", f"{10**30}")}
 
 
-@pytest.mark.parametrize("key", [*STATE, "fired.0", "fired.0.step", "fired.0.growth", "fired.0.growth.operations"])
+@pytest.mark.parametrize("key", [*STATE, "done.0", "done.0.steps", "done.0.event", "done.0.event.operations"])
 @pytest.mark.parametrize("value", WRONG, ids=lambda v: str(v)[:12])
 def test_a_damaged_state_changes_nothing(key: str, value: Any) -> None:
     scheduler = GrowthScheduler([GROWTH])
@@ -167,7 +177,7 @@ def test_a_damaged_state_changes_nothing(key: str, value: Any) -> None:
     for part in reversed(path):
         place = place[part]
     place[at] = value
-    if (key, str(value)) in FINE or (key == "fired.0.step" and value is True):
+    if (key, str(value)) in FINE:
         scheduler.load_state_dict(state)
         return
     with pytest.raises(SpecError):
@@ -179,6 +189,19 @@ def test_a_damaged_state_changes_nothing(key: str, value: Any) -> None:
 def test_what_is_no_state(state: Any) -> None:
     with pytest.raises(SpecError, match="scheduler state"):
         GrowthScheduler([GROWTH]).load_state_dict(state)
+
+
+def test_a_state_of_the_first_version_is_read() -> None:
+    growth = {**GROWTH, "learning_rate": {"policy": "scale", "factor": 0.5}, "accumulation": 2}
+    old = {"version": 1, "fired": [{"growth": growth, "step": 3}], "best": None, "bad": 0, "reported": 2}
+    scheduler = GrowthScheduler({"version": 1, "growths": [growth, {**GROWTH, "trigger": {"step": 9}}]})
+    scheduler.load_state_dict(old)
+    assert [(d.event, d.action.op, d.step) for d in scheduler.done] == [
+        *((0, "grow", 3), (0, "learning_rate", 3), (0, "accumulation", 3)),
+    ]
+    assert (scheduler.accumulation, scheduler.lr_factor(5)) == (2, 0.5)
+    assert scheduler.next is not None and scheduler.next.trigger.step == 9
+    assert GrowthScheduler(scheduler.schedule).load_state_dict(scheduler.state_dict()) is None
 
 
 # plans and JSON -------------------------------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ def text(lines: list[Line], scratch: list[Line], out: Path, picture: Path) -> st
         page.append(
             f"| {line['step']} | {line['name']} | {line['parameters_before']:,} → {line['parameters']:,} "
             f"| {line['val_loss_before']:.6f} | {line['val_loss_after']:.6f} | {line['moved']:.1e} "
-            f"| {number(line['error_float64'])} | {line['grow_seconds']:.1f} |"
+            f"| {number(line['receipt']['error_float64'])} | {line['took']:.1f} |"
         )
     page += [
         "",

@@ -19,7 +19,6 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-import fxgrow
 from examples.gpt.data import VOCAB_SIZE, Text, decode, encode
 from examples.gpt.model import GPT, GPTConfig
 from examples.gpt.report import write_report
@@ -52,41 +51,6 @@ def task(
         example=lambda batch: (tuple(t[:2, : config.block_size // 2] for t in batch), {}),
         epoch_tokens=len(data.splits["train"]),
         name=f"GPT on {data.name}",
-    )
-
-
-def config_of(module: nn.Module, original: GPTConfig, batch: tuple[Tensor, ...]) -> GPTConfig:
-    """The config of the GPT that ``module`` has grown to, from the sizes of its axes and the literals of its graph.
-
-    Raises:
-        ValueError: its blocks differ from each other, so that no config describes it.
-    """
-    program = fxgrow.capture(module, batch)
-    sizes = {axis.name: axis.size for axis in program.axes}
-    layers = sum(name.endswith(".ln_1.weight") for name in module.state_dict())
-
-    def block(axis: str, default: int | None) -> int | None:
-        every = {sizes.get(f"transformer.h.{layer}.{axis}", default) for layer in range(layers)}
-        if len(every) > 1:
-            raise ValueError(f"the blocks differ in {axis}: {sorted(map(str, every))}; no GPTConfig describes that")
-        return every.pop()
-
-    # some growths keep the function by changing a constant: the eps of a norm, the scale of the attention scores
-    nodes = list(program.graph.nodes)
-    epsilons = {n.args[4] for n in nodes if n.target is torch.ops.aten.layer_norm.default and len(n.args) > 4}
-    scales = {n.kwargs.get("scale") for n in nodes if "scaled_dot_product" in str(n.target)}
-    if len(epsilons) > 1 or len(scales) > 1:
-        raise ValueError(f"norms with eps {epsilons}, attention with scales {scales}: no GPTConfig describes that")
-    return dataclasses.replace(
-        original,
-        norm_eps=epsilons.pop() if epsilons else original.norm_eps,
-        attention_scale=scales.pop() if scales else original.attention_scale,
-        n_layer=layers,
-        n_head=block("attn/heads", original.n_head) or original.n_head,
-        n_embd=sizes.get("./residual", original.n_embd),
-        n_hidden=block("mlp/hidden", original.n_hidden),
-        head_dim=block("attn/head_dim", original.head_dim),
-        value_dim=block("attn/value_dim", original.value_dim),
     )
 
 
@@ -212,8 +176,8 @@ def main(
     if run.step < steps:
         console.print(f"stopped after {run.step} steps; go on with --resume --out {out}", highlight=False)
         return
-    example = job.example(job.batches("val", seeded(seed, "val", 0)))[0]
-    grown = config_of(run.model.cpu(), config, example)
+    model: Any = run.model
+    grown = model.config  # grown in place, it is a GPT still, and its config says which
     if scratch:
         from_scratch(run, grown, text, batch_size, console)
     finish(run, grown, console)

@@ -81,7 +81,7 @@ def apply(
     grown: Traced,
     tensors: Mapping[str, torch.Tensor],
     held: Mapping[str, tuple[str, str]],
-) -> nn.Module:
+) -> Living:
     """Grow a living model.
 
     Args:
@@ -92,7 +92,7 @@ def apply(
         held: places of constants, see :func:`constants_held`.
 
     Returns:
-        The model that was given.
+        The model, of which all that was changed can be undone.
 
     Raises:
         GrowthRefused: the class cannot compute the grown function; the model is as it was.
@@ -108,7 +108,7 @@ def apply(
         for settled in begun().options(builders):
             try:
                 begun().run(builders, settled)
-                return model
+                return living
             except GrowthRefused as error:
                 refusal = refusal or error
                 living.undo()

@@ -5,12 +5,12 @@ and how fast is a :class:`Hyper`. ``fxgrow train package.module:callable`` and t
 
 In the folder of a run::
 
-    log.jsonl                     one JSON object a line: start, step, eval, growth, checkpoint, resume, end
+    log.jsonl                     a JSON object a line: start, step, eval, growth, action, skipped, checkpoint, end
     checkpoints/latest            the name of the newest complete checkpoint
     checkpoints/step-00000100.0/  model.safetensors, optimizer.safetensors, state.json
 
-A checkpoint holds no pickle. A run that has grown is resumed by replaying its growths on the original model, which
-gives modules and optimizers of the right shapes, and then loading the tensors into them.
+A checkpoint holds no pickle. A run that has grown is resumed by replaying what its schedule has done on the original
+model, which gives modules and optimizers of the right shapes, and then loading the tensors into them.
 
 Caveat, also for loops of your own: clipping by the *global* gradient norm is not invariant under growth. The copies of
 a unit share the gradient of the weights that lead into it, and each has the whole gradient of the weights that lead out
@@ -22,15 +22,15 @@ compare trajectories.
 from __future__ import annotations
 
 from fxgrow.training.batches import seeded, to_device
-from fxgrow.training.checkpoints import compare, load_model, restore, save, shapes, untied
+from fxgrow.training.checkpoints import compare, load_model, restore, save, untied
 from fxgrow.training.copies import Copies
 from fxgrow.training.counting import count_parameters, flop_counter
-from fxgrow.training.display import describe, describe_growth, human, progress_bar
+from fxgrow.training.display import describe, describe_action, describe_growth, human, progress_bar
 from fxgrow.training.hyper import Hyper, cosine
-from fxgrow.training.log import Log, growth_line, read_log, standing
+from fxgrow.training.log import Log, action_line, growth_line, read_log, standing
 from fxgrow.training.loop import compiled, due, evaluate, train
 from fxgrow.training.packing import pack, unpack
-from fxgrow.training.run import Run
+from fxgrow.training.run import Run, shapes
 from fxgrow.training.task import Batch, Task, adamw, first_numel, model_loss, whole_batch
 
 __all__ = [
@@ -40,12 +40,14 @@ __all__ = [
     "Log",
     "Run",
     "Task",
+    "action_line",
     "adamw",
     "compare",
     "compiled",
     "cosine",
     "count_parameters",
     "describe",
+    "describe_action",
     "describe_growth",
     "due",
     "evaluate",

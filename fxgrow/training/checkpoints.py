@@ -44,13 +44,13 @@ def save(run: Run) -> Path:
     if torch.device(run.task.hyper.device).type == "cuda":
         optimizer_tensors["rng.cuda"] = torch.cuda.get_rng_state()
     state = {
-        "format": 2,
+        "format": 3,
         "fxgrow": __version__,
         "task": run.task.name,
         **{name: getattr(run, name) for name in _COUNTERS},
         "val_loss": None if math.isnan(run.val_loss) else run.val_loss,
         "scheduler": run.scheduler.state_dict(),
-        "original": shapes(run.task.model),
+        "original": run.original,
         "aliases": aliases,
         "optimizer": pack(run.optimizer.state_dict(), "optimizer", optimizer_tensors),
         "hyper": asdict(run.task.hyper),
@@ -71,14 +71,17 @@ def save(run: Run) -> Path:
     return target
 
 
-_COUNTERS = ("step", "batches", "tokens", "flops", "flops_per_batch", "seconds", "loss_sum", "losses")
+_COUNTERS = (
+    *("step", "batches", "tokens", "flops", "flops_per_batch", "seconds", "loss_sum", "losses"),
+    *("evaluated", "log_lines"),
+)
 
 
 class _Saved(BaseModel):
     """What ``state.json`` holds."""
 
     model_config = ConfigDict(extra="forbid")
-    format: Literal[2]
+    format: Literal[2, 3]
     fxgrow: str
     task: str
     step: int = Field(ge=0)
@@ -89,6 +92,8 @@ class _Saved(BaseModel):
     seconds: float = Field(ge=0)
     loss_sum: float
     losses: int = Field(ge=0)
+    evaluated: int = Field(-1, ge=-1)
+    log_lines: int | None = Field(None, ge=0)
     val_loss: float | None
     scheduler: dict[str, Any]
     original: dict[str, list[int]]
@@ -98,21 +103,17 @@ class _Saved(BaseModel):
 
 
 def restore(run: Run) -> None:
-    """Bring a fresh ``run`` to its newest checkpoint: replay the growths, then load every tensor, strictly.
+    """Bring a fresh ``run`` to its newest checkpoint: replay what was done, then load every tensor, strictly.
 
     Raises:
         CheckpointError: something is missing, superfluous, or of another shape or dtype. The run is not usable then.
         SpecError: the schedule's past is not this run's.
     """
-    folder = run.out / "checkpoints"
-    newest = read_text(folder / "latest", 1000, CheckpointError).strip()
-    if not re.fullmatch(r"step-\d+\.\d+", newest):
-        raise CheckpointError(f"{folder / 'latest'} does not name a checkpoint: {newest[:80]!r}")
-    path = folder / newest
+    path = run.out / "checkpoints" / newest(run.out)
     state = _read_state(path / "state.json")
     model_tensors = read_tensors(path / "model.safetensors")
     optimizer_tensors = read_tensors(path / "optimizer.safetensors")
-    compare(state.original, shapes(run.task.model), f"checkpoint {path}: the original model")
+    compare(state.original, run.original, f"checkpoint {path}: the original model")
     run.scheduler.load_state_dict(state.scheduler)
     run.model, optimizer = run.scheduler.replay(run.model, run.optimizer)
     assert optimizer is not None
@@ -132,11 +133,24 @@ def restore(run: Run) -> None:
     run.val_loss = math.nan if state.val_loss is None else state.val_loss
 
 
+def newest(out: Path) -> str:
+    """The name of a run's newest checkpoint.
+
+    Raises:
+        CheckpointError: it is not named, or not by a checkpoint's name.
+    """
+    latest = out / "checkpoints" / "latest"
+    name = read_text(latest, 1000, CheckpointError).strip()
+    if not re.fullmatch(r"step-\d+\.\d+", name):
+        raise CheckpointError(f"{latest} does not name a checkpoint: {name[:80]!r}")
+    return name
+
+
 def _read_state(file: Path) -> _Saved:
     data = read_json(file, finite=False)
-    if not isinstance(data, dict) or data.get("format") != 2:
+    if not isinstance(data, dict) or data.get("format") not in (2, 3):
         found = data.get("format") if isinstance(data, dict) else None
-        raise CheckpointError(f"checkpoint {file.parent} has format {repr(found)[:40]}; this version reads 2")
+        raise CheckpointError(f"checkpoint {file.parent} has format {repr(found)[:40]}; this version reads 3")
     try:
         return _Saved.model_validate(data)
     except ValidationError as error:
@@ -177,10 +191,6 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping
         what,
     )
     model.load_state_dict(every, strict=True)
-
-
-def shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def compare(saved: Mapping[str, Any], own: Mapping[str, Any], what: str) -> None:

@@ -34,13 +34,22 @@ def describe(run: Run, metrics: Mapping[str, float]) -> str:
 
 def describe_growth(line: Mapping[str, Any]) -> str:
     """Two lines of at most 80 characters each, with rich's markup."""
-    error = line["error_float64"]
+    error = line["receipt"]["error_float64"]
     return (
         f"[bold]grown: {escape(line['name'])}[/bold], {human(line['parameters_before'])} → "
-        f"{human(line['parameters'])} parameters, in {line['grow_seconds']:.1f} s\n"
+        f"{human(line['parameters'])} parameters, in {line['took']:.1f} s\n"
         f"       val {line['val_loss_before']:.6f} → {line['val_loss_after']:.6f}, moved by {line['moved']:.1e}"
         + (f"; float64 error {error:.1e}" if error is not None else "")
     )
+
+
+def describe_action(line: Mapping[str, Any]) -> str:
+    """One line, with rich's markup."""
+    if line.get("error"):
+        return f"[bold]left out: {escape(line['name'])}[/bold], {line['op']}: {escape(line['error'])}"
+    changes = [f"{k} {line['before'].get(k, '')} → {v}".replace("  ", " ") for k, v in line["after"].items()]
+    what = ", ".join(changes) or ", ".join(f"{k} {v}" for k, v in line["what"].items() if k != "op")
+    return f"[bold]{escape(line['name'])}[/bold]: {line['op']} {escape(what)}".rstrip()
 
 
 @contextlib.contextmanager

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from pathlib import Path
 from typing import Any, TextIO
 
-from fxgrow.scheduler import GrowthEvent
+from fxgrow.scheduler import ActionResult
 from fxgrow.training.counting import count_parameters
 from fxgrow.training.run import Run
 
@@ -16,31 +15,41 @@ from fxgrow.training.run import Run
 class Log:
     """JSON lines, flushed one by one.
 
-    A new log replaces an old one. ``append`` goes on after its last line; with ``resumed`` the lines after that run's
-    checkpoint, which it will write again, are cut off first.
+    A new log replaces an old one. ``append`` goes on after its last line; ``resumed`` goes on after the lines that a
+    checkpoint knows of: what came after them is done, and written, again.
+
+    Attributes:
+        lines: how many there are.
     """
 
     def __init__(self, path: Path, *, append: bool = False, resumed: Run | None = None) -> None:
         kept: list[str] = []
-        if resumed is not None and path.is_file():
-            for text in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # the line a crash cut short
-                    line = json.loads(text)
-                    redone = line["event"] in ("eval", "growth") and line["step"] >= resumed.step
-                    if not redone and line.get("step", math.inf) <= resumed.step and line["event"] not in _LAST:
-                        kept.append(text + "\n")
-        self._file: TextIO = path.open("a" if append else "w", encoding="utf-8")
+        if (append or resumed is not None) and path.is_file():
+            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if resumed is not None:
+            kept = kept[: lines_until(kept, resumed.step) if resumed.log_lines is None else resumed.log_lines]
+        self._file: TextIO = path.open("w", encoding="utf-8")
         self._file.writelines(kept)
+        self._file.flush()
+        self.lines = len(kept)
 
     def write(self, event: str, **fields: Any) -> None:
         self._file.write(json.dumps({"event": event, **fields}) + "\n")
         self._file.flush()
+        self.lines += 1
 
     def close(self) -> None:
         self._file.close()
 
 
-_LAST = ("end", "sample", "strict_load")  # what only a finished run has
+def lines_until(lines: list[str], step: int) -> int:
+    """How many lines a log had at the checkpoint of a step, that checkpoint's own included."""
+    for number in range(len(lines), 0, -1):
+        with contextlib.suppress(json.JSONDecodeError):  # the line a crash cut short
+            line = json.loads(lines[number - 1])
+            if line["event"] == "checkpoint" and line["step"] == step:
+                return number
+    return 0
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -59,21 +68,17 @@ def standing(run: Run) -> dict[str, Any]:
     }
 
 
-def growth_line(run: Run, event: GrowthEvent, before: int, loss_before: float, seconds: float) -> dict[str, Any]:
-    """What the log says of a growth; ``seconds`` is capture, planning, new tensors, verification and the optimizer."""
-    growth, receipt = run.scheduler.fired[event.index], event.growth.receipt
+def action_line(run: Run, done: ActionResult) -> dict[str, Any]:
+    """What the log says of an action of the schedule."""
+    return {**done.to_dict(), **standing(run), "accumulation": run.accumulation}
+
+
+def growth_line(run: Run, done: ActionResult, loss_before: float) -> dict[str, Any]:
+    """What the log says of a growth; it ``took`` capture, planning, new tensors, verification and the optimizer."""
     return {
-        **standing(run),
-        "index": event.index,
-        "name": event.name,
-        "trigger": str(growth.trigger),
-        "growth": growth.to_dict(),
-        "parameters_before": before,
+        **action_line(run, done),
+        "parameters_before": done.before["parameters"],
         "val_loss_before": loss_before,
         "val_loss_after": run.val_loss,
         "moved": abs(run.val_loss - loss_before),
-        "error_float64": getattr(receipt, "error_float64", None),
-        "error_native": getattr(receipt, "error_native", None),
-        "grow_seconds": round(seconds, 3),
-        "accumulation": run.accumulation,
     }

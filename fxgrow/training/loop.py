@@ -15,15 +15,16 @@ from rich.console import Console
 from torch import nn
 
 from fxgrow.compile import compile_regions
-from fxgrow.errors import FxgrowError
+from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.ir.running import in_mode
-from fxgrow.scheduler import GrowthEvent, GrowthScheduler
+from fxgrow.schedule import BatchSize, Grow, Schedule, SequenceLength
+from fxgrow.scheduler import ActionResult, GrowthScheduler
 from fxgrow.training.batches import seeded, to_device
-from fxgrow.training.checkpoints import restore, save
+from fxgrow.training.checkpoints import newest, restore, save
 from fxgrow.training.copies import Copies
-from fxgrow.training.counting import count_parameters, flop_counter
-from fxgrow.training.display import describe, describe_growth, human, progress_bar
-from fxgrow.training.log import Log, growth_line, standing
+from fxgrow.training.counting import flop_counter
+from fxgrow.training.display import describe, describe_action, describe_growth, human, progress_bar
+from fxgrow.training.log import Log, action_line, growth_line, standing
 from fxgrow.training.run import Run
 from fxgrow.training.task import Batch, Task
 
@@ -35,12 +36,12 @@ def train(
     resume: bool = False,
     stop_at: int | None = None,
     console: Console | None = None,
-    on_growth: Callable[[Run, GrowthEvent], None] | None = None,
+    on_growth: Callable[[Run, ActionResult], None] | None = None,
 ) -> Run:
     """Train ``task``, growing by its schedule, and leave log and checkpoints in ``out``.
 
     Args:
-        task: what to train; its model is left as it is at the first growth.
+        task: what to train; its model is the one that grows, if ``task.in_place``.
         out: folder of the run, made if need be.
         resume: go on from the newest checkpoint in ``out``; without one, start.
         stop_at: stop with a checkpoint after this many steps, as if interrupted.
@@ -57,14 +58,22 @@ def train(
     task.model.to(device).train()
 
     def batch(split: str, number: int) -> Batch:
-        return to_device(task.batches(split, seeded(hyper.seed, split, number)), device)
+        """A micro-batch; those of the validation keep the size that they have at the start."""
+        now = scheduler if split == "train" else task
+        sizes = {n: getattr(now, n) for n in ("batch_size", "sequence_length") if getattr(task, n) is not None}
+        return to_device(task.batches(split, seeded(hyper.seed, split, number), **sizes), device)
 
     calls = task.calls
     scheduler = GrowthScheduler(
-        task.schedule,
+        with_sizes_of(task),
         args=lambda: task.example(batch("train", 0)),
         calls=None if calls is None else lambda: calls(batch("train", 0)),
+        in_place=task.in_place,
+        accumulation=hyper.accumulation,
+        batch_size=task.batch_size,
+        sequence_length=task.sequence_length,
         verify=task.verify,
+        before=lambda action: look(action),
     )
     run = Run(task, out, task.model, task.optimizer(task.model, hyper), scheduler)
     resumed = resume and (out / "checkpoints" / "latest").is_file()
@@ -77,50 +86,70 @@ def train(
         console.print(f"planned: {' → '.join(map(human, sizes))} parameters", highlight=False)
     eval_batches = [batch("val", number) for number in range(hyper.eval_batches)]
     log = Log(out / "log.jsonl", resumed=run if resumed else None)
-    log.write("resume" if resumed else "start", **standing(run), name=task.name, hyper=asdict(hyper))
     forward = compiled(run.model) if hyper.compile and run.flops_per_batch else run.model
-    apart = Copies.none()
+    apart, metrics, loss_before = Copies.none(), dict[str, float](), math.nan
     started = time.perf_counter() - run.seconds
+
+    def measured() -> dict[str, float]:
+        """Evaluate, on the same batches every time."""
+        run.val_loss, run.evaluated = evaluate(task, forward, eval_batches), run.step
+        found = {"val_loss": run.val_loss}
+        if run.losses:
+            found["train_loss"] = run.loss_sum / run.losses
+            run.loss_sum, run.losses = 0.0, 0
+        run.seconds = time.perf_counter() - started
+        log.write("eval", **standing(run), **found, **apart.measure(run.model))
+        console.print(describe(run, found), highlight=False)
+        return found
+
+    def look(action: Any) -> None:
+        """Measure the loss before a growth, unless it was just measured: the model that has it is what grows."""
+        nonlocal loss_before
+        if isinstance(action, Grow):
+            loss_before = metrics["val_loss"] if metrics else evaluate(task, forward, eval_batches)
+
+    def checkpoint() -> None:
+        run.log_lines = log.lines + 1
+        log.write("checkpoint", step=run.step, path=str(save(run).relative_to(out)))
+
+    if log.lines < (run.log_lines or 0):  # the process ended between the checkpoint and its line
+        log.write("checkpoint", step=run.step, path=f"checkpoints/{newest(out)}")
+    log.write("resume" if resumed else "start", **standing(run), name=task.name, hyper=asdict(hyper))
 
     with progress_bar(console, hyper.steps, run.step) as progress, contextlib.closing(log):
         while True:
-            # Evaluate, on the same batches every time.
-            metrics: dict[str, float] = {}
-            if run.step % hyper.eval_every == 0 or run.step >= hyper.steps:
-                run.val_loss = metrics["val_loss"] = evaluate(task, forward, eval_batches)
-                if run.losses:
-                    metrics["train_loss"] = run.loss_sum / run.losses
-                    run.loss_sum, run.losses = 0.0, 0
-                run.seconds = time.perf_counter() - started
-                log.write("eval", **standing(run), **metrics, **apart.measure(run.model))
-                console.print(describe(run, metrics), highlight=False)
+            metrics = {}
+            if (run.step % hyper.eval_every == 0 or run.step >= hyper.steps) and run.evaluated < run.step:
+                metrics = measured()
             if run.step >= hyper.steps:
-                log.write("checkpoint", step=run.step, path=str(save(run).relative_to(out)))
+                checkpoint()
                 log.write("end", **standing(run), val_loss=run.val_loss)
                 break
 
-            # Grow, when the schedule says so. The loss must not move; both values are logged.
+            # What the schedule says: grow, or change how the run goes on. A growth must not move the loss.
             epoch = None if task.epoch_tokens is None else run.tokens / task.epoch_tokens
             reported = metrics if run.step else {}  # before the first step there is no training loss to watch
-            before = count_parameters(run.model)
-            grow_started = time.perf_counter()
-            while event := due(run, log, epoch, reported):
-                assert event.optimizer is not None
-                grow_seconds = time.perf_counter() - grow_started
-                loss_before = metrics.get("val_loss") or evaluate(task, forward, eval_batches)
-                run.model, run.optimizer = event.module.train(), event.optimizer
+            while done := due(run, log, epoch, reported):
+                if done.error or done.growth is None:
+                    line = action_line(run, done)
+                    log.write("skipped" if done.error else "action", **line)
+                    console.print(describe_action(line), highlight=False)
+                    if done.op == "evaluate" and not done.error:
+                        metrics = measured()
+                    elif done.op == "checkpoint" and not done.error:
+                        checkpoint()
+                    continue
+                run.model, run.optimizer = done.module.train(), done.optimizer
                 forward = run.model
                 metrics = {**metrics, "val_loss": evaluate(task, forward, eval_batches)}
                 run.val_loss, run.flops_per_batch = metrics["val_loss"], 0
                 apart = Copies.of(run.model)
                 run.seconds = time.perf_counter() - started
-                line = growth_line(run, event, before, loss_before, grow_seconds)
+                line = growth_line(run, done, loss_before)
                 log.write("growth", **line)
                 console.print(describe_growth(line), highlight=False)
                 if on_growth is not None:
-                    on_growth(run, event)
-                before = count_parameters(run.model)
-                grow_started = time.perf_counter()
+                    on_growth(run, done)
 
             # One optimizer step: accumulate micro-batches, clip, update.
             lr, accumulation = run.learning_rate, run.accumulation
@@ -160,14 +189,31 @@ def train(
             # Checkpoint: before the evaluation and growth of this step, which a resumed run makes anew.
             stop = stop_at is not None and stop_at <= run.step < hyper.steps
             if stop or (hyper.checkpoint_every and run.step % hyper.checkpoint_every == 0):
-                log.write("checkpoint", step=run.step, path=str(save(run).relative_to(out)))
+                checkpoint()
             if stop:
                 break
     return run
 
 
-def due(run: Run, log: Log, epoch: float | None, metrics: Mapping[str, float]) -> GrowthEvent | None:
-    """The growth that falls due, carried out; one that is refused is logged before the run ends with it."""
+def with_sizes_of(task: Task) -> Schedule:
+    """A task's schedule, which changes no size of the batch that the task does not draw by.
+
+    Raises:
+        SpecError: it does.
+    """
+    schedule = Schedule.parse(task.schedule)
+    for number, event in enumerate(schedule.events):
+        for action in event.actions:
+            if isinstance(action, BatchSize | SequenceLength) and getattr(task, action.op) is None:
+                raise SpecError(
+                    f"events.{number} changes the {action.op.replace('_', ' ')}, and the task does not draw by it: "
+                    f"give the Task a {action.op}=, and its `batches` an argument of that name"
+                )
+    return schedule
+
+
+def due(run: Run, log: Log, epoch: float | None, metrics: Mapping[str, float]) -> ActionResult | None:
+    """The action that falls due, carried out; one that is refused is logged before the run ends with it."""
     try:
         return run.scheduler.step(
             run.model, run.optimizer, step=run.step, tokens=run.tokens, epoch=epoch, metrics=metrics

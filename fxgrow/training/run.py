@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,12 +37,26 @@ class Run:
     losses: int = 0
     """Training losses since the last evaluation: their sum and number."""
     val_loss: float = math.nan
+    evaluated: int = -1
+    """The step of the last evaluation."""
+    original: dict[str, list[int]] = field(init=False)
+    """Shapes of the model as it is at the start; in place, it is the one that grows."""
+    log_lines: int | None = 0
+    """Lines of the log when the last checkpoint was made, its own included; None where it does not say (0.1)."""
+
+    def __post_init__(self) -> None:
+        self.original = shapes(self.model)
 
     @property
     def accumulation(self) -> int:
-        return self.scheduler.accumulation(self.task.hyper.accumulation)
+        return self.scheduler.accumulation
 
     @property
     def learning_rate(self) -> float:
-        """For the step about to be made, growths included."""
-        return cosine(self.step, self.task.hyper) * self.scheduler.lr_factor(self.step)
+        """For the step about to be made, with what the schedule has changed."""
+        return self.scheduler.learning_rate(lambda step: cosine(step, self.task.hyper), self.step)
+
+
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Of everything in a model's state dict, by name."""
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}

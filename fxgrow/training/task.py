@@ -49,9 +49,10 @@ class Task:
     """What to train. Every callable is a plain function, so a task is written in one screenful."""
 
     model: nn.Module
-    batches: Callable[[str, torch.Generator], Batch]
+    batches: Callable[..., Batch]
     """``batches(split, generator)`` draws one micro-batch of ``"train"`` or ``"val"``, a tuple of CPU tensors. It must
-    depend on the generator alone: that is what makes a resumed run equal to an uninterrupted one."""
+    depend on the generator alone: that is what makes a resumed run equal to an uninterrupted one. Where the task has a
+    ``batch_size`` or a ``sequence_length``, it is also passed the one of the moment, by that name."""
     hyper: Hyper = field(default_factory=Hyper)
     schedule: Any = None
     """Anything :meth:`fxgrow.schedule.Schedule.parse` takes."""
@@ -65,6 +66,12 @@ class Task:
     tokens: Callable[[Batch], int] = first_numel
     epoch_tokens: int | None = None
     """Tokens in one pass over the data; needed for ``epoch`` triggers only."""
+    batch_size: int | None = None
+    """Examples of a micro-batch at the start, where a schedule is to change them."""
+    sequence_length: int | None = None
+    """The length of sequences at the start, where a schedule is to change it."""
+    in_place: bool = True
+    """Grow the model itself; False for a class that cannot compute what it grows to: see :class:`GrowthScheduler`."""
     verify: Any = "auto"
     """Passed to :func:`fxgrow.grow`."""
     name: str = "run"

@@ -225,8 +225,7 @@ def make_task(width: int = 8) -> Any:
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             return (super().forward(x) - y).square().mean()
 
-    growths = [{"trigger": {"step": 6}, "operations": [{"op": "widen", "axis": "./hidden", "factor": 2}]}]
-    schedule = {"version": 1, "growths": growths}
+    schedule = [{"trigger": {"step": 6}, "operations": [{"op": "widen", "axis": "./hidden", "factor": 2}]}]
     hyper = Hyper(steps=12, eval_every=4, eval_batches=2, log_every=2, warmup=2)
     return Task(model=WithLoss(width), batches=batches, schedule=schedule, hyper=hyper, name="toy")
 

@@ -29,8 +29,8 @@ def demo(out: Path, *arguments: Any) -> str:
 def options(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """The example's own schedule, its triggers brought forward to steps 2, 4, 6 and 8."""
     schedule = yaml.safe_load(train.SCHEDULE.read_text(encoding="utf-8"))
-    for number, growth in enumerate(schedule["growths"]):
-        growth["trigger"] = {"step": 2 * (number + 1)}
+    for number, event in enumerate(schedule["events"]):
+        event["trigger"] = {"step": 2 * (number + 1)}
     path = tmp_path_factory.mktemp("schedule") / "schedule.yaml"
     path.write_text(yaml.safe_dump(schedule, sort_keys=False), encoding="utf-8")
     return ["--schedule", path, "--steps", STEPS, "--eval-every", 1, "--batch-size", 2, "--threads", 1]
@@ -47,7 +47,7 @@ def test_no_growth_moves_the_loss(finished: tuple[Path, str]) -> None:
     assert [line["name"] for line in growths] == ["MLP ×2", "heads ×2", "stream ×2", "depth ×2"]
     for line in growths:
         assert line["moved"] < 1e-5
-        assert line["error_float64"] < 1e-12
+        assert line["receipt"]["error_float64"] < 1e-12
         assert line["parameters"] > line["parameters_before"]
 
 

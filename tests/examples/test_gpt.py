@@ -124,15 +124,15 @@ def test_batches_are_shifted_by_one_and_the_splits_are_apart(tmp_path: Path) -> 
 
 def test_the_schedule_file_is_the_one_the_issue_asks_for() -> None:
     schedule = Schedule.parse(train.SCHEDULE)
-    widened = [op.axis for growth in schedule.growths for op in growth.operations if op.op == "widen"]
+    widened = [op.axis for event in schedule.events for op in event.operations if op.op == "widen"]
     assert widened == ["transformer.h.*.mlp/hidden", "transformer.h.*.attn/heads", "./residual"]
     assert all(
         op.noise is not None and op.noise.kind == "antisymmetric" and op.noise.scale > 0
-        for growth in schedule.growths
-        for op in growth.operations
+        for event in schedule.events
+        for op in event.operations
         if op.op == "widen"
     )
-    assert [(op.op, op.factor) for op in schedule.growths[-1].operations] == [("deepen", 2)]
+    assert [(op.op, op.factor) for op in schedule.events[-1].operations] == [("deepen", 2)]
 
 
 def test_difference_and_strict_load() -> None:
@@ -154,7 +154,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path) -> None:
     for arguments, message in (
         (("--text", tmp_path / "none.txt"), "none.txt"),
         (("--schedule", tmp_path / "none.yaml"), "schedule file"),
-        (("--schedule", tmp_path / "late.yaml"), "growths.0 (step 900): no axis matches '*/hiden'"),
+        (("--schedule", tmp_path / "late.yaml"), "events.0 (step 900): no axis matches '*/hiden'"),
     ):
         result = demo("--out", tmp_path / "out", *arguments)
         assert result.exit_code == 1

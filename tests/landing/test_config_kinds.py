@@ -86,8 +86,10 @@ def test_a_config_that_cannot_be_set_is_told_of(config: Any) -> None:
     torch.manual_seed(0)
     model, x = trained(Builds(config).to(D)), torch.randn(4, 5, dtype=D)
     expected = model(x)
-    with pytest.warns(UserWarning, match="its config cannot say so"):
-        _grown(model, x).apply_(model)
+    growth = _grown(model, x)
+    with pytest.warns(UserWarning, match="its config cannot say so") as said:
+        growth.apply_(model)
+    assert said[0].filename == __file__
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxgrow import scheduler
+from fxgrow.scheduler import scheduler
 from tests.training.toy import Net
 
 
@@ -30,6 +30,10 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
             matrices = [[p for p in new.parameters() if p.dim() == 2], [p for p in new.parameters() if p.dim() < 2]]
             return torch.optim.AdamW([{**g, "params": p} for g, p in zip(groups, matrices, strict=True)])
 
-        return SimpleNamespace(module=new, carry=carry, receipt=SimpleNamespace(error_float64=0.0))
+        return SimpleNamespace(
+            module=new,
+            carry=carry,
+            receipt=SimpleNamespace(exactness="exact", error_float64=0.0, error_native=None),
+        )
 
     monkeypatch.setattr(scheduler, "grow", grow)

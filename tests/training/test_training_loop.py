@@ -91,17 +91,22 @@ def test_a_growth_is_logged_and_the_loop_goes_on_with_it(tmp_path: Path) -> None
     seen = []
     task = make(schedule=GROWTHS)
     original = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
-    final = run(task, tmp_path, on_growth=lambda run, event: seen.append((run.step, event.name)))
+    final = run(task, tmp_path, on_growth=lambda run, done: seen.append((run.step, done.name)))
     lines = read_log(tmp_path / "log.jsonl")
     growths = [line for line in lines if line["event"] == "growth"]
-    assert seen[0] == (5, "growth 1")
+    assert seen[0] == (5, "event 1")
     assert growths[0]["parameters_before"] == 3 * 4 + 4 + 4 + 1
     assert growths[0]["parameters"] == 3 * 8 + 8 + 8 + 1
     assert growths[0]["moved"] < 1e-6
     assert growths[0]["moved"] == abs(growths[0]["val_loss_after"] - growths[0]["val_loss_before"])
-    assert growths[0]["error_float64"] == 0.0, "what the growth reports is logged"
+    assert growths[0]["receipt"]["error_float64"] == 0.0, "what the growth reports is logged"
     assert growths[0]["accumulation"] == 2
-    assert growths[0]["growth"]["operations"] == [WIDEN]
+    actions = [(line["op"], line["step"], line["what"]) for line in lines if line["event"] == "action"]
+    assert actions == [
+        ("learning_rate", 5, {"op": "learning_rate", "rewarm": 4, "from": 0.1}),
+        ("accumulation", 5, {"op": "accumulation", "factor": 2.0}),
+    ]
+    assert growths[0]["what"]["operations"] == [WIDEN]
     steps = {line["step"]: line for line in lines if line["event"] == "step"}
     assert steps[5]["tokens"] == 5 * 24
     assert steps[6]["tokens"] == 7 * 24

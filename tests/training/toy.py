@@ -38,7 +38,9 @@ def batches(split: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def make(hidden: int = 4, dropout: float = 0.0, schedule: Any = None, **hyper: Any) -> Task:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"steps": 12, "warmup": 3, "eval_every": 4, "log_every": 1, "learning_rate": 0.02}
-    return Task(Net(hidden, dropout).double(), batches, Hyper(**settings | hyper), schedule, epoch_tokens=96)
+    return Task(
+        Net(hidden, dropout).double(), batches, Hyper(**settings | hyper), schedule, epoch_tokens=96, in_place=False
+    )
 
 
 def quiet() -> Console:
@@ -82,9 +84,11 @@ def losses(out: Path) -> list[tuple[Any, ...]]:
 GROWTHS: list[dict[str, Any]] = [
     {
         "trigger": {"step": 5},
-        "operations": [WIDEN],
-        "learning_rate": {"policy": "rewarm", "steps": 4, "from": 0.1},
-        "accumulation": 2,
+        "operations": [
+            {"op": "learning_rate", "rewarm": 4, "from": 0.1},
+            {"op": "accumulation", "factor": 2},
+            WIDEN,
+        ],
     },
     {"trigger": {"plateau": {"patience": 1}}, "operations": [WIDEN], "optimizer": "copy"},
 ]

@@ -1,0 +1,8 @@
+"""Carrying a schedule out inside anybody's training loop: :class:`GrowthScheduler`."""
+
+from __future__ import annotations
+
+from fxgrow.scheduler.scheduler import ActionResult, GrowthScheduler
+from fxgrow.scheduler.standing import Done, Sizes
+
+__all__ = ["ActionResult", "Done", "GrowthScheduler", "Sizes"]

@@ -1,0 +1,438 @@
+"""The scheduler: carries a schedule out inside anybody's training loop."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxgrow.errors import FxgrowError, SpecError, reworded
+from fxgrow.growth import Growth, grow, plan_growth
+from fxgrow.ir.modules import uncompiled
+from fxgrow.optim.newborn import Frozen
+from fxgrow.program import capture
+from fxgrow.schedule import (
+    Action,
+    Dropout,
+    Event,
+    Freeze,
+    Grow,
+    LearningRate,
+    Schedule,
+    Unfreeze,
+    WeightDecay,
+)
+from fxgrow.scheduler.acting import Change, freeze, matching_parameters, set_dropout, set_weight_decay, unfreeze
+from fxgrow.scheduler.progress import Progress, Watch
+from fxgrow.scheduler.standing import Done, Sizes, learning_rate, rate_of, sizes_after
+from fxgrow.scheduler.state import read, written
+from fxgrow.spec import GrowthSpec
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+
+
+@dataclass(frozen=True)
+class ActionResult:
+    """An action of a schedule that has just been done, or was left out (``on_error: skip``).
+
+    Attributes:
+        event: which event of the schedule, from 0.
+        name: the event's.
+        trigger: the event's, in words.
+        action: what was done; ``op`` names it, ``grow`` for growths.
+        module, optimizer: those that were passed, grown; other objects only where the scheduler grows no model in
+            place. The optimizer is None, one, or a list, as it was passed.
+        growth: with its plan and receipt, where it was one.
+        step: after so many steps.
+        before, after: what has changed, by name; of a growth the number of parameters.
+        seconds: how long it took.
+        error: why it was left out; "" where it was done.
+    """
+
+    event: int
+    name: str
+    trigger: str
+    action: Grow | Action
+    module: torch.nn.Module
+    optimizer: Any
+    growth: Growth | None
+    step: int
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def op(self) -> str:
+        """The name of what was done; ``grow`` for growth operations."""
+        return self.action.op
+
+    def to_dict(self) -> dict[str, Any]:
+        """One line of a log, as plain data; ``took`` is in seconds."""
+        line: dict[str, Any] = {
+            "op": self.op,
+            "index": self.event,
+            "name": self.name,
+            "trigger": self.trigger,
+            "step": self.step,
+            "what": _plain(self.action),
+            "before": self.before,
+            "after": self.after,
+            "took": round(self.seconds, 3),
+        }
+        if self.growth is not None:
+            receipt = self.growth.receipt
+            line["receipt"] = {
+                "exactness": receipt.exactness,
+                "error_float64": receipt.error_float64,
+                "error_native": receipt.error_native,
+            }
+        return {**line, "error": self.error} if self.error else line
+
+
+def _plain(action: Grow | Action) -> dict[str, Any]:
+    if isinstance(action, Grow):
+        return {"operations": action.spec.to_dict()["operations"], "optimizer": action.optimizer.model_dump()}
+    return {"op": action.op, **action.model_dump(exclude_defaults=True, by_alias=True)}
+
+
+class GrowthScheduler:
+    """Carries out a schedule inside a training loop.
+
+    ::
+
+        scheduler = GrowthScheduler("schedule.yaml", args=(idx[:2], targets[:2]), accumulation=4)
+        for step in range(steps):
+            while done := scheduler.step(model, optimizer, step=step, metrics={"val_loss": val_loss}):
+                print(done.name, done.op, done.after)
+            lr = scheduler.learning_rate(base_lr, step)
+            for micro_step in range(scheduler.accumulation):
+                ...
+
+    Args:
+        schedule: anything :meth:`Schedule.parse` takes.
+        args, kwargs: example inputs for :func:`fxgrow.grow`, or a callable that returns ``(args, kwargs)`` anew
+            at each growth. Use a batch of at least 2, on the model's device.
+        calls: further ways of calling the model, by name, as :func:`fxgrow.grow` takes them, or a callable that returns
+            them; a model that is sampled from, say, is also called without targets.
+        in_place: grow the model and the optimizer that are passed (``growth.apply_``, ``growth.carry_``); False for
+            classes that cannot compute what they grow to: each result holds a module and an optimizer in their place.
+        accumulation, batch_size, sequence_length: what the loop starts with; see the properties of these names.
+        before: called with an action that is about to be done; what it raises ends the step, with nothing done.
+        verify, consume: passed to :func:`fxgrow.grow`; what grows in place is never consumed.
+
+    Raises:
+        SpecError: the schedule is wrong, or multiplies a size that is not given here.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | Mapping[str, Any] | list[Any] | str | Path | None,
+        args: tuple[Any, ...] | Callable[[], tuple[tuple[Any, ...], dict[str, Any]]] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        calls: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+        in_place: bool = True,
+        accumulation: int = 1,
+        batch_size: int | None = None,
+        sequence_length: int | None = None,
+        before: Callable[[Grow | Action], None] | None = None,
+        verify: Any = "auto",
+        consume: bool = False,
+    ) -> None:
+        self.schedule = Schedule.parse(schedule)
+        self._args, self._kwargs, self._calls = args, kwargs, calls
+        self._verify, self._consume, self._in_place = verify, consume and not in_place, in_place
+        self._before = before
+        self._first = Sizes(accumulation, batch_size, sequence_length)
+        self._done: list[Done] = []
+        self._watch = Watch()
+        self._growth: Growth | None = None
+        self._frozen: Frozen | None = None
+        self._started, self._seconds = time.monotonic(), 0.0
+        sizes = self._first
+        for number, event in enumerate(self.schedule.events):
+            for action in event.actions:
+                old, sizes = sizes, sizes.after(action, f"events.{number}")
+                rate_of(action, old, sizes)
+
+    # what is to come, and what has been
+
+    @property
+    def done(self) -> list[Done]:
+        """The actions that have been done, in order, those too that were left out by an error."""
+        return list(self._done)
+
+    @property
+    def next(self) -> Event | None:
+        """The event that is waited for, or that is not done as a whole; None when all have happened."""
+        number, _ = self._next()
+        return self.schedule.events[number] if number < len(self.schedule.events) else None
+
+    def _next(self) -> tuple[int, int]:
+        """Event and action that come next."""
+        if not self._done:
+            return 0, 0
+        last = self._done[-1]
+        if last.number + 1 < len(self.schedule.events[last.event].actions):
+            return last.event, last.number + 1
+        return last.event + 1, 0
+
+    # the loop's settings
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step, from here on."""
+        return self._sizes.accumulation
+
+    @property
+    def batch_size(self) -> int | None:
+        """Examples per micro-batch, from here on; None where neither the loop nor the schedule says."""
+        return self._sizes.batch_size
+
+    @property
+    def sequence_length(self) -> int | None:
+        """The length of the sequences that the loop draws, from here on; None as for :attr:`batch_size`."""
+        return self._sizes.sequence_length
+
+    @property
+    def _sizes(self) -> Sizes:
+        return sizes_after(self._first, self._done)
+
+    def learning_rate(self, base: Callable[[int], float], step: int) -> float:
+        """The learning rate of a step: the loop's own schedule, and what events have changed.
+
+        Args:
+            base: the loop's own, of a step counted from 0.
+            step: completed so far.
+        """
+        return learning_rate(self._done, self._first, base, step)
+
+    def lr_factor(self, step: int) -> float:
+        """Factor on the loop's own learning rate at ``step``.
+
+        Raises:
+            SpecError: the schedule sets the rate or its position, which no factor can say; see :meth:`learning_rate`.
+        """
+        for number, event in enumerate(self.schedule.events):
+            for action in event.actions:
+                if isinstance(action, LearningRate) and (action.set is not None or action.position is not None):
+                    raise SpecError(
+                        f"events.{number} sets the learning rate or its position, which is no factor on the loop's "
+                        "own: use scheduler.learning_rate(base, step)"
+                    )
+        return self.learning_rate(lambda _: 1.0, step)
+
+    # doing it
+
+    def step(
+        self,
+        model: torch.nn.Module,
+        optimizer: Optimizers = None,
+        *,
+        step: int,
+        tokens: int | None = None,
+        epoch: float | None = None,
+        seconds: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> ActionResult | None:
+        """Do the next action if its event is due: call it before each training step with the counts completed so far.
+
+        Pass ``metrics`` at the steps where they were measured, and only then; over several ranks their mean decides.
+        One call does one action at most: call again until it returns None (metrics count once per step). ``seconds``
+        are those of training; the scheduler's own clock if left out.
+
+        Returns:
+            What was done, or None when nothing was.
+
+        Raises:
+            SpecError: the trigger needs a count or a metric that was not passed.
+            FxgrowError: the action was refused or failed; model, optimizers and this scheduler are unchanged.
+        """
+        number, which = self._next()
+        if number >= len(self.schedule.events):
+            return None
+        event, watch = self.schedule.events[number], replace(self._watch, latest=dict(self._watch.latest))
+        now = seconds if seconds is not None else self._clock()
+        progress = Progress(step, tokens, epoch, now, metrics or {})
+        if which == 0 and not self._watch.due(event.trigger, progress, f"events.{number}"):
+            return None
+        action, began, error = event.actions[which], time.perf_counter(), ""
+        result = ActionResult(
+            number, event.name or f"event {number + 1}", str(event.trigger), action, model, optimizer, None, step
+        )
+        try:
+            if self._before is not None:
+                self._before(action)
+            result = self._act(result)
+        except BaseException as raised:
+            if event.on_error == "stop" or not isinstance(raised, FxgrowError):
+                self._watch = watch
+                raise
+            error = str(raised)
+        self._done.append(Done(number, which, action, step, error))
+        if which + 1 == len(event.actions):
+            self._watch = Watch(reported=step)
+        return replace(result, seconds=time.perf_counter() - began, error=error)
+
+    def _act(self, result: ActionResult) -> ActionResult:
+        action, sizes = result.action, self._sizes
+        if isinstance(action, Grow):
+            return self._grow(result, verify=self._verify, consume=self._consume)
+        before, after = self._change(action, uncompiled(result.module), result.optimizer)
+        changed = sizes.after(action, f"events.{result.event}")
+        if changed != sizes:
+            before = {action.op: getattr(sizes, action.op), **before}
+            after = {action.op: getattr(changed, action.op), **after}
+            if (factor := rate_of(action, sizes, changed)) != 1:
+                after["learning_rate_factor"] = factor
+        return replace(result, before=before, after=after)
+
+    def _change(self, action: Action, model: torch.nn.Module, optimizer: Optimizers) -> Change:
+        """What an action changes in the model and its optimizers; nothing for one that only the loop follows."""
+        if isinstance(action, WeightDecay):
+            return set_weight_decay(_several(optimizer), action)
+        if isinstance(action, Dropout):
+            return set_dropout(model, action)
+        if isinstance(action, Freeze) and action.what == "old":
+            if self._growth is None:
+                raise SpecError("freeze: old: nothing has grown yet, so that nothing is old")
+            self._frozen = self._growth.freeze_old(model)
+            return {}, {"learning": self._growth.new_parameters.numel()}
+        if isinstance(action, Unfreeze) and action.what == "old":
+            if self._frozen is None:
+                raise SpecError("unfreeze: old: no `freeze: old` of this schedule holds anything")
+            self._frozen.unfreeze()
+            self._frozen = None
+            return {}, {}
+        if isinstance(action, Freeze):
+            return freeze(matching_parameters(model, action.what, frozen=False))
+        if isinstance(action, Unfreeze):
+            return unfreeze(matching_parameters(model, action.what, frozen=True))
+        return {}, {}
+
+    def _grow(self, result: ActionResult, **how: Any) -> ActionResult:
+        """Grow the model and its optimizers, in place or not; if anything is refused, they are as they were."""
+        action, model = result.action, uncompiled(result.module)
+        assert isinstance(action, Grow)
+        args, kwargs = self._inputs()
+        policy, optimizers = action.optimizer, _several(result.optimizer)
+        carried: dict[str, Any] = {"optimizer": optimizers or None, "policy": policy.policy, "ramp": policy.ramp}
+        before = sum(p.numel() for p in model.parameters())
+        grown = grow(model, action.spec, args, kwargs, **self._ways(), **carried, **how)
+        options = {"warmup": policy.warmup, "peak": policy.peak, "ramp": policy.ramp}
+        given = {name: value for name, value in options.items() if value is not None}
+        module, optimizer = result.module, result.optimizer
+        if self._in_place:
+            with grown.applied(model):
+                if optimizers:
+                    grown.carry_(optimizers, policy.policy, **given)
+        else:
+            made = [grown.carry(o, policy.policy, **given) for o in optimizers]
+            module = grown.module
+            optimizer = made if isinstance(optimizer, Sequence) else made[0] if made else None
+        self._growth = grown
+        after = sum(p.numel() for p in grown.module.parameters())
+        return replace(
+            result,
+            module=module,
+            optimizer=optimizer,
+            growth=grown,
+            before={"parameters": before},
+            after={"parameters": after},
+        )
+
+    def check(self, model: torch.nn.Module) -> list[int]:
+        """Plan every growth that is still to come, without making any: a mistake shows before hours of training do.
+
+        Growths that would be left out (``on_error: skip``) are.
+
+        Returns:
+            The numbers of parameters: now, and after each growth.
+
+        Raises:
+            CaptureError, SpecError, GrowthRefused: of the first growth that would fail, with its place.
+        """
+        program = capture(uncompiled(model), *self._inputs(), **self._ways())
+        sizes = [sum(p.numel() for p in program.parameters.values())]
+        operations: list[Any] = []
+        number, which = self._next()
+        for at, event in enumerate(self.schedule.events[number:], number):
+            for action in event.actions[which if at == number else 0 :]:
+                if not isinstance(action, Grow):
+                    continue
+                first = len(operations)
+                operations += action.spec.operations
+                try:  # all growths so far as one: a plan has no tensors that the next could start from
+                    plan, _ = plan_growth(program, GrowthSpec(operations=operations))
+                except FxgrowError as error:
+                    if event.on_error == "skip":
+                        del operations[first:]
+                        continue
+                    found = re.fullmatch(r"operations\.(\d+) (\(.*)", str(error), re.DOTALL)
+                    where = f"operations.{int(found[1]) - first} {found[2]}" if found else str(error)
+                    raise reworded(error, f"events.{at} ({event.name or event.trigger}): {where}") from error
+                sizes.append(plan.parameters_after)
+        return sizes
+
+    # stopping, and going on
+
+    def replay(self, model: torch.nn.Module, optimizer: Optimizers = None) -> tuple[torch.nn.Module, Any]:
+        """Rebuild what the actions so far make of the original model, so that a checkpoint's tensors can be loaded.
+
+        Args:
+            model: the model as it was before the first action; its values do not matter.
+            optimizer: a fresh optimizer over it, several, or None.
+
+        Returns:
+            The grown module and the optimizer over it, with values and state to be overwritten by the checkpoint.
+        """
+        for each in self._done:
+            if each.error:
+                continue
+            if isinstance(each.action, Grow):
+                start = ActionResult(each.event, "", "", each.action, model, optimizer, None, each.step)
+                made = self._grow(start, verify=False, consume=False)
+                model, optimizer = made.module, made.optimizer
+            else:
+                self._change(each.action, uncompiled(model), optimizer)
+        return model, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been done, with its events, and the metrics' counters; plain JSON-able data."""
+        timed = any(event.trigger.seconds is not None for event in self.schedule.events)
+        return written(self.schedule.events, self._done, self._watch, self._clock() if timed else 0.0)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`. What is still to come follows this scheduler's own schedule.
+
+        Raises:
+            SpecError: what has already been done is not in this schedule; nothing is changed.
+        """
+        self._done, self._watch, self._seconds = read(state, self.schedule.events)
+        self._started = time.monotonic()
+
+    def _clock(self) -> float:
+        return self._seconds + time.monotonic() - self._started
+
+    def _ways(self) -> dict[str, Any]:
+        if self._calls is None:
+            return {}
+        return {"calls": self._calls() if callable(self._calls) else self._calls}
+
+    def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
+        return self._args() if callable(self._args) else (self._args, self._kwargs)
+
+
+def _several(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+
+
+__all__ = ["ActionResult", "GrowthScheduler"]
