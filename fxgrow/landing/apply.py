@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,7 +24,8 @@ from fxgrow.ir.running import plain_tensors
 from fxgrow.ir.traced import Traced
 from fxgrow.landing.blocks import Numbered, Restacked, restack
 from fxgrow.landing.compare import Difference, described, differences
-from fxgrow.landing.config import Builder, builders_of
+from fxgrow.landing.config import Arguments, Builder, builders_of
+from fxgrow.landing.following import Following
 from fxgrow.landing.literals import (
     Candidate,
     Literal,
@@ -41,6 +42,7 @@ from fxgrow.landing.retrace import retrace
 from fxgrow.landing.settings import Goal, Settings, adopt, relative, solve
 from fxgrow.landing.sizes import KeptSizes
 from fxgrow.landing.ties import tied_with
+from fxgrow.landing.told import settings_held, told, unread
 from fxgrow.plan import GrowthPlan
 
 #: second traces of one model; every one but the last has found a number that differs
@@ -152,9 +154,9 @@ class _Applying:
         first = [(b, settings) for b, each in found if (settings := next(each, None)) is not None]
         yield first
         for builder, each in found:
-            for settings in itertools.islice(each, _MOST_OTHERS):
+            for settings in itertools.islice(each, 0 if builder.kept else _MOST_OTHERS):
                 yield [(b, settings if b is builder else s) for b, s in first]
-        if any(s.in_part for _, s in first):
+        if any(s.in_part or isinstance(b.config, Arguments) for b, s in first):
             yield []  # the settings that fit without the others may have done harm
 
     def goal(self) -> Goal:
@@ -162,7 +164,8 @@ class _Applying:
         paths = {id(m): p for p, m in self.living.model.named_modules()}
         sure = [c for c in self.chosen.values() if id(c.holder) in paths and c.index is None and not c.rivals]
         wanted = {(paths[id(c.holder)], c.name): c.value for c in sure}
-        shapes = {n: tuple(t.shape) for n, t in self.tensors.items()}
+        left = set(unread(self.grown))  # they stay small, whatever the class would make of them
+        shapes = {n: tuple(t.shape) for n, t in self.tensors.items() if n not in left}
         shapes |= {a: shapes[n] for a, n in self.grown.aliases.items() if n in shapes}
         mark = self.living.mark
         stacks = restack(self.living, self.plan)
@@ -174,6 +177,7 @@ class _Applying:
         living = self.living
         kept = KeptSizes(living.model)
         constants = {n: (living.module(path), leaf) for n, (path, leaf) in self.held.items() if n in self.tensors}
+        following, held = Following(living.model), settings_held(living.model)
         follows = {id(h) for b, _ in settled for m in b.module.modules() for h in (m, *configs_of(m))}
         self.put([c for c in self.chosen.values() if id(c.holder) not in follows])
         stacks = restack(living, self.plan)
@@ -185,7 +189,10 @@ class _Applying:
         for builder, settings in settled:
             adopt(living, builder, settings, origin)
         self.prove()
-        self.warn(builders)
+        mark = living.mark
+        if following.settle(living, origin) and not self.lands():
+            living.undo(mark)
+        self.warn(builders, held, {len(s.origins) - len(s.copied) for s in stacks})
 
     # numbers
 
@@ -217,7 +224,8 @@ class _Applying:
         for candidate in chosen:
             self.tried.add((*candidate.key, candidate.value))
             old = attributes_of(candidate.holder).get(candidate.name)
-            candidate.put(self.living)
+            if not candidate.put(self.living):
+                continue
             settings = [Setting(candidate.holder, candidate.name, old)]
             if candidate.index is None and isinstance(old, int | float):
                 others = mirrored(self.living, candidate.holder, candidate.name, old, candidate.value)
@@ -358,24 +366,11 @@ class _Applying:
             warnings.simplefilter("ignore")
             return retrace(self.living.model, self.before)
 
-    def warn(self, builders: Iterable[Builder]) -> None:
-        """Say what a checkpoint of the model would not bring back: its config may now make another model than this."""
-        name = type(self.living.model).__name__
-        for kind, said in {type(b.module).__name__: s for b in builders if (s := b.differs())}.items():
-            warnings.warn(
-                f"{kind} is grown, and its config cannot say so: made anew from it, {said}. Keep the model itself, or "
-                "grow what the config ties (docs/landing.md)",
-                stacklevel=6,
-            )
-        for told in self.told:
-            warnings.warn(told, stacklevel=6)
-        unsaved = [c.node for c in self.plan.constants if c.op == "buffer"]
-        if unsaved:
-            warnings.warn(
-                f"{name} holds buffers that its state dict does not, and that have grown ({', '.join(unsaved[:3])}): "
-                "save them with the weights, else a model that loads these computes something else",
-                stacklevel=6,
-            )
+    def warn(self, builders: Iterable[Builder], held: Mapping[int, Any], blocks: Collection[int]) -> None:
+        """Say what a checkpoint of the model would not bring back, and what may be stale in it."""
+        found = told(self.living.model, self.plan, self.before, self.grown, builders, held, blocks)
+        for said in (*found, *self.told):
+            warnings.warn(said, stacklevel=6)
 
     # words
 

@@ -1,7 +1,8 @@
 """Modules that their classes build from a config: what a class makes of other settings, on the meta device.
 
 Nothing is known of any class beforehand. Such a module is found by building it: the class, given a config that the
-module holds and nothing else, makes tensors of the module's shapes.
+module holds and nothing else, or the config's entries by name, or arguments that the module keeps by their names, makes
+tensors of the module's shapes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import inspect
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch import nn
 
 from fxgrow.ir.modules import named_tensors
 from fxgrow.landing.beside import Unwritten, apart, tensors_beside
+from fxgrow.landing.bundles import Key, put, settings_of
+from fxgrow.landing.following import follow, followers
 from fxgrow.landing.living import attributes_of, configs_of, is_config, is_sealed
 
 Attributes = dict[tuple[str, str], Any]  # module path and name
-Key = tuple[str, ...]  # names of nested bundles, and of the setting
 
 #: instances that are built for one growth: most need under 40, a dozen settings in pairs some 200
 _MOST_BUILT = 400
@@ -47,6 +49,8 @@ class Builder:
         path, module: the module, and where in the model it is; "" is the model.
         config: the module's own.
         shared: whether modules beside it hold the config as well, so that it cannot be set for this one alone.
+        by_name: whether the class takes the entries of the config, not the config.
+        following: what the config's class computes of the other settings.
         base: what the class makes of it.
         added, changed: names of tensors, and attributes, by which the module was another than that.
         asked: settings that its modules' classes may ask for, with a default.
@@ -59,6 +63,8 @@ class Builder:
     module: nn.Module
     config: Any
     shared: bool
+    by_name: bool = False
+    following: list[str] = field(default_factory=list)
     base: Instance = field(init=False)
     added: set[str] = field(default_factory=set)
     asked: set[str] = field(default_factory=set)
@@ -66,6 +72,11 @@ class Builder:
     apart: set[str] = field(default_factory=set)
     fixed: dict[Key, Any] = field(default_factory=dict)
     known: dict[str, Instance | None] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is a module within the model, built from arguments that it keeps: what holds it says them too."""
+        return isinstance(self.config, Arguments) and bool(self.path)
 
     @property
     def sealed(self) -> bool:
@@ -88,10 +99,12 @@ class Builder:
         try:
             with warnings.catch_warnings(), quiet[0], quiet[1], torch.random.fork_rng(devices=[]), torch.device(device):
                 warnings.simplefilter("ignore")
-                for key, value in values.items():
-                    attributes_of(inner(config, key))[key[-1]] = value  # a class with slots has no further ones
+                put(config, values)
+                others = [n for n in self.following if values and (n,) not in values]
+                if others:
+                    follow(config, others)
                 with empty:
-                    return type(self.module)(config)
+                    return type(self.module)(**config) if self.by_name else type(self.module)(config)
         except Exception:
             return None
 
@@ -162,7 +175,8 @@ def _outermost(
     builder = _builder_of(module, path)
     if builder is not None:
         own = {*around, *(id(m) for m in module.modules())}
-        builder.shared = not holders.get(id(builder.config), set()) <= own
+        held = [builder.config, *configs_of(builder.config)]
+        builder.shared = not all(holders.get(id(c), set()) <= own for c in held)
         yield builder
         return
     for name, child in module.named_children():
@@ -170,14 +184,10 @@ def _outermost(
 
 
 def _builder_of(module: nn.Module, path: str) -> Builder | None:
-    configs = [v for v in vars(module).values() if is_config(v) or is_sealed(v)]
-    try:
-        inspect.signature(type(module)).bind(object())
-    except (TypeError, ValueError):
-        return None
     own = instance_of(module)
-    for config in configs:
-        builder = Builder(path, module, config, shared=False)
+    for config, by_name in _configs(module):
+        builder = Builder(path, module, config, shared=False, by_name=by_name)
+        builder.following = [] if is_sealed(config) else followers(config)
         made = builder.build({})
         if made is None or not made.shapes:
             continue
@@ -190,6 +200,81 @@ def _builder_of(module: nn.Module, path: str) -> Builder | None:
     return None
 
 
+def _configs(module: nn.Module) -> Iterator[tuple[Any, bool]]:
+    """What a module's class may have been given: by itself, or by the names of what is in it."""
+    try:
+        signature = inspect.signature(type(module))
+    except (TypeError, ValueError):
+        return
+    configs = [v for v in vars(module).values() if is_config(v) or is_sealed(v)]
+    if _takes(signature, object()):
+        yield from ((c, False) for c in configs)
+    for config in configs:
+        named = isinstance(config, MutableMapping) and all(isinstance(n, str) for n in config)
+        if named and _takes(signature, **config):
+            yield config, True
+    kept = arguments_kept(module, signature)
+    if kept is not None:
+        yield kept, True
+
+
+def _takes(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+class Arguments(MutableMapping[str, Any]):
+    """Arguments of a module's class that the module keeps, as attributes of the same names.
+
+    Attributes:
+        complete: whether no others may be sizes.
+    """
+
+    def __init__(self, module: nn.Module, names: list[str], complete: bool) -> None:
+        self._held, self._names, self.complete = vars(module), names, complete
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._held[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self._names:
+            raise KeyError(name)
+        self._held[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"{name} is an argument")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return {n: copy.deepcopy(self._held[n], memo) for n in self._names}
+
+
+def arguments_kept(module: nn.Module, signature: inspect.Signature) -> Arguments | None:
+    """The arguments of a class of the user's that the module keeps; None where it keeps no size, or lacks one."""
+    if type(module).__module__.partition(".")[0] == "torch":
+        return None
+    named = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    others = [p for p in signature.parameters.values() if p not in named and p.kind is not p.VAR_KEYWORD]
+    kept = [p.name for p in named if p.name in vars(module)]
+    lacking = [p.default for p in named if p.name not in kept]
+    if others or not kept or any(d is inspect.Parameter.empty for d in lacking):
+        return None
+    if any(isinstance(vars(module)[n], torch.Tensor) for n in kept):
+        return None
+    out = Arguments(module, kept, not any(type(d) in (int, list, tuple) for d in lacking))
+    return out if next(settings_of(out), None) is not None else None
+
+
 def _asked_by(kind: type[nn.Module]) -> set[str]:
     """Names that a class may ask a config for, with a default: ``getattr(config, "head_dim", None)``."""
     makers = [getattr(vars(cls).get("__init__"), "__code__", None) for cls in kind.__mro__ if cls is not nn.Module]
@@ -197,22 +282,4 @@ def _asked_by(kind: type[nn.Module]) -> set[str]:
     return {s for s in found if isinstance(s, str) and s.isidentifier() and not s.startswith("_")}
 
 
-def inner(config: Any, key: Key) -> Any:
-    """The bundle of settings in which the last name of a key stands."""
-    for name in key[:-1]:
-        config = attributes_of(config)[name]
-    return config
-
-
-def settings_of(config: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """Positive whole numbers of a config and of the bundles in it."""
-    for name, value in list(attributes_of(config).items()):
-        if not isinstance(name, str) or name.startswith("_"):
-            continue
-        if type(value) is int and value > 0:
-            yield (*prefix, name), value
-        elif not prefix and is_config(value):
-            yield from settings_of(value, (name,))
-
-
-__all__ = ["Attributes", "Builder", "Instance", "Key", "builders_of", "inner", "is_plain", "settings_of"]
+__all__ = ["Arguments", "Attributes", "Builder", "Instance", "builders_of", "is_plain"]

@@ -72,14 +72,13 @@ class Candidate:
         """Whether it is the module's own, holds the number itself, and is read in the line."""
         return self.rank[:3] == (0, 0, 0)
 
-    def put(self, living: Living) -> None:
-        """Set the attribute."""
+    def put(self, living: Living) -> bool:
+        """Set the attribute, if it can be."""
         if self.index is None:
-            living.attribute(self.holder, self.name, self.value)
-            return
+            return living.attribute(self.holder, self.name, self.value)
         whole = attributes_of(self.holder)[self.name]
         entries = [self.value if i == self.index else v for i, v in enumerate(whole)]
-        living.attribute(self.holder, self.name, type(whole)(entries))
+        return living.attribute(self.holder, self.name, type(whole)(entries))
 
 
 def changed_literals(before: Traced, grown: Traced) -> list[Literal]:
@@ -244,6 +243,7 @@ def names_in_code(kind: type) -> frozenset[str]:
             if name == "__init__":
                 continue
             function: Any = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            function = member.func if isinstance(member, functools.cached_property) else function
             code = getattr(inspect.unwrap(function), "__code__", None)
             if code is not None:
                 found |= _names_of(code)
@@ -268,8 +268,8 @@ def mirrored(living: Living, holder: Any, name: str, old: Number, new: Number) -
     for module in living.model.modules():
         for config in configs_of(module):
             here = attributes_of(config).get(name)
-            if config is not holder and type(here) is type(old) and here == old:
-                living.attribute(config, name, new)
+            alike = config is not holder and type(here) is type(old) and here == old
+            if alike and living.attribute(config, name, new):
                 found.append(config)
     return found
 

@@ -34,10 +34,18 @@ class Living:
         """The module at a path; "" is the model."""
         return self.model.get_submodule(path)
 
-    def attribute(self, holder: Any, name: str, value: Any) -> None:
-        """Set a plain attribute of a module or a config, or an entry of a mapping."""
+    def attribute(self, holder: Any, name: str, value: Any) -> bool:
+        """Set a plain attribute of a module or a config, or an entry of a mapping.
+
+        Returns:
+            Whether it is set: a mapping of the user's may be closed, or check what it is given.
+        """
         table = attributes_of(holder)
         before = table.get(name, _MISSING)
+        try:
+            table[name] = value
+        except Exception:  # the user's code: nobody knows what it raises
+            return False
 
         def back() -> None:
             if before is _MISSING:
@@ -46,7 +54,7 @@ class Living:
                 table[name] = before
 
         self._undo.append(back)
-        table[name] = value
+        return True
 
     def children(self, path: str, children: Mapping[str, nn.Module | None]) -> None:
         """Give a container other children."""

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fxgrow.landing.blocks import Restacked
-from fxgrow.landing.config import Attributes, Builder, Instance, Key, inner, is_plain
+from fxgrow.landing.bundles import Key, inner, name_of, whole
+from fxgrow.landing.config import Attributes, Builder, Instance, is_plain
 from fxgrow.landing.living import Living, attributes_of, configs_of, is_config
 
 #: choices of settings
@@ -170,7 +171,7 @@ def _pinned(builder: Builder, steady: Attributes) -> Builder | None:
     out = copy.copy(builder)
     out.fixed, out.known = values, {}
     out.base, out.config = made, copy.deepcopy(builder.config)
-    attributes_of(out.config).update({n: v for (n,), v in values.items()})
+    attributes_of(out.config).update({name_of(k): v for k, v in values.items()})
     return out
 
 
@@ -385,18 +386,20 @@ def adopt(living: Living, builder: Builder, settings: Settings, origin: Mapping[
     Args:
         origin: of module paths that are new, the paths that they had or were copied from.
     """
-    old = {k: attributes_of(inner(builder.config, k)).get(k[-1], _ABSENT) for k in settings.values}
+    old = {k: attributes_of(inner(builder.config, k)).get(name_of(k), _ABSENT) for k in settings.values}
+    ordered = sorted(settings.values.items(), key=lambda each: isinstance(each[0][-1], int))
     seen: set[int] = set()
     for module in list(builder.module.modules()):
         for config in [builder.config, *configs_of(module)]:
             if id(config) in seen:
                 continue
             seen.add(id(config))
-            for key, value in settings.values.items():
-                mine = inner(builder.config, key)
-                alike = type(config) is type(mine) and attributes_of(config).get(key[-1], _ABSENT) == old[key]
+            had = {k: attributes_of(config).get(name_of(k), _ABSENT) for k, _ in ordered}
+            for key, value in ordered:
+                mine, name = inner(builder.config, key), name_of(key)
+                alike = type(config) is type(mine) and had[key] == old[key]
                 if config is mine or alike:
-                    living.attribute(config, key[-1], value)
+                    living.attribute(config, name, whole(attributes_of(config).get(name), key, value))
     within = {relative(n, builder.path): relative(o, builder.path) for n, o in origin.items()}
     for path, module in builder.module.named_modules(remove_duplicate=False):
         for name, value in list(vars(module).items()):

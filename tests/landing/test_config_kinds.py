@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import types
+import warnings
 from collections import namedtuple
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -101,3 +103,120 @@ def test_a_forward_that_reads_such_a_config_is_refused_and_all_put_back() -> Non
     with pytest.raises(fxgrow.GrowthRefused, match="computes with 8, the growth needs 16"):
         growth.apply_(model)
     assert all(vars(m)[k] is v for m, own in held for k, v in own.items())
+
+
+class Closed(MutableMapping[str, int]):
+    """Settings that can be read only, as a mapping says when it is written."""
+
+    def __init__(self, entries: dict[str, int]) -> None:
+        self._entries = entries
+
+    def __getitem__(self, name: str) -> int:
+        return self._entries[name]
+
+    def __setitem__(self, name: str, value: int) -> None:
+        raise PermissionError(name)
+
+    def __delitem__(self, name: str) -> None:
+        raise PermissionError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class Holds(nn.Module):
+    """Has a size of its own in an attribute that its config has too."""
+
+    def __init__(self, config: Any, read: bool = False) -> None:
+        super().__init__()
+        self.config, self.read, self.dim = config, read, config["dim"]
+        self.first, self.up = nn.Linear(5, config["dim"]), nn.Linear(config["dim"], config["inner"])
+        self.down, self.last = nn.Linear(config["inner"], config["dim"]), nn.Linear(config["dim"], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).view(-1, self.config["dim"] if self.read else self.dim)
+        return self.last(x + self.down(self.up(x).tanh()))
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_mapping_that_refuses_to_be_set(read: bool) -> None:
+    torch.manual_seed(0)
+    model, x = trained(Holds(Closed({"dim": 8, "inner": 12}), read).to(D)), torch.randn(4, 5, dtype=D)
+    expected = model(x)
+    growth = _grown(model, x)
+    if read:
+        with pytest.raises(fxgrow.GrowthRefused, match="as it was"):
+            growth.apply_(model)
+        assert model.dim == 8
+    else:
+        with pytest.warns(UserWarning, match="its config cannot say so"):
+            growth.apply_(model)
+        assert model.dim == 16
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+
+
+@dataclass
+class Derived:
+    """Computes one setting where it is made, and one where it is first read; its class wants them to agree."""
+
+    dim: int = 8
+    inner: int = 12
+    both: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.both = self.dim + self.inner
+
+    @functools.cached_property
+    def double(self) -> int:
+        return 2 * self.both
+
+
+class Agrees(Part):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config, read=True)
+        assert config.double == 2 * config.both == 2 * (config.dim + config.inner)
+
+
+def test_settings_that_a_config_computes_follow() -> None:
+    torch.manual_seed(0)
+    model, x = trained(Agrees(Derived()).to(D)), torch.randn(4, 5, dtype=D)
+    expected = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _grown(model, x).apply_(model)
+    assert vars(model.config) == {"dim": 16, "inner": 24, "both": 40, "double": 80}
+    rebuilt = Agrees(model.config).to(D)
+    rebuilt.load_state_dict(model.state_dict())
+    for each in (model, rebuilt):
+        torch.testing.assert_close(each(x), expected, rtol=0, atol=1e-12)
+
+
+class Remembers(nn.Module):
+    """Computes a size once, and keeps it; no captured call reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size = 2, 4
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    @functools.cached_property
+    def places(self) -> int:
+        return self.heads * self.size
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.up(x).view(*x.shape[:-1], self.heads, self.size).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, q, q)
+        return self.down(y.transpose(1, 2).flatten(2))
+
+
+def test_what_a_module_has_computed_once_is_computed_anew() -> None:
+    torch.manual_seed(0)
+    model, x = trained(Remembers().to(D)), torch.randn(2, 3, 5, dtype=D)
+    expected = model(x)
+    assert model.places == 8
+    fxgrow.grow(model, {"op": "widen", "axis": "./heads", "factor": 2}, (x,), verify=False).apply_(model)
+    assert (model.heads, model.places) == (4, 16)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
