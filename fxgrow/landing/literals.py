@@ -225,8 +225,9 @@ def _same(a: float, b: float) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def names_in_line(line: str) -> frozenset[str]:
-    """Attributes that a line of the user's reads: ``n_head`` of ``x.view(B, T, self.n_head, -1)``."""
-    return frozenset(re.findall(r"\.\s*([A-Za-z_]\w*)", line.partition(": ")[2]))
+    """Attributes and entries that a line of the user's reads: ``n_head`` of ``x.view(B, T, self.n_head, -1)``."""
+    code = line.partition(": ")[2]
+    return frozenset(re.findall(r"\.\s*([A-Za-z_]\w*)", code) + re.findall(r"\[\s*['\"]([A-Za-z_]\w*)['\"]\s*\]", code))
 
 
 @functools.lru_cache(maxsize=1024)

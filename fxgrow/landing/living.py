@@ -151,15 +151,20 @@ class _Slots(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
 
-def is_config(value: Any) -> bool:
-    """Whether a value looks like a bundle of settings: an object or a mapping with plain numbers among its entries."""
+def is_config(value: Any, depth: int = 2) -> bool:
+    """Whether a value looks like a bundle of settings: an object or a mapping with plain numbers among its entries, or
+    with a bundle that has some.
+    """
     if isinstance(value, nn.Module | torch.Tensor | type) or callable(value):
         return False
     if not isinstance(value, MutableMapping) and not hasattr(value, "__dict__"):
         slots = any(vars(kind).get("__slots__") for kind in type(value).__mro__)
         if not slots or isinstance(value, Collection):
             return False
-    return _has_numbers(attributes_of(value))
+    table = attributes_of(value)
+    if _has_numbers(table):
+        return True
+    return depth > 1 and any(isinstance(k, str) and is_config(v, depth - 1) for k, v in list(table.items()))
 
 
 def is_sealed(value: Any) -> bool:

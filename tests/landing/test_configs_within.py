@@ -171,3 +171,58 @@ def test_settings_of_one_projection_that_grow_together() -> None:
     fxgrow.grow(model, {"op": "widen", "axis": "./kv_heads", "factor": 2}, (x,), verify=False).apply_(model)
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
     assert model.config == Heads(heads=8, keys=4)
+
+
+@dataclass
+class Whole:
+    """Has no numbers of its own, but in the bundles in it."""
+
+    net: Config
+    name: str = "whole"
+
+
+class Built(Net):
+    def __init__(self, settings: Whole) -> None:
+        super().__init__(settings.net)
+        self.settings = settings
+        del self.config
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).view(-1, self.settings.net.width)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize(("spec", "config"), GROWTHS, ids=["depth", "hidden", "width"])
+def test_configs_of_configs(spec: dict[str, Any], config: Config) -> None:
+    model = Wrapped(Built(Whole(Config())), 3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before, after = grown(model, spec, "net")
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-12)
+    assert model.net.settings.net == config
+    assert all(b.config is model.net.settings.net for b in model.net.blocks)
+
+
+class Table(nn.Module):
+    """Reads sizes of a dict and of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes, self.table = [8, 2, 4], {"width": 8, "heads": 2}
+        self.first, self.q, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(self.first(x)).view(*x.shape[:-1], self.table["heads"], self.sizes[2]).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2)
+        return self.last(y.reshape(*x.shape[:-1], self.table["width"]))
+
+
+def test_entries_that_a_line_reads() -> None:
+    torch.manual_seed(0)
+    model, x = trained(Table().double()), torch.randn(2, 3, 5, dtype=torch.float64)
+    before = model(x)
+    fxgrow.grow(model, {"op": "widen", "axis": "./head_dim", "factor": 2}, (x,), verify=False).apply_(model)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
+    assert (model.sizes[1:], model.table) == ([2, 8], {"width": 16, "heads": 2})
