@@ -18,7 +18,9 @@ def train(
         str,
         typer.Argument(help="package.module:callable that returns a fxgrow.training.Task.", show_default=False),
     ],
-    out_: Annotated[Path, typer.Option("--out", "-o", help="Folder for log and checkpoints.", show_default=False)],
+    out_: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for log and checkpoints.", show_default=False)
+    ] = None,
     config: Config = None,
     hyper: Annotated[
         list[str] | None,
@@ -26,6 +28,9 @@ def train(
     ] = None,
     schedule: Annotated[Path | None, typer.Option(help="When and how to grow, instead of the task's own.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the schedule will make of the run, and train nothing.")
+    ] = False,
     stop_at: Annotated[int | None, typer.Option(help="Stop with a checkpoint after this many steps.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to PyTorch.")] = 0,
 ) -> None:
@@ -34,6 +39,7 @@ def train(
     \b
     fxgrow train examples.gpt.train:task --out out/run --hyper steps=300
     fxgrow train examples.gpt.train:task --out out/run --resume
+    fxgrow train examples.gpt.train:task --schedule mine.yaml --dry-run
     """
     import torch
 
@@ -55,6 +61,11 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     console = out()
+    if dry_run:
+        console.print(str(training.planned(training.begin(made, Path()))), highlight=False, soft_wrap=True)
+        return
+    if out_ is None:
+        raise SpecError("give --out, the folder for log and checkpoints, or --dry-run")
     try:
         run = training.train(made, out_, resume=resume, stop_at=stop_at, console=console)
     except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fxgrow.errors import FxgrowError, SpecError, reworded
-from fxgrow.growth import Growth, grow, plan_growth
+from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.growth import Growth, grow
 from fxgrow.ir.modules import uncompiled
 from fxgrow.optim.newborn import Frozen
 from fxgrow.program import capture
@@ -31,7 +30,7 @@ from fxgrow.scheduler.acting import Change, freeze, matching_parameters, set_dro
 from fxgrow.scheduler.progress import Progress, Watch
 from fxgrow.scheduler.standing import Done, Sizes, learning_rate, rate_of, sizes_after
 from fxgrow.scheduler.state import read, written
-from fxgrow.spec import GrowthSpec
+from fxgrow.scheduler.timeline import DryRun, Timeline
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
@@ -347,38 +346,33 @@ class GrowthScheduler:
             after={"parameters": after},
         )
 
-    def check(self, model: torch.nn.Module) -> list[int]:
-        """Plan every growth that is still to come, without making any: a mistake shows before hours of training do.
+    def check(
+        self,
+        model: torch.nn.Module,
+        optimizer: Optimizers = None,
+        base: Callable[[int], float] | None = None,
+    ) -> Timeline:
+        """A dry run: whether all that is still to come can be done, and what the run is like then.
 
-        Growths that would be left out (``on_error: skip``) are.
+        Nothing is changed. A mistake shows before hours of training do; what would be left out (``on_error: skip``) is
+        marked so.
+
+        Args:
+            model: as it is now.
+            optimizer: that trains it, or several: whether they fit the growths and their policies is asked as well.
+            base: the loop's own learning rate, of a step from 0.
 
         Returns:
-            The numbers of parameters: now, and after each growth.
+            Parameters, floating-point operations, memory, learning rate, batch from each action on; printed, a table.
 
         Raises:
-            CaptureError, SpecError, GrowthRefused: of the first growth that would fail, with its place.
+            CaptureError, SpecError, GrowthRefused, FxgrowError: of the first action that would fail, with its place.
         """
-        program = capture(uncompiled(model), *self._inputs(), **self._ways())
-        sizes = [sum(p.numel() for p in program.parameters.values())]
-        operations: list[Any] = []
-        number, which = self._next()
-        for at, event in enumerate(self.schedule.events[number:], number):
-            for action in event.actions[which if at == number else 0 :]:
-                if not isinstance(action, Grow):
-                    continue
-                first = len(operations)
-                operations += action.spec.operations
-                try:  # all growths so far as one: a plan has no tensors that the next could start from
-                    plan, _ = plan_growth(program, GrowthSpec(operations=operations))
-                except FxgrowError as error:
-                    if event.on_error == "skip":
-                        del operations[first:]
-                        continue
-                    found = re.fullmatch(r"operations\.(\d+) (\(.*)", str(error), re.DOTALL)
-                    where = f"operations.{int(found[1]) - first} {found[2]}" if found else str(error)
-                    raise reworded(error, f"events.{at} ({event.name or event.trigger}): {where}") from error
-                sizes.append(plan.parameters_after)
-        return sizes
+        plain = uncompiled(model)
+        program = capture(plain, *self._inputs(), **self._ways())
+        run = DryRun(program, plain, _several(optimizer), base, self._first, self.done, self._in_place)
+        run.has_grown, run.held = self._growth is not None, self._frozen is not None
+        return run.timeline(self.schedule.events, self._next())
 
     # stopping, and going on
 

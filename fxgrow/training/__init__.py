@@ -21,10 +21,12 @@ compare trajectories.
 
 from __future__ import annotations
 
+from fxgrow.ir.flops import flop_counter
 from fxgrow.training.batches import seeded, to_device
+from fxgrow.training.begin import begin, planned
 from fxgrow.training.checkpoints import compare, load_model, restore, save, untied
 from fxgrow.training.copies import Copies
-from fxgrow.training.counting import count_parameters, flop_counter
+from fxgrow.training.counting import count_parameters
 from fxgrow.training.display import describe, describe_action, describe_growth, human, progress_bar
 from fxgrow.training.hyper import Hyper, cosine
 from fxgrow.training.log import Log, action_line, growth_line, read_log, standing
@@ -42,6 +44,7 @@ __all__ = [
     "Task",
     "action_line",
     "adamw",
+    "begin",
     "compare",
     "compiled",
     "cosine",
@@ -58,6 +61,7 @@ __all__ = [
     "load_model",
     "model_loss",
     "pack",
+    "planned",
     "progress_bar",
     "read_log",
     "restore",

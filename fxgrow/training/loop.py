@@ -15,14 +15,14 @@ from rich.console import Console
 from torch import nn
 
 from fxgrow.compile import compile_regions
-from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.errors import FxgrowError
+from fxgrow.ir.flops import flop_counter
 from fxgrow.ir.running import in_mode
-from fxgrow.schedule import BatchSize, Grow, Schedule, SequenceLength
-from fxgrow.scheduler import ActionResult, GrowthScheduler
-from fxgrow.training.batches import seeded, to_device
+from fxgrow.schedule import Grow
+from fxgrow.scheduler import ActionResult
+from fxgrow.training.begin import begin, planned
 from fxgrow.training.checkpoints import newest, restore, save
 from fxgrow.training.copies import Copies
-from fxgrow.training.counting import flop_counter
 from fxgrow.training.display import describe, describe_action, describe_growth, human, progress_bar
 from fxgrow.training.log import Log, action_line, growth_line, standing
 from fxgrow.training.run import Run
@@ -52,38 +52,17 @@ def train(
         FxgrowError: a growth was refused, a checkpoint does not fit, or the loss stopped being finite.
     """
     hyper, out, console = task.hyper, Path(out), console or Console()
-    device = torch.device(hyper.device)
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(hyper.seed)  # for dropout; batches have generators of their own
-    task.model.to(device).train()
-
-    def batch(split: str, number: int) -> Batch:
-        """A micro-batch; those of the validation keep the size that they have at the start."""
-        now = scheduler if split == "train" else task
-        sizes = {n: getattr(now, n) for n in ("batch_size", "sequence_length") if getattr(task, n) is not None}
-        return to_device(task.batches(split, seeded(hyper.seed, split, number), **sizes), device)
-
-    calls = task.calls
-    scheduler = GrowthScheduler(
-        with_sizes_of(task),
-        args=lambda: task.example(batch("train", 0)),
-        calls=None if calls is None else lambda: calls(batch("train", 0)),
-        in_place=task.in_place,
-        accumulation=hyper.accumulation,
-        batch_size=task.batch_size,
-        sequence_length=task.sequence_length,
-        verify=task.verify,
-        before=lambda action: look(action),
-    )
-    run = Run(task, out, task.model, task.optimizer(task.model, hyper), scheduler)
+    run = begin(task, out, before=lambda action: look(action))
+    scheduler, batch = run.scheduler, run.batch
     resumed = resume and (out / "checkpoints" / "latest").is_file()
     if resumed:
         restore(run)
     else:  # an earlier run's checkpoint in this folder must not be taken for one of this run
         (out / "checkpoints" / "latest").unlink(missing_ok=True)
     if scheduler.next is not None:  # a mistake in the schedule shows now, not at its step
-        sizes = scheduler.check(run.model)
-        console.print(f"planned: {' → '.join(map(human, sizes))} parameters", highlight=False)
+        timeline = planned(run)
+        console.print(f"planned: {' → '.join(map(human, timeline.parameters))} parameters", highlight=False)
     eval_batches = [batch("val", number) for number in range(hyper.eval_batches)]
     log = Log(out / "log.jsonl", resumed=run if resumed else None)
     forward = compiled(run.model) if hyper.compile and run.flops_per_batch else run.model
@@ -193,23 +172,6 @@ def train(
             if stop:
                 break
     return run
-
-
-def with_sizes_of(task: Task) -> Schedule:
-    """A task's schedule, which changes no size of the batch that the task does not draw by.
-
-    Raises:
-        SpecError: it does.
-    """
-    schedule = Schedule.parse(task.schedule)
-    for number, event in enumerate(schedule.events):
-        for action in event.actions:
-            if isinstance(action, BatchSize | SequenceLength) and getattr(task, action.op) is None:
-                raise SpecError(
-                    f"events.{number} changes the {action.op.replace('_', ' ')}, and the task does not draw by it: "
-                    f"give the Task a {action.op}=, and its `batches` an argument of that name"
-                )
-    return schedule
 
 
 def due(run: Run, log: Log, epoch: float | None, metrics: Mapping[str, float]) -> ActionResult | None:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fxgrow.scheduler import GrowthScheduler
+from fxgrow.training.batches import seeded, to_device
 from fxgrow.training.hyper import cosine
-from fxgrow.training.task import Task
+from fxgrow.training.task import Batch, Task
 
 
 @dataclass
@@ -46,6 +47,13 @@ class Run:
 
     def __post_init__(self) -> None:
         self.original = shapes(self.model)
+
+    def batch(self, split: str, number: int) -> Batch:
+        """A micro-batch on the run's device; those of the validation keep the size that they have at the start."""
+        task, now = self.task, self.scheduler if split == "train" else self.task
+        sizes = {n: getattr(now, n) for n in ("batch_size", "sequence_length") if getattr(task, n) is not None}
+        drawn = task.batches(split, seeded(task.hyper.seed, split, number), **sizes)
+        return to_device(drawn, torch.device(task.hyper.device))
 
     @property
     def accumulation(self) -> int:

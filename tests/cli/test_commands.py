@@ -234,6 +234,10 @@ def test_train(run: Any, tmp_path: Path) -> None:
     from fxgrow.training import read_log
 
     task, out = "tests.cli.test_commands:make_task", str(tmp_path / "run")
+    text, _ = run("train", task, "--dry-run")
+    assert text.splitlines()[0].startswith("when") and "step 6" in text.splitlines()[2] and not Path(out).exists()
+    _, err = run("train", task, code=2)
+    assert "give --out" in err
     text, _ = run("train", task, "--out", out, "--hyper", "steps=10", "--stop-at", "8")
     assert "stopped after 8 steps" in text
     text, _ = run("train", task, "--out", out, "--hyper", "steps=10", "--resume")

@@ -1,0 +1,243 @@
+"""A dry run of a schedule: what every event will make of the run, and whether it can, before the first step."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxgrow.emit.module import regenerate
+from fxgrow.errors import FxgrowError, SpecError, did_you_mean, reworded
+from fxgrow.growth import plan_growth
+from fxgrow.ir import trees
+from fxgrow.ir.flops import flop_counter
+from fxgrow.optim.policies import check_optimizer, check_plan
+from fxgrow.program import Program
+from fxgrow.schedule import Action, Dropout, Event, Freeze, Grow, Unfreeze, WeightDecay
+from fxgrow.scheduler.acting import set_dropout, set_weight_decay
+from fxgrow.scheduler.standing import Done, Sizes, learning_rate, sizes_after
+from fxgrow.spec import GrowthSpec
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the run is like from an action on.
+
+    Attributes:
+        when: the event's trigger, in words; "start" before the first.
+        name, op: of the event, and of the action.
+        step: where the trigger says one.
+        parameters: of the model.
+        flops: of a micro-batch like the example, forward and backward; None where they cannot be counted.
+        memory: bytes of parameters, gradients and the optimizer's state; activations come on top.
+        learning_rate: at that step, or a factor where the loop's own is not known; None where no step is known.
+        sizes: of the batch.
+        left_out: why the action will be left out; "" for one that will be done.
+    """
+
+    when: str
+    name: str
+    op: str
+    step: int | None
+    parameters: int
+    flops: int | None
+    memory: int
+    learning_rate: float | None
+    sizes: Sizes
+    left_out: str = ""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The rows of a dry run, from the start on; printed, a table."""
+
+    rows: list[Row]
+
+    @property
+    def parameters(self) -> list[int]:
+        """Of the model: now, and after each growth."""
+        done = [r for r in self.rows if r.op in ("start", "grow") and not r.left_out]
+        return [r.parameters for r in done]
+
+    def __str__(self) -> str:
+        head = ["when", "event", "op", "parameters", "FLOPs / micro-batch", "memory", "learning rate", "micro-batches"]
+        cells = [head, *([*_cells(row)] for row in self.rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+        lines = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in cells]
+        for number, row in enumerate(self.rows, 1):
+            if row.left_out:
+                lines[number][3:] = [f"left out: {row.left_out.splitlines()[0]}"]
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def _cells(row: Row) -> Iterator[str]:
+    yield from (row.when, row.name, row.op)
+    yield from (f"{row.parameters:,}", "?" if row.flops is None else f"{row.flops:.3g}")
+    yield f"{row.memory / 2**20:,.1f} MiB"
+    yield "" if row.learning_rate is None else f"{row.learning_rate:.3g}"
+    yield str(row.sizes.accumulation) + (f" × {row.sizes.batch_size}" if row.sizes.batch_size else "")
+
+
+@dataclass
+class DryRun:
+    """Walks through the events that are still to come.
+
+    Attributes:
+        program: the model as it is.
+        model: the same.
+        optimizers: that train it; none for a schedule that is looked at by itself.
+        base: the loop's own learning rate.
+        first, done: the batch at the start, and what has been done.
+    """
+
+    program: Program
+    model: nn.Module
+    optimizers: Sequence[torch.optim.Optimizer]
+    base: Callable[[int], float] | None
+    first: Sizes
+    done: list[Done]
+    in_place: bool = True
+    operations: list[Any] = field(default_factory=list)
+    grown: Program | None = None  # so far
+    has_grown: bool = False  # before the dry run
+    held: bool = False  # whether old parameters stand still
+
+    def timeline(self, events: Sequence[Event], start: tuple[int, int]) -> Timeline:
+        """All rows.
+
+        Raises:
+            SpecError, GrowthRefused, FxgrowError: of the first action that would fail, with its place.
+        """
+        self.grown = self.program
+        sized = _sized(self.program)
+        at = max((d.step for d in self.done), default=0)
+        rows = [self._row("start", "", "start", at, sized)]
+        number, which = start
+        for place, event in enumerate(events[number:], number):
+            for many, action in enumerate(event.actions):
+                if place == number and many < which:
+                    continue
+                left_out, before = "", len(self.operations)
+                try:
+                    sized = self._look(action, sized)
+                except FxgrowError as error:
+                    where = f"events.{place} ({event.name or event.trigger}): {_within(error, before)}"
+                    if event.on_error == "stop":
+                        raise reworded(error, where) from error
+                    left_out = _within(error, before)
+                    del self.operations[before:]
+                step = event.trigger.step
+                self.done.append(Done(place, many, action, step or at, left_out))
+                name = event.name or f"event {place + 1}"
+                rows.append(replace(self._row(str(event.trigger), name, action.op, step, sized), left_out=left_out))
+        return Timeline(rows)
+
+    def _row(self, when: str, name: str, op: str, step: int | None, sized: _Size) -> Row:
+        rate = None
+        if step is not None:
+            rate = learning_rate(self.done, self.first, self.base or (lambda _: 1.0), step)
+        memory = sized.bytes * (2 + max((_states(o) for o in self.optimizers), default=0))
+        sizes = sizes_after(self.first, self.done)
+        return Row(when, name, op, step, sized.parameters, sized.flops, memory, rate, sizes)
+
+    def _look(self, action: Grow | Action, sized: _Size) -> _Size:
+        """Whether an action can be done, and what the model is after it."""
+        assert self.grown is not None
+        if isinstance(action, Grow):
+            return self._grow(action)
+        if isinstance(action, WeightDecay) and self.optimizers:
+            kept = [[dict(g) for g in o.param_groups] for o in self.optimizers]
+            set_weight_decay(self.optimizers, action)
+            for optimizer, groups in zip(self.optimizers, kept, strict=True):
+                for group, old in zip(optimizer.param_groups, groups, strict=True):
+                    group.update(old)
+        elif isinstance(action, Dropout):
+            if not self.in_place:
+                raise SpecError("dropout stands in the code of a traced module; grow in place")
+            set_dropout(copy.deepcopy(self.model).to("meta"), action)
+        elif isinstance(action, Freeze | Unfreeze) and action.what == "old":
+            if isinstance(action, Freeze) and not (self.has_grown or self.operations):
+                raise SpecError("freeze: old: nothing has grown yet, so that nothing is old")
+            self.held = isinstance(action, Freeze)
+        elif isinstance(action, Freeze | Unfreeze):
+            names = list(self.grown.parameters)
+            if not any(fnmatch.fnmatchcase(n, action.what) for n in names):
+                raise SpecError(f"no parameter matches {action.what!r}; {did_you_mean(action.what, names)}")
+        return sized
+
+    def _grow(self, action: Grow) -> _Size:
+        if self.held:
+            raise SpecError("old parameters stand still (freeze: old): unfreeze them before the next growth")
+        self.operations += action.spec.operations
+        policy = action.optimizer
+        if self.optimizers:
+            check_optimizer(self.optimizers, policy.policy, ramp=policy.ramp, parameters=list(self.model.parameters()))
+        # all growths so far as one: a plan has no tensors that the next could start from
+        plan, self.grown = plan_growth(self.program, GrowthSpec(operations=self.operations))
+        if self.optimizers:
+            names = {id(p): n for n, p in self.program.parameters.items() if isinstance(p, nn.Parameter)}
+            check_plan(plan, policy.policy, list(self.optimizers), names)
+        return _sized(self.grown)
+
+
+@dataclass(frozen=True)
+class _Size:
+    parameters: int
+    bytes: int
+    flops: int | None
+
+
+def _sized(program: Program) -> _Size:
+    own = list(program.parameters.values())
+    total = sum(p.numel() * p.element_size() for p in own)
+    return _Size(sum(p.numel() for p in own), total, _flops(program))
+
+
+def _flops(program: Program) -> int | None:
+    """Of one call with the example, forward and backward, counted without memory."""
+    tensors = {n: torch.empty_like(t, device="meta") for n, t in program.tensors.items()}
+    args, kwargs = trees.map_tensors(lambda t: t.to("meta"), (program.args, program.kwargs))
+    try:
+        with warnings.catch_warnings(), flop_counter() as counter:
+            warnings.simplefilter("ignore")
+            out = regenerate(program, tensors)(*args, **kwargs)
+            results = [t.sum() for t in trees.tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+            if results:
+                torch.stack([r.float() for r in results]).sum().backward()
+    except Exception:  # what the example's values decide cannot be run without them
+        return None
+    return int(counter.get_total_flops())
+
+
+def _states(optimizer: torch.optim.Optimizer) -> int:
+    """How many numbers an optimizer keeps for each of a parameter's; before its first step, as one like it does."""
+    state, own = optimizer.state, [p for g in optimizer.param_groups for p in g["params"]]
+    held = next((p for p in own if p in state), None)
+    if held is None:
+        held = nn.Parameter(torch.ones(4, 4))
+        held.grad = torch.ones(4, 4)
+        try:
+            taken = inspect.signature(type(optimizer)).parameters
+            other = type(optimizer)([held], **{k: v for k, v in optimizer.defaults.items() if k in taken})
+            other.step()
+        except Exception:  # a class that is made, or steps, in another way
+            return 0
+        state = other.state
+    return sum(isinstance(v, torch.Tensor) and v.shape == held.shape for v in state[held].values())
+
+
+def _within(error: FxgrowError, before: int) -> str:
+    """An error's words, with the number that the operation has within its event."""
+    found = re.fullmatch(r"operations\.(\d+) (\(.*)", str(error), re.DOTALL)
+    return f"operations.{int(found[1]) - before} {found[2]}" if found else str(error)
+
+
+__all__ = ["DryRun", "Row", "Timeline"]
