@@ -28,7 +28,7 @@ from fxgrow.optim.pieces import MOST, Active, Stepper, newborn_blocks, step_grou
 from fxgrow.optim.slices import Factors, Slice, SliceRates, along, combined, halves, wide
 from fxgrow.optim.whole import is_muon, muon_group
 from fxgrow.saved import tell_torch
-from fxgrow.weights.moments import moment_of
+from fxgrow.weights.moments import is_elementwise, is_tiled, moment_of
 
 __all__ = [
     "KEY",
@@ -105,6 +105,7 @@ class _Applied:
         steps = {inspect.unwrap(vars(c)["step"]) for c in type(optimizer).__mro__ if "step" in vars(c)}
         self.nests = len(steps - {torch.optim.Optimizer.step}) > 1  # a step that may call a parent's, hooks and all
         self.depth = 0
+        self.idle = False  # within the step of an optimizer that applies the same rates
         self.hidden: list[dict[str, Any]] | None = None  # the groups, while there is nothing left for the step to do
         self.aside: list[tuple[SliceRates, list[torch.Tensor], list[torch.Tensor]]] = []
         self.entered: dict[nn.Parameter, torch.Tensor | None] = {}
@@ -157,9 +158,15 @@ class _Applied:
             self.depth += 1
             return None
         self.leave()  # nothing to do, unless the last step raised
+        self.idle = any(other is not self and other.depth and other.shares(self) for other in _APPLIED.values())
+        if self.idle:
+            return None
         self.depth = 1
         given = None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None and self.may_move_first(optimizer):
+            self.enter({p: of for p in self.names if (of := self.active(p))})
+            return None
         if closure is not None:  # it runs the model: before the weights are in other units
             with torch.enable_grad():
                 given = _Evaluated(closure(), self.leave)
@@ -174,6 +181,18 @@ class _Applied:
             self.depth = 0
             raise
         return None if given is None else (args, kwargs)
+
+    def shares(self, other: _Applied) -> bool:
+        """Whether another optimizer has one of these very groups: the one inside another, whose step calls its own."""
+        return any(g is h for g, _ in self.groups for h, _ in other.groups)
+
+    def may_move_first(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step may move the weights before it evaluates its closure (SAM's), and may be let do so.
+
+        As long as nothing has factors, the weights stay in their own units.
+        """
+        known = is_elementwise(optimizer) or is_tiled(optimizer) or is_muon(optimizer)
+        return not known and not any(s.scaled for p in self.names for _, s in self.active(p))
 
     def enter_or_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Bring parameters into the units in which they step; where the step has to be taken apart, take it."""
@@ -218,6 +237,9 @@ class _Applied:
         ]
 
     def post(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self.idle:
+            self.idle = False
+            return
         self.depth -= 1
         if self.depth:
             return
@@ -242,7 +264,6 @@ class _Applied:
         """Bring weights and gradients into the small model's units."""
         for p, slices in active.items():
             name = self.names[p]
-            assert p.grad is not None
             warm = any(s.warms and r.steps < r.warmup for r, s in slices)
             scaled = any(s.scaled for _, s in slices)
             if warm and not scaled and len(slices) == 1 and not slices[0][1].whole:
@@ -251,6 +272,7 @@ class _Applied:
                     self.aside.append((slices[0][0], blocks, [b.clone() for b in blocks]))
                     continue
             if scaled:
+                assert p.grad is not None
                 for v in self.factors(p, name, "gradient", -1.0):
                     p.grad.mul_(v)
             keep = warm or (scaled and not self.halves(slices))

@@ -663,3 +663,53 @@ def test_low_precision_steps_are_a_third_and_not_nearly() -> None:
     for k in range(100):
         step(growth.module, carried, k)
     assert float((weight.detach().float() - before).abs().max()) <= 1e-3
+
+
+class Sharp(optim.Optimizer):
+    """Sharpness-aware: moves the weights, evaluates its closure there, moves them back, and has another one step."""
+
+    def __init__(self, params: Any, shares: bool, rho: float = 0.5) -> None:
+        super().__init__(params, {"lr": 1e-2, "rho": rho})
+        self.inner = optim.SGD(self.param_groups, lr=1e-2) if shares else None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        members = [p for g in self.param_groups for p in g["params"]]
+        with torch.enable_grad():
+            closure()
+        before = [p.clone() for p in members]
+        for p in members:
+            p.add_(p.grad, alpha=self.param_groups[0]["rho"])
+        with torch.enable_grad():
+            loss = closure()
+        for p, old in zip(members, before, strict=True):
+            p.copy_(old)
+        if self.inner is not None:
+            self.inner.step()
+            return loss
+        for p in members:
+            p.add_(p.grad, alpha=-self.param_groups[0]["lr"])
+        return loss
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_step_that_moves_weights_before_its_closure_does_so_while_entries_warm_up(shares: bool) -> None:
+    """And an optimizer inside it, which has its groups and so the rates, does not apply them a second time."""
+    model = net()
+    growth = grown(model, HIDDEN)
+    optimizer = Sharp(model.parameters(), shares)
+    growth.carry_(optimizer, warmup=4, peak=0.5)
+    module = growth.module
+    twin = copy.deepcopy(module)
+    plain = Sharp(twin.parameters(), False)
+    new = {n: growth.new_parameters.entries(n) for n in growth.new_parameters}
+    for k, rate in enumerate((0.25, 0.5, 0.75, 1.0, 1.0)):
+        before = {n: p.detach().clone() for n, p in twin.named_parameters()}
+        closure_step(module, optimizer, k)
+        closure_step(twin, plain, k)
+        with torch.no_grad():
+            for n, p in twin.named_parameters():
+                if n in new:
+                    p.copy_(torch.where(new[n], torch.lerp(before[n], p, rate), p))
+        for n, p in module.named_parameters():
+            torch.testing.assert_close(p, twin.get_parameter(n), rtol=0, atol=1e-14)
