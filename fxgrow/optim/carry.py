@@ -88,7 +88,7 @@ def carry(
     )
     if policy != "reset":
         check_no_state_beside(optimizer, content.replaced)
-    made = _construct(optimizer, content)
+    made = _construct(optimizer, [content.params(number) for number in range(len(content.members))])
     if any(content.rates):
         check_hooked(made)
     _warn_of_what_stays(optimizer)
@@ -137,6 +137,7 @@ def carry_(
         check_no_state_beside(inner, content.replaced)
         if any(content.rates):
             check_hooked(inner)
+        content.state.update(_initial(inner, content))
         made.append((inner, content))
     for inner, content in made:  # nothing below can fail
         for p in content.replaced:
@@ -164,11 +165,36 @@ def _fill(optimizer: torch.optim.Optimizer, content: Carried) -> None:
         p.grad = gradient
 
 
-def _construct(optimizer: torch.optim.Optimizer, content: Carried) -> torch.optim.Optimizer:
+def _initial(optimizer: torch.optim.Optimizer, content: Carried) -> dict[torch.Tensor, dict[str, Any]]:
+    """What a class's ``__init__`` makes as state, for parameters that were carried none: its step counts on it.
+
+    It is given stand-ins, so that what it does to parameters (a hook, say) is done to none of the model's.
+    """
+    if type(optimizer).__module__.partition(".")[0] == "torch":
+        return {}  # these make it at the first step
+    lacking = [
+        [m.parameter for m in members if m.name and m.parameter not in content.state] for members in content.members
+    ]
+    if not optimizer.state or not any(lacking):
+        return {}
+    stands = [[nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in params] for params in lacking]
+    try:
+        made = _construct(optimizer, stands)
+    except Exception:  # somebody's own code, which this is an attempt to do without
+        return {}
+    return {
+        p: made.state[stand]
+        for params, own in zip(lacking, stands, strict=True)
+        for p, stand in zip(params, own, strict=True)
+        if made.state.get(stand)
+    }
+
+
+def _construct(optimizer: torch.optim.Optimizer, members: list[list[nn.Parameter]]) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = []
-    for number, old in enumerate(optimizer.param_groups):
+    for old, params in zip(optimizer.param_groups, members, strict=True):
         kept = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in old.items()}  # a learning rate
-        groups.append({**kept, "params": content.params(number)})
+        groups.append({**kept, "params": params})
     cls = type(optimizer)
     accepted = inspect.signature(cls.__init__).parameters
     options: dict[str, Any] = {k: v for k, v in optimizer.defaults.items() if k in accepted and k != "params"}

@@ -115,6 +115,43 @@ def test_one_tensor_as_the_state_of_several_is_refused() -> None:
         growth.carry_(optimizer, "copy")
 
 
+class Eager(optim.SGD):
+    """Makes its state with itself, and counts on it; and has a hook on each parameter."""
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, lr=lr)
+        self.calls = 0
+        for p in self.param_groups[0]["params"]:
+            self.state[p].update(step=0, exp_avg=torch.full_like(p, 1e-3))
+            p.register_hook(self.seen)
+
+    def seen(self, _: torch.Tensor) -> None:
+        self.calls += 1
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["step"] += 1
+            p.sub_(state["exp_avg"].mul_(0.9).add_(p.grad), alpha=self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("policy", ["reset", "copy", "asymmetric"])
+def test_state_that_a_class_makes_with_itself_is_made_for_what_has_none(policy: str) -> None:
+    model = deep()
+    optimizer = Eager(model.parameters())
+    step(model, optimizer, 0)
+    growth = grown(model, DEEPEN)
+    growth.carry_(optimizer, policy)
+    fresh = growth.module.get_parameter("h.1.up.weight")
+    assert float(optimizer.state[fresh]["exp_avg"].mean()) == pytest.approx(1e-3)
+    assert optimizer.state[growth.module.get_parameter("emb.weight")]["step"] == (0 if policy == "reset" else 1)
+    before = optimizer.calls
+    step(growth.module, optimizer, 1)
+    assert optimizer.state[fresh]["step"] == 1
+    assert optimizer.calls == before, "hooks of stand-ins, not of the model's"
+
+
 # steps without hooks --------------------------------------------------------------------------------------------------
 
 
