@@ -19,30 +19,42 @@ def settings_of(config: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
             continue
         if type(value) is int and value > 0:
             yield (*prefix, name), value
-        elif type(value) in (list, tuple) and len(value) <= _MOST_ENTRIES:
-            if all(type(v) is int and v > 0 for v in value):
-                yield from (((*prefix, name, i), v) for i, v in enumerate(value))
+        elif type(value) in (list, tuple):
+            yield from entries_of(value, (*prefix, name))
         elif not prefix and is_config(value):
             yield from settings_of(value, (name,))
 
 
+def entries_of(value: Any, prefix: Key) -> Iterator[tuple[Key, int]]:
+    """Sizes in a list of them, or of lists of them."""
+    if len(value) > _MOST_ENTRIES:
+        return
+    if all(type(v) is int and v > 0 for v in value):
+        yield from (((*prefix, i), v) for i, v in enumerate(value))
+    elif all(type(v) in (list, tuple) for v in value):
+        for i, v in enumerate(value):
+            yield from entries_of(v, (*prefix, i))
+
+
 def inner(config: Any, key: Key) -> Any:
     """The bundle of settings in which a setting stands."""
-    for name in key[: -1 if isinstance(key[-1], str) else -2]:
-        config = attributes_of(config)[name]  # type: ignore[index]
+    for name in [n for n in key if isinstance(n, str)][:-1]:
+        config = attributes_of(config)[name]
     return config
 
 
 def name_of(key: Key) -> str:
     """What its bundle calls a setting."""
-    return str(key[-1] if isinstance(key[-1], str) else key[-2])
+    return [n for n in key if isinstance(n, str)][-1]
 
 
 def whole(held: Any, key: Key, value: Any) -> Any:
     """What is held under a setting's name, with the setting at a value."""
-    if isinstance(key[-1], str):
+    places = [i for i in key if isinstance(i, int)]
+    if not places:
         return value
-    return type(held)(value if i == key[-1] else v for i, v in enumerate(held))
+    rest = tuple(places[1:])
+    return type(held)(whole(v, rest, value) if i == places[0] else v for i, v in enumerate(held))
 
 
 def put(config: Any, values: Mapping[Key, Any]) -> None:

@@ -180,9 +180,10 @@ def candidates(model: nn.Module, literal: Literal) -> list[Candidate]:
 
 
 def _held(holder: Any) -> Iterator[tuple[str, int | None, Number]]:
+    read = names_in_code(type(holder))  # type: ignore[arg-type]
     for name, value in list(attributes_of(holder).items()):
-        if not isinstance(name, str) or name.startswith("_"):
-            continue
+        if not isinstance(name, str) or (name.startswith("_") and name not in read):
+            continue  # a private one is what a property reads, or is not the user's
         if value is None or type(value) in (int, float):
             yield name, None, value
         elif type(value) in (tuple, list) and len(value) <= 8 and all(type(v) in (int, float) for v in value):

@@ -21,6 +21,8 @@ from fxgrow.landing.living import Living, attributes_of, configs_of, is_config
 
 #: choices of settings
 _MOST_TRIED = 48
+#: lists as long as a stack, of which some may be so by chance
+_MOST_LISTS = 3
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class _Moving(NamedTuple):
         other = {**_stretched(builder.config, self.value, self.probe), self.key: self.probe}
         made = builder.build({**chosen, **lists}) or builder.build(chosen)
         moved = builder.build({**chosen, **lists, **other}) or builder.build({**chosen, **other})
+        moved = moved or builder.build({**chosen, self.key: self.probe})  # lists as long as that by chance
         return _values_for(self.value, self.probe, made, moved, goal) if made and moved else []
 
 
@@ -134,7 +137,9 @@ def _moving(builder: Builder, goal: Goal) -> list[_Moving]:
         if not _matters(value, builder.base, goal):
             continue
         for probe in (2 * value, value + 1, 3 * value):
-            made = builder.build({key: probe, **_stretched(builder.config, value, probe)})
+            made = builder.build({key: probe, **_stretched(builder.config, value, probe)}) or builder.build(
+                {key: probe}
+            )
             if made is not None:
                 out.append((_apart(builder.base, made), _Moving(key, value, probe)))
                 break
@@ -254,8 +259,15 @@ def _search(
         The choice that comes nearest to being one, where none is.
     """
     tried: list[tuple[int, int, dict[Key, Any]]] = []  # by wrong shapes, and by attributes that are missed
-    leaves = itertools.chain.from_iterable(_choices(builder, goal, moving, lists, start) for start in more or [{}])
-    for values in itertools.islice(leaves, _MOST_TRIED):
+    orders = [moving, sorted(moving, key=lambda each: not _wants(builder, each, goal))]
+
+    def leaves(order: list[_Moving]) -> Iterator[dict[Key, Any]]:
+        each = itertools.chain.from_iterable(_choices(builder, goal, order, lists, start) for start in more or [{}])
+        return itertools.islice(each, _MOST_TRIED)
+
+    for values in itertools.chain.from_iterable(map(leaves, orders if orders[0] != orders[1] else orders[:1])):
+        if any(values == known for _, _, known in tried):
+            continue
         made = builder.build(values)
         if made is None:
             continue
@@ -267,16 +279,33 @@ def _search(
     return tried[0][2] if tried and tried[0][0] else None
 
 
+def _wants(builder: Builder, moving: _Moving, goal: Goal) -> bool:
+    """Whether an attribute that the graph asks for follows a setting: then that says its value, and others make up."""
+    made = builder.build({moving.key: moving.probe})
+    known = builder.base.attributes
+    return made is not None and any(made.attributes.get(k) != known.get(k) for k in goal.wanted)
+
+
 def _choices(
     builder: Builder, goal: Goal, moving: list[_Moving], lists: Mapping[Key, Any], chosen: dict[Key, Any]
 ) -> Iterator[dict[Key, Any]]:
     """One value, or none, of every setting: what the next may be hangs on those before it."""
     if not moving:
-        yield {**chosen, **lists}
+        yield _with_lists(builder, chosen, lists)
         return
     for value in moving[0].values(builder, goal, chosen, lists):
         yield from _choices(builder, goal, moving[1:], lists, {**chosen, moving[0].key: value})
     yield from _choices(builder, goal, moving[1:], lists, chosen)
+
+
+def _with_lists(builder: Builder, chosen: Mapping[Key, Any], lists: Mapping[Key, Any]) -> dict[Key, Any]:
+    """A choice with the most lists, of those with an entry for every block, that the class can be built with."""
+    for size in range(len(lists), 0, -1) if len(lists) <= _MOST_LISTS else ():
+        for names in itertools.combinations(lists, size):
+            values = {**chosen, **{n: lists[n] for n in names}}
+            if builder.build(values) is not None:
+                return values
+    return {**chosen} if len(lists) <= _MOST_LISTS else {**chosen, **lists}
 
 
 def _unset(builder: Builder, goal: Goal, nearest: Mapping[Key, Any]) -> list[dict[Key, Any]]:

@@ -103,7 +103,9 @@ def _stale(model: nn.Module, sizes: set[int], builders: list[Builder], held: Set
 
 def _now(config: Any, key: Any) -> Any:
     held = attributes_of(inner(config, key)).get(name_of(key))
-    return held[key[-1]] if isinstance(key[-1], int) and isinstance(held, list | tuple) else held
+    for place in [i for i in key if isinstance(i, int)]:
+        held = held[place] if isinstance(held, list | tuple) and place < len(held) else None
+    return held
 
 
 __all__ = ["settings_held", "told", "unread"]

@@ -153,3 +153,88 @@ def test_what_stays_as_it_was_is_told_of() -> None:
     assert "no captured call reads extra.weight" in said
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
     assert model.parts.width == 16
+
+
+class Attend(nn.Module):
+    def __init__(self, width: int, heads: int, size: int) -> None:
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.norm, self.qkv = nn.LayerNorm(width), nn.Linear(width, 3 * heads * size)
+        self.out = nn.Linear(heads * size, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, self.size)).transpose(1, 2) for y in self.qkv(self.norm(x)).chunk(3, -1))
+        return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Shaped(nn.Module):
+    """Has as many blocks as a list of sizes has entries, and as its first entry says, by chance."""
+
+    def __init__(self, shape: tuple[int, int] = (2, 4), width: int = 6, depth: int = 2) -> None:
+        super().__init__()
+        self.shape, self.width, self.depth = shape, width, depth
+        heads, size = shape
+        self.first, self.last = nn.Linear(5, width), nn.Linear(width, 3)
+        self.blocks = nn.ModuleList(Attend(width, heads, size) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "depth"),
+    [
+        ([widen("*/heads"), widen("*/head_dim"), widen("*/value_dim")], (4, 8), 2),
+        ({"op": "deepen", "stack": "blocks", "by": 1}, (2, 4), 3),
+    ],
+    ids=["shape", "depth"],
+)
+def test_a_list_that_is_as_long_as_a_stack_by_chance(spec: Any, shape: tuple[int, int], depth: int) -> None:
+    model, x = Shaped(), torch.randn(2, 4, 5, dtype=D)
+    grown(model, spec, x)
+    assert (model.shape, model.width, model.depth) == (shape, 6, depth)
+
+
+class Pairs(nn.Module):
+    """Sizes in pairs, of which two are one size."""
+
+    def __init__(self, sizes: list[tuple[int, int]]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.parts = nn.ModuleList(nn.Linear(a, b) for a, b in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x).tanh()
+        return x
+
+
+def test_lists_of_lists_of_sizes() -> None:
+    model, x = Pairs([(5, 8), (8, 6), (6, 3)]), torch.randn(4, 5, dtype=D)
+    grown(model, widen("./hidden"), x)
+    assert model.sizes == [(5, 16), (16, 6), (6, 3)]
+
+
+class Private(nn.Module):
+    """Reads its size of a property."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._width = 8
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    @property
+    def width(self) -> int:
+        return self._width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).view(*x.shape[:-1], self.width).tanh())
+
+
+def test_private_attributes_that_a_property_reads() -> None:
+    model, x = Private(), torch.randn(2, 4, 5, dtype=D)
+    grown(model, widen("./hidden"), x)
+    assert model.width == 16
