@@ -11,6 +11,7 @@ Around a step, with s the factor a weight was scaled by and g that of its gradie
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -109,6 +110,7 @@ class _Applied:
         self.hidden: list[dict[str, Any]] | None = None  # the groups, while there is nothing left for the step to do
         self.aside: list[tuple[SliceRates, list[torch.Tensor], list[torch.Tensor]]] = []
         self.entered: dict[nn.Parameter, torch.Tensor | None] = {}
+        self.weights: dict[nn.Parameter, list[tuple[torch.Tensor, torch.Tensor]]] = {}  # in state, and before the step
 
     def read(self, optimizer: torch.optim.Optimizer) -> None:
         """What stands in the groups.
@@ -269,6 +271,9 @@ class _Applied:
             if warm and not scaled and len(slices) == 1 and not slices[0][1].whole:
                 blocks = list(newborn_blocks(p.detach(), slices[0][1].newborn, 0))
                 if len(blocks) <= MOST:
+                    # weights in state, too: where a step copies them into the parameter, they are what it moves
+                    of_state = [newborn_blocks(v, slices[0][1].newborn, 0) for v in self.averages(p)]
+                    blocks += itertools.chain.from_iterable(of_state)
                     self.aside.append((slices[0][0], blocks, [b.clone() for b in blocks]))
                     continue
             if scaled:
@@ -277,6 +282,8 @@ class _Applied:
                     p.grad.mul_(v)
             keep = warm or (scaled and not self.halves(slices))
             self.entered[p] = p.detach().clone() if keep else None
+            if warm and not scaled:
+                self.weights[p] = [(v, v.clone()) for v in self.averages(p)]
             if scaled:
                 for tensor in (p, *self.averages(p)):
                     for v in self.factors(p, name, "value", -1.0):
@@ -296,7 +303,8 @@ class _Applied:
                 for v in back:
                     p.mul_(v)
             elif not scaled:
-                p.copy_(torch.lerp(old, p, self.warmth(p, name).to(p.dtype)))
+                for tensor, before in ((p, old), *self.weights.pop(p, ())):
+                    tensor.copy_(torch.lerp(before, tensor, self.warmth(p, name).to(tensor.dtype)))
             else:
                 units = old.clone()
                 for v in self.factors(p, name, "value", -1.0):

@@ -17,7 +17,7 @@ from torch import nn, optim
 
 import fxgrow
 from fxgrow.optim.rates import all_rates, slice_rates
-from fxgrow.weights.moments import ELEMENTWISE, moment_of
+from fxgrow.weights.moments import ELEMENTWISE, KINDS, MOMENTS, moment_of
 
 
 class Net(nn.Module):
@@ -713,3 +713,32 @@ def test_a_step_that_moves_weights_before_its_closure_does_so_while_entries_warm
                     p.copy_(torch.where(new[n], torch.lerp(before[n], p, rate), p))
         for n, p in module.named_parameters():
             torch.testing.assert_close(p, twin.get_parameter(n), rtol=0, atol=1e-14)
+
+
+class Master(optim.Optimizer):
+    """Steps weights in its state, and copies them into the parameters."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1e-2})
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["master"] = p.detach().clone()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.copy_(self.state[p]["master"].sub_(p.grad, alpha=self.param_groups[0]["lr"]))
+
+
+@pytest.mark.parametrize("most", [64, 0])
+def test_weights_in_state_warm_up_with_their_parameter(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many steps of SGD do; after the warm-up the parameters would jump to weights that went at the full rate."""
+    monkeypatch.setattr("fxgrow.optim.rates.MOST", most)
+    monkeypatch.setitem(MOMENTS, (Master, "master"), KINDS["value"])
+    ends = []
+    for make in (Master, lambda p: optim.SGD(p, lr=1e-2)):
+        model = net()
+        growth = grown(model, HIDDEN)
+        optimizer = make(model.parameters())
+        growth.carry_(optimizer, warmup=4, peak=0.5)
+        ends.append([step(growth.module, optimizer, k) for k in range(7)])
+    assert ends[0] == pytest.approx(ends[1], abs=1e-13)
