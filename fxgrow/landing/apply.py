@@ -151,10 +151,10 @@ class _Applying:
         """What configs may be set to, the likeliest first: several settings may make the grown shapes."""
         goal = self.goal() if builders else Goal({}, {}, {}, [])
         found = [(b, solve(b, goal.within(b.path))) for b in builders if not (b.sealed or _in_stack(b, goal.stacks))]
-        first = [(b, settings) for b, each in found if (settings := next(each, None)) is not None]
+        first = _agreed([(b, settings) for b, each in found if (settings := next(each, None)) is not None], builders)
         yield first
         for builder, each in found:
-            for settings in itertools.islice(each, 0 if builder.kept else _MOST_OTHERS):
+            for settings in itertools.islice(each, 0 if builder.kept or builder.together else _MOST_OTHERS):
                 yield [(b, settings if b is builder else s) for b, s in first]
         if any(s.in_part or isinstance(b.config, Arguments) for b, s in first):
             yield []  # the settings that fit without the others may have done harm
@@ -397,6 +397,17 @@ class _Applying:
             )
         lines.append(tied_with(self.before, self.plan))
         return GrowthRefused("\n".join(line for line in lines if line))
+
+
+def _agreed(settled: Settled, builders: list[Builder]) -> Settled:
+    """Without those of a config that several modules are built from, and that do not all want the same of it."""
+
+    def agree(builder: Builder) -> bool:
+        beside = [b for b in builders if b.config is builder.config]
+        wanted = [s.values for b, s in settled if b.config is builder.config]
+        return len(wanted) == len(beside) and all(w == wanted[0] for w in wanted)
+
+    return [(b, s) for b, s in settled if not b.together or agree(b)]
 
 
 def _in_stack(builder: Builder, stacks: list[Restacked]) -> bool:

@@ -49,6 +49,7 @@ class Builder:
         path, module: the module, and where in the model it is; "" is the model.
         config: the module's own.
         shared: whether modules beside it hold the config as well, so that it cannot be set for this one alone.
+        together: whether those are all built from it as well, so that it can be set if they all want the same.
         by_name: whether the class takes the entries of the config, not the config.
         following: what the config's class computes of the other settings.
         base: what the class makes of it.
@@ -63,6 +64,7 @@ class Builder:
     module: nn.Module
     config: Any
     shared: bool
+    together: bool = False
     by_name: bool = False
     following: list[str] = field(default_factory=list)
     base: Instance = field(init=False)
@@ -81,7 +83,7 @@ class Builder:
     @property
     def sealed(self) -> bool:
         """Whether no setting can be set."""
-        return self.shared or is_sealed(self.config)
+        return (self.shared and not self.together) or is_sealed(self.config)
 
     def build(self, values: Mapping[Key, Any]) -> Instance | None:
         """The class with other settings; None where it cannot be built so."""
@@ -166,7 +168,23 @@ def builders_of(model: nn.Module) -> list[Builder]:
     for module in model.modules():
         for config in configs_of(module):
             holders.setdefault(id(config), set()).add(id(module))
-    return list(_outermost(model, "", holders, ()))
+    found = list(_outermost(model, "", holders, ()))
+    for builder in found:
+        if builder.shared:
+            alike = [b.module for b in found if b.config is builder.config]
+            known = {id(m) for part in alike for m in part.modules()} | set(_around(model, alike))
+            held = [builder.config, *configs_of(builder.config)]
+            builder.together = len(alike) > 1 and all(holders.get(id(c), set()) <= known for c in held)
+    return found
+
+
+def _around(module: nn.Module, parts: list[nn.Module]) -> Iterator[int]:
+    """The modules that hold some others: they may hold the config of these."""
+    inside = {id(m) for m in module.modules()}
+    if all(id(p) in inside for p in parts):
+        yield id(module)
+        for child in module.children():
+            yield from _around(child, parts)
 
 
 def _outermost(

@@ -129,6 +129,22 @@ def test_a_config_that_two_modules_share_is_told_of(spec: dict[str, Any], config
     assert shared == Config()
 
 
+@pytest.mark.parametrize(("spec", "config"), GROWTHS, ids=["depth", "hidden", "width"])
+def test_a_config_that_two_modules_share_is_set_if_both_grow(spec: dict[str, Any], config: Config) -> None:
+    model = Pair(Net(shared := Config()), Net(shared))
+    torch.manual_seed(0)
+    trained(model.double())
+    x = torch.randn(4, 5, dtype=torch.float64)
+    before = model(x)
+    both = [{k: v.format(n) if isinstance(v, str) else v for k, v in spec.items()} for n in ("one", "other")]
+    growth = fxgrow.grow(model, both, (x,), verify=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        growth.apply_(model)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
+    assert shared == config and model.one.config is model.other.config is shared
+
+
 def test_blocks_that_hold_copies_of_a_config() -> None:
     """A block that is built from a config of its own stands at another place when the stack has grown."""
     model = Wrapped(nn.Sequential(nn.Linear(5, 8), *(Block(copy.copy(Config())) for _ in range(3))), 2.0)
