@@ -154,7 +154,8 @@ class _Applying:
         first = _agreed([(b, settings) for b, each in found if (settings := next(each, None)) is not None], builders)
         yield first
         for builder, each in found:
-            for settings in itertools.islice(each, 0 if builder.kept or builder.together else _MOST_OTHERS):
+            alone = builder.together or isinstance(builder.config, Arguments)  # these land without, too: see below
+            for settings in itertools.islice(each, 0 if alone else _MOST_OTHERS):
                 yield [(b, settings if b is builder else s) for b, s in first]
         if any(s.in_part or isinstance(b.config, Arguments) for b, s in first):
             yield []  # the settings that fit without the others may have done harm
