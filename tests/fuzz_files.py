@@ -139,7 +139,9 @@ class Seeds:
         self.manifest: dict[str, Any] = json.loads((self.checkpoint / "manifest.json").read_text())
         scheduler = GrowthScheduler(SCHEDULE)
         wider = Schedule.parse(SCHEDULE).events[0]
-        self.state = scheduler.state_dict() | {"done": [{"event": wider.to_dict(), "steps": [200, 200], "errors": {}}]}
+        self.state = scheduler.state_dict() | {
+            "done": [{"event": wider.to_dict(), "steps": [200, 200], "errors": {}, "rates": {}}]
+        }
         run = run_of(folder / "run")
         run.out.mkdir()
         run.model(torch.randn(2, 4)).sum().backward()

@@ -144,12 +144,13 @@ def test_a_spec_made_by_hand_holds_operations() -> None:
 GROWTH = {"trigger": {"step": 1}, "operations": [{"op": "widen", "axis": "a", "factor": 2}]}
 STATE: dict[str, Any] = {
     "version": 2,
-    "done": [{"event": Schedule.parse([GROWTH]).events[0].to_dict(), "steps": [3], "errors": {}}],
+    "done": [{"event": Schedule.parse([GROWTH]).events[0].to_dict(), "steps": [3], "errors": {}, "rates": {}}],
     "best": 0.5,
     "bad": 1,
     "reported": 2,
     "latest": {"val_loss": 0.5},
     "seconds": 0.0,
+    "step": 3,
 }
 WRONG: list[Any] = [None, True, -1, 1.5, "x", [], {}, [[]], [None], 10**30, float("nan"), {"a": 1}]
 FINE = {("best", "None"), ("best", "True"), ("best", "-1"), ("best", "1.5"), ("reported", "None"), ("reported", "-1")}
@@ -161,7 +162,7 @@ FINE |= {
     ("latest", "{}"),
     ("seconds", "True"),
 }
-FINE |= {("latest", "{'a': 1}"), ("seconds", "1.5"), ("seconds", f"{10**30}")}
+FINE |= {("latest", "{'a': 1}"), ("seconds", "1.5"), ("seconds", f"{10**30}"), ("step", "True")}
 
 
 @pytest.mark.parametrize("key", [*STATE, "done.0", "done.0.steps", "done.0.event", "done.0.event.operations"])

@@ -182,6 +182,51 @@ def test_learning_rates_are_set_and_moved_along_the_loops_schedule() -> None:
     assert moved.learning_rate(base, 80) == pytest.approx(0.25)
 
 
+def test_the_learning_rate_of_others_is_steered_while_the_optimizer_steps() -> None:
+    """A cosine of torch.optim, once with a tensor for its rate: the steps have the factor, the cosine does not."""
+    schedule = [
+        event({**RATE, "scale": 0.5}, step=2),
+        event({**RATE, "rewarm": 2, "from": 0.0}, step=4),
+        event({**RATE, "set": 0.3}, step=7),
+    ]
+    for start in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = torch.optim.SGD([p], lr=start)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+        scheduler = GrowthScheduler(schedule)
+        steering, steps, own = scheduler.steer(optimizer), [], []
+        for step in range(10):
+            while scheduler.step(MODEL, optimizer, step=step):
+                pass
+            if step == 9:
+                resumed = GrowthScheduler(schedule)
+                resumed.load_state_dict(json.loads(json.dumps(scheduler.state_dict())))
+                resumed.step(MODEL, optimizer, step=step)
+                steering.remove()
+                steering = resumed.steer(optimizer)
+            p.grad, before = torch.ones_like(p), p.item()
+            own.append(float(optimizer.param_groups[0]["lr"]))
+            optimizer.step()
+            steps.append(before - p.item())
+            assert float(optimizer.param_groups[0]["lr"]) == own[-1]
+            cosine.step()
+        plain = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([p], lr=0.1), 20)
+        expected = []
+        for _ in range(10):
+            expected.append(plain.get_last_lr()[0])
+            plain.optimizer.step()
+            plain.step()
+        assert own == pytest.approx(expected)
+        factors = [1, 1, 0.5, 0.5, 0, 0.25, 0.5, *[0.3 / own[7]] * 3]
+        assert steps == pytest.approx([f * r for f, r in zip(factors, own, strict=True)])
+        steering.remove()
+        before = p.item()
+        optimizer.step()
+        assert before - p.item() == pytest.approx(float(optimizer.param_groups[0]["lr"]))
+    with pytest.raises(SpecError, match=r"events\.0 moves the learning rate's position"):
+        GrowthScheduler([event({**RATE, "position": 3}, step=1)]).steer(optimizer)
+
+
 def test_batches_grow_and_the_learning_rate_follows() -> None:
     schedule = [
         event({"op": "accumulation", "factor": 1.5}, step=1),

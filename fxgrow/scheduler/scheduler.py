@@ -28,8 +28,9 @@ from fxgrow.schedule import (
 )
 from fxgrow.scheduler.acting import Change, freeze, matching_parameters, set_dropout, set_weight_decay, unfreeze
 from fxgrow.scheduler.progress import Progress, Watch
-from fxgrow.scheduler.standing import Done, Sizes, learning_rate, rate_of, sizes_after
+from fxgrow.scheduler.standing import Done, Sizes, learning_rate, rate_factor, rate_of, sizes_after
 from fxgrow.scheduler.state import read, written
+from fxgrow.scheduler.steering import Steering
 from fxgrow.scheduler.timeline import DryRun, Timeline
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
@@ -153,6 +154,7 @@ class GrowthScheduler:
         self._watch = Watch()
         self._growth: Growth | None = None
         self._frozen: Frozen | None = None
+        self._now = 0
         self._started, self._seconds = time.monotonic(), 0.0
         sizes = self._first
         for number, event in enumerate(self.schedule.events):
@@ -227,6 +229,27 @@ class GrowthScheduler:
                     )
         return self.learning_rate(lambda _: 1.0, step)
 
+    def steer(self, optimizer: torch.optim.Optimizer) -> Steering:
+        """Let the schedule change an optimizer's learning rates where others set them.
+
+        In loops whose learning rate is a scheduler's of ``torch.optim``, or a trainer's: what :meth:`lr_factor` says of
+        the step that was passed last is multiplied in while the optimizer steps, and nowhere else.
+
+        Returns:
+            What ``remove()`` ends it with.
+
+        Raises:
+            SpecError: the schedule moves the position of the loop's own learning rate, which is another's here.
+        """
+        for number, event in enumerate(self.schedule.events):
+            for action in event.actions:
+                if isinstance(action, LearningRate) and action.position is not None:
+                    raise SpecError(
+                        f"events.{number} moves the learning rate's position in a schedule that is not this loop's "
+                        "own: use set, scale or rewarm, or a loop with scheduler.learning_rate(base, step)"
+                    )
+        return Steering(optimizer, lambda: rate_factor(self._done, self._first, self._now))
+
     # doing it
 
     def step(
@@ -253,6 +276,7 @@ class GrowthScheduler:
             SpecError: the trigger needs a count or a metric that was not passed.
             FxgrowError: the action was refused or failed; model, optimizers and this scheduler are unchanged.
         """
+        last, self._now = self._now, step
         number, which = self._next()
         if number >= len(self.schedule.events):
             return None
@@ -271,10 +295,10 @@ class GrowthScheduler:
             result = self._act(result)
         except BaseException as raised:
             if event.on_error == "stop" or not isinstance(raised, FxgrowError):
-                self._watch = watch
+                self._watch, self._now = watch, last
                 raise
             error = str(raised)
-        self._done.append(Done(number, which, action, step, error))
+        self._done.append(Done(number, which, action, step, error, _rate(action, optimizer)))
         if which + 1 == len(event.actions):
             self._watch = Watch(reported=step)
         return replace(result, seconds=time.perf_counter() - began, error=error)
@@ -400,7 +424,7 @@ class GrowthScheduler:
     def state_dict(self) -> dict[str, Any]:
         """What has been done, with its events, and the metrics' counters; plain JSON-able data."""
         timed = any(event.trigger.seconds is not None for event in self.schedule.events)
-        return written(self.schedule.events, self._done, self._watch, self._clock() if timed else 0.0)
+        return written(self.schedule.events, self._done, self._watch, self._clock() if timed else 0.0, self._now)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`. What is still to come follows this scheduler's own schedule.
@@ -408,7 +432,7 @@ class GrowthScheduler:
         Raises:
             SpecError: what has already been done is not in this schedule; nothing is changed.
         """
-        self._done, self._watch, self._seconds = read(state, self.schedule.events)
+        self._done, self._watch, self._seconds, self._now = read(state, self.schedule.events)
         self._started = time.monotonic()
 
     def _clock(self) -> float:
@@ -427,6 +451,13 @@ def _several(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
     if optimizer is None:
         return []
     return list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+
+
+def _rate(action: Grow | Action, optimizer: Optimizers) -> float | None:
+    """The learning rate of an optimizer, where an action sets it: what the factor on it is found by."""
+    if not isinstance(action, LearningRate) or action.set is None:
+        return None
+    return next((float(g["lr"]) for o in _several(optimizer) for g in o.param_groups if g.get("lr")), None)
 
 
 __all__ = ["ActionResult", "GrowthScheduler"]

@@ -17,6 +17,7 @@ class Done:
         event, number: which event of the schedule, and which of its actions.
         step: after so many steps.
         error: why it was left out; "" where it was done.
+        rate: the learning rate of the optimizer then, where a learning rate was set and there was one.
     """
 
     event: int
@@ -24,6 +25,7 @@ class Done:
     action: Grow | Action
     step: int
     error: str = ""
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,23 @@ def learning_rate(done: Iterable[Done], first: Sizes, base: Callable[[int], floa
     Args:
         base: the loop's own, of a step from 0.
     """
+    offset, factor = _standing(done, first, step, lambda each, offset: base(each.step + offset))
+    return base(step + offset) * factor
+
+
+def rate_factor(done: Iterable[Done], first: Sizes, step: int) -> float:
+    """The factor on a learning rate that others set, whose place in their schedule is theirs."""
+    return _standing(done, first, step, lambda each, _: each.rate or 1.0)[1]
+
+
+def _standing(
+    done: Iterable[Done], first: Sizes, step: int, rate_then: Callable[[Done, int], float]
+) -> tuple[int, float]:
+    """How far the loop's own schedule is moved, and the factor on it.
+
+    Args:
+        rate_then: the loop's own rate when an action was done.
+    """
     offset, factor, warmups, sizes = 0, 1.0, list[tuple[int, LearningRate]](), first
     for each in done:
         action = each.action
@@ -86,7 +105,7 @@ def learning_rate(done: Iterable[Done], first: Sizes, base: Callable[[int], floa
         if not isinstance(action, LearningRate):
             continue
         if action.set is not None:
-            factor, warmups = action.set / base(each.step + offset), []
+            factor, warmups = action.set / rate_then(each, offset), []
         elif action.scale is not None:
             factor *= action.scale
         elif action.position is not None:
@@ -95,7 +114,7 @@ def learning_rate(done: Iterable[Done], first: Sizes, base: Callable[[int], floa
             warmups.append((each.step, action))
     for at, action in warmups:
         factor *= action.from_ + (1 - action.from_) * min(1.0, (step - at) / (action.rewarm or 1))
-    return base(step + offset) * factor
+    return offset, factor
 
 
-__all__ = ["Done", "Sizes", "learning_rate", "rate_of", "sizes_after"]
+__all__ = ["Done", "Sizes", "learning_rate", "rate_factor", "rate_of", "sizes_after"]

@@ -23,6 +23,7 @@ class _Past(Strict):
     event: dict[str, Any]
     steps: list[Count] = Field(min_length=1, max_length=OPERATIONS)
     errors: dict[str, str] = Field(default_factory=dict)
+    rates: dict[str, float] = Field(default_factory=dict)
 
 
 class _State(Strict):
@@ -33,6 +34,7 @@ class _State(Strict):
     reported: Count | None
     latest: dict[str, float]
     seconds: float = Field(ge=0)
+    step: Count = Field(ge=0)
 
 
 class _Fired(Strict):
@@ -50,14 +52,18 @@ class _State1(Strict):
     reported: Count | None
 
 
-def written(events: Sequence[Event], done: Sequence[Done], watch: Watch, seconds: float) -> dict[str, Any]:
+def written(events: Sequence[Event], done: Sequence[Done], watch: Watch, seconds: float, step: int) -> dict[str, Any]:
     """Plain JSON-able data that :func:`read` reads back."""
     past: dict[int, dict[str, Any]] = {}
     for each in done:
-        entry = past.setdefault(each.event, {"event": events[each.event].to_dict(), "steps": [], "errors": {}})
+        entry = past.setdefault(
+            each.event, {"event": events[each.event].to_dict(), "steps": [], "errors": {}, "rates": {}}
+        )
         entry["steps"].append(each.step)
         if each.error:
             entry["errors"][str(each.number)] = each.error
+        if each.rate is not None:
+            entry["rates"][str(each.number)] = each.rate
     return {
         "version": 2,
         "done": list(past.values()),
@@ -66,11 +72,12 @@ def written(events: Sequence[Event], done: Sequence[Done], watch: Watch, seconds
         "reported": watch.reported,
         "latest": dict(watch.latest),
         "seconds": seconds,
+        "step": step,
     }
 
 
-def read(state: Mapping[str, Any], events: Sequence[Event]) -> tuple[list[Done], Watch, float]:
-    """What has been done of a schedule's events, the counters, and the seconds that have passed.
+def read(state: Mapping[str, Any], events: Sequence[Event]) -> tuple[list[Done], Watch, float, int]:
+    """What has been done of a schedule's events, the counters, the seconds that have passed, and the last step.
 
     Raises:
         SpecError: it is no state, or what has been done is not in the schedule.
@@ -95,9 +102,10 @@ def read(state: Mapping[str, Any], events: Sequence[Event]) -> tuple[list[Done],
         if some > len(actions) or (some < len(actions) and number + 1 < len(past)):
             raise SpecError(f"scheduler state: {some} of the {len(actions)} actions of events.{number} were done")
         for which, step in enumerate(item.steps):
-            done.append(Done(number, which, actions[which], step, item.errors.get(str(which), "")))
+            key = str(which)
+            done.append(Done(number, which, actions[which], step, item.errors.get(key, ""), item.rates.get(key)))
     best = math.inf if found.best is None else found.best
-    return done, Watch(best, found.bad, found.reported, dict(found.latest)), found.seconds
+    return done, Watch(best, found.bad, found.reported, dict(found.latest)), found.seconds, found.step
 
 
 def _from_1(state: _State1) -> _State:
@@ -107,7 +115,9 @@ def _from_1(state: _State1) -> _State:
         for event, item in zip(past, state.fired, strict=True)
     ]
     counters: dict[str, Any] = {"best": state.best, "bad": state.bad, "reported": state.reported}
-    return _State.model_validate({"version": 2, "done": done, "latest": {}, "seconds": 0.0, **counters})
+    last = max((item.step for item in state.fired), default=0)
+    more = {"latest": {}, "seconds": 0.0, "step": last}
+    return _State.model_validate({"version": 2, "done": done, **more, **counters})
 
 
 __all__ = ["read", "written"]

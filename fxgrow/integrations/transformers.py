@@ -1,0 +1,137 @@
+"""A schedule in ``transformers.Trainer``: the trainer's model and optimizer grow in place, and it goes on with them.
+
+::
+
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[GrowthCallback("schedule.yaml")])
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.training_args import ParallelMode
+
+from fxgrow.errors import CheckpointError, FxgrowError
+from fxgrow.integrations.common import check_sizes, example_of, numbers, tell
+from fxgrow.optim.wrappers import unwrapped
+from fxgrow.reading import read_json
+from fxgrow.schedule import Schedule
+from fxgrow.scheduler import ActionResult, GrowthScheduler
+
+
+class GrowthCallback(TrainerCallback, ExportableState):
+    """Carries a schedule out in a ``Trainer``.
+
+    Metrics of triggers are those that the trainer logs: ``loss``, ``eval_loss`` and whatever ``compute_metrics`` adds.
+    Changes of the learning rate are made while the optimizer steps; the trainer's own scheduler, and what it logs, goes
+    on as it was. ``evaluate`` and ``checkpoint`` are done by the trainer, after the step.
+
+    Args:
+        schedule: anything :meth:`Schedule.parse` takes. What the trainer's loop fixes at its start, the size of batches
+            and the accumulation, cannot be changed.
+        example: keyword arguments that the model is captured with; the first two samples of the first batch if left
+            out.
+        log: a file that gets one JSON line for each action.
+        how: further arguments of :class:`~fxgrow.GrowthScheduler`, such as ``calls`` or ``verify``.
+
+    Raises:
+        SpecError: the schedule is wrong, or changes what the trainer fixes.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | Mapping[str, Any] | list[Any] | str | Path,
+        example: Mapping[str, Any] | None = None,
+        log: str | Path | None = None,
+        **how: Any,
+    ) -> None:
+        self._example = None if example is None else dict(example)
+        self.scheduler = GrowthScheduler(schedule, lambda: ((), self._example or {}), **how)
+        check_sizes(self.scheduler.schedule, "the Trainer")
+        self._log = None if log is None else Path(log)
+        self._metrics: dict[str, float] = {}
+        self.done: list[ActionResult] = []
+
+    # the trainer's checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer writes of this callback into a checkpoint."""
+        return {"args": {}, "attributes": {"growth": self.scheduler.state_dict()}}
+
+    def resume(self, model: nn.Module, checkpoint: str | Path) -> nn.Module:
+        """Grow a model, fresh from its small config, to what it was in a checkpoint of the trainer.
+
+        Call it before ``Trainer(model, …)`` and ``trainer.train(resume_from_checkpoint=checkpoint)``, which loads the
+        weights. A model that ``from_pretrained(checkpoint)`` made has the sizes already, and needs no call.
+
+        Returns:
+            The model.
+
+        Raises:
+            CheckpointError: it is no checkpoint of a trainer with this callback.
+            SpecError: what was done there is not in this schedule.
+        """
+        if self._example is None:
+            raise FxgrowError("to resume, give the callback an example=: there is no batch of the trainer yet")
+        self._read(read_json(Path(checkpoint) / "trainer_state.json", finite=False), str(checkpoint))
+        grown, _ = self.scheduler.replay(model)
+        return grown
+
+    def _read(self, state: Any, where: str) -> None:
+        callbacks = state.get("stateful_callbacks") if isinstance(state, Mapping) else None
+        own = callbacks.get(type(self).__name__) if isinstance(callbacks, Mapping) else None
+        try:
+            growth = own["attributes"]["growth"]  # type: ignore[index]
+        except (KeyError, TypeError):
+            raise CheckpointError(f"{where} is no checkpoint of a trainer with a {type(self).__name__}") from None
+        self.scheduler.load_state_dict(growth)
+
+    # the trainer's events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the whole schedule before the first step."""
+        if args.parallel_mode == ParallelMode.DISTRIBUTED or getattr(args, "fsdp", None) or args.deepspeed:
+            raise FxgrowError("a Trainer over several processes holds its model in wrappers that would not follow")
+        model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
+        if state.global_step and not self.scheduler.done:
+            self._read({"stateful_callbacks": state.stateful_callbacks}, "what the trainer resumes from")
+        if self._example is None:
+            batch = next(iter(kwargs["train_dataloader"]))
+            self._example = example_of(dict(batch), model.device)
+        if self.scheduler.next is not None:
+            self.scheduler.check(model, optimizer)
+        self.scheduler.steer(optimizer)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Note what was measured, for the next step."""
+        self._metrics |= numbers(logs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Note what was measured, for the next step."""
+        self._metrics |= numbers(metrics)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Do what is due between this step and the next."""
+        metrics, self._metrics = self._metrics, {}
+        given = {"step": state.global_step, "epoch": state.epoch, "metrics": metrics}
+        tokens = state.num_input_tokens_seen or None
+        while done := self.scheduler.step(kwargs["model"], kwargs["optimizer"], tokens=tokens, **given):
+            self.done.append(done)
+            tell(done)
+            if self._log is not None:
+                with self._log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(done.to_dict()) + "\n")
+            if done.op == "evaluate" and not done.error:
+                control.should_evaluate = True
+            elif done.op == "checkpoint" and not done.error:
+                control.should_save = True
+
+
+__all__ = ["GrowthCallback"]
