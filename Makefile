@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 install: $(VENV)/.installed  ## make a virtual environment with pinned versions in .venv
 
 demo: install  ## train a small GPT on English text and grow it while it learns (about 2 minutes)
-	$(BIN)/python -m examples.gpt.train --out out/demo
+	$(BIN)/python -m examples.gpt.train --out out/demo --overwrite
 
 test: install  ## run the tests
 	$(BIN)/python -m pytest -n 2

@@ -24,7 +24,7 @@ from examples.gpt.model import GPT, GPTConfig
 from examples.gpt.report import write_report
 from fxgrow.errors import FxgrowError
 from fxgrow.schedule import Schedule
-from fxgrow.training import Hyper, Log, Run, Task, seeded, train
+from fxgrow.training import Log, Run, Task, hyper_of, seeded, train
 
 SCHEDULE = Path(__file__).with_name("schedule.yaml")
 STEPS = 1200
@@ -39,7 +39,8 @@ def task(
 ) -> Task:
     """The example as a task; also for ``fxgrow train examples.gpt.train:task``."""
     config = config or GPTConfig(vocab_size=VOCAB_SIZE)
-    settings = Hyper(**{"steps": STEPS, "learning_rate": 3e-3, "min_learning_rate": 3e-4, "eval_every": 50} | hyper)
+    defaults = {"steps": STEPS, "learning_rate": 3e-3, "min_learning_rate": 3e-4, "eval_every": 50}
+    settings = hyper_of(defaults | hyper)
     data = Text(text, config.block_size, batch_size)
     torch.manual_seed(settings.seed)
     return Task(
@@ -79,7 +80,7 @@ def from_scratch(run: Run, config: GPTConfig, text: Path | None, batch_size: int
     hyper = dataclasses.asdict(run.task.hyper)
     hyper["steps"] = max(1, round(run.flops / (run.flops_per_batch * run.accumulation)))
     console.rule(f"from scratch at full size: {hyper['steps']} steps for the same FLOPs")
-    train(task(text, None, config, batch_size, **hyper), run.out / "scratch", console=console)
+    train(task(text, None, config, batch_size, **hyper), run.out / "scratch", overwrite=True, console=console)
 
 
 def finish(run: Run, grown: GPTConfig, console: Console) -> None:
@@ -132,6 +133,9 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to PyTorch.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew in an --out that holds a run already.")
+    ] = False,
     stop_at: Annotated[int | None, typer.Option(help="Stop with a checkpoint after this many steps.")] = None,
     scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Also train the final size from scratch, for as many FLOPs.")
@@ -167,7 +171,7 @@ def main(
     if not resume:  # of an earlier run in the same folder
         (out / "scratch" / "log.jsonl").unlink(missing_ok=True)
     try:
-        run = train(job, out, resume=resume, stop_at=stop_at, console=console)
+        run = train(job, out, resume=resume, overwrite=overwrite, stop_at=stop_at, console=console)
     except FxgrowError as error:
         raise fail(error) from None
     except KeyboardInterrupt:

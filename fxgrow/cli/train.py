@@ -10,7 +10,7 @@ import typer
 
 from fxgrow.cli.console import out, say
 from fxgrow.cli.options import Config
-from fxgrow.errors import SpecError, did_you_mean
+from fxgrow.errors import SpecError
 
 
 def train(
@@ -28,6 +28,9 @@ def train(
     ] = None,
     schedule: Annotated[Path | None, typer.Option(help="When and how to grow, instead of the task's own.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew in an --out that holds a run already.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the schedule will make of the run, and train nothing.")
     ] = False,
@@ -50,12 +53,7 @@ def train(
     if not isinstance(made, training.Task):
         raise SpecError(f"{task!r} returned a {type(made).__name__}, not a fxgrow.training.Task")
     changes = parse_settings(hyper or (), "--hyper")
-    known = [f.name for f in dataclasses.fields(training.Hyper)]
-    for key in changes:
-        if key not in known:
-            raise SpecError(f"--hyper {key}: no such hyper-parameter; {did_you_mean(key, known)}")
-    if changes:
-        made = dataclasses.replace(made, hyper=dataclasses.replace(made.hyper, **changes))
+    made = dataclasses.replace(made, hyper=training.hyper_of(changes, made.hyper, "--hyper"))
     if schedule is not None:
         made = dataclasses.replace(made, schedule=schedule)
     if threads:
@@ -67,7 +65,7 @@ def train(
     if out_ is None:
         raise SpecError("give --out, the folder for log and checkpoints, or --dry-run")
     try:
-        run = training.train(made, out_, resume=resume, stop_at=stop_at, console=console)
+        run = training.train(made, out_, resume=resume, overwrite=overwrite, stop_at=stop_at, console=console)
     except KeyboardInterrupt:
         say().print(f"interrupted; go on with --resume --out {out_}", soft_wrap=True)
         raise typer.Exit(130) from None

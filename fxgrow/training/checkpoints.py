@@ -21,6 +21,7 @@ from fxgrow.errors import CheckpointError
 from fxgrow.optim.rates import all_rates
 from fxgrow.publish import clean, create, replacing
 from fxgrow.reading import first_problem, read_json, read_text
+from fxgrow.training.copies import Copies
 from fxgrow.training.optimizer_state import check_optimizer_state
 from fxgrow.training.packing import pack, unpack
 from fxgrow.training.run import Run
@@ -50,6 +51,7 @@ def save(run: Run) -> Path:
         **{name: getattr(run, name) for name in _COUNTERS},
         "val_loss": None if math.isnan(run.val_loss) else run.val_loss,
         "scheduler": run.scheduler.state_dict(),
+        "copies": run.copies.packed(optimizer_tensors),
         "original": run.original,
         "aliases": aliases,
         "optimizer": pack(run.optimizer.state_dict(), "optimizer", optimizer_tensors),
@@ -96,6 +98,7 @@ class _Saved(BaseModel):
     log_lines: int | None = Field(None, ge=0)
     val_loss: float | None
     scheduler: dict[str, Any]
+    copies: dict[str, Any] = Field(default_factory=lambda: {"pairs": [], "zeros": []})
     original: dict[str, list[int]]
     aliases: dict[str, str]
     optimizer: Any
@@ -125,6 +128,7 @@ def restore(run: Run) -> None:
         check_optimizer_state(saved, run.optimizer)
         run.optimizer.load_state_dict(saved)
         all_rates(run.optimizer)  # reads what stands in the groups
+        run.copies = Copies.unpacked(state.copies, optimizer_tensors, torch.device(run.task.hyper.device))
         _set_random_state(optimizer_tensors)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise CheckpointError(f"checkpoint {path}: the optimizer's state does not fit: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,25 @@ class Copies:
                     left, right = torch.tensor(found).t().to(parameter.device)
                     pairs[name, dim] = (left, right)
         return cls(pairs, zeros)
+
+    def packed(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Plain data, and the index vectors among some tensors; :meth:`unpacked` reads them back."""
+        for number, pair in enumerate(self.pairs.values()):
+            tensors[f"copies.{number}"] = torch.stack(pair).cpu()
+        return {"pairs": [[name, dim] for name, dim in self.pairs], "zeros": self.zeros}
+
+    @classmethod
+    def unpacked(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> Copies:
+        """What :meth:`packed` made.
+
+        Raises:
+            KeyError, ValueError, TypeError: it is none.
+        """
+        found = [tensors[f"copies.{number}"].to(device).unbind() for number in range(len(data["pairs"]))]
+        pairs = zip(data["pairs"], found, strict=True)
+        return cls(
+            {(str(n), int(d)): (left, right) for (n, d), (left, right) in pairs}, [str(z) for z in data["zeros"]]
+        )
 
     def measure(self, model: nn.Module) -> dict[str, Any]:
         """How far the copies have parted.

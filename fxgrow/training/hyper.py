@@ -3,41 +3,65 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import fields
+from typing import Annotated, Any
 
-from fxgrow.errors import SpecError
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fxgrow.errors import SpecError, did_you_mean
+
+_Positive = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=0)]
+_Rate = Annotated[float, Field(ge=0)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Hyper:
     """How a run is trained. Counts are optimizer steps unless they say otherwise."""
 
-    steps: int = 1000
-    accumulation: int = 1
+    steps: _Count = 1000
+    accumulation: _Positive = 1
     """Micro-batches per step, before any growth changes it."""
-    learning_rate: float = 1e-3
-    min_learning_rate: float = 1e-4
-    warmup: int = 50
-    decay_steps: int | None = None
+    learning_rate: _Rate = 1e-3
+    min_learning_rate: _Rate = 1e-4
+    warmup: _Count = 50
+    decay_steps: _Count | None = None
     """Where the cosine reaches the minimum; None: at the last step."""
-    clip: float = 1.0
+    clip: _Rate = 1.0
     """Largest global gradient norm; 0 turns clipping off. See the module's docstring for the caveat."""
-    weight_decay: float = 0.1
+    weight_decay: _Rate = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
-    eval_every: int = 100
-    eval_batches: int = 8
-    log_every: int = 10
-    checkpoint_every: int = 0
+    eval_every: _Positive = 100
+    eval_batches: _Positive = 8
+    log_every: _Positive = 10
+    checkpoint_every: _Count = 0
     """0: only at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: _Positive = 2
     seed: int = 0
     compile: bool = False
     device: str = "cpu"
 
-    def __post_init__(self) -> None:
-        for name in ("accumulation", "eval_every", "eval_batches", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"hyper-parameter {name}: {getattr(self, name)} must be at least 1")
+
+def hyper_of(settings: dict[str, Any], start: Hyper | None = None, where: str = "hyper-parameter") -> Hyper:
+    """Hyper-parameters from plain data, those that are not named from ``start``.
+
+    Raises:
+        SpecError: with one line for each that is unknown, or of another type or range.
+    """
+    known = [f.name for f in fields(Hyper)]
+    for name in settings:
+        if name not in known:
+            raise SpecError(f"{where} {name}: no such hyper-parameter; {did_you_mean(name, known)}")
+    given = {} if start is None else {name: getattr(start, name) for name in known}
+    try:
+        return Hyper(**{**given, **settings})
+    except ValidationError as error:
+        lines = [
+            f"{where} {'.'.join(map(str, item['loc']))}: {' '.join(item['msg'].split())}, not {item['input']!r}"
+            for item in error.errors()
+        ]
+        raise SpecError("\n".join(lines)) from None
 
 
 def cosine(step: int, hyper: Hyper) -> float:

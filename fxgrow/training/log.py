@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from fxgrow.scheduler import ActionResult
 from fxgrow.training.counting import count_parameters
 from fxgrow.training.run import Run
+from fxgrow.training.trackers import track, trackers
 
 
 class Log:
@@ -32,14 +33,19 @@ class Log:
         self._file.writelines(kept)
         self._file.flush()
         self.lines = len(kept)
+        self._trackers = trackers(path.parent)
 
     def write(self, event: str, **fields: Any) -> None:
+        """Write a line, and tell the trackers that are there."""
         self._file.write(json.dumps({"event": event, **fields}) + "\n")
         self._file.flush()
         self.lines += 1
+        track(self._trackers, event, fields)
 
     def close(self) -> None:
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def lines_until(lines: list[str], step: int) -> int:

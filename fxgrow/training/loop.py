@@ -34,6 +34,7 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     stop_at: int | None = None,
     console: Console | None = None,
     on_growth: Callable[[Run, ActionResult], None] | None = None,
@@ -44,14 +45,18 @@ def train(
         task: what to train; its model is the one that grows, if ``task.in_place``.
         out: folder of the run, made if need be.
         resume: go on from the newest checkpoint in ``out``; without one, start.
+        overwrite: begin anew in an ``out`` that holds a run already.
         stop_at: stop with a checkpoint after this many steps, as if interrupted.
         console: where progress goes; None prints to the terminal.
         on_growth: called after each growth.
 
     Raises:
-        FxgrowError: a growth was refused, a checkpoint does not fit, or the loss stopped being finite.
+        FxgrowError: a growth was refused, a checkpoint does not fit, ``out`` holds a run that is neither resumed nor
+            overwritten, or the loss stopped being finite.
     """
     hyper, out, console = task.hyper, Path(out), console or Console()
+    if (out / "log.jsonl").is_file() and not (resume or overwrite):
+        raise FxgrowError(f"{out} holds a run already: resume it, overwrite it, or choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     run = begin(task, out, before=lambda action: look(action))
     scheduler, batch = run.scheduler, run.batch
@@ -66,7 +71,7 @@ def train(
     eval_batches = [batch("val", number) for number in range(hyper.eval_batches)]
     log = Log(out / "log.jsonl", resumed=run if resumed else None)
     forward = compiled(run.model) if hyper.compile and run.flops_per_batch else run.model
-    apart, metrics, loss_before = Copies.none(), dict[str, float](), math.nan
+    metrics, loss_before = dict[str, float](), math.nan
     started = time.perf_counter() - run.seconds
 
     def measured() -> dict[str, float]:
@@ -77,7 +82,7 @@ def train(
             found["train_loss"] = run.loss_sum / run.losses
             run.loss_sum, run.losses = 0.0, 0
         run.seconds = time.perf_counter() - started
-        log.write("eval", **standing(run), **found, **apart.measure(run.model))
+        log.write("eval", **standing(run), **found, **run.copies.measure(run.model))
         console.print(describe(run, found), highlight=False)
         return found
 
@@ -122,7 +127,7 @@ def train(
                 forward = run.model
                 metrics = {**metrics, "val_loss": evaluate(task, forward, eval_batches)}
                 run.val_loss, run.flops_per_batch = metrics["val_loss"], 0
-                apart = Copies.of(run.model)
+                run.copies = Copies.of(run.model)
                 run.seconds = time.perf_counter() - started
                 line = growth_line(run, done, loss_before)
                 log.write("growth", **line)

@@ -11,6 +11,7 @@ from torch import nn
 
 from fxgrow.scheduler import GrowthScheduler
 from fxgrow.training.batches import seeded, to_device
+from fxgrow.training.copies import Copies
 from fxgrow.training.hyper import cosine
 from fxgrow.training.task import Batch, Task
 
@@ -40,6 +41,8 @@ class Run:
     val_loss: float = math.nan
     evaluated: int = -1
     """The step of the last evaluation."""
+    copies: Copies = field(default_factory=Copies.none)
+    """Of the last growth."""
     original: dict[str, list[int]] = field(init=False)
     """Shapes of the model as it is at the start; in place, it is the one that grows."""
     log_lines: int | None = 0

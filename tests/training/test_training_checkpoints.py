@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fxgrow
 from fxgrow import training
-from fxgrow.errors import CheckpointError, SpecError
+from fxgrow.errors import CheckpointError, FxgrowError, SpecError
 from fxgrow.scheduler import scheduler
 from fxgrow.training import Task, read_log
 from tests.training.toy import GROWTHS, WIDEN, Net, assert_same_losses, assert_same_optimizer, make, run, same
@@ -84,7 +84,7 @@ def test_a_refused_growth_ends_the_run_and_leaves_a_usable_checkpoint(
         run(make(schedule=GROWTHS[:1], checkpoint_every=2), tmp_path)
     last = read_log(tmp_path / "log.jsonl")[-1]
     assert (last["event"], last["step"], last["error"]) == ("refused", 5, "not exact")
-    assert run(make(), tmp_path, stop_at=6).step == 6
+    assert run(make(), tmp_path, stop_at=6, overwrite=True).step == 6
 
 
 def test_checkpoints_keep_ties_and_only_the_newest(tmp_path: Path) -> None:
@@ -152,6 +152,10 @@ def test_resuming_under_another_past_is_refused(tmp_path: Path) -> None:
 
 def test_a_new_run_in_the_same_folder_does_not_resume_the_old_one(tmp_path: Path) -> None:
     run(make(), tmp_path, stop_at=6)
+    log = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(FxgrowError, match="holds a run already: resume it, overwrite it, or choose another folder"):
+        run(make(), tmp_path)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
 
     def fail(model: nn.Module, batch: Any) -> Tensor:
         raise RuntimeError("power cut")
@@ -159,7 +163,7 @@ def test_a_new_run_in_the_same_folder_does_not_resume_the_old_one(tmp_path: Path
     task = make()
     task.loss = fail
     with pytest.raises(RuntimeError, match="power cut"):
-        run(task, tmp_path)
+        run(task, tmp_path, overwrite=True)
     run(make(), tmp_path, resume=True, stop_at=2)
     assert next(line["event"] for line in read_log(tmp_path / "log.jsonl")) == "start"
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional as F
 
 from fxgrow import training
 from fxgrow.errors import SpecError
-from fxgrow.training import Copies, Hyper, cosine
+from fxgrow.training import Copies, Hyper, cosine, hyper_of
 from tests.training.toy import Net, make, run
 
 
@@ -81,6 +82,26 @@ def test_losses_come_from_tuples_mappings_and_tensors() -> None:
         assert training.model_loss(Returns(value), ()) is x
 
 
-def test_hyper_parameters_are_checked() -> None:
-    with pytest.raises(SpecError, match="accumulation: 0 must be at least 1"):
-        Hyper(accumulation=0)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"accumulation": 0}, "hyper-parameter accumulation: Input should be greater than or equal to 1, not 0"),
+        ({"steps": "many"}, "hyper-parameter steps: Input should be a valid integer"),
+        ({"steps": 2.5}, "hyper-parameter steps: Input should be a valid integer"),
+        ({"learning_rate": math.nan}, "hyper-parameter learning_rate: Input should be a finite number"),
+        ({"betas": [0.9]}, r"hyper-parameter betas\.1: Field required"),
+        ({"eval_evry": 3}, r"hyper-parameter eval_evry: no such hyper-parameter; did you mean eval_every"),
+        ({"clip": -1, "log_every": 0}, "hyper-parameter clip: .*\nhyper-parameter log_every: "),
+    ],
+)
+def test_hyper_parameters_are_checked(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(SpecError, match=expected):
+        hyper_of(settings)
+    with pytest.raises((ValidationError, TypeError)):
+        Hyper(**settings)
+
+
+def test_hyper_parameters_are_changed_one_by_one() -> None:
+    start = Hyper(steps=7, clip=0.5)
+    assert hyper_of({"steps": 9, "learning_rate": 1}, start) == Hyper(steps=9, clip=0.5, learning_rate=1.0)
+    assert isinstance(hyper_of({"learning_rate": 1}).learning_rate, float)
