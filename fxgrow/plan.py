@@ -413,7 +413,24 @@ class InsertLayer(_Model):
     activation: str | None = Field(None, description="op repeated after the layer")
 
 
-Change = Annotated[Edit | Rescale | Unscale | CloneBlock | Renumber | InsertLayer, Discriminator("kind")]
+class Adapt(_Model):
+    """A low-rank adapter beside a layer."""
+
+    kind: Literal["adapt"] = "adapt"
+    path: str = Field(description="module path of the layer, and of the adapter's weights")
+    input: str = Field(description="graph node whose value the layer takes")
+    output: str = Field(description="graph node whose value it hands on")
+    rank: int
+    alpha: float = Field(description="the product is multiplied by alpha / rank")
+    dropout: float = 0.0
+    embedding: bool = False
+    transposed: bool = Field(False, description="the layer's weight is (in, out)")
+    sizes: list[int] = Field(
+        description="what the adapter reads from, entries or a width, and the width that it writes"
+    )
+
+
+Change = Annotated[Edit | Rescale | Unscale | CloneBlock | Renumber | InsertLayer | Adapt, Discriminator("kind")]
 
 
 class OutputGrowth(_Model):

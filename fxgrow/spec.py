@@ -217,6 +217,19 @@ class Insert(Operation):
         return self
 
 
+class Lora(Operation):
+    """Put low-rank adapters beside layers: y + (alpha / rank) B A x, with B zero at first (LoRA, Hu et al. 2021)."""
+
+    op: Literal["lora"] = "lora"
+    modules: Name = Field(description="a glob over module paths of linear layers, embeddings and heads")
+    rank: Count = Field(ge=1)
+    alpha: float | None = Field(
+        None, gt=0, le=1e6, description="the product is multiplied by alpha / rank; by 1 if left out"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input, in train mode")
+    seed: Count = Field(0, ge=0, description="of the random half of the adapter")
+
+
 _OPERATIONS: dict[str, type[Operation]] = {}
 
 
@@ -362,7 +375,7 @@ def _explain(error: ValidationError, prefix: str) -> str:
     return "\n".join(lines)
 
 
-for _cls in (Widen, Extend, Deepen, Insert):
+for _cls in (Widen, Extend, Deepen, Insert, Lora):
     register_operation(_cls)
 
 

@@ -20,6 +20,7 @@ from torch import fx
 
 from fxgrow.algebra import axes_of, factors_of, is_static, size_of
 from fxgrow.analysis.axes import Axes
+from fxgrow.analysis.call import from_parameter
 from fxgrow.ir.dtypes import is_fine
 from fxgrow.ir.nodes import info_of, note
 from fxgrow.ir.ops import bound_arguments, op_name
@@ -256,11 +257,11 @@ class _Sizes:
         return found
 
     def _low_rank(self, node: fx.Node) -> bool:
-        """Whether a value is a product with one weight after another, as an adapter's is."""
-        for _ in range(2):
+        """Whether a value is a product with one weight after another, or what was looked up: as an adapter's is."""
+        for step in range(2):
             found = self._product(node)
             if found is None:
-                return False
+                return step == 1 and _looked_up(node)
             values = [n for n in found.all_input_nodes if isinstance(self.old.dims.get(n), list)]
             if not any(map(is_parameter, values)) or not isinstance(found.args[0], fx.Node):
                 return False
@@ -436,3 +437,12 @@ def _record(state: State, step: Step, changes: list[Change]) -> None:
                 edits[change.node] = change
             kept.append(change)
     step.changes[:] = kept
+
+
+def _looked_up(node: fx.Node) -> bool:
+    """Whether a value is entries of a weight, seen through what moves or drops them."""
+    while node.op == "call_function" and (moves(node) or "dropout" in op_name(node.target)):
+        if not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return op_name(node.target) == "aten.embedding.default" and from_parameter(node.args[0])

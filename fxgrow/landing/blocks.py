@@ -1,4 +1,4 @@
-"""Blocks of a stack in the living model: copied where the plan copies them, and numbered anew."""
+"""Modules that a plan adds to the living model: blocks, copied and numbered anew, and adapters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from fxgrow.errors import GrowthRefused, Refusal
+from fxgrow.ir.adapters import adapter_of
 from fxgrow.ir.modules import children_of
 from fxgrow.ir.stacks import block_path, stack_name
 from fxgrow.landing.living import Living, attributes_of, configs_of
-from fxgrow.plan import CloneBlock, GrowthPlan, InsertLayer, Renumber
+from fxgrow.plan import Adapt, CloneBlock, GrowthPlan, InsertLayer, Renumber
 
 
 class Numbered(NamedTuple):
@@ -41,7 +42,9 @@ class Restacked:
 
 
 def restack(living: Living, plan: GrowthPlan) -> list[Restacked]:
-    """Give the model's stacks the blocks of a plan. Copies have the tensors of their source until those are exchanged.
+    """Give the model's stacks the blocks of a plan, and its layers their adapters.
+
+    Copies have the tensors of their source until those are exchanged.
 
     Raises:
         GrowthRefused: the plan needs a gate or a layer that the class does not have.
@@ -50,6 +53,8 @@ def restack(living: Living, plan: GrowthPlan) -> list[Restacked]:
     for step in plan.steps:
         for change in step.changes:
             _check(change)
+            if isinstance(change, Adapt) and adapter_of(living.module(change.path)) is None:  # of another call
+                living.adapter(change)
         for stack, clones, prefixes in _stackings(step.changes):
             done.append(_restack(living, stack, clones, prefixes))
     return done

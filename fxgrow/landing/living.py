@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxgrow.ir.adapters import LowRank, attach, detach
 from fxgrow.ir.modules import OWN_ATTRIBUTES, children_of, drop_hooks, set_children, set_tensor, share_hooks, tensor_of
+from fxgrow.plan import Adapt
 
 _MISSING = object()
 
@@ -55,6 +57,17 @@ class Living:
 
         self._undo.append(back)
         return True
+
+    def adapter(self, change: Adapt) -> None:
+        """Give a layer a low-rank adapter; its weights are places for others."""
+        module = self.module(change.path)
+        places = [
+            nn.Parameter(torch.empty(shape, device="meta"))
+            for shape in ([change.rank, change.sizes[0]], [change.sizes[1], change.rank])
+        ]
+        hook = LowRank(change.alpha, change.dropout, change.embedding, change.transposed)
+        attach(module, hook, *places)
+        self._undo.append(lambda: detach(module))
 
     def children(self, path: str, children: Mapping[str, nn.Module | None]) -> None:
         """Give a container other children."""

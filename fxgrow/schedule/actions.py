@@ -17,6 +17,8 @@ from pydantic import Field, model_validator
 from fxgrow.schedule.base import Strict, exactly_one
 from fxgrow.spec import Count
 
+_ADAPTED = "globs over the paths of adapted modules, with | between them; or vocabulary: tables and heads of tokens"
+
 
 class Action(Strict):
     """Something that a schedule does at a moment of a run; ``op`` names it."""
@@ -127,6 +129,30 @@ class Unfreeze(Action):
     what: str = Field("*", description="old, or a glob over parameter names")
 
 
+class LoraScale(Action):
+    """Multiply what adapters add, from here on."""
+
+    op: Literal["lora_scale"] = "lora_scale"
+    factor: float = Field(ge=0, le=1e6)
+    modules: str = Field("*", description=_ADAPTED)
+
+
+class LoraDecay(Action):
+    """Bring what adapters add down to a part of it, linearly over some steps."""
+
+    op: Literal["lora_decay"] = "lora_decay"
+    steps: Count = Field(ge=1)
+    to: float = Field(0.0, ge=0, le=1e6, description="the factor at the end")
+    modules: str = Field("*", description=_ADAPTED)
+
+
+class LoraMerge(Action):
+    """Add adapters to the weights that they adapt, exactly, and take them away with their optimizer state."""
+
+    op: Literal["lora_merge"] = "lora_merge"
+    modules: str = Field("*", description=_ADAPTED)
+
+
 class Evaluate(Action):
     """Evaluate now, whatever the loop's interval is."""
 
@@ -143,7 +169,7 @@ ACTIONS: dict[str, type[Action]] = {
     str(kind.model_fields["op"].default): kind
     for kind in (
         *(LearningRate, WeightDecay, Accumulation, BatchSize, SequenceLength),
-        *(Dropout, Freeze, Unfreeze, Evaluate, Checkpoint),
+        *(Dropout, Freeze, Unfreeze, LoraScale, LoraDecay, LoraMerge, Evaluate, Checkpoint),
     )
 }
 
@@ -158,6 +184,9 @@ __all__ = [
     "Evaluate",
     "Freeze",
     "LearningRate",
+    "LoraDecay",
+    "LoraMerge",
+    "LoraScale",
     "SequenceLength",
     "Sized",
     "Unfreeze",

@@ -22,10 +22,14 @@ from fxgrow.schedule import (
     Freeze,
     Grow,
     LearningRate,
+    LoraDecay,
+    LoraMerge,
+    LoraScale,
     Schedule,
     Unfreeze,
     WeightDecay,
 )
+from fxgrow.scheduler import adapters
 from fxgrow.scheduler.acting import Change, freeze, matching_parameters, set_dropout, set_weight_decay, unfreeze
 from fxgrow.scheduler.progress import Progress, Watch
 from fxgrow.scheduler.standing import Done, Sizes, learning_rate, rate_factor, rate_of, sizes_after
@@ -277,6 +281,7 @@ class GrowthScheduler:
             FxgrowError: the action was refused or failed; model, optimizers and this scheduler are unchanged.
         """
         last, self._now = self._now, step
+        adapters.fade(uncompiled(model), step)
         number, which = self._next()
         if number >= len(self.schedule.events):
             return None
@@ -307,7 +312,7 @@ class GrowthScheduler:
         action, sizes = result.action, self._sizes
         if isinstance(action, Grow):
             return self._grow(result, verify=self._verify, consume=self._consume)
-        before, after = self._change(action, uncompiled(result.module), result.optimizer)
+        before, after = self._change(action, uncompiled(result.module), result.optimizer, result.step)
         changed = sizes.after(action, f"events.{result.event}")
         if changed != sizes:
             before = {action.op: getattr(sizes, action.op), **before}
@@ -316,8 +321,14 @@ class GrowthScheduler:
                 after["learning_rate_factor"] = factor
         return replace(result, before=before, after=after)
 
-    def _change(self, action: Action, model: torch.nn.Module, optimizer: Optimizers) -> Change:
+    def _change(self, action: Action, model: torch.nn.Module, optimizer: Optimizers, step: int) -> Change:
         """What an action changes in the model and its optimizers; nothing for one that only the loop follows."""
+        if isinstance(action, LoraScale):
+            return adapters.scale(model, action)
+        if isinstance(action, LoraDecay):
+            return adapters.decay(model, action, step)
+        if isinstance(action, LoraMerge):
+            return adapters.merge(model, _several(optimizer), action)
         if isinstance(action, WeightDecay):
             return set_weight_decay(_several(optimizer), action)
         if isinstance(action, Dropout):
@@ -418,7 +429,8 @@ class GrowthScheduler:
                 made = self._grow(start, verify=False, consume=False)
                 model, optimizer = made.module, made.optimizer
             else:
-                self._change(each.action, uncompiled(model), optimizer)
+                self._change(each.action, uncompiled(model), optimizer, each.step)
+        adapters.fade(uncompiled(model), self._now)
         return model, optimizer
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,13 +18,26 @@ from fxgrow.emit.module import regenerate
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean, reworded
 from fxgrow.growth import plan_growth
 from fxgrow.ir import trees
+from fxgrow.ir.adapters import DOWN
 from fxgrow.ir.flops import flop_counter
 from fxgrow.optim.policies import check_optimizer, check_plan
 from fxgrow.program import Program
-from fxgrow.schedule import Action, Dropout, Event, Freeze, Grow, Unfreeze, WeightDecay
+from fxgrow.schedule import (
+    Action,
+    Dropout,
+    Event,
+    Freeze,
+    Grow,
+    LoraDecay,
+    LoraMerge,
+    LoraScale,
+    Unfreeze,
+    WeightDecay,
+)
 from fxgrow.scheduler.acting import set_dropout, set_weight_decay
+from fxgrow.scheduler.adapters import VOCABULARY
 from fxgrow.scheduler.standing import Done, Sizes, learning_rate, sizes_after
-from fxgrow.spec import GrowthSpec
+from fxgrow.spec import GrowthSpec, Lora
 
 
 @dataclass(frozen=True)
@@ -163,6 +176,8 @@ class DryRun:
             if not self.in_place:
                 raise SpecError("dropout stands in the code of a traced module; grow in place")
             set_dropout(copy.deepcopy(self.model).to("meta"), action)
+        elif isinstance(action, LoraScale | LoraDecay | LoraMerge):
+            return self._adapt(action, sized)
         elif isinstance(action, Freeze | Unfreeze) and action.what == "old":
             if isinstance(action, Freeze) and not (self.has_grown or self.operations):
                 raise SpecError("freeze: old: nothing has grown yet, so that nothing is old")
@@ -171,6 +186,24 @@ class DryRun:
             names = list(self.grown.parameters)
             if not any(fnmatch.fnmatchcase(n, action.what) for n in names):
                 raise SpecError(f"no parameter matches {action.what!r}; {did_you_mean(action.what, names)}")
+        return sized
+
+    def _adapt(self, action: LoraScale | LoraDecay | LoraMerge, sized: _Size) -> _Size:
+        assert self.grown is not None
+        if not self.in_place:
+            raise SpecError("adapters stand in the code of a traced module; grow in place")
+        paths = [n.removesuffix(f".{DOWN}") for n in self.grown.parameters if n.endswith(f".{DOWN}")]
+        globs = action.modules.split("|")
+        found = [p for p in paths if any(fnmatch.fnmatchcase(p, glob.strip()) for glob in globs)]
+        if not paths or not (found or action.modules == VOCABULARY):
+            raise SpecError(f"no adapted module matches {action.modules!r}; {did_you_mean(action.modules, paths)}")
+        if isinstance(action, LoraMerge) and len(found) == len(paths):
+            self.operations = [o for o in self.operations if not isinstance(o, Lora)]
+            if self.operations:
+                _, self.grown = plan_growth(self.program, GrowthSpec(operations=self.operations))
+            else:
+                self.grown = self.program
+            return _sized(self.grown)
         return sized
 
     def _grow(self, action: Grow) -> _Size:

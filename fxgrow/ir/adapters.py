@@ -1,0 +1,99 @@
+"""Low-rank adapters in a module's own class (LoRA, Hu et al. 2021, section 4.1): y + (alpha / r) B A x.
+
+An adapter is a forward hook on the module that it adapts, and two parameters of that module, ``lora_A`` (rank, in) and
+``lora_B`` (out, rank), by the names of loralib. The module stays the object and the class that it was: whoever holds
+it, its weight or its state dict goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DOWN, UP = "lora_A", "lora_B"
+
+
+class LowRank:
+    """The hook: adds the low-rank product to what the module computes.
+
+    Args:
+        alpha: the product is multiplied by alpha / rank, whatever the rank grows to.
+        dropout: probability with which entries of the input are dropped, in train mode.
+        embedding: the module looks its input up, instead of multiplying by it.
+        transposed: the module's weight is (in, out).
+
+    Attributes:
+        factor: on alpha, while it is changed from step to step.
+        fading: the step at which such a change began, over how many steps, and the factor at its end.
+    """
+
+    def __init__(self, alpha: float, dropout: float = 0.0, embedding: bool = False, transposed: bool = False) -> None:
+        self.alpha, self.dropout, self.embedding, self.transposed = alpha, dropout, embedding, transposed
+        self.factor = 1.0
+        self.fading: tuple[int, int, float] | None = None
+
+    def scale(self, rank: int) -> float:
+        """What the product is multiplied by."""
+        return self.alpha * self.factor / rank
+
+    def fade(self, step: int) -> None:
+        """Bring the factor to where it is at a step."""
+        if self.fading is None:
+            return
+        start, steps, end = self.fading
+        done = min(1.0, (step - start) / steps)
+        self.factor = 1 + (end - 1) * done
+        if done == 1:
+            self.alpha, self.factor, self.fading = self.alpha * end, 1.0, None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x, down, up = args[0], module.get_parameter(DOWN), module.get_parameter(UP)
+        if self.embedding:
+            low = F.embedding(x, down.transpose(0, 1))
+        else:
+            low = F.linear(F.dropout(x, self.dropout, module.training) if self.dropout else x, down)
+        return output + F.linear(low, up) * self.scale(down.shape[0])
+
+
+def adapter_of(module: nn.Module) -> LowRank | None:
+    """A module's adapter."""
+    return next((hook for hook in module._forward_hooks.values() if isinstance(hook, LowRank)), None)
+
+
+def adapters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
+    """Every module that has an adapter, by path, and the adapter."""
+    for path, module in model.named_modules():
+        hook = adapter_of(module)
+        if hook is not None:
+            yield path, module, hook
+
+
+def attach(module: nn.Module, hook: LowRank, down: nn.Parameter, up: nn.Parameter) -> None:
+    """Give a module an adapter."""
+    module.register_parameter(DOWN, down)
+    module.register_parameter(UP, up)
+    module.register_forward_hook(hook)
+
+
+def detach(module: nn.Module) -> None:
+    """Take a module's adapter away."""
+    for number, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, LowRank):
+            del module._forward_hooks[number]
+            module._forward_hooks_with_kwargs.pop(number, None)
+    del module._parameters[DOWN], module._parameters[UP]
+
+
+@torch.no_grad()
+def product(module: nn.Module, hook: LowRank) -> Tensor:
+    """What an adapter adds to its module's weight, in the weight's shape."""
+    down, up = module.get_parameter(DOWN), module.get_parameter(UP)
+    added = up @ down * hook.scale(down.shape[0])
+    return added.t() if hook.embedding or hook.transposed else added
+
+
+__all__ = ["DOWN", "UP", "LowRank", "adapter_of", "adapters_of", "attach", "detach", "product"]

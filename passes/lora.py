@@ -1,0 +1,213 @@
+"""``lora``: low-rank adapters beside layers (Hu et al. 2021, section 4.1). Nothing changes until they have learnt."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import zlib
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxgrow.errors import GrowthRefused, Refusal, SpecError, did_you_mean
+from fxgrow.ir.adapters import DOWN, UP
+from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of, note
+from fxgrow.ir.ops import op_name
+from fxgrow.ir.sizes import sizes_of
+from fxgrow.passes.base import GrowthPass, register_pass
+from fxgrow.passes.state import State
+from fxgrow.plan import FILL_RANDOM, Adapt, Change, DimPlan, Step, TensorPlan
+from fxgrow.spec import Lora
+
+_LOOKS_UP = "aten.embedding.default"
+_TRANSPOSED = ("aten.addmm.default", "aten.mm.default", "aten.matmul.default")
+#: ops that multiply by a weight or look up in one, and which argument it is
+_WEIGHTS = {
+    "aten.linear.default": 1,
+    _LOOKS_UP: 0,
+    "aten.addmm.default": 2,
+    "aten.mm.default": 1,
+    "aten.matmul.default": 1,
+}
+
+
+class LoraPass(GrowthPass):
+    """Puts adapters into a graph."""
+
+    op = "lora"
+
+    def apply(self, graph: fx.Graph, change: Change) -> None:
+        if isinstance(change, Adapt):
+            adapt(self.named(graph)(change.input), self.named(graph)(change.output), change)
+        else:
+            super().apply(graph, change)
+
+
+def plan_lora(state: State, op: Lora) -> list[Step]:
+    """Decide which layers get adapters, and give them to them.
+
+    Raises:
+        SpecError: no layer with a weight matches, or one has an adapter already.
+        GrowthRefused: a layer takes or returns more than one value, or is called more than once.
+    """
+    places = _layers(state.graph)
+    names = [p for p in places if fnmatch.fnmatchcase(p, op.modules)]
+    if not names:
+        raise SpecError(f"no layer with a weight matches {op.modules!r}; {did_you_mean(op.modules, places)}")
+    step = Step(op="lora", request=op.model_dump(exclude_defaults=True, mode="json"))
+    for name in names:
+        _adapt_layer(state, op, name, places[name], step)
+    return [step]
+
+
+def _layers(graph: fx.Graph) -> dict[str, str]:
+    """Layers that multiply by a weight or look up in one, by module path; and the op that does."""
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        kind, path = op_name(node.target), info_of(node).module_path
+        weight = node.args[_WEIGHTS[kind]] if kind in _WEIGHTS else None
+        if path and isinstance(weight, fx.Node) and weight.op == "get_attr":
+            found[path] = kind
+    return found
+
+
+def _adapt_layer(state: State, op: Lora, name: str, kind: str, step: Step) -> None:
+    program, embedding = state.program, kind == _LOOKS_UP
+    if f"{name}.{DOWN}" in state.tensors:
+        raise SpecError(f"{name} has an adapter already: widen its rank, or merge it first")
+    changes, sizes = [], set()
+    for call in range(max(1, len(program.calls))):
+        inside = [n for n in state.graph.nodes if n.op == "call_function" and info_of(n).call == call]
+        inside = [n for n in inside if info_of(n).inside(name)]
+        if not inside:
+            continue
+        source, result = _ends(inside, name)
+        into, out = sizes_of(source), sizes_of(result)
+        assert into is not None and out is not None
+        sizes.add((_vocabulary(inside) if embedding else into[-1], out[-1]))
+        changes.append(
+            Adapt(
+                path=name,
+                input=source.name,
+                output=result.name,
+                rank=op.rank,
+                alpha=float(op.rank if op.alpha is None else op.alpha),
+                dropout=0.0 if embedding else op.dropout,
+                embedding=embedding,
+                transposed=kind in _TRANSPOSED,
+                sizes=[],
+            )
+        )
+    if len(sizes) != 1 or not all(isinstance(s, int) for s in next(iter(sizes))):
+        raise _refusal(name, f"its sizes are {sorted(map(str, sizes))}, and an adapter needs fixed ones")
+    (wide, out_width) = next(iter(sizes))
+    for change in changes:
+        change.sizes = [int(wide), int(out_width)]
+    state.apply(step, changes)
+    _add(state, op, name, int(wide), int(out_width), embedding)
+
+
+def _ends(inside: list[fx.Node], name: str) -> tuple[fx.Node, fx.Node]:
+    """The one value that a layer takes, and the one that it hands on."""
+    members = set(inside)
+    outside = {i for n in inside for i in n.all_input_nodes if i not in members and i.op != "get_attr"}
+    taken = [n for n in outside if sizes_of(n) is not None]
+    given = [n for n in inside if sizes_of(n) is not None and any(u not in members for u in n.users)]
+    if len(taken) != 1 or len(given) != 1:
+        raise _refusal(name, f"it takes {len(taken)} tensors and hands on {len(given)}, and an adapter follows one")
+    if any("@" in info_of(n).module_call for n in inside):
+        raise _refusal(name, "the forward calls it more than once")
+    return taken[0], given[0]
+
+
+def _vocabulary(inside: list[fx.Node]) -> object:
+    """How many entries a table has."""
+    look_up = next(n for n in inside if op_name(n.target) == _LOOKS_UP)
+    table = look_up.args[0]
+    sizes = sizes_of(table) if isinstance(table, fx.Node) else None
+    return sizes[0] if sizes else None
+
+
+def _refusal(name: str, why: str) -> GrowthRefused:
+    return GrowthRefused(Refusal(name, why, "adapt"))
+
+
+def _add(state: State, op: Lora, name: str, wide: int, out: int, embedding: bool) -> None:
+    """The adapter's two weights: one of them random, one zero."""
+    program = state.program
+    kin = [t for n, t in program.parameters.items() if n.startswith(f"{name}.") and t.is_floating_point()]
+    like = kin[0] if kin else next(iter(program.parameters.values()))
+    std = 1.0 if embedding else 1 / math.sqrt(3 * wide)  # that of a uniform number up to 1 / sqrt(in)
+    for leaf, shape in ((DOWN, [op.rank, wide]), (UP, [out, op.rank])):
+        random = (leaf == UP) if embedding else (leaf == DOWN)
+        full, rows = f"{name}.{leaf}", shape[0]
+        drawn = DimPlan(index=-1 - np.arange(rows), fill=np.full(rows, FILL_RANDOM))
+        state.tensors[full] = TensorPlan(
+            source=None,
+            shape=list(shape),
+            initial=[1, shape[1]] if random else list(shape),
+            dims=[drawn if random else None, None],
+            init="zeros",
+            fresh=True,
+            key=zlib.crc32(full.encode()),
+            random_std=std,
+            random_seed=op.seed,
+            dtype=str(like.dtype).removeprefix("torch."),
+            device=str(like.device),
+        )
+        program.parameters[full] = torch.empty(shape, dtype=like.dtype, device="meta")
+        program.requires_grad[full] = True
+
+
+def adapt(source: fx.Node, result: fx.Node, change: Adapt) -> None:
+    """Add an adapter's nodes after a layer's result and send its users there."""
+    graph, users = result.graph, list(result.users)
+    aten = torch.ops.aten
+    value = result.meta.get("val")
+    dtype = value.dtype if isinstance(value, torch.Tensor) else torch.float32
+    call = info_of(result).call
+
+    def attribute(leaf: str, shape: list[int]) -> fx.Node:
+        out = graph.get_attr(f"{change.path}.{leaf}")
+        out.meta = meta_of(torch.empty(shape, dtype=dtype, device="meta"), NodeInfo(module_path=change.path))
+        return out
+
+    def put(target: object, *args: object, sizes: list[object] | None = None) -> fx.Node:
+        node = graph.call_function(target, args)  # type: ignore[arg-type]
+        node.meta = meta_like(result, module_path=change.path, module_call=info_of(result).module_call, source="")
+        if sizes is not None:
+            val = node.meta.get("val")
+            if isinstance(val, torch.Tensor):
+                node.meta["val"] = val.new_empty([*val.shape[:-1], sizes[-1]]) if len(sizes) > 2 else val
+            note(node, sizes=sizes)
+        return node
+
+    wide, out = change.sizes
+    lead = list((sizes_of(result) or [])[:-1])
+    with graph.inserting_after(result):
+        anchor = graph.call_function(aten.alias.default, (result,))
+    with graph.inserting_before(anchor):
+        down, up = attribute(DOWN, [change.rank, wide]), attribute(UP, [out, change.rank])
+        if change.embedding:
+            table = graph.call_function(aten.transpose.int, (down, 0, 1))
+            table.meta = meta_of(torch.empty([wide, change.rank], dtype=dtype, device="meta"), info_of(down))
+            note(table, sizes=[wide, change.rank])
+            low = put(aten.embedding.default, table, source, sizes=[*lead, change.rank])
+        else:
+            if change.dropout:
+                flag = graph.get_attr("training")
+                flag.meta = meta_of(None, NodeInfo(module_path=change.path, is_flag=True, call=call))
+                source = put(aten.dropout.default, source, change.dropout, flag, sizes=list(sizes_of(source) or []))
+            low = put(aten.linear.default, source, down, sizes=[*lead, change.rank])
+        high = put(aten.linear.default, low, up)
+        scaled = put(aten.mul.Tensor, high, change.alpha / change.rank)
+        added = put(aten.add.Tensor, result, scaled)
+    graph.erase_node(anchor)
+    for user in users:
+        user.replace_input_with(result, added)
+
+
+register_pass("lora", plan_lora, LoraPass)
