@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean
 from fxgrow.ir.adapters import DOWN, UP, LowRank, adapters_of, detach, product
 from fxgrow.ir.modules import named_tensors
-from fxgrow.optim.rates import slice_rates
+from fxgrow.optim.rates import KEY, all_rates, write_rates
 from fxgrow.optim.wrappers import unwrapped
 from fxgrow.schedule import LoraDecay, LoraMerge, LoraScale
 from fxgrow.scheduler.acting import Change
@@ -71,17 +71,11 @@ def merge(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], action:
 
     Raises:
         SpecError: nothing matches, or a weight is another module's too, which would get what the adapter adds.
-        FxgrowError: new entries still warm up, or the module computes something else with the merged weight. Nothing is
-            changed then.
+        FxgrowError: the module computes something else with the merged weight. Nothing is changed then.
     """
     found = selected(model, action.modules)
     inner = [unwrapped(o) for o in optimizers]
     gone = {id(m.get_parameter(name)) for _, m, _ in found for name in (DOWN, UP)}
-    for optimizer in inner:
-        if any(id(p) in gone for g in optimizer.param_groups for p in g["params"]) and slice_rates(optimizer):
-            raise FxgrowError(
-                "rates of a growth are still in force in an optimizer of adapters: merge them after the warm-up"
-            )
     places: dict[int, list[str]] = {}
     for name, tensor in named_tensors(model).items():
         places.setdefault(id(tensor), []).append(name)
@@ -142,7 +136,11 @@ def _merged(path: str, module: nn.Module, hook: LowRank) -> None:
 
 
 def _forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
-    """Take parameters out of an optimizer, with their state."""
+    """Take parameters out of an optimizer, with their state and what rates a growth left them."""
+    rates, names = all_rates(optimizer), dict[int, str]()
+    for group in optimizer.param_groups:
+        if KEY in group:
+            names |= {id(p): n for p, n in zip(group["params"], group[KEY]["names"], strict=True)}
     for group in optimizer.param_groups:
         stays = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
         for p in group["params"]:
@@ -151,6 +149,8 @@ def _forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
         if "param_names" in group:
             group["param_names"] = [group["param_names"][i] for i in stays]
         group["params"][:] = [group["params"][i] for i in stays]
+    if rates:
+        write_rates(optimizer, rates, {i: n for i, n in names.items() if i not in gone})
 
 
 __all__ = ["VOCABULARY", "decay", "fade", "merge", "scale", "selected"]

@@ -83,10 +83,12 @@ class Copies:
             apart = [
                 (weights[name].index_select(dim, left) - weights[name].index_select(dim, right)).abs().amax(1 - dim)
                 for (name, dim), (left, right) in self.pairs.items()
+                if name in weights  # adapters may be merged since
             ]
             if apart:
                 every = torch.cat(apart)
                 result = {"copies": every.numel(), "apart_max": float(every.max()), "apart_min": float(every.min())}
-            if self.zeros:
-                result["zero_max"] = min(float(weights[name].abs().max()) for name in self.zeros)
+            zeros = [float(weights[name].abs().max()) for name in self.zeros if name in weights]
+            if zeros:
+                result["zero_max"] = min(zeros)
         return result
