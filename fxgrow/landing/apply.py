@@ -37,7 +37,7 @@ from fxgrow.landing.literals import (
     steady_attributes,
 )
 from fxgrow.landing.living import Living, attributes_of, configs_of
-from fxgrow.landing.raised import changed_sizes, literals_of_raise
+from fxgrow.landing.raised import changed_sizes, literals_at, literals_of_raise
 from fxgrow.landing.retrace import retrace
 from fxgrow.landing.settings import Goal, Settings, adopt, relative, solve
 from fxgrow.landing.sizes import KeptSizes
@@ -46,7 +46,7 @@ from fxgrow.landing.told import settings_held, told, unread
 from fxgrow.plan import GrowthPlan
 
 #: second traces of one model; every one but the last has found a number that differs
-_MOST = 8
+_MOST = 10
 #: other settings of a config that are tried, beside the likeliest
 _MOST_OTHERS = 3
 
@@ -139,6 +139,7 @@ class _Applying:
         self.tried: set[tuple[Any, ...]] = set()
         self.chosen: dict[tuple[Any, ...], Candidate] = {}
         self.done: list[tuple[Candidate, list[Setting]]] = []
+        self.last: list[Candidate] = []  # what was set last
         self.unset: list[Literal] = []
         self.literals = changed_literals(before, grown)
         self.modules = {id(m) for m in living.model.modules()}  # all others are copies of them
@@ -222,7 +223,8 @@ class _Applying:
         return list(out.values())
 
     def put(self, chosen: Iterable[Candidate]) -> None:
-        for candidate in chosen:
+        self.last = list(chosen)
+        for candidate in self.last:
             self.tried.add((*candidate.key, candidate.value))
             old = attributes_of(candidate.holder).get(candidate.name)
             if not candidate.put(self.living):
@@ -259,6 +261,7 @@ class _Applying:
         literals, found, mark, self.kept = self.literals, list[Difference](), self.living.mark, len(self.done)
         failure: CaptureError | None = None
         raised: dict[str, list[Literal]] = {}  # by what was said: numbers that a condition held sizes against
+        self.last = []
         for attempt in range(_MOST):
             chosen, wrong = list[Candidate](), math.inf
             try:
@@ -269,8 +272,10 @@ class _Applying:
                     mark, self.kept = self.living.mark, len(self.done)
                 else:
                     self.take_back(mark)  # what was set last does not suffice, or makes it worse
+                    chosen = self.likeliest()
                 raised[str(error)] = literals_of_raise(self.living.model, error, changed_sizes(self.plan.axes))
-                chosen = self.choose(raised[str(error)])
+                chosen = chosen or self.choose(raised[str(error)])
+                chosen = chosen or self.choose(literals_at(error, literals), sure=True)
             else:
                 now = differences(self.grown, theirs)
                 wrong = len(now)
@@ -279,6 +284,7 @@ class _Applying:
                     return
                 if found and len(now) >= len(found):
                     self.take_back(mark)
+                    chosen = self.likeliest()
                 else:
                     failure, found, mark, self.kept = None, now, self.living.mark, len(self.done)
                     literals = [x for d in found for x in _literals(d)]
@@ -328,6 +334,14 @@ class _Applying:
             return len(differences(self.grown, self.trace()))
         except CaptureError:
             return math.inf
+
+    def likeliest(self) -> list[Candidate]:
+        """Of what was set last, and taken back, the likeliest by themselves, where there were others too."""
+        best = min((c.rank[:3] for c in self.last), default=())
+        last, self.last = self.last, []
+        others = [c for c in last if c.rank[:3] != best]
+        self.tried.difference_update((*c.key, c.value) for c in others)
+        return [c for c in last if c.rank[:3] == best] if others else []
 
     def take_back(self, mark: int) -> None:
         self.living.undo(mark)

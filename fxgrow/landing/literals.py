@@ -160,13 +160,15 @@ def candidates(model: nn.Module, literal: Literal) -> list[Candidate]:
     path = literal.path
     distance = 0
     line, names = names_in_line(literal.line), set[str]()
+    argument = literal.argument.partition("[")[0]
     while True:
         module = model.get_submodule(path)
         names |= names_in_code(type(module))  # type: ignore[arg-type]
         near = [module, *configs_of(module)]
         for step, holder in enumerate(near):
             for name, index, value in _held(holder):
-                read = 0 if name in line else 1 if name in names else 2
+                same = name == argument and not distance  # ``groups`` of a convolution
+                read = 0 if same or name in line else 1 if name in names else 2
                 derived = read == 0 or (read == 1 and not distance)
                 for wanted, how in _fitting(literal, value, read == 0, derived):
                     out.append(Candidate(holder, name, index, wanted, (how, read, distance, step)))

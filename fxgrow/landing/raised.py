@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import linecache
+import re
 import textwrap
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxgrow.errors import CaptureError
 from fxgrow.landing.literals import Literal
 from fxgrow.plan import AxisGrowth
 
@@ -150,4 +153,10 @@ def changed_sizes(axes: Iterable[AxisGrowth]) -> dict[int, int]:
     return {old: sizes.pop() for old, sizes in new.items() if len(sizes) == 1}
 
 
-__all__ = ["changed_sizes", "literals_of_raise"]
+def literals_at(error: CaptureError, literals: Sequence[Literal]) -> list[Literal]:
+    """Numbers that still differ, as if they stood in the line that raised: it reads the attribute that is meant."""
+    found = re.search(r"^ +at (.+)$", str(error), re.MULTILINE)
+    return [dataclasses.replace(x, line=found[1]) for x in literals] if found else []
+
+
+__all__ = ["changed_sizes", "literals_at", "literals_of_raise"]
