@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import fxgrow
-from fxgrow.errors import GrowthRefused, SpecError
+from fxgrow.errors import FxgrowError, GrowthRefused, SpecError
 from fxgrow.scheduler import GrowthScheduler
 from fxgrow.scheduler import scheduler as scheduling
 
@@ -225,6 +226,75 @@ def test_the_learning_rate_of_others_is_steered_while_the_optimizer_steps() -> N
         assert before - p.item() == pytest.approx(float(optimizer.param_groups[0]["lr"]))
     with pytest.raises(SpecError, match=r"events\.0 moves the learning rate's position"):
         GrowthScheduler([event({**RATE, "position": 3}, step=1)]).steer(optimizer)
+
+
+def test_a_learning_rate_is_not_set_where_its_own_is_zero_or_unknown() -> None:
+    """A set rate is a factor on the loop's own: of 0 there is none, and without an optimizer nobody knows it."""
+    schedule = [event({**RATE, "set": 0.3}, step=0)]
+    optimizer = torch.optim.SGD(MODEL.parameters(), lr=0.0)
+    scheduler = GrowthScheduler(schedule)
+    scheduler.step(MODEL, optimizer, step=0)
+    with pytest.raises(SpecError, match=r"events\.0 sets the learning rate after step 0, where the loop's own is 0"):
+        scheduler.learning_rate(lambda step: step / 10, 5)
+    with pytest.raises(SpecError, match=r"events\.0: a learning rate is set by a factor on the optimizer's own"):
+        scheduler.steer(optimizer)
+    for given in (optimizer, None):
+        steered = GrowthScheduler(schedule)
+        steered.steer(optimizer)
+        with pytest.raises(SpecError, match="which is 0 here, or no optimizer is passed"):
+            steered.step(MODEL, given, step=0)
+        assert steered.done == []
+
+
+@pytest.mark.parametrize(("old", "factor", "new"), [(100, 0.57, 57), (100, 0.29, 29), (10, 0.35, 3), (3, 0.1, 1)])
+def test_sizes_are_multiplied_by_factors_as_they_are_written(old: int, factor: float, new: int) -> None:
+    scheduler = GrowthScheduler([event({"op": "accumulation", "factor": factor}, step=0)], accumulation=old)
+    scheduler.step(MODEL, step=0)
+    assert scheduler.accumulation == new
+
+
+@pytest.mark.parametrize("wrong", [{"accumulation": 0}, {"batch_size": -1}, {"sequence_length": 1.5}])
+def test_a_size_at_the_start_is_a_number_above_zero(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=f"{next(iter(wrong))}=.* is no number of 1 or more"):
+        GrowthScheduler([], **wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"step": 2.5}, "step=2.5 is no whole number"),
+        ({"step": -1}, "step=-1 is no whole number"),
+        ({"step": 3, "tokens": 9, "metrics": {"loss": "low"}}, "'low' is no number"),
+        ({"step": 3, "metrics": {"loss": 1.0}}, "waits for tokens"),
+    ],
+)
+def test_what_cannot_be_read_of_a_loop_leaves_the_scheduler_as_it_was(given: dict[str, Any], expected: str) -> None:
+    trigger: dict[str, Any] = {"tokens": 5, "plateau": {"metric": "loss", "patience": 1}}
+    scheduler = GrowthScheduler([event({"op": "evaluate"}, **trigger)])
+    scheduler.step(MODEL, step=1, tokens=1, metrics={"loss": 2.0})
+    before = scheduler.state_dict()
+    with pytest.raises(SpecError, match=expected):
+        scheduler.step(MODEL, **given)
+    assert scheduler.state_dict() == before
+    assert scheduler.step(MODEL, step=torch.tensor(3), tokens=9, metrics={"loss": torch.tensor(2.0)})  # type: ignore[arg-type, dict-item]
+    json.dumps(scheduler.state_dict())
+
+
+def test_metrics_that_are_no_numbers_any_more_are_kept_through_json() -> None:
+    trigger: dict[str, Any] = {"plateau": {"metric": "a", "patience": 3}, "below": {"metric": "b", "value": 0.0}}
+    schedule = [event({"op": "evaluate"}, **trigger)]
+    reports = [(1.0, math.nan), (math.nan, math.inf), (math.nan, -math.inf), (-math.inf, math.nan), (math.nan, 1.0)]
+    reports += [(-math.inf, 1.0), (0.0, -1.0)]
+    whole, fired = GrowthScheduler(schedule), [list[int](), list[int]()]
+    parted = GrowthScheduler(schedule)
+    for step, (a, b) in enumerate(reports):
+        for which, scheduler in enumerate((whole, parted)):
+            if scheduler.step(MODEL, step=step, metrics={"a": a, "b": b}):
+                fired[which].append(step)
+        state = json.loads(json.dumps(parted.state_dict(), allow_nan=False))
+        parted = GrowthScheduler(schedule)
+        parted.load_state_dict(state)
+    assert fired == [[6], [6]]
 
 
 def test_batches_grow_and_the_learning_rate_follows() -> None:
@@ -509,6 +579,35 @@ def test_old_parameters_stand_still_between_two_events() -> None:
     assert done == ["grow", "freeze", "unfreeze", "checkpoint"]
     assert torch.equal(old[0], old[2]) and not torch.equal(old[2], old[3])
     assert model.up.weight.shape == (8, 3)
+
+
+@pytest.mark.parametrize("what", ["*", "old"])
+def test_unfreeze_lets_entries_go_that_stood_still(what: str) -> None:
+    """By name, too: what `freeze: old` holds of a widened weight is let go with the rest, or it is refused."""
+    model, x = Net(), torch.randn(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    old, widen = {"op": "freeze", "what": "old"}, {**WIDEN, "axis": "./hidden"}
+    schedule = [event(widen, old, step=1), event({"op": "unfreeze", "what": what}, step=2), event(widen, step=3)]
+    scheduler = GrowthScheduler(schedule, (x,))
+    assert len(scheduler.check(model, optimizer).rows) == 5
+    for step in range(4):
+        while scheduler.step(model, optimizer, step=step):
+            pass
+        before = model.up.weight.detach().clone()
+        optimizer.zero_grad()
+        model.up.weight.grad = torch.ones_like(model.up.weight)
+        if step != 1:
+            optimizer.step()
+            assert (model.up.weight != before).all(), step
+    assert scheduler.next is None
+    for wrong, expected in [({"op": "unfreeze", "what": "up.*"}, "lets go all that it holds"), (old, "still already")]:
+        partly = GrowthScheduler([event(widen, old, wrong, step=1)], (x,))
+        model = Net()
+        assert [partly.step(model, step=1).op for _ in range(2)] == ["grow", "freeze"]  # type: ignore[union-attr]
+        with pytest.raises(SpecError, match=expected):
+            partly.step(model, step=1)
+        with pytest.raises(FxgrowError):
+            GrowthScheduler([event(old, step=1)], (x,)).check(model)
 
 
 def test_several_optimizers_go_along() -> None:

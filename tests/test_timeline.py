@@ -87,6 +87,10 @@ def test_an_optimizer_that_has_stepped_says_what_it_keeps() -> None:
         ([event({"op": "freeze", "what": "upp.*"})], r"no parameter matches 'upp\.\*'"),
         ([event({"op": "dropout", "p": 0.1, "modules": "up"})], "no dropout in the modules that match 'up'"),
         ([event({"op": "weight_decay", "scale": 2})], "no group of the optimizer has a weight decay"),
+        ([event({"op": "unfreeze"})], r"no frozen parameter matches '\*'"),
+        ([event({"op": "unfreeze", "what": "old"})], "no `freeze: old` of this schedule holds anything"),
+        ([event({"op": "freeze", "what": "up.*"}, {"op": "freeze", "what": "up.*"})], "no learning parameter matches"),
+        ([event(WIDEN, OLD, OLD)], "old parameters stand still already"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_first_step(events: list[Any], expected: str) -> None:
@@ -96,6 +100,15 @@ def test_what_cannot_be_done_is_refused_before_the_first_step(events: list[Any],
     with pytest.raises(FxgrowError, match=expected):
         scheduler.check(model, optimizer)
     assert scheduler.done == []
+
+
+def test_a_weight_decay_that_an_event_takes_away_is_gone_for_the_next() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    events = [event({"op": "weight_decay", "set": 0}), event({"op": "weight_decay", "scale": 2})]
+    with pytest.raises(FxgrowError, match=r"events\.1 .*no group of the optimizer has a weight decay"):
+        GrowthScheduler(events, (torch.randn(5, 3),)).check(model, optimizer)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
 
 
 def test_an_optimizer_of_another_model_is_refused_before_the_first_step() -> None:

@@ -10,6 +10,7 @@ In a schedule they stand among the operations of an event, each by its ``op``::
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -72,7 +73,9 @@ class Sized(Action):
 
     def of(self, old: int) -> int:
         """What becomes of a size."""
-        return self.set if self.set is not None else max(1, int(old * (self.factor or 1)))
+        if self.set is not None:
+            return self.set
+        return max(1, int(old * Fraction(str(self.factor or 1))))  # as it is written: 100 * 0.57 is 57
 
 
 class Batch(Sized):

@@ -17,7 +17,7 @@ class Plateau(Strict):
 
 
 class Below(Strict):
-    """Holds when the last reported value of ``metric`` is below ``value``."""
+    """Holds when the last reported value of ``metric`` since the last event is below ``value``."""
 
     metric: str = Field("val_loss", description="a key of the metrics that the training loop reports")
     value: float

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxgrow.errors import SpecError, did_you_mean
 from fxgrow.landing.living import attributes_of, configs_of
+from fxgrow.optim.newborn import Frozen
 from fxgrow.schedule import Dropout, WeightDecay
 
 _LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -67,14 +68,20 @@ def _probabilities(module: nn.Module) -> Iterator[tuple[Any, str]]:
                 yield holder, name
 
 
-def matching_parameters(model: nn.Module, pattern: str, frozen: bool) -> dict[str, nn.Parameter]:
-    """The parameters of a model that match a glob, and stand still or learn.
+HELD = "freeze: old: old parameters stand still already: unfreeze them first"
+
+
+def matching_parameters(
+    model: nn.Module, pattern: str, frozen: bool, also: Frozen | None = None
+) -> dict[str, nn.Parameter]:
+    """The parameters of a model that match a glob, and stand still or learn; those too that hold still in part.
 
     Raises:
         SpecError: there are none.
     """
     named = dict(model.named_parameters())
-    found = {n: p for n, p in named.items() if p.requires_grad is not frozen and fnmatch.fnmatchcase(n, pattern)}
+    fits = {n: p for n, p in named.items() if fnmatch.fnmatchcase(n, pattern)}
+    found = {n: p for n, p in fits.items() if p.requires_grad is not frozen or (also is not None and also.holds(p))}
     if not found:
         state = "frozen" if frozen else "learning"
         raise SpecError(f"no {state} parameter matches {pattern!r}; {did_you_mean(pattern, named)}")
@@ -96,4 +103,4 @@ def unfreeze(parameters: dict[str, nn.Parameter]) -> Change:
     return {}, {"unfrozen": len(parameters), "numbers": sum(p.numel() for p in parameters.values())}
 
 
-__all__ = ["Change", "freeze", "matching_parameters", "set_dropout", "set_weight_decay", "unfreeze"]
+__all__ = ["HELD", "Change", "freeze", "matching_parameters", "set_dropout", "set_weight_decay", "unfreeze"]

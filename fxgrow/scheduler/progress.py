@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,7 @@ class Watch:
         again = progress.step == self.reported
         values = {}
         for metric in trigger.metrics:
-            value = mean_over_ranks(None if again else progress.metrics.get(metric), metric)
+            value = mean_over_ranks(None if again else _number(progress.metrics, metric, place), metric)
             if again or not progress.metrics:
                 continue
             if value is None:
@@ -84,6 +85,30 @@ class Watch:
             self.best, self.bad = value, 0
         else:  # NaN compares false and counts as no improvement
             self.bad += 1
+
+
+def whole(value: Any, what: str) -> int:
+    """A count as a plain number, whatever holds it.
+
+    Raises:
+        SpecError: it is none of 0 or more.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise SpecError(f"{what}={value!r} is no whole number of 0 or more")
+    return number
+
+
+def _number(metrics: Mapping[str, float], name: str, place: str) -> float | None:
+    """A metric as a number; None where it is not reported."""
+    value = metrics.get(name)
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise SpecError(f"{place} watches the metric {name!r}, and {value!r:.80} is no number") from None
 
 
 def _gathered(value: Any) -> list[Any] | None:

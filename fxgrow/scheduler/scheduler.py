@@ -30,8 +30,8 @@ from fxgrow.schedule import (
     WeightDecay,
 )
 from fxgrow.scheduler import adapters
-from fxgrow.scheduler.acting import Change, freeze, matching_parameters, set_dropout, set_weight_decay, unfreeze
-from fxgrow.scheduler.progress import Progress, Watch
+from fxgrow.scheduler.acting import HELD, Change, freeze, matching_parameters, set_dropout, set_weight_decay, unfreeze
+from fxgrow.scheduler.progress import Progress, Watch, whole
 from fxgrow.scheduler.standing import Done, Sizes, learning_rate, rate_factor, rate_of, sizes_after
 from fxgrow.scheduler.state import read, written
 from fxgrow.scheduler.steering import Steering
@@ -153,11 +153,17 @@ class GrowthScheduler:
         self._args, self._kwargs, self._calls = args, kwargs, calls
         self._verify, self._consume, self._in_place = verify, consume and not in_place, in_place
         self._before = before
+        given = {"accumulation": accumulation, "batch_size": batch_size, "sequence_length": sequence_length}
+        for name, size in given.items():
+            if (size is None and name != "accumulation") or (type(size) is int and size >= 1):
+                continue
+            raise SpecError(f"{name}={size!r} is no number of 1 or more")
         self._first = Sizes(accumulation, batch_size, sequence_length)
         self._done: list[Done] = []
         self._watch = Watch()
         self._growth: Growth | None = None
         self._frozen: Frozen | None = None
+        self._steers = False
         self._now = 0
         self._started, self._seconds = time.monotonic(), 0.0
         sizes = self._first
@@ -252,6 +258,10 @@ class GrowthScheduler:
                         f"events.{number} moves the learning rate's position in a schedule that is not this loop's "
                         "own: use set, scale or rewarm, or a loop with scheduler.learning_rate(base, step)"
                     )
+        for each in self._done:
+            if _sets_rate(each.action) and each.rate is None and not each.error:
+                raise SpecError(f"events.{each.event}: {_UNKNOWN_RATE}")
+        self._steers = True
         return Steering(optimizer, lambda: rate_factor(self._done, self._first, self._now))
 
     # doing it
@@ -280,16 +290,23 @@ class GrowthScheduler:
             SpecError: the trigger needs a count or a metric that was not passed.
             FxgrowError: the action was refused or failed; model, optimizers and this scheduler are unchanged.
         """
-        last, self._now = self._now, step
-        adapters.fade(uncompiled(model), step)
-        number, which = self._next()
-        if number >= len(self.schedule.events):
-            return None
-        event, watch = self.schedule.events[number], replace(self._watch, latest=dict(self._watch.latest))
-        now = seconds if seconds is not None else self._clock()
+        step, now = whole(step, "step"), seconds if seconds is not None else self._clock()
         progress = Progress(step, tokens, epoch, now, metrics or {})
-        if which == 0 and not self._watch.due(event.trigger, progress, f"events.{number}"):
+        number, which = self._next()
+        last, watch = self._now, replace(self._watch, latest=dict(self._watch.latest))
+        if number < len(self.schedule.events) and which == 0:
+            try:
+                due = self._watch.due(self.schedule.events[number].trigger, progress, f"events.{number}")
+            except BaseException:
+                self._watch = watch
+                raise
+        else:
+            due = number < len(self.schedule.events)
+        self._now = step
+        adapters.fade(uncompiled(model), step)
+        if not due:
             return None
+        event = self.schedule.events[number]
         action, began, error = event.actions[which], time.perf_counter(), ""
         result = ActionResult(
             number, event.name or f"event {number + 1}", str(event.trigger), action, model, optimizer, None, step
@@ -310,6 +327,8 @@ class GrowthScheduler:
 
     def _act(self, result: ActionResult) -> ActionResult:
         action, sizes = result.action, self._sizes
+        if self._steers and _sets_rate(action) and _rate(action, result.optimizer) is None:
+            raise SpecError(f"events.{result.event}: {_UNKNOWN_RATE}")
         if isinstance(action, Grow):
             return self._grow(result, verify=self._verify, consume=self._consume)
         before, after = self._change(action, uncompiled(result.module), result.optimizer, result.step)
@@ -336,6 +355,8 @@ class GrowthScheduler:
         if isinstance(action, Freeze) and action.what == "old":
             if self._growth is None:
                 raise SpecError("freeze: old: nothing has grown yet, so that nothing is old")
+            if self._frozen is not None:
+                raise SpecError(HELD)
             self._frozen = self._growth.freeze_old(model)
             return {}, {"learning": self._growth.new_parameters.numel()}
         if isinstance(action, Unfreeze) and action.what == "old":
@@ -347,8 +368,23 @@ class GrowthScheduler:
         if isinstance(action, Freeze):
             return freeze(matching_parameters(model, action.what, frozen=False))
         if isinstance(action, Unfreeze):
-            return unfreeze(matching_parameters(model, action.what, frozen=True))
+            return self._unfreeze(model, action.what)
         return {}, {}
+
+    def _unfreeze(self, model: torch.nn.Module, what: str) -> Change:
+        """Let parameters go by name; entries that `freeze: old` holds go all together."""
+        found = matching_parameters(model, what, frozen=True, also=self._frozen)
+        held = [n for n, p in found.items() if self._frozen is not None and self._frozen.holds(p)]
+        if held and self._frozen is not None:
+            every = [n for n, p in model.named_parameters() if self._frozen.holds(p)]
+            if len(held) < len(every):
+                raise SpecError(
+                    f"unfreeze {what!r}: `freeze: old` holds {held[0]}, and lets go all that it holds at once: "
+                    "unfreeze `old`"
+                )
+            self._frozen.unfreeze()
+            self._frozen = None
+        return unfreeze(found)
 
     def _grow(self, result: ActionResult, **how: Any) -> ActionResult:
         """Grow the model and its optimizers, in place or not; if anything is refused, they are as they were."""
@@ -463,6 +499,16 @@ def _several(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
     if optimizer is None:
         return []
     return list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+
+
+_UNKNOWN_RATE = (
+    "a learning rate is set by a factor on the optimizer's own, which is 0 here, or no optimizer is passed to step(): "
+    "set it where it is not 0, or use scheduler.learning_rate(base, step)"
+)
+
+
+def _sets_rate(action: Grow | Action) -> bool:
+    return isinstance(action, LearningRate) and action.set is not None
 
 
 def _rate(action: Grow | Action, optimizer: Optimizers) -> float | None:

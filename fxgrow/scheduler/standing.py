@@ -105,7 +105,13 @@ def _standing(
         if not isinstance(action, LearningRate):
             continue
         if action.set is not None:
-            factor, warmups = action.set / rate_then(each, offset), []
+            then = rate_then(each, offset)
+            if not then:
+                raise SpecError(
+                    f"events.{each.event} sets the learning rate after step {each.step}, where the loop's own is "
+                    f"{then:g}, so that its schedule cannot go on from there: set it at another step"
+                )
+            factor, warmups = action.set / then, []
         elif action.scale is not None:
             factor *= action.scale
         elif action.position is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -67,13 +68,24 @@ def written(events: Sequence[Event], done: Sequence[Done], watch: Watch, seconds
     return {
         "version": 2,
         "done": list(past.values()),
-        "best": None if math.isinf(watch.best) else watch.best,
+        "best": _finite(watch.best),
         "bad": watch.bad,
         "reported": watch.reported,
-        "latest": dict(watch.latest),
+        "latest": {k: v for k, value in watch.latest.items() if (v := _finite(value)) is not None},
         "seconds": seconds,
         "step": step,
     }
+
+
+def _finite(value: float) -> float | None:
+    """A metric as JSON has it; None where it is below nothing, as if it had not been reported."""
+    if value == -math.inf:
+        return -sys.float_info.max
+    return value if math.isfinite(value) else None
+
+
+def _read_back(value: float) -> float:
+    return -math.inf if value == -sys.float_info.max else value
 
 
 def read(state: Mapping[str, Any], events: Sequence[Event]) -> tuple[list[Done], Watch, float, int]:
@@ -104,8 +116,9 @@ def read(state: Mapping[str, Any], events: Sequence[Event]) -> tuple[list[Done],
         for which, step in enumerate(item.steps):
             key = str(which)
             done.append(Done(number, which, actions[which], step, item.errors.get(key, ""), item.rates.get(key)))
-    best = math.inf if found.best is None else found.best
-    return done, Watch(best, found.bad, found.reported, dict(found.latest)), found.seconds, found.step
+    best = math.inf if found.best is None else _read_back(found.best)
+    latest = {name: _read_back(value) for name, value in found.latest.items()}
+    return done, Watch(best, found.bad, found.reported, latest), found.seconds, found.step
 
 
 def _from_1(state: _State1) -> _State:

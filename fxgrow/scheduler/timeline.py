@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from fxgrow.schedule import (
     Unfreeze,
     WeightDecay,
 )
-from fxgrow.scheduler.acting import set_dropout, set_weight_decay
+from fxgrow.scheduler.acting import HELD, set_dropout, set_weight_decay
 from fxgrow.scheduler.adapters import VOCABULARY
 from fxgrow.scheduler.standing import Done, Sizes, learning_rate, sizes_after
 from fxgrow.spec import GrowthSpec, Lora
@@ -122,6 +123,8 @@ class DryRun:
     grown: Program | None = None  # so far
     has_grown: bool = False  # before the dry run
     held: bool = False  # whether old parameters stand still
+    still: set[str] | None = None  # the names of all that stand still, where that is known
+    groups: list[Any] = field(default_factory=list)  # copies of the optimizers' groups, which the walk changes
 
     def timeline(self, events: Sequence[Event], start: tuple[int, int]) -> Timeline:
         """All rows.
@@ -130,6 +133,9 @@ class DryRun:
             SpecError, GrowthRefused, FxgrowError: of the first action that would fail, with its place.
         """
         self.grown = self.program
+        self.groups = [SimpleNamespace(param_groups=[dict(g) for g in o.param_groups]) for o in self.optimizers]
+        if not self.held:
+            self.still = {n for n, p in self.model.named_parameters() if not p.requires_grad}
         sized = _sized(self.program)
         at = max((d.step for d in self.done), default=0)
         rows = [self._row("start", "", "start", at, sized)]
@@ -148,7 +154,8 @@ class DryRun:
                     left_out = _within(error, before)
                     del self.operations[before:]
                 step = event.trigger.step
-                self.done.append(Done(place, many, action, step or at, left_out))
+                at = max(at, step or 0)
+                self.done.append(Done(place, many, action, at, left_out))
                 name = event.name or f"event {place + 1}"
                 rows.append(replace(self._row(str(event.trigger), name, action.op, step, sized), left_out=left_out))
         return Timeline(rows)
@@ -167,11 +174,7 @@ class DryRun:
         if isinstance(action, Grow):
             return self._grow(action)
         if isinstance(action, WeightDecay) and self.optimizers:
-            kept = [[dict(g) for g in o.param_groups] for o in self.optimizers]
-            set_weight_decay(self.optimizers, action)
-            for optimizer, groups in zip(self.optimizers, kept, strict=True):
-                for group, old in zip(optimizer.param_groups, groups, strict=True):
-                    group.update(old)
+            set_weight_decay(self.groups, action)
         elif isinstance(action, Dropout):
             if not self.in_place:
                 raise SpecError("dropout stands in the code of a traced module; grow in place")
@@ -181,12 +184,30 @@ class DryRun:
         elif isinstance(action, Freeze | Unfreeze) and action.what == "old":
             if isinstance(action, Freeze) and not (self.has_grown or self.operations):
                 raise SpecError("freeze: old: nothing has grown yet, so that nothing is old")
-            self.held = isinstance(action, Freeze)
+            if isinstance(action, Freeze) and self.held:
+                raise SpecError(HELD)
+            if isinstance(action, Unfreeze) and not self.held:
+                raise SpecError("unfreeze: old: no `freeze: old` of this schedule holds anything")
+            self.held, self.still = isinstance(action, Freeze), None
         elif isinstance(action, Freeze | Unfreeze):
-            names = list(self.grown.parameters)
-            if not any(fnmatch.fnmatchcase(n, action.what) for n in names):
-                raise SpecError(f"no parameter matches {action.what!r}; {did_you_mean(action.what, names)}")
+            self._name(action)
         return sized
+
+    def _name(self, action: Freeze | Unfreeze) -> None:
+        """Whether what a glob names is there, and learns or stands still as the action takes it to."""
+        assert self.grown is not None
+        names = list(self.grown.parameters)
+        found = {n for n in names if fnmatch.fnmatchcase(n, action.what)}
+        if not found:
+            raise SpecError(f"no parameter matches {action.what!r}; {did_you_mean(action.what, names)}")
+        if self.still is not None:
+            freezing = isinstance(action, Freeze)
+            if not (found - self.still if freezing else found & self.still):
+                state = "learning" if freezing else "frozen"
+                raise SpecError(f"no {state} parameter matches {action.what!r}")
+            self.still = self.still | found if freezing else self.still - found
+        if isinstance(action, Unfreeze) and len(found) == len(names):
+            self.held, self.still = False, set()
 
     def _adapt(self, action: LoraScale | LoraDecay | LoraMerge, sized: _Size) -> _Size:
         assert self.grown is not None
@@ -210,6 +231,8 @@ class DryRun:
         if self.held:
             raise SpecError("old parameters stand still (freeze: old): unfreeze them before the next growth")
         self.operations += action.spec.operations
+        if self.still:
+            self.still = None  # a growth gives blocks other numbers
         policy = action.optimizer
         if self.optimizers:
             check_optimizer(self.optimizers, policy.policy, ramp=policy.ramp, parameters=list(self.model.parameters()))
