@@ -425,6 +425,7 @@ class Adapt(_Model):
     dropout: float = 0.0
     embedding: bool = False
     transposed: bool = Field(False, description="the layer's weight is (in, out)")
+    padding: int | None = Field(None, description="number of the entry of an embedding that does not learn")
     sizes: list[int] = Field(
         description="what the adapter reads from, entries or a width, and the width that it writes"
     )

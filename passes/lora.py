@@ -13,7 +13,7 @@ from torch import fx
 from fxgrow.errors import GrowthRefused, Refusal, SpecError, did_you_mean
 from fxgrow.ir.adapters import DOWN, UP
 from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of, note
-from fxgrow.ir.ops import op_name
+from fxgrow.ir.ops import bound_arguments, op_name
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.state import State
@@ -51,27 +51,44 @@ def plan_lora(state: State, op: Lora) -> list[Step]:
         SpecError: no layer with a weight matches, or one has an adapter already.
         GrowthRefused: a layer takes or returns more than one value, or is called more than once.
     """
-    places = _layers(state.graph)
+    places, several = _layers(state.graph)
     names = [p for p in places if fnmatch.fnmatchcase(p, op.modules)]
     if not names:
-        raise SpecError(f"no layer with a weight matches {op.modules!r}; {did_you_mean(op.modules, places)}")
+        for name in several:
+            if fnmatch.fnmatchcase(name, op.modules):
+                raise _refusal(name, f"it has several weights ({', '.join(several[name])}), and an adapter is of one")
+        raise SpecError(f"no linear layer or embedding matches {op.modules!r}; {did_you_mean(op.modules, places)}")
     step = Step(op="lora", request=op.model_dump(exclude_defaults=True, mode="json"))
     for name in names:
         _adapt_layer(state, op, name, places[name], step)
     return [step]
 
 
-def _layers(graph: fx.Graph) -> dict[str, str]:
-    """Layers that multiply by a weight or look up in one, by module path; and the op that does."""
+def _layers(graph: fx.Graph) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Layers that multiply by a weight or look up in one, by module path, and the op that does.
+
+    Returns:
+        Them, and the weights of modules that have more than one, such as attention with weights of its own.
+    """
     found: dict[str, str] = {}
+    read: dict[str, list[str]] = {}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
+        for weight in node.all_input_nodes:
+            name, sizes = str(weight.target), sizes_of(weight)
+            if weight.op == "get_attr" and len(sizes or []) > 1 and name.rpartition(".")[2] not in (DOWN, UP):
+                inner = info_of(node).module_path
+                while inner:
+                    if name not in read.setdefault(inner, []):
+                        read[inner].append(name)
+                    inner = inner.rpartition(".")[0]
         kind, path = op_name(node.target), info_of(node).module_path
         weight = node.args[_WEIGHTS[kind]] if kind in _WEIGHTS else None
         if path and isinstance(weight, fx.Node) and weight.op == "get_attr":
             found[path] = kind
-    return found
+    several = {p: read[p] for p in found if len(read[p]) > 1}
+    return {p: k for p, k in found.items() if p not in several}, several
 
 
 def _adapt_layer(state: State, op: Lora, name: str, kind: str, step: Step) -> None:
@@ -98,6 +115,7 @@ def _adapt_layer(state: State, op: Lora, name: str, kind: str, step: Step) -> No
                 dropout=0.0 if embedding else op.dropout,
                 embedding=embedding,
                 transposed=kind in _TRANSPOSED,
+                padding=_padding(inside) if embedding else None,
                 sizes=[],
             )
         )
@@ -131,6 +149,13 @@ def _vocabulary(inside: list[fx.Node]) -> object:
     return sizes[0] if sizes else None
 
 
+def _padding(inside: list[fx.Node]) -> int | None:
+    """The entry of a table that gets no gradient."""
+    look_up = next(n for n in inside if op_name(n.target) == _LOOKS_UP)
+    number = bound_arguments(look_up).get("padding_idx")
+    return number if isinstance(number, int) and number >= 0 else None
+
+
 def _refusal(name: str, why: str) -> GrowthRefused:
     return GrowthRefused(Refusal(name, why, "adapt"))
 
@@ -140,6 +165,7 @@ def _add(state: State, op: Lora, name: str, wide: int, out: int, embedding: bool
     program = state.program
     kin = [t for n, t in program.parameters.items() if n.startswith(f"{name}.") and t.is_floating_point()]
     like = kin[0] if kin else next(iter(program.parameters.values()))
+    others = _other_paths(state, name)
     std = 1.0 if embedding else 1 / math.sqrt(3 * wide)  # that of a uniform number up to 1 / sqrt(in)
     for leaf, shape in ((DOWN, [op.rank, wide]), (UP, [out, op.rank])):
         random = (leaf == UP) if embedding else (leaf == DOWN)
@@ -158,8 +184,28 @@ def _add(state: State, op: Lora, name: str, wide: int, out: int, embedding: bool
             dtype=str(like.dtype).removeprefix("torch."),
             device=str(like.device),
         )
+        program.aliases |= {f"{other}.{leaf}": full for other in others}
         program.parameters[full] = torch.empty(shape, dtype=like.dtype, device="meta")
         program.requires_grad[full] = True
+
+
+def _other_paths(state: State, name: str) -> list[str]:
+    """Paths at which a layer stands too: those of its class that no call goes by and that hold its tensors alone."""
+    program = state.program
+    own = {n.removeprefix(f"{name}.") for n in program.parameters if n.startswith(f"{name}.")}
+    own |= {n.removeprefix(f"{name}.") for n in program.aliases if n.startswith(f"{name}.")}
+
+    def held(path: str, leaf: str) -> str:
+        return program.aliases.get(f"{path}.{leaf}", f"{path}.{leaf}")
+
+    return [
+        path
+        for path, kind in program.containers.items()
+        if path != name
+        and path not in program.module_types
+        and kind == program.containers.get(name)
+        and all(held(path, leaf) == held(name, leaf) for leaf in own - {DOWN, UP})
+    ]
 
 
 def adapt(source: fx.Node, result: fx.Node, change: Adapt) -> None:
@@ -195,7 +241,8 @@ def adapt(source: fx.Node, result: fx.Node, change: Adapt) -> None:
             table = graph.call_function(aten.transpose.int, (down, 0, 1))
             table.meta = meta_of(torch.empty([wide, change.rank], dtype=dtype, device="meta"), info_of(down))
             note(table, sizes=[wide, change.rank])
-            low = put(aten.embedding.default, table, source, sizes=[*lead, change.rank])
+            padding = () if change.padding is None else (change.padding,)
+            low = put(aten.embedding.default, table, source, *padding, sizes=[*lead, change.rank])
         else:
             if change.dropout:
                 flag = graph.get_attr("training")

@@ -7,7 +7,7 @@ it, its weight or its state dict goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,14 +25,23 @@ class LowRank:
         dropout: probability with which entries of the input are dropped, in train mode.
         embedding: the module looks its input up, instead of multiplying by it.
         transposed: the module's weight is (in, out).
+        padding: number of the entry of an embedding that does not learn.
 
     Attributes:
         factor: on alpha, while it is changed from step to step.
         fading: the step at which such a change began, over how many steps, and the factor at its end.
     """
 
-    def __init__(self, alpha: float, dropout: float = 0.0, embedding: bool = False, transposed: bool = False) -> None:
+    def __init__(
+        self,
+        alpha: float,
+        dropout: float = 0.0,
+        embedding: bool = False,
+        transposed: bool = False,
+        padding: int | None = None,
+    ) -> None:
         self.alpha, self.dropout, self.embedding, self.transposed = alpha, dropout, embedding, transposed
+        self.padding = padding
         self.factor = 1.0
         self.fading: tuple[int, int, float] | None = None
 
@@ -50,13 +59,28 @@ class LowRank:
         if done == 1:
             self.alpha, self.factor, self.fading = self.alpha * end, 1.0, None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x, down, up = args[0], module.get_parameter(DOWN), module.get_parameter(UP)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        down, up = module.get_parameter(DOWN), module.get_parameter(UP)
+        # which of several it is, is proved by the graph: a layer takes one value that its weight is multiplied by
+        x = next(t for t in tensors_of((args, kwargs)) if t.is_floating_point() != self.embedding)
         if self.embedding:
-            low = F.embedding(x, down.transpose(0, 1))
+            low = F.embedding(x, down.transpose(0, 1), self.padding)
         else:
             low = F.linear(F.dropout(x, self.dropout, module.training) if self.dropout else x, down)
-        return output + F.linear(low, up) * self.scale(down.shape[0])
+        added = F.linear(low, up) * self.scale(down.shape[0])
+        if isinstance(output, tuple):  # with what the layer did not compute, such as a bias that is added elsewhere
+            values = (output[0] + added, *output[1:])
+            return type(output)(*values) if hasattr(output, "_fields") else values
+        return output + added
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Tensors in arguments and in lists, tuples and dicts among them, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_of(each)
 
 
 def adapter_of(module: nn.Module) -> LowRank | None:
@@ -76,7 +100,7 @@ def attach(module: nn.Module, hook: LowRank, down: nn.Parameter, up: nn.Paramete
     """Give a module an adapter."""
     module.register_parameter(DOWN, down)
     module.register_parameter(UP, up)
-    module.register_forward_hook(hook)
+    module.register_forward_hook(hook, with_kwargs=True)
 
 
 def detach(module: nn.Module) -> None:
@@ -96,4 +120,4 @@ def product(module: nn.Module, hook: LowRank) -> Tensor:
     return added.t() if hook.embedding or hook.transposed else added
 
 
-__all__ = ["DOWN", "UP", "LowRank", "adapter_of", "adapters_of", "attach", "detach", "product"]
+__all__ = ["DOWN", "UP", "LowRank", "adapter_of", "adapters_of", "attach", "detach", "product", "tensors_of"]

@@ -65,7 +65,7 @@ class Living:
             nn.Parameter(torch.empty(shape, device="meta"))
             for shape in ([change.rank, change.sizes[0]], [change.sizes[1], change.rank])
         ]
-        hook = LowRank(change.alpha, change.dropout, change.embedding, change.transposed)
+        hook = LowRank(change.alpha, change.dropout, change.embedding, change.transposed, change.padding)
         attach(module, hook, *places)
         self._undo.append(lambda: detach(module))
 

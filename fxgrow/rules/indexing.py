@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxgrow.algebra import Conflict, Expr, is_static, resolve, same_size, size_of
+from fxgrow.ir.nodes import info_of
 from fxgrow.ir.ops import bound_arguments
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.rules import values
@@ -181,11 +182,27 @@ class Embedding(Rule):
         weight, index = ctx.operand("weight"), ctx.operand("indices")
         ctx.role(weight[0], "vocab" if ctx.from_input(ctx.args["indices"]) else "positions", 100)
         ctx.freeze(weight[0], _BY_NUMBER)
+        for other in _of_one_vocabulary(ctx.node):
+            table = ctx.dims(bound_arguments(other)["weight"])
+            if table and size_of(table[0]) == size_of(weight[0]):
+                ctx.unify(weight[0], table[0])
         return [*index, *weight[1:]]
 
     def grow(self, ctx: GrowthContext) -> Dims | list[Dims] | None:
         weight, index = ctx.operand("weight"), ctx.operand("indices")
         return [*(picked(ctx.close(d)) for d in index), *map(ctx.close, weight[1:])]
+
+
+def _of_one_vocabulary(node: fx.Node) -> Iterator[fx.Node]:
+    """Earlier look-ups by the same numbers in the same layer: of a table and of its low-rank adapter."""
+    path = info_of(node).module_path
+    for other in bound_arguments(node)["indices"].users:
+        if other is node:
+            return
+        if other.target != node.target or not path:
+            continue
+        if info_of(other).inside(path) or info_of(node).inside(info_of(other).module_path):
+            yield other
 
 
 class OneHot(Rule):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean
-from fxgrow.ir.adapters import DOWN, UP, LowRank, adapters_of, detach, product
-from fxgrow.ir.modules import named_tensors
+from fxgrow.ir.adapters import DOWN, UP, LowRank, adapters_of, detach, product, tensors_of
+from fxgrow.ir.modules import named_tensors, tensor_of
 from fxgrow.optim.rates import KEY, all_rates, write_rates
 from fxgrow.optim.wrappers import unwrapped
 from fxgrow.schedule import LoraDecay, LoraMerge, LoraScale
@@ -70,7 +70,8 @@ def merge(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], action:
     """Add adapters to the weights that they adapt, and take them away.
 
     Raises:
-        SpecError: nothing matches, or a weight is another module's too, which would get what the adapter adds.
+        SpecError: nothing matches, a layer has no weight of its own, or a weight is another module's too, which would
+            get what the adapter adds.
         FxgrowError: the module computes something else with the merged weight. Nothing is changed then.
     """
     found = selected(model, action.modules)
@@ -80,7 +81,11 @@ def merge(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], action:
     for name, tensor in named_tensors(model).items():
         places.setdefault(id(tensor), []).append(name)
     for path, module, _ in found:
-        shared = [n for n in places[id(module.get_parameter("weight"))] if n != f"{path}.weight"]
+        weight = tensor_of(module, "weight")
+        if weight is None:
+            raise SpecError(f"{path} has no parameter `weight` that an adapter could be added to")
+        there = {f"{p}.weight" for p, m in model.named_modules(remove_duplicate=False) if m is module}
+        shared = [n for n in places[id(weight)] if n not in there]
         if shared:
             raise SpecError(
                 f"{path}.weight is {shared[0]} as well, which would get what the adapter adds: untie them first"
@@ -120,10 +125,12 @@ def _merged(path: str, module: nn.Module, hook: LowRank) -> None:
     factor = hook.factor
     module.eval()
     try:
-        before = module(x)
+        before = next(tensors_of(module(x)))
         weight.add_(product(module, hook))
         hook.factor = 0.0
-        after = module(x)
+        after = next(tensors_of(module(x)))
+    except Exception as error:  # the user's forward: nobody knows what it raises
+        raise FxgrowError(f"{path} ({type(module).__name__}) cannot be tried on its own, and not be merged") from error
     finally:
         hook.factor = factor
         module.train(training)

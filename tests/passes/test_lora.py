@@ -229,7 +229,7 @@ def test_what_is_resumed_fades_from_where_it_was() -> None:
 
 def test_what_cannot_be_adapted_or_merged_is_refused() -> None:
     model, x = net()
-    with pytest.raises(fxgrow.SpecError, match=r"no layer with a weight matches 'upp'; did you mean up\?"):
+    with pytest.raises(fxgrow.SpecError, match=r"no linear layer or embedding matches 'upp'; did you mean up\?"):
         fxgrow.grow(model, lora("upp"), (x,))
     with pytest.raises(fxgrow.SpecError, match="up has an adapter already"):
         fxgrow.grow(model, [lora("up"), lora("u*")], (x,))
@@ -267,3 +267,109 @@ def test_a_module_that_uses_its_weight_in_another_way_is_not_merged() -> None:
     with pytest.raises(fxgrow.FxgrowError, match=r"1 \(Halved\) computes something else with the adapter"):
         scheduled({"op": "lora_merge"}).step(model, step=3)
     assert torch.equal(model(x), before) and torch.equal(model[1].weight, weight)
+
+
+class Pair(nn.Linear):
+    """Hands its bias on, for others to add."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return nn.functional.linear(x, self.weight), self.bias
+
+
+class Scaled(nn.Linear):
+    def forward(self, factor: float, rows: list[Tensor]) -> Tensor:  # type: ignore[override]
+        return nn.functional.linear(rows[0], self.weight, self.bias) * factor
+
+
+class Calling(nn.Module):
+    """Calls its layers in other ways than with one tensor, and one of them stands at two paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.pair, self.scaled = nn.Linear(6, 8), Pair(8, 8), Scaled(8, 6)
+        self.again = self.up
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, bias = self.pair(self.up(input=x).tanh())
+        return self.scaled(2.0, rows=[y + bias])
+
+
+def test_layers_are_called_in_any_way() -> None:
+    torch.manual_seed(0)
+    model, x = Calling().to(D), torch.randn(3, 6, dtype=D)
+    trained(model)
+    plain = copy.deepcopy(model)
+    adapted(model, x, modules="*", alpha=4)
+    for name, factor in (("up", 2.0), ("pair", 2.0), ("scaled", 1.0)):  # the adapter of `scaled` is beside the factor
+        down, up = (model.get_submodule(name).get_parameter(n).detach() for n in ("lora_A", "lora_B"))
+        plain.get_submodule(name).get_parameter("weight").data += factor * up @ down
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-12)
+    before = copy.deepcopy(model)
+    fxgrow.grow(model, {"op": "widen", "axis": "*/rank", "factor": 2}, (x,)).apply_(model)
+    assert relative_error(before, model, (x,)) <= 1e-12
+    assert model.again.lora_A is model.up.lora_A
+    scheduled({"op": "lora_merge", "modules": "up | pair"}).step(model, step=3)
+    assert relative_error(before, model, (x,)) <= 1e-12
+    with pytest.raises(fxgrow.FxgrowError, match=r"scaled \(Scaled\) cannot be tried on its own"):
+        scheduled({"op": "lora_merge"}).step(model, step=3)
+    assert relative_error(before, model, (x,)) <= 1e-12
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_new_token_is_in_the_adapter_of_its_table(tied: bool) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+            if tied:
+                self.head.weight = self.emb.weight
+
+        def forward(self, i: Tensor) -> Tensor:
+            return self.head(self.emb(i).tanh())
+
+    torch.manual_seed(0)
+    model, i = Words().to(D), torch.randint(0, 11, (3, 5))
+    adapted(model, i, modules="emb")
+    before = model(i)
+    fxgrow.grow(model, {"op": "extend", "axis": ("." if tied else "emb") + "/vocab", "by": 3}, (i,)).apply_(model)
+    torch.testing.assert_close(model(i)[..., :11], before, rtol=0, atol=1e-12)
+    assert model.emb.get_parameter("lora_A").shape == (2, 14) and model(torch.tensor([[13]])).isfinite().all()
+
+
+def test_what_pads_does_not_learn() -> None:
+    torch.manual_seed(0)
+    model, i = nn.Sequential(nn.Embedding(7, 4, padding_idx=2), nn.Linear(4, 3)).to(D), torch.randint(0, 7, (3, 9))
+    growth = fxgrow.grow(model, lora("0"), (i,))
+    growth.apply_(model)
+    for each in (model, growth.module):
+        each(i).square().sum().backward()
+        grads = {n: p.grad for n, p in each.named_parameters()}
+        columns = grads["0.lora_A"]
+        assert columns is not None and columns.any(0).tolist() == [n != 2 for n in range(7)]
+
+
+def test_modules_with_several_weights_are_no_layers() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attn(x, x, x, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    model, x = Attending().to(D), torch.randn(2, 3, 8, dtype=D)
+    with pytest.raises(fxgrow.GrowthRefused, match=r"cannot adapt attn: it has several weights \(attn.in_proj_weight"):
+        fxgrow.grow(model, lora("attn"), (x,))
+    adapted(model, x, modules="*")
+    assert [path for path, _, _ in adapters_of(model)] == ["head"]
+
+
+def test_a_weight_that_is_computed_is_not_merged() -> None:
+    model, x = net()
+    adapted(model, x, modules="up")
+    nn.utils.parametrizations.weight_norm(model.up)
+    before = model(x)
+    with pytest.raises(fxgrow.SpecError, match="up has no parameter `weight`"):
+        scheduled({"op": "lora_merge"}).step(model, step=3)
+    assert torch.equal(model(x), before)
