@@ -14,6 +14,7 @@ import fxgrow
 from fxgrow.errors import FxgrowError, GrowthRefused, SpecError
 from fxgrow.scheduler import GrowthScheduler
 from fxgrow.scheduler import scheduler as scheduling
+from fxgrow.scheduler.progress import Partial
 
 WIDEN = {"op": "widen", "axis": "*/hidden", "factor": 2}
 
@@ -114,6 +115,18 @@ def test_plateau_of_an_unknown_metric(calls: list[SimpleNamespace]) -> None:
     scheduler = faked([entry(plateau={"metric": "val_los"})])
     with pytest.raises(SpecError, match=r"'val_los', which is not reported; did you mean val_loss\?"):
         scheduler.step(MODEL, step=0, metrics={"val_loss": 1.0})
+
+
+def test_a_loop_that_measures_some_metrics_more_often_reports_them_apart() -> None:
+    trigger: dict[str, Any] = {"plateau": {"metric": "a", "patience": 2}, "below": {"metric": "b", "value": 1.0}}
+    scheduler = GrowthScheduler([event({"op": "evaluate"}, **trigger)])
+    reports = [{"a": 1.0}, {"c": 0.0}, {"b": 0.5}, {"b": 0.4}, {"a": 1.0}, {"b": 0.3}, {"a": 2.0}]
+    assert [bool(scheduler.step(MODEL, step=i, metrics=Partial(r))) for i, r in enumerate(reports)] == [
+        *[False] * 6,
+        True,
+    ]
+    with pytest.raises(SpecError, match="watches the metric 'a', which is not reported"):
+        GrowthScheduler([event({"op": "evaluate"}, **trigger)]).step(MODEL, step=0, metrics={"b": 0.5})
 
 
 def test_conditions_of_a_trigger_hold_together(calls: list[SimpleNamespace]) -> None:

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from fxgrow.errors import SpecError
+from fxgrow.errors import FxgrowError, SpecError, did_you_mean
 from fxgrow.ir import trees
-from fxgrow.schedule import Accumulation, BatchSize, Schedule, SequenceLength
-from fxgrow.scheduler import ActionResult
+from fxgrow.schedule import (
+    Accumulation,
+    BatchSize,
+    Dropout,
+    Freeze,
+    Grow,
+    LoraDecay,
+    LoraMerge,
+    LoraScale,
+    Schedule,
+    SequenceLength,
+    Unfreeze,
+)
+from fxgrow.scheduler import ActionResult, GrowthScheduler
+from fxgrow.spec import Lora
 
 logger = logging.getLogger("fxgrow")
 
 _SIZES = (Accumulation, BatchSize, SequenceLength)
+#: what a schedule does to a model that its sizes do not say
+_BEYOND = (Dropout, Freeze, Unfreeze, LoraScale, LoraDecay, LoraMerge)
 
 
 def check_sizes(schedule: Schedule, whose: str) -> None:
@@ -49,6 +66,58 @@ def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     return found
 
 
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that JSON has numbers for."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def replayed(scheduler: GrowthScheduler, model: nn.Module) -> list[nn.Parameter]:
+    """Bring a model to where a scheduler is, all of it learning that its optimizer had at the start.
+
+    Returns:
+        What the schedule lets stand still: to be frozen when the trainer has made its optimizer, which may leave out
+        what does not learn.
+    """
+    before = {n for n, p in model.named_parameters() if not p.requires_grad}
+    scheduler.replay(model)
+    still = [p for n, p in model.named_parameters() if not p.requires_grad and n not in before]
+    for p in still:
+        p.requires_grad_(True)
+    return still
+
+
+def hold(still: list[nn.Parameter]) -> None:
+    """Let parameters stand still."""
+    for p in still:
+        p.requires_grad_(False)
+        p.grad = None
+
+
+def check_made(scheduler: GrowthScheduler) -> None:
+    """Refuse to go on with a model that was made in its large sizes where more than sizes was changed.
+
+    Raises:
+        FxgrowError: with the event.
+    """
+    for each in scheduler.done:
+        lora = isinstance(each.action, Grow) and any(isinstance(o, Lora) for o in each.action.spec.operations)
+        if not each.error and (lora or isinstance(each.action, _BEYOND)):
+            op = "lora" if lora else each.action.op
+            raise FxgrowError(
+                f"events.{each.event} has done {op}, which no model has that was made in the sizes of the checkpoint: "
+                "make it in its small sizes, and call resume() of the callback with it"
+            )
+
+
+def warn_unseen(scheduler: GrowthScheduler, names: Iterable[str]) -> None:
+    """Warn of the event that is waited for at the end of a run, where it watches what was never reported."""
+    event, known = scheduler.next, sorted(names)
+    for metric in [] if event is None else event.trigger.metrics:
+        if metric not in known:
+            near = did_you_mean(metric, known)
+            logger.warning("the event at %s was not done: %r was never reported; %s", event.trigger, metric, near)  # type: ignore[union-attr]
+
+
 def tell(done: ActionResult) -> None:
     """Log an action, as one line."""
     changes = ", ".join(f"{k} {done.before.get(k, '')} -> {v}".replace("  ", " ") for k, v in done.after.items())
@@ -58,4 +127,4 @@ def tell(done: ActionResult) -> None:
         logger.info("step %d, %s: %s %s (%.1f s)", done.step, done.name, done.op, changes, done.seconds)
 
 
-__all__ = ["check_sizes", "example_of", "numbers", "tell"]
+__all__ = ["check_made", "check_sizes", "example_of", "finite", "hold", "numbers", "replayed", "tell", "warn_unseen"]

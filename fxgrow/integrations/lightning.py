@@ -22,10 +22,20 @@ except ImportError:
     from pytorch_lightning import Callback
 
 from fxgrow.errors import CheckpointError, FxgrowError, SpecError
-from fxgrow.integrations.common import check_sizes, numbers, tell
+from fxgrow.integrations.common import (
+    check_made,
+    check_sizes,
+    finite,
+    hold,
+    numbers,
+    replayed,
+    tell,
+    warn_unseen,
+)
 from fxgrow.optim.wrappers import unwrapped
 from fxgrow.schedule import Schedule
 from fxgrow.scheduler import ActionResult, GrowthScheduler
+from fxgrow.scheduler.progress import Partial
 
 
 class GrowthCallback(Callback):
@@ -65,19 +75,25 @@ class GrowthCallback(Callback):
         self.net = net
         self._log = None if log is None else Path(log)
         self._seen: dict[str, float] = {}
-        self._grown: nn.Module | None = None
+        self._new: dict[str, float] = {}  # measured since the last step
+        self._validated: set[str] = set()  # the names of what validation measures
+        self._before: dict[str, float] = {}
+        self._still: list[nn.Parameter] = []
         self.done: list[ActionResult] = []
 
     # Lightning's checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning saves of this callback."""
-        return self.scheduler.state_dict()
+        growth = self.scheduler.state_dict()
+        return {"growth": growth, "metrics": finite(self._new), "seen": finite(self._seen)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What Lightning loads; the module has the sizes already, by :meth:`resume` or as it was made."""
+        self._new, self._seen = numbers(state_dict.get("metrics")), numbers(state_dict.get("seen"))
         if not self.scheduler.done:
-            self.scheduler.load_state_dict(state_dict)
+            self.scheduler.load_state_dict(state_dict["growth"])
+            check_made(self.scheduler)
 
     def resume(self, module: nn.Module, checkpoint: str | Path) -> nn.Module:
         """Grow a module, fresh from its small sizes, to what it was in a checkpoint of Lightning.
@@ -97,8 +113,8 @@ class GrowthCallback(Callback):
         own = states.get(self.state_key) if isinstance(states, dict) else None
         if own is None:
             raise CheckpointError(f"{checkpoint} is no checkpoint with a {self.state_key}")
-        self.scheduler.load_state_dict(own)
-        self.scheduler.replay(module.get_submodule(self.net))
+        self.scheduler.load_state_dict(own["growth"])
+        self._still = replayed(self.scheduler, module.get_submodule(self.net))
         return module
 
     # Lightning's events
@@ -109,21 +125,38 @@ class GrowthCallback(Callback):
             raise FxgrowError("Lightning over several processes holds its module in wrappers that would not follow")
         if not pl_module.automatic_optimization:
             raise FxgrowError("with manual optimization the loop is yours: use fxgrow.GrowthScheduler in training_step")
+        hold(self._still)
+        self._still = []
         optimizers = [unwrapped(o) for o in trainer.optimizers]
         if self.scheduler.next is not None:
             self.scheduler.check(pl_module.get_submodule(self.net), optimizers)
         for optimizer in optimizers:
             self.scheduler.steer(optimizer)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Note what there is, to see what a validation measures."""
+        self._before = numbers(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Note what was measured, for the next step: a report each time, whether it has changed or not."""
+        now = numbers(trainer.callback_metrics)
+        self._validated |= {name for name, value in now.items() if self._before.get(name) != value}
+        if not trainer.sanity_checking:
+            self._new |= {name: now[name] for name in self._validated if name in now}
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say what was waited for in vain."""
+        warn_unseen(self.scheduler, {*self._seen, *self._validated})
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Do what is due between the last step and this one."""
         if batch_idx % trainer.accumulate_grad_batches:
             return  # gradients wait for a step
         now = numbers(trainer.callback_metrics)
-        new = now if now != self._seen else {}
-        self._seen = now
+        changed = {n: value for n, value in now.items() if n not in self._validated and self._seen.get(n) != value}
+        metrics, self._new, self._seen = Partial({**changed, **self._new}), {}, now
         net, optimizers = pl_module.get_submodule(self.net), list(trainer.optimizers)
-        given: dict[str, Any] = {"step": trainer.global_step, "epoch": trainer.current_epoch, "metrics": new}
+        given: dict[str, Any] = {"step": trainer.global_step, "epoch": trainer.current_epoch, "metrics": metrics}
         while done := self.scheduler.step(net, optimizers, **given):
             self.done.append(done)
             tell(done)

@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,22 @@ from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
 from fxgrow.errors import CheckpointError, FxgrowError
-from fxgrow.integrations.common import check_sizes, example_of, numbers, tell
+from fxgrow.integrations.common import (
+    check_made,
+    check_sizes,
+    example_of,
+    finite,
+    hold,
+    numbers,
+    replayed,
+    tell,
+    warn_unseen,
+)
 from fxgrow.optim.wrappers import unwrapped
 from fxgrow.reading import read_json
 from fxgrow.schedule import Schedule
 from fxgrow.scheduler import ActionResult, GrowthScheduler
+from fxgrow.scheduler.progress import Partial
 
 
 class GrowthCallback(TrainerCallback, ExportableState):
@@ -57,13 +69,15 @@ class GrowthCallback(TrainerCallback, ExportableState):
         check_sizes(self.scheduler.schedule, "the Trainer")
         self._log = None if log is None else Path(log)
         self._metrics: dict[str, float] = {}
+        self._names: set[str] = set()  # of all metrics so far
+        self._still: list[nn.Parameter] = []
         self.done: list[ActionResult] = []
 
     # the trainer's checkpoints
 
     def state(self) -> dict[str, Any]:
         """What the trainer writes of this callback into a checkpoint."""
-        return {"args": {}, "attributes": {"growth": self.scheduler.state_dict()}}
+        return {"args": {}, "attributes": {"growth": self.scheduler.state_dict(), "metrics": finite(self._metrics)}}
 
     def resume(self, model: nn.Module, checkpoint: str | Path) -> nn.Module:
         """Grow a model, fresh from its small config, to what it was in a checkpoint of the trainer.
@@ -81,17 +95,19 @@ class GrowthCallback(TrainerCallback, ExportableState):
         if self._example is None:
             raise FxgrowError("to resume, give the callback an example=: there is no batch of the trainer yet")
         self._read(read_json(Path(checkpoint) / "trainer_state.json", finite=False), str(checkpoint))
-        grown, _ = self.scheduler.replay(model)
-        return grown
+        self._still = replayed(self.scheduler, model)
+        return model
 
     def _read(self, state: Any, where: str) -> None:
         callbacks = state.get("stateful_callbacks") if isinstance(state, Mapping) else None
         own = callbacks.get(type(self).__name__) if isinstance(callbacks, Mapping) else None
         try:
-            growth = own["attributes"]["growth"]  # type: ignore[index]
+            attributes = own["attributes"]  # type: ignore[index]
+            growth = attributes["growth"]
         except (KeyError, TypeError):
             raise CheckpointError(f"{where} is no checkpoint of a trainer with a {type(self).__name__}") from None
         self.scheduler.load_state_dict(growth)
+        self._metrics = numbers(attributes.get("metrics"))  # measured, and to be seen after the next step
 
     # the trainer's events
 
@@ -102,27 +118,40 @@ class GrowthCallback(TrainerCallback, ExportableState):
         model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
         if state.global_step and not self.scheduler.done:
             self._read({"stateful_callbacks": state.stateful_callbacks}, "what the trainer resumes from")
+            check_made(self.scheduler)
+        hold(self._still)
+        self._still = []
         if self._example is None:
             batch = next(iter(kwargs["train_dataloader"]))
             self._example = example_of(dict(batch), model.device)
         if self.scheduler.next is not None:
-            self.scheduler.check(model, optimizer)
+            with _bare(model):
+                self.scheduler.check(model, optimizer)
         self.scheduler.steer(optimizer)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Note what was measured, for the next step."""
-        self._metrics |= numbers(logs)
+        self._note(logs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Note what was measured, for the next step."""
-        self._metrics |= numbers(metrics)
+        self._note(metrics)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what was waited for in vain."""
+        warn_unseen(self.scheduler, self._names)
+
+    def _note(self, metrics: Any) -> None:
+        found = numbers(metrics)
+        self._metrics |= found
+        self._names |= set(found)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Do what is due between this step and the next."""
-        metrics, self._metrics = self._metrics, {}
+        metrics, self._metrics = Partial(self._metrics), {}
         given = {"step": state.global_step, "epoch": state.epoch, "metrics": metrics}
         tokens = state.num_input_tokens_seen or None
-        while done := self.scheduler.step(kwargs["model"], kwargs["optimizer"], tokens=tokens, **given):
+        while done := self._step(kwargs["model"], kwargs["optimizer"], tokens=tokens, **given):
             self.done.append(done)
             tell(done)
             if self._log is not None:
@@ -132,6 +161,26 @@ class GrowthCallback(TrainerCallback, ExportableState):
                 control.should_evaluate = True
             elif done.op == "checkpoint" and not done.error:
                 control.should_save = True
+
+    def _step(self, model: nn.Module, optimizer: Any, **given: Any) -> ActionResult | None:
+        with _bare(model):
+            return self.scheduler.step(model, optimizer, **given)
+
+
+@contextlib.contextmanager
+def _bare(model: nn.Module) -> Iterator[None]:
+    """A model without the mixed precision that accelerate wraps its forward in, which is around it."""
+    held = vars(model)
+    if "_original_forward" not in held or "forward" not in held:
+        yield
+        return
+    wrapped, original = held.pop("forward"), held.pop("_original_forward")
+    if getattr(original, "__func__", None) is not type(model).forward:
+        held["forward"] = original
+    try:
+        yield
+    finally:
+        held["forward"], held["_original_forward"] = wrapped, original
 
 
 __all__ = ["GrowthCallback"]

@@ -14,6 +14,10 @@ from fxgrow.errors import SpecError, did_you_mean
 from fxgrow.schedule import Plateau, Trigger
 
 
+class Partial(dict[str, float]):
+    """A report of some metrics, by a loop that measures others at other steps."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """What a training loop has completed."""
@@ -68,6 +72,8 @@ class Watch:
             value = mean_over_ranks(None if again else _number(progress.metrics, metric, place), metric)
             if again or not progress.metrics:
                 continue
+            if value is None and isinstance(progress.metrics, Partial):
+                continue
             if value is None:
                 raise SpecError(
                     f"{place} watches the metric {metric!r}, which is not reported; "
@@ -77,7 +83,7 @@ class Watch:
         if values:
             self.reported = progress.step
             self.latest |= values
-            if trigger.plateau is not None:
+            if trigger.plateau is not None and trigger.plateau.metric in values:
                 self._count(trigger.plateau, values[trigger.plateau.metric])
 
     def _count(self, plateau: Plateau, value: float) -> None:
@@ -144,4 +150,4 @@ def first_rank(value: float | None) -> float | None:
     return value if values is None else values[0]
 
 
-__all__ = ["Progress", "Watch", "first_rank", "mean_over_ranks"]
+__all__ = ["Partial", "Progress", "Watch", "first_rank", "mean_over_ranks"]
