@@ -1,8 +1,8 @@
-"""Low-rank adapters in a module's own class (LoRA, Hu et al. 2021, section 4.1): y + (alpha / r) B A x.
+"""What a growth adds to a module's own class by forward hooks: low-rank adapters, and gates of blocks.
 
-An adapter is a forward hook on the module that it adapts, and two parameters of that module, ``lora_A`` (rank, in) and
-``lora_B`` (out, rank), by the names of loralib. The module stays the object and the class that it was: whoever holds
-it, its weight or its state dict goes on.
+An adapter (LoRA, Hu et al. 2021, section 4.1: y + (alpha / r) B A x) is a forward hook on the module that it adapts,
+and two parameters of that module, ``lora_A`` (rank, in) and ``lora_B`` (out, rank), by the names of loralib. The module
+stays the object and the class that it was: whoever holds it, its weight or its state dict goes on.
 """
 
 from __future__ import annotations
@@ -83,6 +83,34 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(each)
 
 
+class Gate:
+    """A hook that lets a block's result in by a parameter of the block: x + alpha (f(x) - x), nothing at alpha 0.
+
+    Args:
+        name: of the parameter.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        first = output[0] if isinstance(output, tuple) else output
+        gated = x + (first - x) * module.get_parameter(self.name)
+        return (gated, *output[1:]) if isinstance(output, tuple) else gated
+
+
+def attach_gate(block: nn.Module, name: str, gate: nn.Parameter) -> None:
+    """Give a block a gate."""
+    block.register_parameter(name, gate)
+    block.register_forward_hook(Gate(name), with_kwargs=True)
+
+
+def is_own(hook: Any) -> bool:
+    """Whether a hook is part of what a growth made."""
+    return isinstance(hook, LowRank | Gate)
+
+
 def adapter_of(module: nn.Module) -> LowRank | None:
     """A module's adapter."""
     return next((hook for hook in module._forward_hooks.values() if isinstance(hook, LowRank)), None)
@@ -120,4 +148,7 @@ def product(module: nn.Module, hook: LowRank) -> Tensor:
     return added.t() if hook.embedding or hook.transposed else added
 
 
-__all__ = ["DOWN", "UP", "LowRank", "adapter_of", "adapters_of", "attach", "detach", "product", "tensors_of"]
+__all__ = [
+    *("DOWN", "UP", "Gate", "LowRank", "adapter_of", "adapters_of", "attach", "attach_gate", "detach", "is_own"),
+    *("product", "tensors_of"),
+]

@@ -167,6 +167,7 @@ class _Applying:
         sure = [c for c in self.chosen.values() if id(c.holder) in paths and c.index is None and not c.rivals]
         wanted = {(paths[id(c.holder)], c.name): c.value for c in sure}
         left = set(unread(self.grown))  # they stay small, whatever the class would make of them
+        left |= {n for n, p in self.plan.tensors.items() if p.source is None}  # gates, adapters: no class has them
         shapes = {n: tuple(t.shape) for n, t in self.tensors.items() if n not in left}
         shapes |= {a: shapes[n] for a, n in self.grown.aliases.items() if n in shapes}
         mark = self.living.mark

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from fxgrow.errors import GrowthRefused, Refusal
-from fxgrow.ir.adapters import adapter_of
+from fxgrow.ir.adapters import adapter_of, attach_gate
 from fxgrow.ir.modules import children_of
-from fxgrow.ir.stacks import block_path, stack_name
+from fxgrow.ir.stacks import block_path
 from fxgrow.landing.living import Living, attributes_of, configs_of
 from fxgrow.plan import Adapt, CloneBlock, GrowthPlan, InsertLayer, Renumber
 
@@ -47,7 +47,7 @@ def restack(living: Living, plan: GrowthPlan) -> list[Restacked]:
     Copies have the tensors of their source until those are exchanged.
 
     Raises:
-        GrowthRefused: the plan needs a gate or a layer that the class does not have.
+        GrowthRefused: the plan needs a layer that the class does not run.
     """
     done = []
     for step in plan.steps:
@@ -61,12 +61,6 @@ def restack(living: Living, plan: GrowthPlan) -> list[Restacked]:
 
 
 def _check(change: Any) -> None:
-    if isinstance(change, CloneBlock) and change.gate is not None:
-        why = (
-            f"the copy of block {change.source} is the identity by a gate ({change.gate}) only, which the class does "
-            "not compute. Use growth.module, or give the block a last layer or norm that can be zero"
-        )
-        raise GrowthRefused(Refusal(stack_name(change.stack), why, "apply the growth of"))
     if isinstance(change, InsertLayer):
         why = f"the class does not run the new layer {change.path}. Use growth.module, or add the layer to the class"
         raise GrowthRefused(Refusal(change.after, why, "apply the layer inserted after"))
@@ -94,7 +88,10 @@ def _restack(living: Living, stack: str, clones: list[CloneBlock], prefixes: dic
     for clone in clones:
         source = children[str(clone.source)]
         assert source is not None
-        numbered[str(clone.number)] = copied(source, living.model)
+        block = copied(source, living.model)
+        if clone.gate is not None:
+            attach_gate(block, clone.gate.rpartition(".")[2], nn.Parameter(torch.empty((), device="meta")))
+        numbered[str(clone.number)] = block
         origins[clone.number] = clone.source
     ordered = iter(sorted(numbered.items(), key=lambda c: int(c[0])))
     out: dict[str, nn.Module | None] = {}

@@ -12,7 +12,7 @@ from torch import nn
 
 from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
-from fxgrow.ir.adapters import LowRank
+from fxgrow.ir.adapters import is_own
 from fxgrow.ir.modules import is_compiled
 from fxgrow.ir.running import run_with
 from fxgrow.ir.traced import Call
@@ -43,7 +43,7 @@ def check_plain(model: nn.Module) -> None:
                 "(.module or ._orig_mod) and wrap the grown one again"
             )
         hooks = [h for n in ("_forward_hooks", "_forward_pre_hooks") for h in getattr(module, n).values()]
-        if any(not isinstance(h, LowRank) for h in hooks) and not torch.nn.utils.parametrize.is_parametrized(module):
+        if not all(map(is_own, hooks)) and not torch.nn.utils.parametrize.is_parametrized(module):
             warnings.warn(f"module {name or '(root)'} has forward hooks; what they compute is traced in", stacklevel=5)
 
 
