@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ def _ends(inside: list[fx.Node], name: str) -> tuple[fx.Node, fx.Node]:
     return taken[0], given[0]
 
 
-def _vocabulary(inside: list[fx.Node]) -> object:
+def _vocabulary(inside: list[fx.Node]) -> Any:
     """How many entries a table has."""
     look_up = next(n for n in inside if op_name(n.target) == _LOOKS_UP)
     table = look_up.args[0]
@@ -221,8 +222,8 @@ def adapt(source: fx.Node, result: fx.Node, change: Adapt) -> None:
         out.meta = meta_of(torch.empty(shape, dtype=dtype, device="meta"), NodeInfo(module_path=change.path))
         return out
 
-    def put(target: object, *args: object, sizes: list[object] | None = None) -> fx.Node:
-        node = graph.call_function(target, args)  # type: ignore[arg-type]
+    def put(target: Any, *args: Any, sizes: list[Any] | None = None) -> fx.Node:
+        node = graph.call_function(target, args)
         node.meta = meta_like(result, module_path=change.path, module_call=info_of(result).module_call, source="")
         if sizes is not None:
             val = node.meta.get("val")
