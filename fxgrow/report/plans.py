@@ -27,6 +27,10 @@ def step_rows(plan: GrowthPlan, program: Program | None = None) -> list[tuple[tu
                 rows[(step.op, f"block {block_path(change.stack, change.number)}", "", "new", how)] = 1
             elif change.kind == "insert":
                 rows[(step.op, change.path, "", "new", f"identity {change.layer} after {change.after}")] = 1
+            elif change.kind == "adapt":
+                how = f"adapter, {change.sizes[0]} to {change.sizes[1]}, alpha {change.alpha:g}"
+                key = (step.op, collapsed(change.path, stacks), "", f"rank {change.rank}", how)
+                rows[key] = rows.get(key, 0) + 1
         out += rows.items()
     return out
 

@@ -131,6 +131,14 @@ def test_a_dry_run_builds_nothing(run: Any) -> None:
 # plan and grow ----------------------------------------------------------------------------------------------------
 
 
+def test_plan_of_adapters(run: Any, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("[{op: lora, modules: '*', rank: 2, alpha: 4}]")
+    text, _ = run("plan", "tests.cli.test_commands:make_task", str(spec))
+    lines = [line.split() for line in text.splitlines() if line.startswith("lora")]
+    assert [(words[1], "rank 2 adapter" in " ".join(words)) for words in lines] == [("up", True), ("down", True)]
+
+
 def test_plan(run: Any) -> None:
     spec = f'[{HIDDEN}, {{op: widen, axis: "./residual", to: 40}}, {{op: deepen, stack: transformer.h, factor: 2}}]'
     out, _ = run("plan", GPT, spec)
