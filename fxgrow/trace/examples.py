@@ -21,7 +21,14 @@ from fxgrow.trace.lines import place_of
 
 
 def as_calls(args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: Mapping[str, Any] | None) -> list[Call]:
-    """The ways of calling a model, each with inputs of its own: one tensor given twice is two inputs."""
+    """The ways of calling a model, each with inputs of its own: one tensor given twice is two inputs.
+
+    Raises:
+        CaptureError: they are not given as they should be.
+    """
+    for what, given in (("kwargs", kwargs), ("calls", calls)):
+        if given is not None and not isinstance(given, Mapping):
+            raise CaptureError(f"{what} must be a dict, by name, and is a {type(given).__name__}")
     out = []
     if args or kwargs or not calls:
         out.append(Call("forward", trees.clones(tuple(args)), trees.clones(dict(kwargs or {}))))

@@ -609,3 +609,18 @@ def test_a_call_that_would_end_the_process_raises() -> None:
     fxgrow.capture(Grouped(4), (torch.randn(2, 3, 8),))
     with pytest.raises(fxgrow.CaptureError, match="keys or values of no heads"):
         fxgrow.capture(Grouped(8), (torch.randn(2, 3, 8),))
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"args": (), "kwargs": [torch.randn(2, 3)]}, "kwargs must be a dict, by name, and is a list"),
+        (
+            {"args": (torch.randn(2, 3),), "calls": [(torch.randn(2, 3),)]},
+            "calls must be a dict, by name, and is a list",
+        ),
+    ],
+)
+def test_examples_that_are_not_given_as_they_should_be(how: dict[str, Any], expected: str) -> None:
+    with pytest.raises(fxgrow.CaptureError, match=expected):
+        fxgrow.capture(torch.nn.Linear(3, 2), **how)
