@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,8 +120,16 @@ def warn_unseen(scheduler: GrowthScheduler, names: Iterable[str]) -> None:
             logger.warning("the event at %s was not done: %r was never reported; %s", event.trigger, metric, near)  # type: ignore[union-attr]
 
 
-def tell(done: ActionResult) -> None:
-    """Log an action, as one line."""
+def record(done: ActionResult, results: list[ActionResult], file: Path | None) -> None:
+    """Keep what was done, and say so: to the log, and as a JSON line to a file."""
+    results.append(done)
+    _tell(done)
+    if file is not None:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(done.to_dict()) + "\n")
+
+
+def _tell(done: ActionResult) -> None:
     changes = ", ".join(f"{k} {done.before.get(k, '')} -> {v}".replace("  ", " ") for k, v in done.after.items())
     if done.error:
         logger.warning("step %d, %s: %s left out: %s", done.step, done.name, done.op, done.error)
@@ -127,4 +137,4 @@ def tell(done: ActionResult) -> None:
         logger.info("step %d, %s: %s %s (%.1f s)", done.step, done.name, done.op, changes, done.seconds)
 
 
-__all__ = ["check_made", "check_sizes", "example_of", "finite", "hold", "numbers", "replayed", "tell", "warn_unseen"]
+__all__ = ["check_made", "check_sizes", "example_of", "finite", "hold", "numbers", "record", "replayed", "warn_unseen"]

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ from fxgrow.integrations.common import (
     finite,
     hold,
     numbers,
+    record,
     replayed,
-    tell,
     warn_unseen,
 )
 from fxgrow.optim.wrappers import unwrapped
@@ -158,11 +157,7 @@ class GrowthCallback(Callback):
         net, optimizers = pl_module.get_submodule(self.net), list(trainer.optimizers)
         given: dict[str, Any] = {"step": trainer.global_step, "epoch": trainer.current_epoch, "metrics": metrics}
         while done := self.scheduler.step(net, optimizers, **given):
-            self.done.append(done)
-            tell(done)
-            if self._log is not None:
-                with self._log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(done.to_dict()) + "\n")
+            record(done, self.done, self._log)
             if done.op == "checkpoint" and not done.error:
                 folder = Path(trainer.default_root_dir)
                 trainer.save_checkpoint(folder / f"growth-{trainer.global_step}.ckpt")

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from fxgrow.integrations.common import (
     finite,
     hold,
     numbers,
+    record,
     replayed,
-    tell,
     warn_unseen,
 )
 from fxgrow.optim.wrappers import unwrapped
@@ -152,11 +151,7 @@ class GrowthCallback(TrainerCallback, ExportableState):
         given = {"step": state.global_step, "epoch": state.epoch, "metrics": metrics}
         tokens = state.num_input_tokens_seen or None
         while done := self._step(kwargs["model"], kwargs["optimizer"], tokens=tokens, **given):
-            self.done.append(done)
-            tell(done)
-            if self._log is not None:
-                with self._log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(done.to_dict()) + "\n")
+            record(done, self.done, self._log)
             if done.op == "evaluate" and not done.error:
                 control.should_evaluate = True
             elif done.op == "checkpoint" and not done.error:

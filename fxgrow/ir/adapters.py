@@ -7,12 +7,14 @@ stays the object and the class that it was: whoever holds it, its weight or its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fxgrow.ir import trees
 
 DOWN, UP = "lora_A", "lora_B"
 
@@ -62,25 +64,22 @@ class LowRank:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         down, up = module.get_parameter(DOWN), module.get_parameter(UP)
         # which of several it is, is proved by the graph: a layer takes one value that its weight is multiplied by
-        x = next(t for t in tensors_of((args, kwargs)) if t.is_floating_point() != self.embedding)
+        x = next(t for t in trees.tensors_in((args, kwargs)) if t.is_floating_point() != self.embedding)
         if self.embedding:
             low = F.embedding(x, down.transpose(0, 1), self.padding)
         else:
             low = F.linear(F.dropout(x, self.dropout, module.training) if self.dropout else x, down)
         added = F.linear(low, up) * self.scale(down.shape[0])
-        if isinstance(output, tuple):  # with what the layer did not compute, such as a bias that is added elsewhere
-            values = (output[0] + added, *output[1:])
-            return type(output)(*values) if hasattr(output, "_fields") else values
-        return output + added
+        first = output[0] if isinstance(output, tuple) else output  # with a bias, say, that is added elsewhere
+        return _with_first(output, first + added)
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """Tensors in arguments and in lists, tuples and dicts among them, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, Mapping)):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_of(each)
+def _with_first(output: Any, value: Tensor) -> Any:
+    """What a module hands on, with another value in the place of its own, or of the first of several."""
+    if not isinstance(output, tuple):
+        return value
+    values = (value, *output[1:])
+    return type(output)(*values) if hasattr(output, "_fields") else values
 
 
 class Gate:
@@ -96,8 +95,7 @@ class Gate:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         first = output[0] if isinstance(output, tuple) else output
-        gated = x + (first - x) * module.get_parameter(self.name)
-        return (gated, *output[1:]) if isinstance(output, tuple) else gated
+        return _with_first(output, x + (first - x) * module.get_parameter(self.name))
 
 
 def attach_gate(block: nn.Module, name: str, gate: nn.Parameter) -> None:
@@ -150,5 +148,5 @@ def product(module: nn.Module, hook: LowRank) -> Tensor:
 
 __all__ = [
     *("DOWN", "UP", "Gate", "LowRank", "adapter_of", "adapters_of", "attach", "attach_gate", "detach", "is_own"),
-    *("product", "tensors_of"),
+    "product",
 ]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean
-from fxgrow.ir.adapters import DOWN, UP, LowRank, adapters_of, detach, product, tensors_of
+from fxgrow.ir import trees
+from fxgrow.ir.adapters import DOWN, UP, LowRank, adapters_of, detach, product
 from fxgrow.ir.modules import named_tensors, tensor_of
 from fxgrow.optim.rates import KEY, all_rates, write_rates
 from fxgrow.optim.wrappers import unwrapped
@@ -19,6 +20,11 @@ from fxgrow.scheduler.acting import Change
 
 Adapted = list[tuple[str, nn.Module, LowRank]]
 VOCABULARY = "vocabulary"
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether one of several globs, with | between them, fits a path."""
+    return any(fnmatch.fnmatchcase(path, glob.strip()) for glob in pattern.split("|"))
 
 
 def selected(model: nn.Module, pattern: str) -> Adapted:
@@ -33,7 +39,7 @@ def selected(model: nn.Module, pattern: str) -> Adapted:
     def fits(path: str, module: nn.Module, hook: LowRank) -> bool:
         if pattern == VOCABULARY:
             return hook.embedding or module.get_parameter(UP).shape[0] in tables
-        return any(fnmatch.fnmatchcase(path, glob.strip()) for glob in pattern.split("|"))
+        return matches(path, pattern)
 
     found = [each for each in every if fits(*each)]
     if not found:
@@ -125,10 +131,10 @@ def _merged(path: str, module: nn.Module, hook: LowRank) -> None:
     factor = hook.factor
     module.eval()
     try:
-        before = next(tensors_of(module(x)))
+        before = trees.tensors_in(module(x))[0]
         weight.add_(product(module, hook))
         hook.factor = 0.0
-        after = next(tensors_of(module(x)))
+        after = trees.tensors_in(module(x))[0]
     except Exception as error:  # the user's forward: nobody knows what it raises
         raise FxgrowError(f"{path} ({type(module).__name__}) cannot be tried on its own, and not be merged") from error
     finally:
@@ -160,4 +166,4 @@ def _forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
         write_rates(optimizer, rates, {i: n for i, n in names.items() if i not in gone})
 
 
-__all__ = ["VOCABULARY", "decay", "fade", "merge", "scale", "selected"]
+__all__ = ["VOCABULARY", "decay", "fade", "matches", "merge", "scale", "selected"]

@@ -36,7 +36,7 @@ from fxgrow.schedule import (
     WeightDecay,
 )
 from fxgrow.scheduler.acting import HELD, set_dropout, set_weight_decay
-from fxgrow.scheduler.adapters import VOCABULARY
+from fxgrow.scheduler.adapters import VOCABULARY, matches
 from fxgrow.scheduler.standing import Done, Sizes, learning_rate, sizes_after
 from fxgrow.spec import GrowthSpec, Lora
 
@@ -214,8 +214,7 @@ class DryRun:
         if not self.in_place:
             raise SpecError("adapters stand in the code of a traced module; grow in place")
         paths = [n.removesuffix(f".{DOWN}") for n in self.grown.parameters if n.endswith(f".{DOWN}")]
-        globs = action.modules.split("|")
-        found = [p for p in paths if any(fnmatch.fnmatchcase(p, glob.strip()) for glob in globs)]
+        found = [p for p in paths if matches(p, action.modules)]
         if not paths or not (found or action.modules == VOCABULARY):
             raise SpecError(f"no adapted module matches {action.modules!r}; {did_you_mean(action.modules, paths)}")
         if isinstance(action, LoraMerge) and len(found) == len(paths):
