@@ -43,13 +43,12 @@ def check_sizes(schedule: Schedule, whose: str) -> None:
     Raises:
         SpecError: with the event.
     """
-    for number, event in enumerate(schedule.events):
-        for action in event.actions:
-            if isinstance(action, _SIZES):
-                raise SpecError(
-                    f"events.{number} changes the {action.op.replace('_', ' ')}, which {whose} fixes when training "
-                    "begins: leave it out, or write the loop yourself with fxgrow.GrowthScheduler"
-                )
+    for place, action in schedule.placed_actions():
+        if isinstance(action, _SIZES):
+            raise SpecError(
+                f"{place} changes the {action.op.replace('_', ' ')}, which {whose} fixes when training begins: leave "
+                "it out, or write the loop yourself with fxgrow.GrowthScheduler"
+            )
 
 
 def example_of(batch: Any, device: torch.device | str) -> Any:

@@ -68,9 +68,9 @@ class GrowthCallback(Callback):
         args, kwargs = ((), dict(example)) if isinstance(example, Mapping) else (tuple(example), None)
         self.scheduler = GrowthScheduler(schedule, args, kwargs, **how)
         check_sizes(self.scheduler.schedule, "Lightning")
-        for number, event in enumerate(self.scheduler.schedule.events):
-            if any(action.op == "evaluate" for action in event.actions):
-                raise SpecError(f"events.{number}: Lightning validates when its Trainer says: leave out evaluate")
+        for place, action in self.scheduler.schedule.placed_actions():
+            if action.op == "evaluate":
+                raise SpecError(f"{place}: Lightning validates when its Trainer says: leave out evaluate")
         self.net = net
         self._log = None if log is None else Path(log)
         self._seen: dict[str, float] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from fxgrow.errors import SpecError, did_you_mean
 from fxgrow.limits import OPERATIONS
 from fxgrow.reading import as_mapping, read_yaml
-from fxgrow.schedule.actions import ACTIONS
+from fxgrow.schedule.actions import ACTIONS, Action
 from fxgrow.schedule.aliases import ALIASES
 from fxgrow.schedule.base import Strict
-from fxgrow.schedule.events import Event, OptimizerPolicy, read_operations
+from fxgrow.schedule.events import Event, Grow, OptimizerPolicy, read_operations
 from fxgrow.schedule.triggers import Below, Plateau, Trigger
 from fxgrow.schedule.version1 import from_version_1, is_version_1
 from fxgrow.spec import json_schema as spec_schema
@@ -40,6 +40,12 @@ class Schedule(Strict):
                     )
                 last[kind] = (number, value)
         return self
+
+    def placed_actions(self) -> Iterator[tuple[str, Grow | Action]]:
+        """Every action of every event, in order, and the event's place, as errors name it."""
+        for number, event in enumerate(self.events):
+            for action in event.actions:
+                yield f"events.{number}", action
 
     @classmethod
     def parse(cls, schedule: Schedule | Mapping[str, Any] | list[Any] | str | Path | None) -> Schedule:

@@ -167,10 +167,9 @@ class GrowthScheduler:
         self._now = 0
         self._started, self._seconds = time.monotonic(), 0.0
         sizes = self._first
-        for number, event in enumerate(self.schedule.events):
-            for action in event.actions:
-                old, sizes = sizes, sizes.after(action, f"events.{number}")
-                rate_of(action, old, sizes)
+        for place, action in self.schedule.placed_actions():
+            old, sizes = sizes, sizes.after(action, place)
+            rate_of(action, old, sizes)
 
     # what is to come, and what has been
 
@@ -230,13 +229,12 @@ class GrowthScheduler:
         Raises:
             SpecError: the schedule sets the rate or its position, which no factor can say; see :meth:`learning_rate`.
         """
-        for number, event in enumerate(self.schedule.events):
-            for action in event.actions:
-                if isinstance(action, LearningRate) and (action.set is not None or action.position is not None):
-                    raise SpecError(
-                        f"events.{number} sets the learning rate or its position, which is no factor on the loop's "
-                        "own: use scheduler.learning_rate(base, step)"
-                    )
+        for place, action in self.schedule.placed_actions():
+            if isinstance(action, LearningRate) and (action.set is not None or action.position is not None):
+                raise SpecError(
+                    f"{place} sets the learning rate or its position, which is no factor on the loop's own: use "
+                    "scheduler.learning_rate(base, step)"
+                )
         return self.learning_rate(lambda _: 1.0, step)
 
     def steer(self, optimizer: torch.optim.Optimizer) -> Steering:
@@ -251,13 +249,12 @@ class GrowthScheduler:
         Raises:
             SpecError: the schedule moves the position of the loop's own learning rate, which is another's here.
         """
-        for number, event in enumerate(self.schedule.events):
-            for action in event.actions:
-                if isinstance(action, LearningRate) and action.position is not None:
-                    raise SpecError(
-                        f"events.{number} moves the learning rate's position in a schedule that is not this loop's "
-                        "own: use set, scale or rewarm, or a loop with scheduler.learning_rate(base, step)"
-                    )
+        for place, action in self.schedule.placed_actions():
+            if isinstance(action, LearningRate) and action.position is not None:
+                raise SpecError(
+                    f"{place} moves the learning rate's position in a schedule that is not this loop's own: use set, "
+                    "scale or rewarm, or a loop with scheduler.learning_rate(base, step)"
+                )
         for each in self._done:
             if _sets_rate(each.action) and each.rate is None and not each.error:
                 raise SpecError(f"events.{each.event}: {_UNKNOWN_RATE}")
@@ -303,7 +300,8 @@ class GrowthScheduler:
         else:
             due = number < len(self.schedule.events)
         self._now = step
-        adapters.fade(uncompiled(model), step)
+        if any(isinstance(each.action, LoraDecay) for each in self._done):
+            adapters.fade(uncompiled(model), step)
         if not due:
             return None
         event = self.schedule.events[number]

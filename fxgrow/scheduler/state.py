@@ -27,12 +27,17 @@ class _Past(Strict):
     rates: dict[str, float] = Field(default_factory=dict)
 
 
-class _State(Strict):
-    version: Literal[2]
-    done: list[_Past] = Field(max_length=OPERATIONS)
+class _Counters(Strict):
+    """Of a plateau, see :class:`~fxgrow.scheduler.progress.Watch`."""
+
     best: float | None
     bad: Count = Field(ge=0)
     reported: Count | None
+
+
+class _State(_Counters):
+    version: Literal[2]
+    done: list[_Past] = Field(max_length=OPERATIONS)
     latest: dict[str, float]
     seconds: float = Field(ge=0)
     step: Count = Field(ge=0)
@@ -43,14 +48,11 @@ class _Fired(Strict):
     step: Count = Field(ge=0)
 
 
-class _State1(Strict):
+class _State1(_Counters):
     """As fxgrow 0.1 wrote it."""
 
     version: Literal[1]
     fired: list[_Fired] = Field(max_length=OPERATIONS)
-    best: float | None
-    bad: Count = Field(ge=0)
-    reported: Count | None
 
 
 def written(events: Sequence[Event], done: Sequence[Done], watch: Watch, seconds: float, step: int) -> dict[str, Any]:

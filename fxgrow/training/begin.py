@@ -55,11 +55,10 @@ def schedule_of(task: Task) -> Schedule:
         SpecError: it does.
     """
     schedule = Schedule.parse(task.schedule)
-    for number, event in enumerate(schedule.events):
-        for action in event.actions:
-            if isinstance(action, BatchSize | SequenceLength) and getattr(task, action.op) is None:
-                raise SpecError(
-                    f"events.{number} changes the {action.op.replace('_', ' ')}, and the task does not draw by it: "
-                    f"give the Task a {action.op}=, and its `batches` an argument of that name"
-                )
+    for place, action in schedule.placed_actions():
+        if isinstance(action, BatchSize | SequenceLength) and getattr(task, action.op) is None:
+            raise SpecError(
+                f"{place} changes the {action.op.replace('_', ' ')}, and the task does not draw by it: give the Task a "
+                f"{action.op}=, and its `batches` an argument of that name"
+            )
     return schedule
