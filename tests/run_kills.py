@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import random
 import shutil
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fxgrow.training import Hyper, Run, Task, read_log, train
@@ -86,24 +88,39 @@ def go_on(out: Path) -> Run:
 def picture(out: Path) -> dict[str, Any]:
     """What has to be the same in two runs: the tensors of the last checkpoint, and the log without its clocks."""
     newest = out / "checkpoints" / (out / "checkpoints" / "latest").read_text(encoding="utf-8")
-    files = {n: (newest / n).read_bytes() for n in ("model.safetensors", "optimizer.safetensors")}
+    files = {n: load_file(newest / n) for n in ("model.safetensors", "optimizer.safetensors")}
     clocks = ("seconds", "took", "path")
     lines = [{k: v for k, v in x.items() if k not in clocks} for x in read_log(out / "log.jsonl")]
     return {**files, "log": [x for x in lines if x["event"] != "resume"]}
 
 
-def difference(expected: Any, got: Any) -> str:
-    """The first line in which two logs differ; "same" where nothing does."""
+def difference(expected: Any, got: Any, close: float) -> str:
+    """The first line in which two logs differ, or the first tensor; "" where nothing does."""
     if isinstance(expected, list):
         for a, b in zip(expected, got, strict=False):
-            if a != b:
+            if not same(a, b, close):
                 return f"{a} became {b}"
-        return "same" if len(expected) == len(got) else f"{len(expected)} lines became {len(got)}"
-    return "same" if expected == got else "differs"
+        return "" if len(expected) == len(got) else f"{len(expected)} lines became {len(got)}"
+    if expected.keys() != got.keys():
+        return f"other tensors: {min(expected.keys() ^ got.keys())}"
+    return next((name for name, tensor in expected.items() if not same(tensor, got[name], close)), "")
 
 
-def run(kills: int, seed: int, *, verbose: bool = False) -> Outcome:
-    """Kill a run so many times, and more where it is through before that: then another one begins."""
+def same(a: Any, b: Any, close: float) -> bool:
+    """Whether two values are alike, floats up to a relative difference."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(v, b[k], close) for k, v in a.items())
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and bool(torch.isclose(a, b, rtol=close, atol=close).all())
+    return math.isclose(a, b, rel_tol=close, abs_tol=close) if type(a) is type(b) is float else bool(a == b)
+
+
+def run(kills: int, seed: int, *, close: float = 0.0, verbose: bool = False) -> Outcome:
+    """Kill a run so many times, and more where it is through before that: then another one begins.
+
+    Args:
+        close: floats may differ by this: a matrix product can order its sums otherwise, by where its operands lie.
+    """
     torch.set_num_threads(1)
     rng, found = random.Random(seed), Outcome()
     folder = Path(tempfile.mkdtemp(prefix="fxgrow-run-kills-"))
@@ -140,8 +157,11 @@ def run(kills: int, seed: int, *, verbose: bool = False) -> Outcome:
                 found.wrong.append(f"run {number} ended by itself after {found.kills} kills, with status {status}")
                 break
             got = picture(out)
-            found.wrong += [f"run {number}: {key}: {difference(expected[key], got[key])}" for key in expected]
-            found.wrong = [line for line in found.wrong if not line.endswith(": same")]
+            found.wrong += [
+                f"run {number}: {key}: {said}"
+                for key in expected
+                if (said := difference(expected[key], got[key], close))
+            ]
             shutil.rmtree(out)
             number += 1
             if verbose:
