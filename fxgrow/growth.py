@@ -33,7 +33,7 @@ from fxgrow.landing.recast import recast
 from fxgrow.landing.solve import solve_constants
 from fxgrow.limits import check_elements
 from fxgrow.optim.carry import carry, carry_
-from fxgrow.optim.newborn import Frozen, NewParameters, check_unfrozen, freeze_old
+from fxgrow.optim.newborn import Frozen, NewParameters, check_unfrozen, freeze
 from fxgrow.optim.policies import check_optimizer, check_plan
 from fxgrow.optim.rates import check_settled
 from fxgrow.passes.constants import remaining
@@ -282,7 +282,11 @@ class Growth:
         Raises:
             SpecError: nothing new would be trained, or the model is another one; nothing is changed then.
         """
-        return freeze_old(self.new_parameters, self.module if model is None else model)
+        return freeze(self.new_parameters, self.module if model is None else model, "old")
+
+    def freeze_new(self, model: nn.Module | None = None) -> Frozen:
+        """Train only what is old; the counterpart of :meth:`freeze_old`."""
+        return freeze(self.new_parameters, self.module if model is None else model, "new")
 
     def compile(self, **options: Any) -> fx.GraphModule:
         """Compile the grown module region by region: blocks that are alike are compiled once.

@@ -594,6 +594,36 @@ def test_old_parameters_stand_still_between_two_events() -> None:
     assert model.up.weight.shape == (8, 3)
 
 
+def test_new_parameters_stand_still_between_two_events() -> None:
+    torch.manual_seed(0)
+    model, x = Chain(), torch.randn(5, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    new = {"op": "freeze", "what": "new"}
+    schedule = [
+        event({**WIDEN, "fill": "add"}, new, step=1),
+        event({"op": "unfreeze", "what": "new"}, {"op": "freeze", "what": "old"}, step=3),
+    ]
+    scheduler = GrowthScheduler(schedule, (x,))
+    assert [r.op for r in scheduler.check(model, optimizer).rows[1:]] == ["grow", "freeze", "unfreeze", "freeze"]
+    rows = []
+    for step in range(5):
+        while done := scheduler.step(model, optimizer, step=step):
+            assert done.op != "freeze" or done.step != 1 or done.after == {"numbers": 4 * (3 + 1 + 2)}
+        rows.append(model.up.weight.detach().clone())
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        if step == 2:  # where the new stand still
+            again, other = Chain(), GrowthScheduler(schedule, (x,))
+            other.load_state_dict(json.loads(json.dumps(scheduler.state_dict())))
+            other.replay(again, torch.optim.AdamW(again.parameters()))
+            assert other.step(again, step=3).op == "unfreeze"  # type: ignore[union-attr]
+    with pytest.raises(FxgrowError, match=r"new parameters stand still \(freeze: new\): unfreeze `new`"):
+        GrowthScheduler([*schedule[:1], event(WIDEN, step=3)], (x,)).check(Chain())
+    assert torch.equal(rows[1][4:], rows[2][4:]) and not torch.equal(rows[1][:4], rows[2][:4])
+    assert torch.equal(rows[3][:4], rows[4][:4]) and not torch.equal(rows[3][4:], rows[4][4:])
+
+
 @pytest.mark.parametrize("what", ["*", "old"])
 def test_unfreeze_lets_entries_go_that_stood_still(what: str) -> None:
     """By name, too: what `freeze: old` holds of a widened weight is let go with the rest, or it is refused."""

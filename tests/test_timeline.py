@@ -82,7 +82,7 @@ def test_an_optimizer_that_has_stepped_says_what_it_keeps() -> None:
     ("events", "expected"),
     [
         ([event(WIDEN, {**WIDEN, "axis": "no"})], r"events\.0 \(step 3\): operations\.1 \(widen\): no axis matches"),
-        ([event(WIDEN, name="first"), event(WIDEN, OLD), event(WIDEN)], r"events\.2 .*unfreeze them before the next"),
+        ([event(WIDEN, name="first"), event(WIDEN, OLD), event(WIDEN)], r"events\.2 .*unfreeze `old` before the next"),
         ([event(OLD)], r"events\.0 .*nothing has grown yet"),
         ([event({"op": "freeze", "what": "upp.*"})], r"no parameter matches 'upp\.\*'"),
         ([event({"op": "dropout", "p": 0.1, "modules": "up"})], "no dropout in the modules that match 'up'"),
@@ -125,7 +125,7 @@ def test_from_the_middle_of_an_event_on_only_what_is_to_come_is_looked_at() -> N
     scheduler = GrowthScheduler([event(WIDEN, {"op": "accumulation", "set": 4}, OLD), event(WIDEN)], (x,))
     for _ in range(2):
         assert scheduler.step(model, step=3) is not None
-    with pytest.raises(FxgrowError, match=r"events\.1 .*unfreeze them"):
+    with pytest.raises(FxgrowError, match=r"events\.1 .*unfreeze `old`"):
         scheduler.check(model)
     scheduler = GrowthScheduler([event(WIDEN, {"op": "accumulation", "set": 4}), event(WIDEN)], (x,))
     model = Net()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,8 @@ def _count(plan: TensorPlan) -> int:
     return total if _is_new(plan) else total - old
 
 
+Part = Literal["old", "new"]
+
 #: those that hold something
 _HOLDING: weakref.WeakSet[Frozen] = weakref.WeakSet()
 
@@ -110,33 +112,45 @@ class _Before:
 
 
 class Frozen:
-    """Old parameters that stand still while the new ones learn, until :meth:`unfreeze`; a context manager, too.
+    """Old parameters that stand still while the new ones learn, or new ones; until :meth:`unfreeze`. A context manager.
 
-    Old parameters get ``requires_grad=False``, so that no optimizer steps them. In a widened one the gradients of old
-    entries are zero, and whatever a step of any optimizer does to these entries (weight decay, momentum) and to their
-    moments is undone after it, to the bit. What an optimizer keeps in another shape than the parameter's (Adafactor's
-    rows and columns) covers old and new entries alike and goes on. Buffers are not held: put norms that average into
-    eval mode. Gradients that wait in what is frozen are dropped.
+    What is old (or new) as a whole gets ``requires_grad=False``, so that no optimizer steps it. In a widened parameter
+    the gradients of such entries are zero, and whatever a step of any optimizer does to these entries (weight decay,
+    momentum) and to their moments is undone after it, to the bit. What an optimizer keeps in another shape than the
+    parameter's (Adafactor's rows and columns) covers old and new entries alike and goes on. Buffers are not held: put
+    norms that average into eval mode. Gradients that wait in what is frozen are dropped.
+
+    Attributes:
+        what: ``old`` or ``new``: what stands still.
     """
 
-    def __init__(self, new: NewParameters, parameters: Mapping[str, nn.Parameter]) -> None:
-        widened = set(new.widened)
+    def __init__(self, new: NewParameters, parameters: Mapping[str, nn.Parameter], what: Part = "old") -> None:
+        self.what: Part = what
+        widened, whole = set(new.widened), set(new.whole)
         if not any(parameters[n].requires_grad for n in new):
             why = "requires_grad is False in all that is new" if new.names else "the growth made nothing new"
-            raise SpecError(f"nothing would be trained, as {why}; nothing was frozen")
-        self._held = [p for n, p in parameters.items() if n not in new and p.requires_grad]
-        self._new = {p: new.entries(n, p.device) for n, p in parameters.items() if n in widened and p.requires_grad}
+            so = "nothing would be trained, as " if what == "old" else ""
+            raise SpecError(f"{so}{why}; nothing was frozen")
+        if what == "new" and not any(p.requires_grad for n, p in parameters.items() if n not in whole):
+            raise SpecError("nothing would be trained, as nothing that is old learns; nothing was frozen")
+        still = [n for n in parameters if (n in whole if what == "new" else n not in new)]
+        self._held = [parameters[n] for n in still if parameters[n].requires_grad]
+        self._learning = {
+            p: ~new.entries(n, p.device) if what == "new" else new.entries(n, p.device)
+            for n, p in parameters.items()
+            if n in widened and p.requires_grad
+        }
         self._steps: dict[int, list[_Before]] = {}
         for p in self._held:
             p.requires_grad_(False)
             p.grad = None
         self._handles: list[RemovableHandle] = []
         _HOLDING.add(self)
-        for p in self._new:
+        for p in self._learning:
             if p.grad is not None:
-                p.grad = self._of_new(p, p.grad)
-            self._handles.append(p.register_hook(lambda g, p=p: self._of_new(p, g)))
-        if self._new:
+                p.grad = self._of_learning(p, p.grad)
+            self._handles.append(p.register_hook(lambda g, p=p: self._of_learning(p, g)))
+        if self._learning:
             # hooks of all optimizers run around those of any one of them, which may hold weights in other units
             self._handles.append(register_optimizer_step_pre_hook(eager(self._before_step)))
             self._handles.append(register_optimizer_step_post_hook(eager(self._after_step)))
@@ -147,7 +161,7 @@ class Frozen:
             handle.remove()
         for p in self._held:
             p.requires_grad_(True)
-        self._handles, self._held, self._new, self._steps = [], [], {}, {}
+        self._handles, self._held, self._learning, self._steps = [], [], {}, {}
         _HOLDING.discard(self)
 
     def __enter__(self) -> Frozen:
@@ -157,15 +171,15 @@ class Frozen:
         self.unfreeze()
 
     def holds(self, p: Tensor) -> bool:
-        """Whether a parameter, or its old entries, stand still."""
-        return p in self._new or any(p is held for held in self._held)
+        """Whether a parameter, or some of its entries, stand still."""
+        return p in self._learning or any(p is held for held in self._held)
 
     def _mask(self, p: nn.Parameter) -> Tensor:
-        if self._new[p].device != p.device:
-            self._new[p] = self._new[p].to(p.device)
-        return self._new[p]
+        if self._learning[p].device != p.device:
+            self._learning[p] = self._learning[p].to(p.device)
+        return self._learning[p]
 
-    def _of_new(self, p: nn.Parameter, gradient: Tensor) -> Tensor:
+    def _of_learning(self, p: nn.Parameter, gradient: Tensor) -> Tensor:
         mask = self._mask(p)
         if not gradient.is_sparse:
             return gradient.masked_fill(~mask, 0)
@@ -175,7 +189,7 @@ class Frozen:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        mine = [p for group in optimizer.param_groups for p in group["params"] if p in self._new]
+        mine = [p for group in optimizer.param_groups for p in group["params"] if p in self._learning]
         if not mine:
             return
         before = _Before([group.get(KEY) for group in optimizer.param_groups])
@@ -213,8 +227,8 @@ def check_unfrozen(parameters: Mapping[str, Tensor]) -> None:
         name = next((n for n, p in parameters.items() if frozen.holds(p)), None)
         if name is not None:
             raise FxgrowError(
-                f"freeze_old of an earlier growth holds {name}, and could not let go what becomes of it: call "
-                "unfreeze() of what it returned, grow, and freeze anew"
+                f"freeze_{frozen.what} of an earlier growth holds {name}, and could not let go what becomes of it: "
+                "call unfreeze() of what it returned, grow, and freeze anew"
             )
 
 
@@ -225,12 +239,12 @@ def _state(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tenso
     return {k: v for k, v in items if isinstance(v, Tensor) and v.shape == p.shape}
 
 
-def freeze_old(new: NewParameters, model: nn.Module) -> Frozen:
-    """Hold everything in a model but what is new.
+def freeze(new: NewParameters, model: nn.Module, what: Part) -> Frozen:
+    """Hold everything in a model but what is new, or that alone.
 
     Raises:
-        SpecError: the model has not the grown parameters under their names, they are sharded, or nothing new would be
-            trained; nothing is changed then.
+        SpecError: the model has not the grown parameters under their names, they are sharded, or nothing would be
+            trained, or frozen; nothing is changed then.
     """
     names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
     by_name = dict(model.named_parameters(remove_duplicate=False))
@@ -240,9 +254,9 @@ def freeze_old(new: NewParameters, model: nn.Module) -> Frozen:
             what = "no such parameter" if p is None else f"one of shape {tuple(p.shape)}"
             raise SpecError(f"the model is not the grown one: {name} has shape {shape}, and the model has {what}")
         if hasattr(p, "device_mesh"):
-            raise SpecError(f"{name} is sharded: freeze the old parameters before the model is sharded")
+            raise SpecError(f"{name} is sharded: freeze the parameters before the model is sharded")
         names[id(p)] = name  # the class may have tied it to one whose name comes first
-    return Frozen(new, {name: by_name[name] for name in names.values()})
+    return Frozen(new, {name: by_name[name] for name in names.values()}, what)
 
 
-__all__ = ["Frozen", "NewParameters", "check_unfrozen", "freeze_old"]
+__all__ = ["Frozen", "NewParameters", "Part", "check_unfrozen", "freeze"]

@@ -119,17 +119,17 @@ class Dropout(Action):
 
 
 class Freeze(Action):
-    """Let parameters stand still: by name, or all that the last growth did not make."""
+    """Let parameters stand still: by name, or all that the last growth made, or did not make."""
 
     op: Literal["freeze"] = "freeze"
-    what: str = Field(description="old, or a glob over parameter names")
+    what: str = Field(description="old, new, or a glob over parameter names")
 
 
 class Unfreeze(Action):
     """Let parameters learn again that a ``freeze`` of this schedule holds."""
 
     op: Literal["unfreeze"] = "unfreeze"
-    what: str = Field("*", description="old, or a glob over parameter names")
+    what: str = Field("*", description="old, new, or a glob over parameter names")
 
 
 class LoraScale(Action):

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxgrow.errors import SpecError, did_you_mean
 from fxgrow.landing.living import attributes_of, configs_of
-from fxgrow.optim.newborn import Frozen
+from fxgrow.optim.newborn import Frozen, Part
 from fxgrow.schedule import Dropout, WeightDecay
 
 _LAYERS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -68,7 +68,26 @@ def _probabilities(module: nn.Module) -> Iterator[tuple[Any, str]]:
                 yield holder, name
 
 
-HELD = "freeze: old: old parameters stand still already: unfreeze them first"
+#: what a `freeze` names beside globs: parameters and entries, by whether the last growth made them
+PARTS: dict[str, Part] = {"old": "old", "new": "new"}
+
+
+def check_part(what: str, freezing: bool, grown: bool, held: str) -> None:
+    """Whether what is old or new can be frozen, or let go.
+
+    Args:
+        grown: whether anything has grown.
+        held: what such a freeze holds; "" for nothing.
+
+    Raises:
+        SpecError: it can not.
+    """
+    if freezing and not grown:
+        raise SpecError(f"freeze: {what}: nothing has grown yet, so that nothing is {what}")
+    if freezing and held:
+        raise SpecError(f"freeze: {what}: {held} parameters stand still already: unfreeze them first")
+    if not freezing and held != what:
+        raise SpecError(f"unfreeze: {what}: no `freeze: {what}` of this schedule holds anything")
 
 
 def matching_parameters(
@@ -103,4 +122,13 @@ def unfreeze(parameters: dict[str, nn.Parameter]) -> Change:
     return {}, {"unfrozen": len(parameters), "numbers": sum(p.numel() for p in parameters.values())}
 
 
-__all__ = ["HELD", "Change", "freeze", "matching_parameters", "set_dropout", "set_weight_decay", "unfreeze"]
+__all__ = [
+    "PARTS",
+    "Change",
+    "check_part",
+    "freeze",
+    "matching_parameters",
+    "set_dropout",
+    "set_weight_decay",
+    "unfreeze",
+]

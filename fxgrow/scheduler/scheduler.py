@@ -13,7 +13,7 @@ import torch
 from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.growth import Growth, grow
 from fxgrow.ir.modules import uncompiled
-from fxgrow.optim.newborn import Frozen
+from fxgrow.optim.newborn import Frozen, Part
 from fxgrow.program import capture
 from fxgrow.schedule import (
     Action,
@@ -30,7 +30,16 @@ from fxgrow.schedule import (
     WeightDecay,
 )
 from fxgrow.scheduler import adapters
-from fxgrow.scheduler.acting import HELD, Change, freeze, matching_parameters, set_dropout, set_weight_decay, unfreeze
+from fxgrow.scheduler.acting import (
+    PARTS,
+    Change,
+    check_part,
+    freeze,
+    matching_parameters,
+    set_dropout,
+    set_weight_decay,
+    unfreeze,
+)
 from fxgrow.scheduler.progress import Progress, Watch, whole
 from fxgrow.scheduler.standing import Done, Sizes, learning_rate, rate_factor, rate_of, sizes_after
 from fxgrow.scheduler.state import read, written
@@ -350,35 +359,35 @@ class GrowthScheduler:
             return set_weight_decay(_several(optimizer), action)
         if isinstance(action, Dropout):
             return set_dropout(model, action)
-        if isinstance(action, Freeze) and action.what == "old":
-            if self._growth is None:
-                raise SpecError("freeze: old: nothing has grown yet, so that nothing is old")
-            if self._frozen is not None:
-                raise SpecError(HELD)
-            self._frozen = self._growth.freeze_old(model)
-            return {}, {"learning": self._growth.new_parameters.numel()}
-        if isinstance(action, Unfreeze) and action.what == "old":
-            if self._frozen is None:
-                raise SpecError("unfreeze: old: no `freeze: old` of this schedule holds anything")
-            self._frozen.unfreeze()
-            self._frozen = None
-            return {}, {}
+        if isinstance(action, Freeze | Unfreeze) and action.what in PARTS:
+            return self._part(model, PARTS[action.what], isinstance(action, Freeze))
         if isinstance(action, Freeze):
             return freeze(matching_parameters(model, action.what, frozen=False))
         if isinstance(action, Unfreeze):
             return self._unfreeze(model, action.what)
         return {}, {}
 
+    def _part(self, model: torch.nn.Module, what: Part, freezing: bool) -> Change:
+        """Hold what the last growth made, or did not make, or let it go."""
+        check_part(what, freezing, self._growth is not None, "" if self._frozen is None else self._frozen.what)
+        if freezing and self._growth is not None:
+            self._frozen = self._growth.freeze_old(model) if what == "old" else self._growth.freeze_new(model)
+            return {}, {"learning" if what == "old" else "numbers": self._growth.new_parameters.numel()}
+        if self._frozen is not None:
+            self._frozen.unfreeze()
+            self._frozen = None
+        return {}, {}
+
     def _unfreeze(self, model: torch.nn.Module, what: str) -> Change:
-        """Let parameters go by name; entries that `freeze: old` holds go all together."""
+        """Let parameters go by name; entries that `freeze: old`, or `new`, holds go all together."""
         found = matching_parameters(model, what, frozen=True, also=self._frozen)
         held = [n for n, p in found.items() if self._frozen is not None and self._frozen.holds(p)]
         if held and self._frozen is not None:
             every = [n for n, p in model.named_parameters() if self._frozen.holds(p)]
             if len(held) < len(every):
                 raise SpecError(
-                    f"unfreeze {what!r}: `freeze: old` holds {held[0]}, and lets go all that it holds at once: "
-                    "unfreeze `old`"
+                    f"unfreeze {what!r}: `freeze: {self._frozen.what}` holds {held[0]}, and lets go all that it holds "
+                    f"at once: unfreeze `{self._frozen.what}`"
                 )
             self._frozen.unfreeze()
             self._frozen = None
@@ -440,7 +449,8 @@ class GrowthScheduler:
         plain = uncompiled(model)
         program = capture(plain, *self._inputs(), **self._ways())
         run = DryRun(program, plain, _several(optimizer), base, self._first, self.done, self._in_place)
-        run.has_grown, run.held = self._growth is not None, self._frozen is not None
+        run.has_grown = self._growth is not None
+        run.held = "" if self._frozen is None else self._frozen.what
         return run.timeline(self.schedule.events, self._next())
 
     # stopping, and going on

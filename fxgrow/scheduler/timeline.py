@@ -35,7 +35,7 @@ from fxgrow.schedule import (
     Unfreeze,
     WeightDecay,
 )
-from fxgrow.scheduler.acting import HELD, set_dropout, set_weight_decay
+from fxgrow.scheduler.acting import PARTS, check_part, set_dropout, set_weight_decay
 from fxgrow.scheduler.adapters import VOCABULARY, matches
 from fxgrow.scheduler.standing import Done, Sizes, learning_rate, sizes_after
 from fxgrow.spec import GrowthSpec, Lora
@@ -122,7 +122,7 @@ class DryRun:
     operations: list[Any] = field(default_factory=list)
     grown: Program | None = None  # so far
     has_grown: bool = False  # before the dry run
-    held: bool = False  # whether old parameters stand still
+    held: str = ""  # which part stands still: old, new, or neither
     still: set[str] | None = None  # the names of all that stand still, where that is known
     groups: list[Any] = field(default_factory=list)  # copies of the optimizers' groups, which the walk changes
 
@@ -181,14 +181,10 @@ class DryRun:
             set_dropout(copy.deepcopy(self.model).to("meta"), action)
         elif isinstance(action, LoraScale | LoraDecay | LoraMerge):
             return self._adapt(action, sized)
-        elif isinstance(action, Freeze | Unfreeze) and action.what == "old":
-            if isinstance(action, Freeze) and not (self.has_grown or self.operations):
-                raise SpecError("freeze: old: nothing has grown yet, so that nothing is old")
-            if isinstance(action, Freeze) and self.held:
-                raise SpecError(HELD)
-            if isinstance(action, Unfreeze) and not self.held:
-                raise SpecError("unfreeze: old: no `freeze: old` of this schedule holds anything")
-            self.held, self.still = isinstance(action, Freeze), None
+        elif isinstance(action, Freeze | Unfreeze) and action.what in PARTS:
+            freezing = isinstance(action, Freeze)
+            check_part(action.what, freezing, self.has_grown or bool(self.operations), self.held)
+            self.held, self.still = action.what if freezing else "", None
         elif isinstance(action, Freeze | Unfreeze):
             self._name(action)
         return sized
@@ -207,7 +203,7 @@ class DryRun:
                 raise SpecError(f"no {state} parameter matches {action.what!r}")
             self.still = self.still | found if freezing else self.still - found
         if isinstance(action, Unfreeze) and len(found) == len(names):
-            self.held, self.still = False, set()
+            self.held, self.still = "", set()
 
     def _adapt(self, action: LoraScale | LoraDecay | LoraMerge, sized: _Size) -> _Size:
         assert self.grown is not None
@@ -228,7 +224,10 @@ class DryRun:
 
     def _grow(self, action: Grow) -> _Size:
         if self.held:
-            raise SpecError("old parameters stand still (freeze: old): unfreeze them before the next growth")
+            raise SpecError(
+                f"{self.held} parameters stand still (freeze: {self.held}): unfreeze `{self.held}` before "
+                "the next growth"
+            )
         self.operations += action.spec.operations
         if self.still:
             self.still = None  # a growth gives blocks other numbers

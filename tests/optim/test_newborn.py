@@ -143,6 +143,46 @@ def test_old_entries_stand_still_to_the_bit(name: str, closure: bool) -> None:
     assert all(not torch.equal(p, start[n]) for n, p in module.named_parameters())
 
 
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_new_entries_stand_still_to_the_bit(name: str) -> None:
+    """While new entries' rates warm up, too, under which an optimizer holds them in other units as it steps."""
+    model = small()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    train(model, optimizer)
+    growth = fxgrow.grow(model, [WIDER, DEEPER, {"op": "lora", "modules": "head", "rank": 2}], (X,), verify=False)
+    growth.apply_(model)
+    growth.carry_(optimizer, "reset" if name == "adafactor" else "asymmetric")
+    new, named = growth.new_parameters, dict(model.named_parameters())
+    assert {"head.lora_A", "blocks.1.up.weight"} <= set(new.whole)
+    train(model, optimizer)
+    start = {n: p.detach().clone() for n, p in named.items()}
+    with growth.freeze_new(model) as frozen:
+        assert frozen.holds(named["head.lora_A"]) and not frozen.holds(named["head.weight"])
+        train(model, optimizer)
+        for n, p in named.items():
+            entries = new.entries(n)
+            assert torch.equal(p[entries], start[n][entries])
+            assert n in new.whole or not torch.equal(p[~entries], start[n][~entries])
+        with pytest.raises(fxgrow.FxgrowError, match="freeze_new of an earlier growth holds"):
+            fxgrow.grow(model, DEEPER, (X,), verify=False)
+    train(model, optimizer)
+    assert all(not torch.equal(p, start[n]) for n, p in named.items())
+
+
+def test_nothing_would_be_frozen_or_trained() -> None:
+    _, growth = grown(DEEPER)
+    named = dict(growth.module.named_parameters())
+    for n, p in named.items():
+        p.requires_grad_(n in growth.new_parameters)
+    with pytest.raises(fxgrow.SpecError, match="nothing that is old learns; nothing was frozen"):
+        growth.freeze_new()
+    for n, p in named.items():
+        p.requires_grad_(n not in growth.new_parameters)
+    with pytest.raises(fxgrow.SpecError, match=r"^requires_grad is False in all that is new; nothing was frozen"):
+        growth.freeze_new()
+    assert [n for n, p in named.items() if p.requires_grad] == [n for n in named if n not in growth.new_parameters]
+
+
 @pytest.mark.parametrize("ramp", [None, 2])
 def test_together_with_rates_per_slice(ramp: int | None) -> None:
     """Which hold weights in the small model's units while an optimizer steps, and moments until the ramp ends."""
