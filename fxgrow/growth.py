@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import fx, nn
@@ -430,6 +430,8 @@ def grow(
         check_optimizer(optimizer, policy, ramp=ramp, parameters=parameters)  # type: ignore[arg-type]
     seconds: dict[str, float] = {}
     parsed = GrowthSpec.parse(spec)
+    if verify is not False and verify not in get_args(Verify):
+        raise SpecError(f"verify={verify!r} is none of {', '.join(map(repr, get_args(Verify)))} and False")
     if consume and verify not in (False, "auto"):
         raise SpecError("consume=True frees the original, so that there is nothing to verify against; use verify=False")
     with _timed(seconds, "capture"):

@@ -279,6 +279,15 @@ def test_a_size_at_the_start_is_a_number_above_zero(wrong: dict[str, Any]) -> No
         ({"step": -1}, "step=-1 is no whole number"),
         ({"step": 3, "tokens": 9, "metrics": {"loss": "low"}}, "'low' is no number"),
         ({"step": 3, "metrics": {"loss": 1.0}}, "waits for tokens"),
+        ({"step": 3, "tokens": math.nan, "metrics": {"loss": 9.0}}, "tokens=nan is no number of 0 or more"),
+        ({"step": 3, "tokens": "9"}, "tokens='9' is no number of 0 or more"),
+        ({"step": 3, "tokens": 9, "epoch": -1}, "epoch=-1 is no number"),
+        ({"step": 3, "tokens": 9, "seconds": [1]}, r"seconds=\[1\] is no number"),
+        ({"step": 3, "tokens": 9, "metrics": [1]}, r"metrics=\[1\] is no mapping from names to numbers"),
+        ({"step": 3, "tokens": 9, "metrics": {"loss": "1"}}, "'1' is no number"),
+        ({"step": 3, "tokens": 9, "metrics": {"loss": None, 1: 2}}, "'loss', which is not reported; known: 1"),
+        ({"step": 3, "optimizer": "adam"}, "str is no torch.optim.Optimizer"),
+        ({"step": 3, "optimizer": [None]}, "NoneType is no torch.optim.Optimizer"),
     ],
 )
 def test_what_cannot_be_read_of_a_loop_leaves_the_scheduler_as_it_was(given: dict[str, Any], expected: str) -> None:
@@ -286,11 +295,29 @@ def test_what_cannot_be_read_of_a_loop_leaves_the_scheduler_as_it_was(given: dic
     scheduler = GrowthScheduler([event({"op": "evaluate"}, **trigger)])
     scheduler.step(MODEL, step=1, tokens=1, metrics={"loss": 2.0})
     before = scheduler.state_dict()
-    with pytest.raises(SpecError, match=expected):
+    with pytest.raises(FxgrowError, match=expected):
         scheduler.step(MODEL, **given)
     assert scheduler.state_dict() == before
     assert scheduler.step(MODEL, step=torch.tensor(3), tokens=9, metrics={"loss": torch.tensor(2.0)})  # type: ignore[arg-type, dict-item]
     json.dumps(scheduler.state_dict())
+
+
+def test_what_a_scheduler_is_given_is_of_its_kind() -> None:
+    scheduler: Any = GrowthScheduler([entry(step=1)], lambda: (torch.ones(2, 3),))
+    for call, expected in [
+        (lambda: scheduler.step(3, step=1), "the model is a int, and no torch.nn.Module"),
+        (lambda: scheduler.check([]), "the model is a list"),
+        (lambda: scheduler.check(MODEL, torch.optim.SGD), "type is no torch.optim.Optimizer"),
+        (lambda: scheduler.check(MODEL), r"args\(\) returned tuple of 1, not the two \(args, kwargs\)"),
+        (lambda: scheduler.step(MODEL, step=1), r"args\(\) returned tuple of 1, not the two \(args, kwargs\)"),
+        (lambda: scheduler.learning_rate(0.1, 1), "base=0.1 is no function of a step"),
+        (lambda: scheduler.lr_factor("1"), "step='1' is no whole number"),
+        (lambda: scheduler.steer("adam"), "str is no torch.optim.Optimizer"),
+        (lambda: GrowthScheduler([entry(step=1)], verify="no").step(MODEL, step=1), "verify='no' is none of 'auto'"),
+    ]:
+        with pytest.raises(FxgrowError, match=expected):
+            call()
+        assert scheduler.done == []
 
 
 def test_metrics_that_are_no_numbers_any_more_are_kept_through_json() -> None:

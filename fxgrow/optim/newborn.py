@@ -251,8 +251,8 @@ def freeze(new: NewParameters, model: nn.Module, what: Part) -> Frozen:
     for name in new:
         p, shape = by_name.get(name), tuple(new.entries(name, "meta").shape)
         if p is None or tuple(p.shape) != shape:
-            what = "no such parameter" if p is None else f"one of shape {tuple(p.shape)}"
-            raise SpecError(f"the model is not the grown one: {name} has shape {shape}, and the model has {what}")
+            found = "no such parameter" if p is None else f"one of shape {tuple(p.shape)}"
+            raise SpecError(f"the model is not the grown one: {name} has shape {shape}, and the model has {found}")
         if hasattr(p, "device_mesh"):
             raise SpecError(f"{name} is sharded: freeze the parameters before the model is sharded")
         names[id(p)] = name  # the class may have tied it to one whose name comes first

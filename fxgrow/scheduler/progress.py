@@ -23,7 +23,7 @@ class Progress:
     """What a training loop has completed."""
 
     step: int
-    tokens: int | None = None
+    tokens: float | None = None
     epoch: float | None = None
     seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Watch:
         again = progress.step == self.reported
         values = {}
         for metric in trigger.metrics:
-            value = mean_over_ranks(None if again else _number(progress.metrics, metric, place), metric)
+            value = mean_over_ranks(None if again else _measured(progress.metrics, metric, place), metric)
             if again or not progress.metrics:
                 continue
             if value is None and isinstance(progress.metrics, Partial):
@@ -77,7 +77,7 @@ class Watch:
             if value is None:
                 raise SpecError(
                     f"{place} watches the metric {metric!r}, which is not reported; "
-                    f"{did_you_mean(metric, progress.metrics)}"
+                    f"{did_you_mean(metric, [str(n) for n, v in progress.metrics.items() if v is not None])}"
                 )
             values[metric] = value
         if values:
@@ -108,13 +108,44 @@ def whole(value: Any, what: str) -> int:
     return number
 
 
-def _number(metrics: Mapping[str, float], name: str, place: str) -> float | None:
+def amount(value: Any, what: str) -> float | None:
+    """What has been completed of something, as a plain number, whatever holds it; None where it is not passed.
+
+    Raises:
+        SpecError: it is no number of 0 or more, such as NaN, which any trigger would have reached.
+    """
+    number = None if value is None else _number(value)
+    if value is not None and (number is None or not 0 <= number < math.inf):
+        raise SpecError(f"{what}={value!r:.80} is no number of 0 or more")
+    return number
+
+
+def named(metrics: Any) -> Mapping[str, float]:
+    """Metrics by name; none where they are not passed.
+
+    Raises:
+        SpecError: they are no mapping.
+    """
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise SpecError(f"metrics={metrics!r:.80} is no mapping from names to numbers")
+    return {} if metrics is None else metrics
+
+
+def _measured(metrics: Mapping[str, float], name: str, place: str) -> float | None:
     """A metric as a number; None where it is not reported."""
     value = metrics.get(name)
+    number = None if value is None else _number(value)
+    if value is not None and number is None:
+        raise SpecError(f"{place} watches the metric {name!r}, and {value!r:.80} is no number")
+    return number
+
+
+def _number(value: Any) -> float | None:
+    """A value as a number, whatever holds it; None where it is none."""
     try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise SpecError(f"{place} watches the metric {name!r}, and {value!r:.80} is no number") from None
+        return None if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
 
 
 def _gathered(value: Any) -> list[Any] | None:
@@ -150,4 +181,4 @@ def first_rank(value: float | None) -> float | None:
     return value if values is None else values[0]
 
 
-__all__ = ["Partial", "Progress", "Watch", "first_rank", "mean_over_ranks"]
+__all__ = ["Partial", "Progress", "Watch", "amount", "first_rank", "mean_over_ranks", "named", "whole"]

@@ -14,6 +14,7 @@ from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.growth import Growth, grow
 from fxgrow.ir.modules import uncompiled
 from fxgrow.optim.newborn import Frozen, Part
+from fxgrow.optim.wrappers import unwrapped
 from fxgrow.program import capture
 from fxgrow.schedule import (
     Action,
@@ -40,7 +41,7 @@ from fxgrow.scheduler.acting import (
     set_weight_decay,
     unfreeze,
 )
-from fxgrow.scheduler.progress import Progress, Watch, whole
+from fxgrow.scheduler.progress import Progress, Watch, amount, named, whole
 from fxgrow.scheduler.standing import Done, Sizes, learning_rate, rate_factor, rate_of, sizes_after
 from fxgrow.scheduler.state import read, written
 from fxgrow.scheduler.steering import Steering
@@ -230,7 +231,7 @@ class GrowthScheduler:
             base: the loop's own, of a step counted from 0.
             step: completed so far.
         """
-        return learning_rate(self._done, self._first, base, step)
+        return learning_rate(self._done, self._first, _called(base), whole(step, "step"))
 
     def lr_factor(self, step: int) -> float:
         """Factor on the loop's own learning rate at ``step``.
@@ -257,6 +258,7 @@ class GrowthScheduler:
 
         Raises:
             SpecError: the schedule moves the position of the loop's own learning rate, which is another's here.
+            FxgrowError: it is no optimizer.
         """
         for place, action in self.schedule.placed_actions():
             if isinstance(action, LearningRate) and action.position is not None:
@@ -267,8 +269,9 @@ class GrowthScheduler:
         for each in self._done:
             if _sets_rate(each.action) and each.rate is None and not each.error:
                 raise SpecError(f"events.{each.event}: {_UNKNOWN_RATE}")
+        plain = unwrapped(optimizer)
         self._steers = True
-        return Steering(optimizer, lambda: rate_factor(self._done, self._first, self._now))
+        return Steering(plain, lambda: rate_factor(self._done, self._first, self._now))
 
     # doing it
 
@@ -293,11 +296,13 @@ class GrowthScheduler:
             What was done, or None when nothing was.
 
         Raises:
-            SpecError: the trigger needs a count or a metric that was not passed.
+            SpecError: the trigger needs a count or a metric that was not passed, or what was passed is none.
             FxgrowError: the action was refused or failed; model, optimizers and this scheduler are unchanged.
         """
-        step, now = whole(step, "step"), seconds if seconds is not None else self._clock()
-        progress = Progress(step, tokens, epoch, now, metrics or {})
+        _check_passed(model, optimizer)
+        step, now = whole(step, "step"), amount(seconds, "seconds")
+        now = self._clock() if now is None else now
+        progress = Progress(step, amount(tokens, "tokens"), amount(epoch, "epoch"), now, named(metrics))
         number, which = self._next()
         last, watch = self._now, replace(self._watch, latest=dict(self._watch.latest))
         if number < len(self.schedule.events) and which == 0:
@@ -446,7 +451,9 @@ class GrowthScheduler:
         Raises:
             CaptureError, SpecError, GrowthRefused, FxgrowError: of the first action that would fail, with its place.
         """
+        _check_passed(model, optimizer)
         plain = uncompiled(model)
+        base = None if base is None else _called(base)
         program = capture(plain, *self._inputs(), **self._ways())
         run = DryRun(program, plain, _several(optimizer), base, self._first, self.done, self._in_place)
         run.has_grown = self._growth is not None
@@ -500,7 +507,31 @@ class GrowthScheduler:
         return {"calls": self._calls() if callable(self._calls) else self._calls}
 
     def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any] | None]:
-        return self._args() if callable(self._args) else (self._args, self._kwargs)
+        if not callable(self._args):
+            return self._args, self._kwargs
+        made: Any = self._args()
+        if not isinstance(made, tuple) or len(made) != 2:
+            kind = f"tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
+            raise SpecError(f"args() returned {kind}, not the two (args, kwargs)")
+        return made
+
+
+def _check_passed(model: Any, optimizer: Any) -> None:
+    """Whether a loop passes a model, and optimizers.
+
+    Raises:
+        SpecError, FxgrowError: it does not.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise SpecError(f"the model is a {type(model).__name__}, and no torch.nn.Module")
+    for each in [optimizer] if isinstance(optimizer, str) else _several(optimizer):
+        unwrapped(each)
+
+
+def _called(base: Callable[[int], float]) -> Callable[[int], float]:
+    if not callable(base):
+        raise SpecError(f"base={base!r:.80} is no function of a step")
+    return base
 
 
 def _several(optimizer: Optimizers) -> list[torch.optim.Optimizer]:

@@ -163,7 +163,7 @@ class DryRun:
     def _row(self, when: str, name: str, op: str, step: int | None, sized: _Size) -> Row:
         rate = None
         if step is not None:
-            rate = learning_rate(self.done, self.first, self.base or (lambda _: 1.0), step)
+            rate = float(learning_rate(self.done, self.first, self.base or (lambda _: 1.0), step))
         memory = sized.bytes * (2 + max((_states(o) for o in self.optimizers), default=0))
         sizes = sizes_after(self.first, self.done)
         return Row(when, name, op, step, sized.parameters, sized.flops, memory, rate, sizes)
