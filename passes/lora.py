@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import zlib
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from fxgrow.ir.sizes import sizes_of
 from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.state import State
 from fxgrow.plan import FILL_RANDOM, Adapt, Change, DimPlan, Step, TensorPlan
-from fxgrow.spec import Lora
+from fxgrow.spec import Lora, Operation
 
 _LOOKS_UP = "aten.embedding.default"
 _TRANSPOSED = ("aten.addmm.default", "aten.mm.default", "aten.matmul.default")
@@ -209,6 +209,41 @@ def _other_paths(state: State, name: str) -> list[str]:
     ]
 
 
+class Unadapt(Operation):
+    """What a merge leaves of a graph. No spec can ask for it: a plan with it is looked at, and changes no weight."""
+
+    op: Literal["unadapt"] = "unadapt"
+    paths: list[str]
+
+
+def plan_unadapt(state: State, op: Unadapt) -> list[Step]:
+    """Take adapters out of the graph, with their weights."""
+    program = state.program
+    gone = {f"{path}.{leaf}" for path in op.paths for leaf in (DOWN, UP)}
+    for node in [n for n in state.graph.nodes if n.op == "get_attr" and n.target in gone]:
+        if node.target.endswith(f".{UP}"):
+            added = next(iter(node.users))  # the product, then the scaled product, then the sum
+            while op_name(added.target) != "aten.add.Tensor":
+                added = next(iter(added.users))
+            added.replace_all_uses_with(added.args[0])
+            _erase(added)
+    for table in (program.parameters, program.requires_grad, state.tensors):
+        for name in gone & table.keys():
+            del table[name]
+    program.aliases = {n: owner for n, owner in program.aliases.items() if owner not in gone}
+    state.analyse_again()
+    return []
+
+
+def _erase(node: fx.Node) -> None:
+    """Erase a node that nothing uses, and what only it used."""
+    read = node.all_input_nodes
+    node.graph.erase_node(node)
+    for other in read:
+        if not other.users and other.op != "placeholder":
+            _erase(other)
+
+
 def adapt(source: fx.Node, result: fx.Node, change: Adapt) -> None:
     """Add an adapter's nodes after a layer's result and send its users there."""
     graph, users = result.graph, list(result.users)
@@ -258,4 +293,15 @@ def adapt(source: fx.Node, result: fx.Node, change: Adapt) -> None:
         user.replace_input_with(result, added)
 
 
+def vocabulary(graph: fx.Graph) -> tuple[set[str], set[int]]:
+    """Paths of the tables that a graph looks up in, and their numbers of entries."""
+    paths, entries = set(), set()
+    for node in graph.nodes:
+        if node.op == "call_function" and op_name(node.target) == _LOOKS_UP and node.args[0].op == "get_attr":
+            paths.add(info_of(node).module_path)
+            entries.add((sizes_of(node.args[0]) or [0])[0])
+    return paths, entries
+
+
 register_pass("lora", plan_lora, LoraPass)
+register_pass("unadapt", plan_unadapt, LoraPass)

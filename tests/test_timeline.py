@@ -102,6 +102,62 @@ def test_what_cannot_be_done_is_refused_before_the_first_step(events: list[Any],
     assert scheduler.done == []
 
 
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down, self.head = (
+            nn.Embedding(7, 3),
+            nn.Linear(3, 4),
+            nn.Linear(4, 2),
+            nn.Linear(2, 7),
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.down(torch.tanh(self.up(self.table(tokens)))))  # type: ignore[no-any-return]
+
+
+def lora(modules: str = "*", **more: Any) -> dict[str, Any]:
+    return {"op": "lora", "modules": modules, "rank": 2, **more}
+
+
+def merge(modules: str = "*") -> dict[str, Any]:
+    return {"op": "lora_merge", "modules": modules}
+
+
+@pytest.mark.parametrize("done", [0, 1], ids=["", "after the first growth"])
+@pytest.mark.parametrize(
+    ("operations", "expected"),
+    [
+        ((lora(), merge("up"), WIDEN, merge("down"), WIDEN, merge()), ""),
+        ((lora(), merge("up"), lora("up", alpha=3), merge()), ""),
+        ((lora(), merge("up"), {"op": "freeze", "what": "new"}), ""),
+        ((lora("up"), WIDEN, merge(), {"op": "freeze", "what": "new"}), ""),
+        ((lora(), merge("vocabulary"), {"op": "lora_scale", "factor": 0.5}), ""),
+        ((lora(), merge("up"), {"op": "lora_scale", "factor": 0.5, "modules": "up"}), "no adapted module matches 'up'"),
+        ((lora(), merge("vocabulary"), merge("vocabulary")), "no adapted module matches 'vocabulary'; known: up, down"),
+        ((lora(), merge("up"), {**WIDEN, "axis": "up/rank"}), "no axis matches 'up/rank'"),
+        ((lora(), merge("up"), {"op": "freeze", "what": "up.lora_?"}), r"parameter matches 'up.lora_\?'"),
+        ((lora(), merge(), {"op": "freeze", "what": "old"}), "the growth made nothing new, or it is merged"),
+    ],
+)
+def test_what_is_merged_is_gone_for_what_comes_after(operations: Any, expected: str, done: int) -> None:
+    model, tokens = Tokens().double(), torch.randint(7, (5, 3))
+    scheduler = GrowthScheduler([event(*operations)], (tokens,), verify=False)
+    for _ in range(done):
+        scheduler.step(model, step=3)
+    if expected:
+        with pytest.raises(FxgrowError, match=expected):
+            scheduler.check(model)
+        with pytest.raises(FxgrowError, match=expected):
+            [scheduler.step(model, step=3) for _ in operations]
+        return
+    rows = [(r.op, r.parameters) for r in scheduler.check(model).rows[1:]]
+    for op, parameters in rows:
+        assert scheduler.step(model, step=3).op == op  # type: ignore[union-attr]
+        assert sum(p.numel() for p in model.parameters()) == parameters, op
+    assert scheduler.next is None
+
+
 def test_a_weight_decay_that_an_event_takes_away_is_gone_for_the_next() -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean
+from fxgrow.ir.adapters import DOWN, UP
 from fxgrow.ir.eager import eager
 from fxgrow.optim.rates import KEY
 from fxgrow.plan import GrowthPlan, TensorPlan
@@ -30,7 +31,7 @@ class NewParameters:
     """
 
     def __init__(self, plan: GrowthPlan, names: Sequence[str]) -> None:
-        self._plans = {n: plan.tensors[n] for n in names}
+        self._plan, self._plans = plan, {n: plan.tensors[n] for n in names}
         self._aliases = dict(plan.aliases)
         self.whole = [n for n, p in self._plans.items() if _is_new(p)]
         new = set(self.whole) | {n for n, p in self._plans.items() if _has_new(p)}
@@ -58,6 +59,10 @@ class NewParameters:
                 along = [-1 if j == i else 1 for j in range(len(plan.shape))]
                 out |= torch.from_numpy(dim.newborn).to(device).view(along)
         return out
+
+    def without(self, names: Collection[str]) -> NewParameters:
+        """The same without some parameters, such as adapters that are merged since."""
+        return NewParameters(self._plan, [n for n in self._plans if n not in names])
 
     def numel(self) -> int:
         """The number of new entries."""
@@ -97,6 +102,7 @@ def _count(plan: TensorPlan) -> int:
 
 
 Part = Literal["old", "new"]
+NOTHING_NEW = "the growth made nothing new, or it is merged"
 
 #: those that hold something
 _HOLDING: weakref.WeakSet[Frozen] = weakref.WeakSet()
@@ -122,13 +128,15 @@ class Frozen:
 
     Attributes:
         what: ``old`` or ``new``: what stands still.
+        new: what is new.
     """
 
     def __init__(self, new: NewParameters, parameters: Mapping[str, nn.Parameter], what: Part = "old") -> None:
         self.what: Part = what
+        self.new = new
         widened, whole = set(new.widened), set(new.whole)
         if not any(parameters[n].requires_grad for n in new):
-            why = "requires_grad is False in all that is new" if new.names else "the growth made nothing new"
+            why = "requires_grad is False in all that is new" if new.names else NOTHING_NEW
             so = "nothing would be trained, as " if what == "old" else ""
             raise SpecError(f"{so}{why}; nothing was frozen")
         if what == "new" and not any(p.requires_grad for n, p in parameters.items() if n not in whole):
@@ -240,7 +248,7 @@ def _state(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tenso
 
 
 def freeze(new: NewParameters, model: nn.Module, what: Part) -> Frozen:
-    """Hold everything in a model but what is new, or that alone.
+    """Hold everything in a model but what is new, or that alone. Adapters that are merged since are neither.
 
     Raises:
         SpecError: the model has not the grown parameters under their names, they are sharded, or nothing would be
@@ -248,6 +256,7 @@ def freeze(new: NewParameters, model: nn.Module, what: Part) -> Frozen:
     """
     names = {id(p): n for n, p in model.named_parameters(remove_duplicate=True)}
     by_name = dict(model.named_parameters(remove_duplicate=False))
+    new = new.without({n for n in new if n.endswith((f".{DOWN}", f".{UP}")) and n not in by_name})
     for name in new:
         p, shape = by_name.get(name), tuple(new.entries(name, "meta").shape)
         if p is None or tuple(p.shape) != shape:
@@ -259,4 +268,4 @@ def freeze(new: NewParameters, model: nn.Module, what: Part) -> Frozen:
     return Frozen(new, {name: by_name[name] for name in names.values()}, what)
 
 
-__all__ = ["Frozen", "NewParameters", "Part", "check_unfrozen", "freeze"]
+__all__ = ["NOTHING_NEW", "Frozen", "NewParameters", "Part", "check_unfrozen", "freeze"]

@@ -376,8 +376,11 @@ class GrowthScheduler:
         """Hold what the last growth made, or did not make, or let it go."""
         check_part(what, freezing, self._growth is not None, "" if self._frozen is None else self._frozen.what)
         if freezing and self._growth is not None:
-            self._frozen = self._growth.freeze_old(model) if what == "old" else self._growth.freeze_new(model)
-            return {}, {"learning" if what == "old" else "numbers": self._growth.new_parameters.numel()}
+            try:
+                self._frozen = self._growth.freeze_old(model) if what == "old" else self._growth.freeze_new(model)
+            except SpecError as error:
+                raise SpecError(f"freeze: {what}: {error}") from None
+            return {}, {"learning" if what == "old" else "numbers": self._frozen.new.numel()}
         if self._frozen is not None:
             self._frozen.unfreeze()
             self._frozen = None
@@ -456,7 +459,10 @@ class GrowthScheduler:
         base = None if base is None else _called(base)
         program = capture(plain, *self._inputs(), **self._ways())
         run = DryRun(program, plain, _several(optimizer), base, self._first, self.done, self._in_place)
-        run.has_grown = self._growth is not None
+        if self._growth is not None:
+            run.has_grown, made = True, self._growth.plan
+            only = all(step.op == "lora" for step in made.steps)
+            run.made = set(self._growth.new_parameters) if only else None
         run.held = "" if self._frozen is None else self._frozen.what
         return run.timeline(self.schedule.events, self._next())
 

@@ -19,9 +19,12 @@ from fxgrow.emit.module import regenerate
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean, reworded
 from fxgrow.growth import plan_growth
 from fxgrow.ir import trees
-from fxgrow.ir.adapters import DOWN
+from fxgrow.ir.adapters import DOWN, UP
 from fxgrow.ir.flops import flop_counter
+from fxgrow.optim.newborn import NOTHING_NEW
 from fxgrow.optim.policies import check_optimizer, check_plan
+from fxgrow.passes.lora import Unadapt, vocabulary
+from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program
 from fxgrow.schedule import (
     Action,
@@ -77,8 +80,8 @@ class Timeline:
 
     @property
     def parameters(self) -> list[int]:
-        """Of the model: now, and after each growth."""
-        done = [r for r in self.rows if r.op in ("start", "grow") and not r.left_out]
+        """Of the model: now, and after each growth and merge."""
+        done = [r for r in self.rows if r.op in ("start", "grow", "lora_merge") and not r.left_out]
         return [r.parameters for r in done]
 
     def __str__(self) -> str:
@@ -121,7 +124,8 @@ class DryRun:
     in_place: bool = True
     operations: list[Any] = field(default_factory=list)
     grown: Program | None = None  # so far
-    has_grown: bool = False  # before the dry run
+    has_grown: bool = False
+    made: set[str] | None = None  # the adapters' weights that the last growth made, where it made nothing else
     held: str = ""  # which part stands still: old, new, or neither
     still: set[str] | None = None  # the names of all that stand still, where that is known
     groups: list[Any] = field(default_factory=list)  # copies of the optimizers' groups, which the walk changes
@@ -183,7 +187,9 @@ class DryRun:
             return self._adapt(action, sized)
         elif isinstance(action, Freeze | Unfreeze) and action.what in PARTS:
             freezing = isinstance(action, Freeze)
-            check_part(action.what, freezing, self.has_grown or bool(self.operations), self.held)
+            check_part(action.what, freezing, self.has_grown, self.held)
+            if freezing and self.made is not None and not self.made & self.grown.parameters.keys():
+                raise SpecError(f"freeze: {action.what}: {NOTHING_NEW}")
             self.held, self.still = action.what if freezing else "", None
         elif isinstance(action, Freeze | Unfreeze):
             self._name(action)
@@ -209,18 +215,26 @@ class DryRun:
         assert self.grown is not None
         if not self.in_place:
             raise SpecError("adapters stand in the code of a traced module; grow in place")
-        paths = [n.removesuffix(f".{DOWN}") for n in self.grown.parameters if n.endswith(f".{DOWN}")]
-        found = [p for p in paths if matches(p, action.modules)]
-        if not paths or not (found or action.modules == VOCABULARY):
+        shapes = {n: t.shape for n, t in self.grown.parameters.items()}
+        paths = [n.removesuffix(f".{DOWN}") for n in shapes if n.endswith(f".{DOWN}")]
+        if action.modules == VOCABULARY:
+            tables, entries = vocabulary(self.grown.graph)
+            found = [p for p in paths if p in tables or shapes[f"{p}.{UP}"][0] in entries]
+        else:
+            found = [p for p in paths if matches(p, action.modules)]
+        if not found:
             raise SpecError(f"no adapted module matches {action.modules!r}; {did_you_mean(action.modules, paths)}")
-        if isinstance(action, LoraMerge) and len(found) == len(paths):
-            self.operations = [o for o in self.operations if not isinstance(o, Lora)]
-            if self.operations:
-                _, self.grown = plan_growth(self.program, GrowthSpec(operations=self.operations))
-            else:
-                self.grown = self.program
-            return _sized(self.grown)
+        if not isinstance(action, LoraMerge):
+            return sized
+        self.operations.append(Unadapt(paths=found))
+        sized = self._planned()[1]
+        self.still = self.still and self.still & self.grown.parameters.keys()
         return sized
+
+    def _planned(self) -> tuple[GrowthPlan, _Size]:
+        """All so far as one: a plan has no tensors that the next could start from."""
+        plan, self.grown = plan_growth(self.program, GrowthSpec.model_construct(operations=self.operations))
+        return plan, _sized(self.grown)
 
     def _grow(self, action: Grow) -> _Size:
         if self.held:
@@ -234,12 +248,15 @@ class DryRun:
         policy = action.optimizer
         if self.optimizers:
             check_optimizer(self.optimizers, policy.policy, ramp=policy.ramp, parameters=list(self.model.parameters()))
-        # all growths so far as one: a plan has no tensors that the next could start from
-        plan, self.grown = plan_growth(self.program, GrowthSpec(operations=self.operations))
+        before = self.grown.parameters.keys() if self.grown is not None else set()
+        plan, sized = self._planned()
+        assert self.grown is not None
+        only = all(isinstance(o, Lora) for o in action.spec.operations)
+        self.has_grown, self.made = True, set(self.grown.parameters) - before if only else None
         if self.optimizers:
             names = {id(p): n for n, p in self.program.parameters.items() if isinstance(p, nn.Parameter)}
             check_plan(plan, policy.policy, list(self.optimizers), names)
-        return _sized(self.grown)
+        return sized
 
 
 @dataclass(frozen=True)
