@@ -28,7 +28,7 @@ from fxgrow.training.checkpoints import compare, load_model, restore, save, unti
 from fxgrow.training.copies import Copies
 from fxgrow.training.counting import count_parameters
 from fxgrow.training.display import describe, describe_action, describe_growth, human, progress_bar
-from fxgrow.training.hyper import Hyper, cosine, hyper_of
+from fxgrow.training.hyper import Hyper, base_rate, hyper_of
 from fxgrow.training.log import Log, action_line, growth_line, read_log, standing
 from fxgrow.training.loop import compiled, due, evaluate, train
 from fxgrow.training.packing import pack, unpack
@@ -44,10 +44,10 @@ __all__ = [
     "Task",
     "action_line",
     "adamw",
+    "base_rate",
     "begin",
     "compare",
     "compiled",
-    "cosine",
     "count_parameters",
     "describe",
     "describe_action",

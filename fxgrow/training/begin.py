@@ -11,7 +11,7 @@ import torch
 from fxgrow.errors import SpecError
 from fxgrow.schedule import BatchSize, Schedule, SequenceLength
 from fxgrow.scheduler import GrowthScheduler, Timeline
-from fxgrow.training.hyper import cosine
+from fxgrow.training.hyper import base_rate
 from fxgrow.training.run import Run
 from fxgrow.training.task import Task
 
@@ -45,7 +45,7 @@ def begin(task: Task, out: Path, before: Callable[[Any], None] | None = None) ->
 
 def planned(run: Run) -> Timeline:
     """What the schedule will make of a run from here on, see :meth:`fxgrow.GrowthScheduler.check`."""
-    return run.scheduler.check(run.model, run.optimizer, lambda step: cosine(step, run.task.hyper))
+    return run.scheduler.check(run.model, run.optimizer, lambda step: base_rate(step, run.task.hyper))
 
 
 def schedule_of(task: Task) -> Schedule:

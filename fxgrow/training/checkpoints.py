@@ -54,7 +54,7 @@ def save(run: Run) -> Path:
         "copies": run.copies.packed(optimizer_tensors),
         "original": run.original,
         "aliases": aliases,
-        "optimizer": pack(run.optimizer.state_dict(), "optimizer", optimizer_tensors),
+        "optimizer": pack(_optimizer_states(run), "optimizer", optimizer_tensors),
         "hyper": asdict(run.task.hyper),
     }
 
@@ -125,9 +125,7 @@ def restore(run: Run) -> None:
     load_model(run.model, model_tensors, state.aliases, f"checkpoint {path}: the model")
     try:
         saved = unpack(state.optimizer, optimizer_tensors, f"checkpoint {path}: the optimizer's state")
-        check_optimizer_state(saved, run.optimizer)
-        run.optimizer.load_state_dict(saved)
-        all_rates(run.optimizer)  # reads what stands in the groups
+        _load_optimizers(run, saved)
         run.copies = Copies.unpacked(state.copies, optimizer_tensors, torch.device(run.task.hyper.device))
         _set_random_state(optimizer_tensors)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
@@ -135,6 +133,28 @@ def restore(run: Run) -> None:
     for name in _COUNTERS:
         setattr(run, name, getattr(state, name))
     run.val_loss = math.nan if state.val_loss is None else state.val_loss
+
+
+def _optimizer_states(run: Run) -> dict[str, Any] | list[dict[str, Any]]:
+    """Of the one optimizer, or of each in their order."""
+    if isinstance(run.optimizer, list):
+        return [optimizer.state_dict() for optimizer in run.optimizer]
+    return run.optimizer.state_dict()
+
+
+def _load_optimizers(run: Run, saved: Any) -> None:
+    """The inverse of :func:`_optimizer_states`.
+
+    Raises:
+        ValueError: the states are not those of this run's optimizers.
+    """
+    states = saved if isinstance(run.optimizer, list) else [saved]
+    if not isinstance(states, list) or len(states) != len(run.optimizers):
+        raise ValueError(f"this run has {len(run.optimizers)} optimizers, and it has not")
+    for state, optimizer in zip(states, run.optimizers, strict=True):
+        check_optimizer_state(state, optimizer)
+        optimizer.load_state_dict(state)
+        all_rates(optimizer)  # reads what stands in the groups
 
 
 def newest(out: Path) -> str:

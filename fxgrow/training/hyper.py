@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -26,8 +26,12 @@ class Hyper:
     learning_rate: _Rate = 1e-3
     min_learning_rate: _Rate = 1e-4
     warmup: _Count = 50
+    decay: Literal["cosine", "linear"] = "cosine"
+    """The curve from the full rate to the minimum."""
+    decay_from: _Count | None = None
+    """Where the decay begins; None: after the warm-up. Until then the rate stays full (warm-up, stable, decay)."""
     decay_steps: _Count | None = None
-    """Where the cosine reaches the minimum; None: at the last step."""
+    """Where the decay reaches the minimum; None: at the last step."""
     clip: _Rate = 1.0
     """Largest global gradient norm; 0 turns clipping off. See the module's docstring for the caveat."""
     weight_decay: _Rate = 0.1
@@ -64,13 +68,14 @@ def hyper_of(settings: dict[str, Any], start: Hyper | None = None, where: str = 
         raise SpecError("\n".join(lines)) from None
 
 
-def cosine(step: int, hyper: Hyper) -> float:
-    """Learning rate of step ``step`` (from 0): linear warm-up, then a cosine down to the minimum, then the minimum."""
+def base_rate(step: int, hyper: Hyper) -> float:
+    """Learning rate of step ``step`` (from 0): linear warm-up, then the full rate, then down to the minimum."""
     if step < hyper.warmup:
         return hyper.learning_rate * (step + 1) / hyper.warmup
+    start = hyper.warmup if hyper.decay_from is None else max(hyper.warmup, hyper.decay_from)
     end = hyper.steps if hyper.decay_steps is None else hyper.decay_steps
     if step >= end:
         return hyper.min_learning_rate
-    progress = (step - hyper.warmup) / max(1, end - hyper.warmup)
-    span = hyper.learning_rate - hyper.min_learning_rate
-    return hyper.min_learning_rate + span * 0.5 * (1 + math.cos(math.pi * progress))
+    progress = max(0.0, (step - start) / max(1, end - start))
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if hyper.decay == "cosine" else 1 - progress
+    return hyper.min_learning_rate + (hyper.learning_rate - hyper.min_learning_rate) * left

@@ -137,9 +137,10 @@ def train(
 
             # One optimizer step: accumulate micro-batches, clip, update.
             lr, accumulation = run.learning_rate, run.accumulation
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
-            run.optimizer.zero_grad(set_to_none=True)
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group.get("lr_scale", 1.0)
+                optimizer.zero_grad(set_to_none=True)
             step_loss = 0.0
             for _ in range(accumulation):
                 data = batch("train", run.batches)
@@ -162,7 +163,8 @@ def train(
                     f"after {run.step} steps the training loss is {step_loss:g} and its gradient's norm {norm:g}; no "
                     f"update was made. Lower the learning rate, or resume from the last checkpoint in {out}"
                 )
-            run.optimizer.step()
+            for optimizer in run.optimizers:
+                optimizer.step()
             run.step += 1
             run.seconds = time.perf_counter() - started
             run.loss_sum, run.losses = run.loss_sum + step_loss, run.losses + 1

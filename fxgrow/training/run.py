@@ -12,7 +12,7 @@ from torch import nn
 from fxgrow.scheduler import GrowthScheduler
 from fxgrow.training.batches import seeded, to_device
 from fxgrow.training.copies import Copies
-from fxgrow.training.hyper import cosine
+from fxgrow.training.hyper import base_rate
 from fxgrow.training.task import Batch, Task
 
 
@@ -23,7 +23,8 @@ class Run:
     task: Task
     out: Path
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer]
+    """As the task made it: one, or several."""
     scheduler: GrowthScheduler
     step: int = 0
     """Completed optimizer steps."""
@@ -59,13 +60,17 @@ class Run:
         return to_device(drawn, torch.device(task.hyper.device))
 
     @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return self.optimizer if isinstance(self.optimizer, list) else [self.optimizer]
+
+    @property
     def accumulation(self) -> int:
         return self.scheduler.accumulation
 
     @property
     def learning_rate(self) -> float:
         """For the step about to be made, with what the schedule has changed."""
-        return self.scheduler.learning_rate(lambda step: cosine(step, self.task.hyper), self.step)
+        return self.scheduler.learning_rate(lambda step: base_rate(step, self.task.hyper), self.step)
 
 
 def shapes(model: nn.Module) -> dict[str, list[int]]:

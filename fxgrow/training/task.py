@@ -62,7 +62,9 @@ class Task:
     """``example(batch)``: the arguments the model is captured with; a batch of at least 2."""
     calls: Callable[[Batch], Mapping[str, Any]] | None = None
     """``calls(batch)``: further ways of calling the model, by name, see :func:`fxgrow.grow`; to sample from it, say."""
-    optimizer: Callable[[nn.Module, Hyper], torch.optim.Optimizer] = adamw
+    optimizer: Callable[[nn.Module, Hyper], torch.optim.Optimizer | list[torch.optim.Optimizer]] = adamw
+    """``optimizer(model, hyper)``: one, or a list of several, each for some of the parameters. The loop sets the rate
+    of every group at every step; a group that is to have another has an ``lr_scale``, a factor."""
     tokens: Callable[[Batch], int] = first_numel
     epoch_tokens: int | None = None
     """Tokens in one pass over the data; needed for ``epoch`` triggers only."""

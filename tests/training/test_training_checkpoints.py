@@ -16,7 +16,7 @@ import fxgrow
 from fxgrow import training
 from fxgrow.errors import CheckpointError, FxgrowError, SpecError
 from fxgrow.scheduler import scheduler
-from fxgrow.training import Task, read_log
+from fxgrow.training import Hyper, Task, read_log
 from tests.training.toy import GROWTHS, WIDEN, Net, assert_same_losses, assert_same_optimizer, make, run, same
 
 
@@ -51,6 +51,42 @@ def test_resume_across_growths_equals_uninterrupted(tmp_path: Path, stop: int) -
     assert rest.tokens == whole.tokens
     assert_same_losses(tmp_path / "whole", tmp_path / "parts")
     assert_same_optimizer(whole.optimizer, rest.optimizer)
+
+
+def two_optimizers(model: nn.Module, hyper: Hyper) -> list[torch.optim.Optimizer]:
+    """Muon for matrices of more than one row, at half the rate, AdamW for the rest."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    muon = torch.optim.Muon([{"params": matrices, "lr_scale": 0.5}], lr=hyper.learning_rate)
+    return [muon, torch.optim.AdamW(others, lr=hyper.learning_rate)]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_several_optimizers_are_carried_and_resumed(tmp_path: Path, in_place: bool) -> None:
+    def task() -> Task:
+        growth = {"trigger": {"step": 4}, "operations": [{**WIDEN, "axis": "*/hidden", "noise": {"scale": 0.1}}]}
+        made = make(schedule=[growth])
+        made.optimizer, made.in_place = two_optimizers, in_place
+        return made
+
+    whole = run(task(), tmp_path / "whole")
+    muon, adamw = whole.optimizers
+    assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
+    assert muon.param_groups[0]["lr"] == 0.5 * adamw.param_groups[0]["lr"]
+    assert {id(p) for o in whole.optimizers for g in o.param_groups for p in g["params"]} == {
+        id(p) for p in whole.model.parameters()
+    }
+    run(task(), tmp_path / "parts", stop_at=7)
+    rest = run(task(), tmp_path / "parts", resume=True)
+    assert same(whole.model, rest.model)
+    assert_same_losses(tmp_path / "whole", tmp_path / "parts")
+    for one, other in zip(whole.optimizers, rest.optimizers, strict=True):
+        assert_same_optimizer(one, other)
+    run(task(), tmp_path / "stopped", stop_at=7)
+    single = task()
+    single.optimizer = training.adamw
+    with pytest.raises(CheckpointError, match="optimizer"):
+        run(single, tmp_path / "stopped", resume=True)
 
 
 @pytest.mark.parametrize("policy", ["asymmetric", "exact", "copy", "reset"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxgrow import training
 from fxgrow.errors import FxgrowError
-from fxgrow.training import cosine, read_log, train
+from fxgrow.training import Hyper, base_rate, read_log, train
 from tests.training.toy import GROWTHS, WIDEN, Net, batches, make, quiet, run, same
 
 
@@ -21,7 +21,16 @@ def test_the_optimizer_gets_the_cosine(tmp_path: Path) -> None:
     task = make()
     run(task, tmp_path)
     logged = [line["lr"] for line in read_log(tmp_path / "log.jsonl") if line["event"] == "step"]
-    assert logged == [cosine(step, task.hyper) for step in range(12)]
+    assert logged == [base_rate(step, task.hyper) for step in range(12)]
+
+
+def test_warm_up_stable_and_decay() -> None:
+    hyper = Hyper(
+        steps=10, learning_rate=1.0, min_learning_rate=0.0, warmup=2, decay="linear", decay_from=6, decay_steps=10
+    )
+    assert [base_rate(step, hyper) for step in range(11)] == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    smooth = Hyper(steps=10, learning_rate=1.0, min_learning_rate=0.0, warmup=2, decay_from=6)
+    assert [base_rate(step, smooth) for step in (5, 6, 8, 10)] == pytest.approx([1, 1, 0.5, 0])
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
@@ -110,7 +119,7 @@ def test_a_growth_is_logged_and_the_loop_goes_on_with_it(tmp_path: Path) -> None
     steps = {line["step"]: line for line in lines if line["event"] == "step"}
     assert steps[5]["tokens"] == 5 * 24
     assert steps[6]["tokens"] == 7 * 24
-    assert steps[6]["lr"] == pytest.approx(0.1 * cosine(5, task.hyper))
+    assert steps[6]["lr"] == pytest.approx(0.1 * base_rate(5, task.hyper))
     # the flops of a step follow the module that made it: 2 × 8 × 3 × hidden forward for the first layer, and so on
     per_unit = {step: steps[step]["flops"] - steps[step - 1]["flops"] for step in (4, 6)}
     assert per_unit[6] > 3 * per_unit[4]
