@@ -24,7 +24,7 @@ from __future__ import annotations
 from fxgrow.ir.flops import flop_counter
 from fxgrow.training.batches import seeded, to_device
 from fxgrow.training.begin import begin, planned
-from fxgrow.training.checkpoints import compare, load_model, restore, save, untied
+from fxgrow.training.checkpoints import compare, load_model, newest, restore, save, untied
 from fxgrow.training.copies import Copies
 from fxgrow.training.counting import count_parameters
 from fxgrow.training.display import describe, describe_action, describe_growth, human, progress_bar
@@ -61,6 +61,7 @@ __all__ = [
     "hyper_of",
     "load_model",
     "model_loss",
+    "newest",
     "pack",
     "planned",
     "progress_bar",

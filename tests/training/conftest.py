@@ -33,6 +33,8 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(
             module=new,
             carry=carry,
+            plan=SimpleNamespace(steps=[SimpleNamespace(op="widen")]),
+            new_parameters=(),
             receipt=SimpleNamespace(exactness="exact", error_float64=0.0, error_native=None),
         )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxgrow.errors import SpecError
-from fxgrow.training import Task, cosine, read_log
+from fxgrow.training import Task, base_rate, read_log
 from tests.training.toy import WIDEN, Net, assert_same_losses, assert_same_optimizer, make, run, same
 
 HIDDEN = {**WIDEN, "axis": "*/hidden"}
@@ -89,9 +89,9 @@ def test_actions_happen_in_order_and_are_logged(tmp_path: Path) -> None:
     assert growth["moved"] < 1e-12 and growth["receipt"]["exactness"] == "exact"
     steps = {x["step"]: x for x in lines if x["event"] == "step"}
     assert [steps[s]["tokens"] - steps[s - 1]["tokens"] for s in (5, 6, 7)] == [24, 24, 24]  # 2 × 4 of 3 for 8 of 3
-    assert steps[7]["lr"] == pytest.approx(2**0.5 * cosine(6, job.hyper))
+    assert steps[7]["lr"] == pytest.approx(2**0.5 * base_rate(6, job.hyper))
     assert steps[11]["lr"] == pytest.approx(0.001)
-    assert steps[12]["lr"] == pytest.approx(0.001 * cosine(11, job.hyper) / cosine(10, job.hyper))
+    assert steps[12]["lr"] == pytest.approx(0.001 * base_rate(11, job.hyper) / base_rate(10, job.hyper))
 
 
 @pytest.mark.parametrize("stop", [4, 5, 6, 8, 11])

@@ -15,20 +15,20 @@ from torch.nn import functional as F
 
 from fxgrow import training
 from fxgrow.errors import SpecError
-from fxgrow.training import Copies, Hyper, cosine, hyper_of
+from fxgrow.training import Copies, Hyper, base_rate, hyper_of
 from tests.training.toy import Net, make, run
 
 
 def test_cosine_values() -> None:
     hyper = Hyper(steps=110, warmup=10, learning_rate=1.0, min_learning_rate=0.1)
-    assert cosine(0, hyper) == pytest.approx(0.1)
-    assert cosine(9, hyper) == pytest.approx(1.0)
-    assert cosine(10, hyper) == pytest.approx(1.0)
-    assert cosine(60, hyper) == pytest.approx(0.55)  # halfway
-    assert cosine(35, hyper) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert cosine(110, hyper) == cosine(10**6, hyper) == pytest.approx(0.1)
-    assert cosine(60, replace(hyper, decay_steps=60)) == pytest.approx(0.1)
-    assert cosine(0, replace(hyper, warmup=0)) == pytest.approx(1.0)
+    assert base_rate(0, hyper) == pytest.approx(0.1)
+    assert base_rate(9, hyper) == pytest.approx(1.0)
+    assert base_rate(10, hyper) == pytest.approx(1.0)
+    assert base_rate(60, hyper) == pytest.approx(0.55)  # halfway
+    assert base_rate(35, hyper) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert base_rate(110, hyper) == base_rate(10**6, hyper) == pytest.approx(0.1)
+    assert base_rate(60, replace(hyper, decay_steps=60)) == pytest.approx(0.1)
+    assert base_rate(0, replace(hyper, warmup=0)) == pytest.approx(1.0)
 
 
 def test_flops_are_counted_exactly(tmp_path: Path) -> None:
