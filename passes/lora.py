@@ -254,7 +254,7 @@ def adapt(source: fx.Node, result: fx.Node, change: Adapt) -> None:
 
     def attribute(leaf: str, shape: list[int]) -> fx.Node:
         out = graph.get_attr(f"{change.path}.{leaf}")
-        out.meta = meta_of(torch.empty(shape, dtype=dtype, device="meta"), NodeInfo(module_path=change.path))
+        out.meta = meta_of(torch.empty(shape, dtype=dtype, device="meta"), NodeInfo(module_path=change.path, call=call))
         return out
 
     def put(target: Any, *args: Any, sizes: list[Any] | None = None) -> fx.Node:

@@ -373,3 +373,23 @@ def test_a_weight_that_is_computed_is_not_merged() -> None:
     with pytest.raises(fxgrow.SpecError, match="up has no parameter `weight`"):
         scheduled({"op": "lora_merge"}).step(model, step=3)
     assert torch.equal(model(x), before)
+
+
+def test_a_model_that_is_called_in_several_ways_is_adapted_in_all_of_them() -> None:
+    """In a table, too, whose adapter is an op between the weight and the look-up."""
+
+    class Scored(Net):
+        def forward(self, i: Tensor, wanted: Tensor | None = None) -> Tensor:
+            scores = super().forward(i)
+            return scores if wanted is None else nn.functional.cross_entropy(scores.flatten(0, 1), wanted.flatten())
+
+    torch.manual_seed(0)
+    model, x = trained(Scored().to(D)), torch.randint(0, 11, (3, 5))
+    calls = {"train": (x, x), "generate": (x,)}
+    growth = fxgrow.grow(model, lora(), calls=calls)
+    assert growth.receipt.error_float64 < 1e-12
+    growth.apply_(model)
+    trained(model)
+    growth.module.load_state_dict(model.state_dict())
+    for call in calls.values():
+        assert relative_error(growth.module, model, call) < 1e-12
