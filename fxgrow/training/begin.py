@@ -11,9 +11,9 @@ import torch
 from fxgrow.errors import SpecError
 from fxgrow.schedule import BatchSize, Schedule, SequenceLength
 from fxgrow.scheduler import GrowthScheduler, Timeline
-from fxgrow.training.hyper import base_rate
+from fxgrow.training.hyper import Hyper, base_rate
 from fxgrow.training.run import Run
-from fxgrow.training.task import Task
+from fxgrow.training.task import Task, checked
 
 
 def begin(task: Task, out: Path, before: Callable[[Any], None] | None = None) -> Run:
@@ -23,11 +23,18 @@ def begin(task: Task, out: Path, before: Callable[[Any], None] | None = None) ->
         before: see :class:`~fxgrow.GrowthScheduler`.
 
     Raises:
-        SpecError: the schedule is wrong, or changes a size that the task does not draw by.
+        SpecError: the schedule is wrong, or changes a size that the task does not draw by; or something of the task is
+            of another kind than it says.
     """
-    hyper, calls = task.hyper, task.calls
+    hyper, calls = checked(task.hyper, Hyper, "hyper"), task.calls
+    checked(task.model, torch.nn.Module, "model")
+    if task.epoch_tokens is not None and checked(task.epoch_tokens, int, "epoch_tokens") < 1:
+        raise SpecError(f"the task's epoch_tokens are {task.epoch_tokens}, and an epoch has some")
     torch.manual_seed(hyper.seed)  # for dropout; batches have generators of their own
-    task.model.to(hyper.device).train()
+    try:
+        task.model.to(hyper.device).train()
+    except (RuntimeError, AssertionError) as error:
+        raise SpecError(f"the model cannot be on the device {hyper.device!r}: {error}") from error
     scheduler = GrowthScheduler(
         schedule_of(task),
         args=lambda: task.example(run.batch("train", 0)),
@@ -39,8 +46,23 @@ def begin(task: Task, out: Path, before: Callable[[Any], None] | None = None) ->
         before=before,
         verify=task.verify,
     )
-    run = Run(task, out, task.model, task.optimizer(task.model, hyper), scheduler)
+    run = Run(task, out, task.model, _optimizer(task), scheduler)
     return run
+
+
+def _optimizer(task: Task) -> Any:
+    """A task's optimizer, or several in a list.
+
+    Raises:
+        SpecError: it is none, or trains nothing of the model.
+    """
+    made: Any = task.optimizer(task.model, task.hyper)
+    own = {id(p) for p in task.model.parameters()}
+    for each in made if isinstance(made, list) else [made]:
+        held = checked(each, torch.optim.Optimizer, "optimizer(model, hyper)").param_groups
+        if own and not any(id(p) in own for group in held for p in group["params"]):
+            raise SpecError(f"the task's optimizer, {type(each).__name__}, holds no parameter of the model")
+    return made
 
 
 def planned(run: Run) -> Timeline:

@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxgrow.checkpoint import read_tensors
-from fxgrow.errors import CheckpointError
+from fxgrow.errors import CheckpointError, DiskError
 from fxgrow.optim.rates import all_rates
 from fxgrow.publish import clean, create, replacing
 from fxgrow.reading import first_problem, read_json, read_text
@@ -33,7 +34,19 @@ def save(run: Run) -> Path:
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        DiskError: it cannot be written; the newest is the one before.
     """
+    try:
+        return _save(run)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise DiskError(f"the checkpoint after {run.step} steps cannot be written in {run.out}: {error}") from error
+
+
+def _save(run: Run) -> Path:
     folder = run.out / "checkpoints"
     folder.mkdir(exist_ok=True)
     clean(folder)

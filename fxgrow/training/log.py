@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
+from fxgrow.errors import DiskError
 from fxgrow.scheduler import ActionResult
 from fxgrow.training.counting import count_parameters
 from fxgrow.training.run import Run
@@ -26,24 +27,33 @@ class Log:
     def __init__(self, path: Path, *, append: bool = False, resumed: Run | None = None) -> None:
         kept: list[str] = []
         if (append or resumed is not None) and path.is_file():
-            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # a crash or a full disk may have cut the last line short
+            text = path.read_text(encoding="utf-8", errors="replace")
+            kept = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         if resumed is not None:
             kept = kept[: lines_until(kept, resumed.step) if resumed.log_lines is None else resumed.log_lines]
-        self._file: TextIO = path.open("w", encoding="utf-8")
-        self._file.writelines(kept)
-        self._file.flush()
+        try:
+            self._file: TextIO = path.open("w", encoding="utf-8")
+            self._file.writelines(kept)
+            self._file.flush()
+        except OSError as error:
+            raise DiskError(f"{path} cannot be written: {error}") from error
         self.lines = len(kept)
         self._trackers = trackers(path.parent)
 
     def write(self, event: str, **fields: Any) -> None:
         """Write a line, and tell the trackers that are there."""
-        self._file.write(json.dumps({"event": event, **fields}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"event": event, **fields}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise DiskError(f"{self._file.name} cannot be written: {error}") from error
         self.lines += 1
         track(self._trackers, event, fields)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was said
+            self._file.close()
         for tracker in self._trackers:
             tracker.close()
 

@@ -15,18 +15,22 @@ from rich.console import Console
 from torch import nn
 
 from fxgrow.compile import compile_regions
-from fxgrow.errors import FxgrowError
+from fxgrow.errors import DiskError, FxgrowError
 from fxgrow.ir.flops import flop_counter
 from fxgrow.ir.running import in_mode
 from fxgrow.schedule import Grow
 from fxgrow.scheduler import ActionResult
+from fxgrow.scheduler.progress import whole
 from fxgrow.training.begin import begin, planned
 from fxgrow.training.checkpoints import newest, restore, save
 from fxgrow.training.copies import Copies
 from fxgrow.training.display import describe, describe_action, describe_growth, human, progress_bar
 from fxgrow.training.log import Log, action_line, growth_line, standing
 from fxgrow.training.run import Run
-from fxgrow.training.task import Batch, Task
+from fxgrow.training.task import Batch, Task, loss_of
+
+#: actions after which a micro-batch costs other operations than before
+_COSTS = ("batch_size", "sequence_length", "freeze", "unfreeze", "lora_merge")
 
 
 def train(
@@ -55,16 +59,22 @@ def train(
             overwritten, or the loss stopped being finite.
     """
     hyper, out, console = task.hyper, Path(out), console or Console()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise DiskError(f"the folder of the run cannot be made: {error}") from error
     if (out / "log.jsonl").is_file() and not (resume or overwrite):
         raise FxgrowError(f"{out} holds a run already: resume it, overwrite it, or choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
     run = begin(task, out, before=lambda action: look(action))
     scheduler, batch = run.scheduler, run.batch
     resumed = resume and (out / "checkpoints" / "latest").is_file()
     if resumed:
         restore(run)
     else:  # an earlier run's checkpoint in this folder must not be taken for one of this run
-        (out / "checkpoints" / "latest").unlink(missing_ok=True)
+        try:
+            (out / "checkpoints" / "latest").unlink(missing_ok=True)
+        except OSError as error:
+            raise DiskError(f"{out} is no folder of a run: {error}") from error
     if scheduler.next is not None:  # a mistake in the schedule shows now, not at its step
         timeline = planned(run)
         console.print(f"planned: {' → '.join(map(human, timeline.parameters))} parameters", highlight=False)
@@ -105,10 +115,6 @@ def train(
             metrics = {}
             if (run.step % hyper.eval_every == 0 or run.step >= hyper.steps) and run.evaluated < run.step:
                 metrics = measured()
-            if run.step >= hyper.steps:
-                checkpoint()
-                log.write("end", **standing(run), val_loss=run.val_loss)
-                break
 
             # What the schedule says: grow, or change how the run goes on. A growth must not move the loss.
             epoch = None if task.epoch_tokens is None else run.tokens / task.epoch_tokens
@@ -118,6 +124,8 @@ def train(
                     line = action_line(run, done)
                     log.write("skipped" if done.error else "action", **line)
                     console.print(describe_action(line), highlight=False)
+                    if done.op in _COSTS and not done.error:
+                        run.flops_per_batch = 0  # to be counted anew
                     if done.op == "evaluate" and not done.error:
                         metrics = measured()
                     elif done.op == "checkpoint" and not done.error:
@@ -134,6 +142,12 @@ def train(
                 console.print(describe_growth(line), highlight=False)
                 if on_growth is not None:
                     on_growth(run, done)
+            if run.step >= hyper.steps:
+                checkpoint()
+                log.write("end", **standing(run), val_loss=run.val_loss)
+                if scheduler.next is not None:
+                    console.print(f"the run ended before the event at {scheduler.next.trigger}", highlight=False)
+                break
 
             # One optimizer step: accumulate micro-batches, clip, update.
             lr, accumulation = run.learning_rate, run.accumulation
@@ -147,14 +161,14 @@ def train(
                 # The first micro-batch of every module is counted, and compiled after it: compiled code hides its ops.
                 counting = run.flops_per_batch == 0
                 with flop_counter() if counting else contextlib.nullcontext() as counter:
-                    loss = task.loss(forward, data)
+                    loss = loss_of(task, forward, data)
                     (loss / accumulation).backward()
                 if counter is not None:
                     run.flops_per_batch = counter.get_total_flops()
                     forward = compiled(run.model) if hyper.compile else run.model
                 step_loss += loss.item() / accumulation
                 run.batches += 1
-                run.tokens += task.tokens(data)
+                run.tokens += whole(task.tokens(data), "tokens(batch)")
                 run.flops += run.flops_per_batch
             parameters = [p for p in run.model.parameters() if p.grad is not None]
             norm = float(nn.utils.clip_grad_norm_(parameters, hyper.clip if hyper.clip > 0 else math.inf))
@@ -195,7 +209,7 @@ def due(run: Run, log: Log, epoch: float | None, metrics: Mapping[str, float]) -
 def evaluate(task: Task, model: nn.Module, batches: list[Batch]) -> float:
     """Mean loss over ``batches`` in eval mode, summed in float64; the model's mode is put back."""
     with in_mode(model, False), torch.no_grad():
-        return math.fsum(task.loss(model, batch).item() for batch in batches) / len(batches)
+        return math.fsum(loss_of(task, model, batch).item() for batch in batches) / len(batches)
 
 
 def compiled(model: nn.Module) -> nn.Module:

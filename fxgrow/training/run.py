@@ -13,7 +13,7 @@ from fxgrow.scheduler import GrowthScheduler
 from fxgrow.training.batches import seeded, to_device
 from fxgrow.training.copies import Copies
 from fxgrow.training.hyper import base_rate
-from fxgrow.training.task import Batch, Task
+from fxgrow.training.task import Batch, Task, checked
 
 
 @dataclass
@@ -57,6 +57,8 @@ class Run:
         task, now = self.task, self.scheduler if split == "train" else self.task
         sizes = {n: getattr(now, n) for n in ("batch_size", "sequence_length") if getattr(task, n) is not None}
         drawn = task.batches(split, seeded(task.hyper.seed, split, number), **sizes)
+        if not isinstance(drawn, list):
+            checked(drawn, tuple, f"batches({split!r}, …)")
         return to_device(drawn, torch.device(task.hyper.device))
 
     @property

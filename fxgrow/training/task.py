@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fxgrow.errors import SpecError
 from fxgrow.training.hyper import Hyper
 
 Batch = tuple[Any, ...]
+Kind = TypeVar("Kind")
 
 
 def adamw(model: nn.Module, hyper: Hyper) -> torch.optim.Optimizer:
@@ -77,3 +79,28 @@ class Task:
     verify: Any = "auto"
     """Passed to :func:`fxgrow.grow`."""
     name: str = "run"
+
+
+def checked(value: Any, kind: type[Kind], what: str) -> Kind:
+    """What a task gives, which is of a kind.
+
+    Raises:
+        SpecError: it is of another.
+    """
+    if not isinstance(value, kind):
+        raise SpecError(f"the task's {what} is of type {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def loss_of(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    """A micro-batch's loss.
+
+    Raises:
+        SpecError: it is no single number.
+    """
+    loss = checked(task.loss(model, batch), Tensor, "loss(model, batch)")
+    if loss.numel() != 1:
+        raise SpecError(
+            f"the task's loss(model, batch) has the shape {list(loss.shape)}: it is to be one number, a mean"
+        )
+    return loss

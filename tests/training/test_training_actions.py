@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fxgrow.errors import SpecError
-from fxgrow.training import Task, base_rate, read_log
-from tests.training.toy import WIDEN, Net, assert_same_losses, assert_same_optimizer, make, run, same
+from fxgrow.training import Task, base_rate, read_log, train
+from tests.training.toy import WIDEN, Net, assert_same_losses, assert_same_optimizer, make, quiet, run, same
 
 HIDDEN = {**WIDEN, "axis": "*/hidden"}
 EVENTS: list[dict[str, Any]] = [
@@ -134,6 +135,32 @@ def test_a_checkpoint_in_the_middle_of_an_event_goes_on_with_its_next_action(
         assert_same_optimizer(whole.optimizer, rest.optimizer)
         lines = [(x["event"], x.get("op"), x["step"]) for x in read_log(out / "log.jsonl") if x["event"] != "resume"]
         assert lines == [(x["event"], x.get("op"), x["step"]) for x in read_log(tmp_path / "whole" / "log.jsonl")]
+
+
+def test_what_is_due_after_the_last_step_is_done_before_the_last_checkpoint(tmp_path: Path) -> None:
+    last = {"trigger": {"step": 6}, "operations": [{"op": "lora_merge"}]}
+    adapters = {"trigger": {"step": 2}, "operations": [{"op": "lora", "modules": "*", "rank": 2}]}
+    never = {"trigger": {"step": 9}, "operations": [{"op": "evaluate"}]}
+    console = quiet()
+    whole = train(task([adapters, last, never], steps=6), tmp_path / "whole", console=console)
+    assert "lora_A" not in " ".join(whole.model.state_dict())
+    assert "the run ended before the event at step 9" in console.file.getvalue()  # type: ignore[attr-defined]
+    names = [(x["event"], x.get("op"), x["step"]) for x in read_log(tmp_path / "whole" / "log.jsonl")]
+    assert names[-4:] == [("eval", None, 6), ("action", "lora_merge", 6), ("checkpoint", None, 6), ("end", None, 6)]
+    run(task([adapters, last, never], steps=6), tmp_path / "parts", stop_at=4)
+    assert same(whole.model, run(task([adapters, last, never], steps=6), tmp_path / "parts", resume=True).model)
+    assert same(whole.model, run(task([adapters, last, never], steps=6), tmp_path / "whole", resume=True).model)
+
+
+def test_operations_are_counted_anew_where_they_change(tmp_path: Path) -> None:
+    events = [
+        {"trigger": {"step": 2}, "operations": [{"op": "batch_size", "factor": 0.5}]},
+        {"trigger": {"step": 4}, "operations": [{"op": "freeze", "what": "up.*"}]},
+    ]
+    run(task(events, steps=6), tmp_path)
+    flops = [0, *(x["flops"] for x in read_log(tmp_path / "log.jsonl") if x["event"] == "step")]
+    costs = [b - a for a, b in itertools.pairwise(flops)]
+    assert costs[1] == 2 * costs[2] and costs[3] > costs[4] == costs[5]
 
 
 def test_sizes_that_the_task_does_not_draw_by_are_refused_at_the_start(tmp_path: Path) -> None:

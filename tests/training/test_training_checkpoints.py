@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 import fxgrow
 from fxgrow import training
-from fxgrow.errors import CheckpointError, FxgrowError, SpecError
+from fxgrow.errors import CheckpointError, DiskError, FxgrowError, SpecError
 from fxgrow.scheduler import scheduler
 from fxgrow.training import Hyper, Task, read_log
 from tests.training.toy import GROWTHS, WIDEN, Net, assert_same_losses, assert_same_optimizer, make, run, same
@@ -159,6 +160,36 @@ def test_a_half_written_checkpoint_is_ignored_and_cleared(tmp_path: Path) -> Non
     (broken / "model.safetensors").write_bytes(b"half")
     assert run(make(), tmp_path, resume=True).step == 12
     assert not broken.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX's")
+def test_a_full_disk_is_said_and_the_run_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    import resource
+
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run(make(hidden=64, steps=4), tmp_path / "run", stop_at=2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, unlimited[1]))
+    try:
+        with pytest.raises(DiskError, match="the checkpoint after 4 steps cannot be written in"):
+            run(make(hidden=64, steps=4), tmp_path / "run", resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-00000002.0"]
+    log = tmp_path / "run" / "log.jsonl"
+    for kept in (-1, -90):  # cut short in mid-line, among what the checkpoint knows of, too
+        log.write_text(log.read_text(encoding="utf-8")[:kept], encoding="utf-8")
+        rest = run(make(hidden=64, steps=4), tmp_path / "run", resume=True)
+        assert same(rest.model, run(make(hidden=64, steps=4), tmp_path / str(kept)).model)
+        assert read_log(log)[-1]["event"] == "end"
+
+
+def test_a_folder_that_is_none_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "log" / "log.jsonl").mkdir(parents=True)
+    (tmp_path / "latest" / "checkpoints" / "latest").mkdir(parents=True)
+    for name in ("file", "file/in it", "log", "latest", "x" * 300):
+        with pytest.raises(DiskError):
+            run(make(steps=1), tmp_path / name)
 
 
 def test_checkpoints_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow import training
-from fxgrow.errors import FxgrowError
+from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.training import Hyper, base_rate, read_log, train
 from tests.training.toy import GROWTHS, WIDEN, Net, batches, make, quiet, run, same
 
@@ -143,6 +144,29 @@ def test_every_logged_metric_can_be_watched(tmp_path: Path) -> None:
         # the report at step 4 is the first and so the best, that at step 8 is no improvement by 9
         assert [line["step"] for line in lines if line["event"] == "growth"] == [8]
         assert final.step == 12
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"batches": lambda split, generator: None}, r"batches\('val', …\) is of type NoneType, not tuple"),
+        ({"loss": lambda model, batch: 1.0}, r"loss\(model, batch\) is of type float, not Tensor"),
+        ({"loss": lambda model, batch: model(*batch)[0]}, r"has the shape \[8, 1\]: it is to be one number"),
+        ({"optimizer": lambda model, hyper: None}, "is of type NoneType, not Optimizer"),
+        (
+            {"optimizer": lambda model, hyper: torch.optim.SGD(Net().parameters())},
+            "SGD, holds no parameter of the model",
+        ),
+        ({"tokens": lambda batch: 1.5}, "tokens.batch.=1.5 is no whole number of 0 or more"),
+        ({"epoch_tokens": 0}, "epoch_tokens are 0"),
+        ({"model": None}, "model is of type NoneType, not Module"),
+        ({"hyper": {}}, "hyper is of type dict, not Hyper"),
+        ({"hyper": Hyper(device="abacus")}, "cannot be on the device 'abacus'"),
+    ],
+)
+def test_what_a_task_gives_is_of_the_kind_that_it_says(tmp_path: Path, wrong: dict[str, Any], expected: str) -> None:
+    with pytest.raises(SpecError, match=expected):
+        run(replace(make(), **wrong), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
