@@ -88,7 +88,7 @@ def _save(run: Run) -> Path:
 
 _COUNTERS = (
     *("step", "batches", "tokens", "flops", "flops_per_batch", "seconds", "loss_sum", "losses"),
-    *("evaluated", "log_lines"),
+    *("evaluated", "ended", "log_lines"),
 )
 
 
@@ -108,6 +108,7 @@ class _Saved(BaseModel):
     loss_sum: float
     losses: int = Field(ge=0)
     evaluated: int = Field(-1, ge=-1)
+    ended: bool = False
     log_lines: int | None = Field(None, ge=0)
     val_loss: float | None
     scheduler: dict[str, Any]

@@ -120,6 +120,7 @@ def train(
             epoch = None if task.epoch_tokens is None else run.tokens / task.epoch_tokens
             reported = metrics if run.step else {}  # before the first step there is no training loss to watch
             while done := due(run, log, epoch, reported):
+                run.ended = False
                 if done.error or done.growth is None:
                     line = action_line(run, done)
                     log.write("skipped" if done.error else "action", **line)
@@ -143,7 +144,9 @@ def train(
                 if on_growth is not None:
                     on_growth(run, done)
             if run.step >= hyper.steps:
-                checkpoint()
+                if not run.ended:  # or it was killed after that
+                    run.ended = True
+                    checkpoint()
                 log.write("end", **standing(run), val_loss=run.val_loss)
                 if scheduler.next is not None:
                     console.print(f"the run ended before the event at {scheduler.next.trigger}", highlight=False)
@@ -179,7 +182,7 @@ def train(
                 )
             for optimizer in run.optimizers:
                 optimizer.step()
-            run.step += 1
+            run.step, run.ended = run.step + 1, False
             run.seconds = time.perf_counter() - started
             run.loss_sum, run.losses = run.loss_sum + step_loss, run.losses + 1
             if run.step % hyper.log_every == 0:

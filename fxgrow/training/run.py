@@ -42,6 +42,8 @@ class Run:
     val_loss: float = math.nan
     evaluated: int = -1
     """The step of the last evaluation."""
+    ended: bool = False
+    """Nothing is left to be done, and the last checkpoint holds it."""
     copies: Copies = field(default_factory=Copies.none)
     """Of the last growth."""
     original: dict[str, list[int]] = field(init=False)

@@ -54,6 +54,22 @@ def test_resume_across_growths_equals_uninterrupted(tmp_path: Path, stop: int) -
     assert_same_optimizer(whole.optimizer, rest.optimizer)
 
 
+def test_a_run_that_is_through_is_not_saved_again(tmp_path: Path) -> None:
+    """Killed between its last checkpoint and its last line, or resumed for no reason."""
+    run(make(), tmp_path)
+    file = tmp_path / "log.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    for _ in range(2):
+        run(make(), tmp_path, resume=True)
+        events = [line["event"] for line in read_log(file) if line["event"] != "resume"]
+        assert events == [json.loads(line)["event"] for line in lines]
+    assert len([*(tmp_path / "checkpoints").glob("step-*")]) == 1
+    longer = run(make(steps=14), tmp_path, resume=True)
+    assert longer.step == 14
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000014.0"
+
+
 def two_optimizers(model: nn.Module, hyper: Hyper) -> list[torch.optim.Optimizer]:
     """Muon for matrices of more than one row, at half the rate, AdamW for the rest."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
