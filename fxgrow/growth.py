@@ -327,6 +327,10 @@ def plan_growth(program: Program, spec: GrowthSpec, like: Traced | None = None) 
     plan.tensors = state.tensors
     if like is not None:
         solve_constants(state, plan.steps, like, lambda: _grown_shapes(state.program, plan))
+    for name, twin in program.twins.items():  # what no call reads grows as what stands in for it does
+        if name in plan.tensors and twin in plan.tensors and plan.tensors[twin].source == twin:
+            own = {"source": name, "requires_grad": plan.tensors[name].requires_grad}
+            plan.tensors[name] = plan.tensors[twin].model_copy(update=own, deep=True)
     plan.aliases = dict(state.program.aliases)
     plan.constants = remaining(state)
     parameters = program.parameters

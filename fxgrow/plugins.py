@@ -15,6 +15,8 @@ cannot be loaded is reported as a warning that names it, and does not stop anyth
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 GROUPS = ("fxgrow.operations", "fxgrow.passes", "fxgrow.rules")
+#: our own modules that know the classes of another library, by its name
+COMPANIONS = {"peft": "fxgrow.integrations.peft"}
 _loaded: set[str] = set()
 
 
@@ -63,3 +67,11 @@ def load_plugins(group: str, use: Callable[[Any], Any] | None = None) -> None:
                 found()
         except (Exception, SystemExit) as error:  # whatever somebody's import does
             warnings.warn(f"plug-in {entry.name} = {entry.value} of {group} cannot be loaded: {error!r}", stacklevel=2)
+
+
+def load_companions() -> None:
+    """Import what knows the classes of a library, where the library is imported; else there can be none of them."""
+    for library, module in COMPANIONS.items():
+        if library in sys.modules and module not in _loaded:
+            _loaded.add(module)
+            importlib.import_module(module)

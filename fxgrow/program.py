@@ -12,6 +12,8 @@ from torch import nn
 
 from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.relate import analyse
+from fxgrow.ir.libraries import twins_of
+from fxgrow.ir.modules import uncompiled
 from fxgrow.ir.traced import Traced
 from fxgrow.trace.tracer import trace
 
@@ -59,7 +61,9 @@ def capture(
     Raises:
         CaptureError: the model cannot be exported; the message carries PyTorch's reason and the source line.
     """
-    return Program.of(trace(model, args, kwargs, calls=calls, dynamic=dynamic))
+    program = Program.of(trace(model, args, kwargs, calls=calls, dynamic=dynamic))
+    program.twins = twins_of(uncompiled(model))
+    return program
 
 
 __all__ = ["Program", "capture"]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxgrow.analysis.call import from_parameter
 from fxgrow.errors import GrowthRefused, Refusal, SpecError, did_you_mean
 from fxgrow.ir.adapters import DOWN, UP
 from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of, note
@@ -19,6 +20,7 @@ from fxgrow.ir.sizes import sizes_of
 from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.state import State
 from fxgrow.plan import FILL_RANDOM, Adapt, Change, DimPlan, Step, TensorPlan
+from fxgrow.rules.base import casts, copies
 from fxgrow.spec import Lora, Operation
 
 _LOOKS_UP = "aten.embedding.default"
@@ -31,6 +33,9 @@ _WEIGHTS = {
     "aten.mm.default": 1,
     "aten.matmul.default": 1,
 }
+#: and which one is what it is multiplied by, or looked up by
+_DATA = {kind: {1: 0, 0: 1, 2: 1}[weight] for kind, weight in _WEIGHTS.items()}
+_VIEWS = ("aten.view.default", "aten.reshape.default")
 
 
 class LoraPass(GrowthPass):
@@ -53,7 +58,15 @@ def plan_lora(state: State, op: Lora) -> list[Step]:
         GrowthRefused: a layer takes or returns more than one value, or is called more than once.
     """
     places, several = _layers(state.graph)
+    beside = adapted_layers(state.graph)
+    places = {p: kind for p, kind in places.items() if p in beside or not any(p in pair for pair in beside.values())}
     names = [p for p in places if fnmatch.fnmatchcase(p, op.modules)]
+    for name in beside:
+        matched = name if names else name.rpartition(".")[0]  # a module around the layer and its adapter
+        if name in names or (not names and fnmatch.fnmatchcase(matched, op.modules)):
+            halves = ", ".join(p for p in beside[name] if p != name)  # fxgrow's own are the layer's
+            given = f" ({halves})" if halves else ""
+            raise SpecError(f"{matched} has an adapter already{given}: widen its rank, or merge it first")
     if not names:
         for name in several:
             if fnmatch.fnmatchcase(name, op.modules):
@@ -92,10 +105,53 @@ def _layers(graph: fx.Graph) -> tuple[dict[str, str], dict[str, list[str]]]:
     return {p: k for p, k in found.items() if p not in several}, several
 
 
+def adapted_layers(graph: fx.Graph) -> dict[str, tuple[str, str]]:
+    """Layers beside which the model's own class adds a low-rank product of the same input, as libraries write adapters.
+
+    Returns:
+        By module path of the layer, those of the product's two halves.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for node in graph.nodes:
+        if op_name(node.target) != "aten.add.Tensor" or not all(isinstance(a, fx.Node) for a in node.args[:2]):
+            continue
+        for base, branch in (node.args[:2], node.args[1::-1]):
+            up = _product(branch)
+            down = _product(up.args[_DATA[op_name(up.target)]]) if up is not None else None
+            layer = _product(base)
+            while layer is None and op_name(_plain(base).target) == "aten.add.Tensor":  # beside another one
+                base = _plain(base).args[0]
+                layer = _product(base)
+            if up is None or down is None or layer is None or layer in (up, down):
+                continue
+            ends = [_plain(n.args[_DATA[op_name(n.target)]]) for n in (layer, down)]
+            paths = [info_of(n).module_path for n in (layer, down, up)]
+            inside = paths[0].rpartition(".")[0]
+            if ends[0] is ends[1] and all(f"{p}.".startswith(f"{inside}.") or not inside for p in paths):
+                found[paths[0]] = paths[1], paths[2]
+    return found
+
+
+def _product(node: Any) -> fx.Node | None:
+    """The product with a weight, or the look-up in one, that a value is, seen through factors, casts and dropout."""
+    node = _plain(node)
+    at = _WEIGHTS.get(op_name(node.target)) if isinstance(node, fx.Node) and node.op == "call_function" else None
+    return node if at is not None and from_parameter(node.args[at]) else None
+
+
+def _plain(node: Any) -> Any:
+    """A value before factors, casts, views and dropout."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and node.args:
+        name = op_name(node.target)
+        by_number = name in ("aten.mul.Tensor", "aten.div.Tensor") and not isinstance(node.args[1], fx.Node)
+        if not (by_number or "dropout" in name or casts(node) or copies(node) or name in _VIEWS):
+            break
+        node = node.args[0]
+    return node
+
+
 def _adapt_layer(state: State, op: Lora, name: str, kind: str, step: Step) -> None:
     program, embedding = state.program, kind == _LOOKS_UP
-    if f"{name}.{DOWN}" in state.tensors:
-        raise SpecError(f"{name} has an adapter already: widen its rank, or merge it first")
     changes, sizes = [], set()
     for call in range(max(1, len(program.calls))):
         inside = [n for n in state.graph.nodes if n.op == "call_function" and info_of(n).call == call]

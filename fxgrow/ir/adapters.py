@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxgrow.ir import trees
+from fxgrow.ir.libraries import Adapter, libraries
 
 DOWN, UP = "lora_A", "lora_B"
 
@@ -122,6 +123,65 @@ def adapters_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, LowRank]]:
             yield path, module, hook
 
 
+class Hooked:
+    """An adapter that is a hook, see :class:`~fxgrow.ir.libraries.Adapter`."""
+
+    def __init__(self, path: str, module: nn.Module, hook: LowRank) -> None:
+        self.path, self.module, self.layer, self.hook = path, module, module, hook
+        self.embedding = hook.embedding
+
+    @property
+    def alpha(self) -> float:
+        """Without what fades."""
+        return self.hook.alpha
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Entries or a width, and the width that it writes."""
+        return self.module.get_parameter(DOWN).shape[1], self.module.get_parameter(UP).shape[0]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The two."""
+        return {name: self.module.get_parameter(name) for name in (DOWN, UP)}
+
+    def scale_by(self, factor: float) -> None:
+        """Multiply alpha."""
+        self.hook.alpha *= factor
+
+    def begin_fade(self, step: int, steps: int, to: float) -> None:
+        """From where it is."""
+        hook = self.hook
+        hook.fade(step)
+        hook.alpha, hook.factor = hook.alpha * hook.factor, 1.0
+        hook.fading = (step, steps, to)
+
+    def fade(self, step: int) -> bool:
+        """Bring the factor to where it is at a step."""
+        fades = self.hook.fading is not None
+        self.hook.fade(step)
+        return fades
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the product to the weight."""
+        self.module.get_parameter("weight").add_(product(self.module, self.hook))
+        self._silent, self.hook.factor = self.hook.factor, 0.0
+
+    def unmerged(self) -> None:
+        """Let the factor be what it was."""
+        self.hook.factor = self.__dict__.pop("_silent", self.hook.factor)
+
+    def remove(self, model: nn.Module) -> None:
+        """Take hook and parameters away."""
+        detach(self.module)
+
+
+def all_adapters(model: nn.Module) -> list[Adapter]:
+    """Every adapter in a model, those of other libraries' classes as well."""
+    own: list[Adapter] = [Hooked(*each) for each in adapters_of(model)]
+    return own + [adapter for library in libraries() for adapter in library.adapters(model)]
+
+
 def attach(module: nn.Module, hook: LowRank, down: nn.Parameter, up: nn.Parameter) -> None:
     """Give a module an adapter."""
     module.register_parameter(DOWN, down)
@@ -147,6 +207,6 @@ def product(module: nn.Module, hook: LowRank) -> Tensor:
 
 
 __all__ = [
-    *("DOWN", "UP", "Gate", "LowRank", "adapter_of", "adapters_of", "attach", "attach_gate", "detach", "is_own"),
-    "product",
+    *("DOWN", "UP", "Gate", "Hooked", "LowRank", "adapter_of", "adapters_of", "all_adapters", "attach", "attach_gate"),
+    *("detach", "is_own", "product"),
 ]

@@ -87,6 +87,7 @@ class Traced:
         signature, defaults: the forward method's parameters in order, and the plain values they default to.
         members: names of the methods and attributes that the class has and a graph module lacks; empty where they are
             not known.
+        twins: parameters that no call reads while another stands in for them, and that one: they grow alike.
         asks_dtype: the forward asks for dtypes of tensors: in another dtype its graph may be another.
     """
 
@@ -108,6 +109,7 @@ class Traced:
     signature: list[str] = field(default_factory=list)
     defaults: dict[str, Any] = field(default_factory=dict)
     members: frozenset[str] = frozenset()
+    twins: dict[str, str] = field(default_factory=dict)
     asks_dtype: bool = True
     seconds: float = 0.0
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from fxgrow.errors import CaptureError, FxgrowError, GrowthRefused
+from fxgrow.ir.libraries import libraries
 from fxgrow.ir.modules import uncompiled
 from fxgrow.ir.running import plain_tensors
 from fxgrow.ir.traced import Traced
@@ -105,11 +106,17 @@ def apply(
         return _Applying(living, plan, before, grown, tensors, held)
 
     refusal: GrowthRefused | None = None
+    keeping = [settle for library in libraries() if (settle := library.keep(living.model)) is not None]
     try:
         builders = builders_of(living.model)
         for settled in begun().options(builders):
             try:
-                begun().run(builders, settled)
+                applying = begun()
+                applying.run(builders, settled)
+                for settle in keeping:
+                    settle(living.model, living.attribute)
+                if keeping and not applying.lands():
+                    raise FxgrowError("a library's layers compute with what they keep of their sizes")
                 return living
             except GrowthRefused as error:
                 refusal = refusal or error
@@ -166,7 +173,7 @@ class _Applying:
         paths = {id(m): p for p, m in self.living.model.named_modules()}
         sure = [c for c in self.chosen.values() if id(c.holder) in paths and c.index is None and not c.rivals]
         wanted = {(paths[id(c.holder)], c.name): c.value for c in sure}
-        left = set(unread(self.grown))  # they stay small, whatever the class would make of them
+        left = set(unread(self.grown)) - set(self.before.twins)  # they stay small, whatever the class makes of them
         left |= {n for n, p in self.plan.tensors.items() if p.source is None}  # gates, adapters: no class has them
         shapes = {n: tuple(t.shape) for n, t in self.tensors.items() if n not in left}
         shapes |= {a: shapes[n] for a, n in self.grown.aliases.items() if n in shapes}
@@ -231,7 +238,7 @@ class _Applying:
             if not candidate.put(self.living):
                 continue
             settings = [Setting(candidate.holder, candidate.name, old)]
-            if candidate.index is None and isinstance(old, int | float):
+            if candidate.index is None and isinstance(old, int | float) and not candidate.keyed:
                 others = mirrored(self.living, candidate.holder, candidate.name, old, candidate.value)
                 settings += [Setting(o, candidate.name, old) for o in others]
             self.done.append((candidate, settings))
@@ -288,7 +295,7 @@ class _Applying:
                     chosen = self.likeliest()
                 else:
                     failure, found, mark, self.kept = None, now, self.living.mark, len(self.done)
-                    literals = [x for d in found for x in _literals(d)]
+                    literals = [x for d in found for x in (_literals(d) or _factors(d, self.literals))]
             if not attempt and self.unnumber(wrong):
                 mark = self.living.mark
                 continue
@@ -460,6 +467,12 @@ def _literals(d: Difference) -> list[Literal]:
         for old, new in pairs
         if all(v is None or type(v) in (int, float) for v in (old, new))
     ]
+
+
+def _factors(d: Difference, literals: Iterable[Literal]) -> list[Literal]:
+    """The numbers behind a product with one that only one of the graphs has: in the other it is by 1."""
+    wanted = {"extra": (d.theirs, 1.0), "missing": (1.0, d.ours)}.get(d.kind)
+    return [x for x in literals if x.path == d.module_path and (x.old, x.new) == wanted]
 
 
 __all__ = ["apply", "constants_held"]

@@ -121,9 +121,12 @@ def copied(block: nn.Module, model: nn.Module) -> nn.Module:
     Its parameters are places for others: shapes without values.
     """
     memo: dict[int, Any] = {}
+    around = list(_around(model, block))
+    shared = {id(c) for module in around for c in configs_of(module)}
     for module in model.modules():
-        memo.update({id(c): c for c in configs_of(module)})
-    for module in _around(model, block):
+        # a dict that the block alone holds are its layers' own numbers
+        memo.update({id(c): c for c in configs_of(module) if type(c) is not dict or id(c) in shared})
+    for module in around:
         memo[id(module)] = module
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             memo[id(tensor)] = tensor

@@ -24,6 +24,7 @@ from fxgrow.landing.beside import Unwritten, apart, tensors_beside
 from fxgrow.landing.bundles import Key, put, settings_of
 from fxgrow.landing.following import follow, followers
 from fxgrow.landing.living import attributes_of, configs_of, is_config, is_sealed
+from fxgrow.landing.wrapped import Wrapped, as_made, wrapped_in
 
 Attributes = dict[tuple[str, str], Any]  # module path and name
 
@@ -53,6 +54,7 @@ class Builder:
         by_name: whether the class takes the entries of the config, not the config.
         following: what the config's class computes of the other settings.
         base: what the class makes of it.
+        wrapped: layers that something was put around since.
         added, changed: names of tensors, and attributes, by which the module was another than that.
         asked: settings that its modules' classes may ask for, with a default.
         apart: places of what the module held otherwise, beside weights and plain attributes.
@@ -68,6 +70,7 @@ class Builder:
     by_name: bool = False
     following: list[str] = field(default_factory=list)
     base: Instance = field(init=False)
+    wrapped: Wrapped = field(default_factory=dict)
     added: set[str] = field(default_factory=set)
     asked: set[str] = field(default_factory=set)
     changed: set[tuple[str, str]] = field(default_factory=set)
@@ -87,11 +90,16 @@ class Builder:
 
     def build(self, values: Mapping[Key, Any]) -> Instance | None:
         """The class with other settings; None where it cannot be built so."""
-        key = repr(sorted(values.items()))
+        key = self.key(values)
         if key not in self.known and len(self.known) < _MOST_BUILT:
             made = self.instance(values)
             self.known[key] = None if made is None else instance_of(made)
         return self.known.get(key)
+
+    @staticmethod
+    def key(values: Mapping[Key, Any]) -> str:
+        """By what an instance is known."""
+        return repr(sorted(values.items()))
 
     def instance(self, values: Mapping[Key, Any], device: str = "meta") -> nn.Module | None:
         """The class with other settings on a device, parameters without values; None where it cannot be built so."""
@@ -127,11 +135,10 @@ class Builder:
 
     def differs(self) -> str:
         """What is another in the class made anew from the config as it is now, in words; "" for nothing."""
-        module = instance_of(self.module)
         instance = self.instance({})
         if instance is None:
             return "it cannot be built"
-        made = instance_of(instance)
+        module, made = instance_of(self.module, wrapped_in(self.module, instance)), instance_of(instance)
         for name, shape in made.shapes.items():
             if module.shapes.get(name, shape) != shape:
                 return f"{name} has the shape {shape}, not {module.shapes[name]}"
@@ -145,11 +152,14 @@ class Builder:
         return next((said for place, said in self.beside().items() if place not in self.apart), "")
 
 
-def instance_of(model: nn.Module) -> Instance:
-    shapes = {n: tuple(t.shape) for n, t in named_tensors(model).items()}
+def instance_of(model: nn.Module, wrapped: Wrapped | None = None) -> Instance:
+    """A model's shapes and attributes, by the names that its class has for them."""
+    wrapped = wrapped or {}
+    shapes = {n: tuple(t.shape) for place, t in named_tensors(model).items() if (n := as_made(place, wrapped))}
     attributes = {
         (path, name): value
-        for path, module in model.named_modules(remove_duplicate=False)
+        for place, module in model.named_modules(remove_duplicate=False)
+        if (path := as_made(place, wrapped)) is not None
         for name, value in vars(module).items()
         if is_plain(value) and name != "training"
     }
@@ -202,13 +212,16 @@ def _outermost(
 
 
 def _builder_of(module: nn.Module, path: str) -> Builder | None:
-    own = instance_of(module)
     for config, by_name in _configs(module):
         builder = Builder(path, module, config, shared=False, by_name=by_name)
         builder.following = [] if is_sealed(config) else followers(config)
-        made = builder.build({})
-        if made is None or not made.shapes:
+        instance = builder.instance({})
+        made = None if instance is None else instance_of(instance)
+        builder.known[builder.key({})] = made
+        if instance is None or made is None or not made.shapes:
             continue
+        builder.wrapped = wrapped_in(module, instance)
+        own = instance_of(module, builder.wrapped)
         if {n: s for n, s in own.shapes.items() if n in made.shapes} == made.shapes:
             builder.base, builder.added = made, set(own.shapes) - set(made.shapes)
             builder.asked = {n for kind in {type(m) for m in module.modules()} for n in _asked_by(kind)}

@@ -49,6 +49,7 @@ class Candidate:
         index: of the entry, where the attribute is a tuple or list.
         rank: the lower, the likelier.
         rivals: other attributes that are as likely to hold the literal.
+        keyed: it is an entry of a table of the module's own, by a key that no code names.
     """
 
     holder: Any
@@ -57,6 +58,7 @@ class Candidate:
     value: Number
     rank: tuple[int, ...]
     rivals: int = 0
+    keyed: bool = False
 
     @property
     def key(self) -> tuple[int, str, int | None]:
@@ -159,19 +161,22 @@ def candidates(model: nn.Module, literal: Literal) -> list[Candidate]:
     out = []
     path = literal.path
     distance = 0
-    line, names = names_in_line(literal.line), set[str]()
+    line, words, names = names_in_line(literal.line), words_in_line(literal.line), set[str]()
     argument = literal.argument.partition("[")[0]
     while True:
         module = model.get_submodule(path)
         names |= names_in_code(type(module))  # type: ignore[arg-type]
         near = [module, *configs_of(module)]
+        tables = {id(v): n for n, v in vars(module).items() if type(v) is dict}  # numbers of the module's by some key
         for step, holder in enumerate(near):
+            table = tables.get(id(holder), "")
             for name, index, value in _held(holder):
                 same = name == argument and not distance  # ``groups`` of a convolution
-                read = 0 if same or name in line else 1 if name in names else 2
+                read = 0 if same or name in line or table in words else 1 if {name, table} & names else 2
+                keyed = bool(table) and name not in line | names
                 derived = read == 0 or (read == 1 and not distance)
                 for wanted, how in _fitting(literal, value, read == 0, derived):
-                    out.append(Candidate(holder, name, index, wanted, (how, read, distance, step)))
+                    out.append(Candidate(holder, name, index, wanted, (how, read, distance, step), keyed=keyed))
         if not path:
             break
         path, distance = path.rpartition(".")[0], distance + 1
@@ -231,6 +236,12 @@ def names_in_line(line: str) -> frozenset[str]:
     """Attributes and entries that a line of the user's reads: ``n_head`` of ``x.view(B, T, self.n_head, -1)``."""
     code = line.partition(": ")[2]
     return frozenset(re.findall(r"\.\s*([A-Za-z_]\w*)", code) + re.findall(r"\[\s*['\"]([A-Za-z_]\w*)['\"]\s*\]", code))
+
+
+@functools.lru_cache(maxsize=4096)
+def words_in_line(line: str) -> frozenset[str]:
+    """All names in a line of the user's, those of its variables as well: ``scaling = self.scaling[name]`` before it."""
+    return frozenset(re.findall(r"[A-Za-z_]\w*", line.partition(": ")[2]))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -18,6 +18,7 @@ from fxgrow.landing.blocks import Restacked
 from fxgrow.landing.bundles import Key, inner, name_of, whole
 from fxgrow.landing.config import Attributes, Builder, Instance, is_plain
 from fxgrow.landing.living import Living, attributes_of, configs_of, is_config
+from fxgrow.landing.wrapped import Wrapped, as_made, wrapped_in
 
 #: choices of settings
 _MOST_TRIED = 48
@@ -52,6 +53,24 @@ class Goal:
         shapes = {inside: s for n, s in self.shapes.items() if (inside := relative(n, path)) is not None}
         stacks = [replace(s, stack=inside) for s in self.stacks if (inside := relative(s.stack, path)) is not None]
         return Goal(shapes, _within(self.wanted, path), _within(self.steady, path), stacks)
+
+    def as_made(self, wrapped: Wrapped) -> Goal:
+        """By the names that things have where nothing was put around layers."""
+        for stack in self.stacks if wrapped else ():  # a block's layers are inside what those of its origin are in
+            prefix, old = (f"{stack.stack}." if stack.stack else ""), wrapped
+            wrapped = {p: at for p, at in old.items() if not p.startswith(prefix)}
+            for number, origin in stack.origins.items():
+                was, now = f"{prefix}{origin}.", f"{prefix}{number}."
+                moved = {p: at for p, at in old.items() if p.startswith(was) and at[0].startswith(was)}
+                wrapped |= {now + p[len(was) :]: (now + at[len(was) :], n) for p, (at, n) in moved.items()}
+        shapes = {name: s for n, s in self.shapes.items() if (name := as_made(n, wrapped))}
+
+        def named(attributes: Attributes) -> Attributes:
+            return {
+                (path, n): v for (place, n), v in attributes.items() if (path := as_made(place, wrapped)) is not None
+            }
+
+        return replace(self, shapes=shapes, wanted=named(self.wanted), steady=named(self.steady))
 
 
 def _within(attributes: Attributes, path: str) -> Attributes:
@@ -91,6 +110,7 @@ def solve(builder: Builder, goal: Goal) -> Iterator[Settings]:
     Returns:
         Several where shapes and attributes do not tell them apart, the likeliest first.
     """
+    goal = goal.as_made(builder.wrapped)
     goal = replace(goal, shapes={n: s for n, s in goal.shapes.items() if n in builder.base.shapes or goal.stacks})
     lists = {k: v for s in goal.stacks for k, v in _restacked_lists(builder.config, s).items()}
     moving = _moving(builder, goal)
@@ -430,10 +450,15 @@ def adopt(living: Living, builder: Builder, settings: Settings, origin: Mapping[
                 if config is mine or alike:
                     living.attribute(config, name, whole(attributes_of(config).get(name), key, value))
     within = {relative(n, builder.path): relative(o, builder.path) for n, o in origin.items()}
-    for path, module in builder.module.named_modules(remove_duplicate=False):
+    made_anew = builder.instance(settings.values) if builder.wrapped else None
+    wrapped = wrapped_in(builder.module, made_anew) if made_anew is not None else {}
+    for place, module in builder.module.named_modules(remove_duplicate=False):
+        path, before = as_made(place, wrapped), as_made(within.get(place) or place, builder.wrapped)
+        if path is None:
+            continue
         for name, value in list(vars(module).items()):
             made = settings.after.attributes.get((path, name), value)
-            was = settings.before.attributes.get((within.get(path) or path, name), made)
+            was = settings.before.attributes.get((before or path, name), made)
             if is_plain(value) and made != value and value in (was, settings.before.attributes.get((path, name), was)):
                 living.attribute(module, name, made)
 

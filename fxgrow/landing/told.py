@@ -37,7 +37,8 @@ def told(
     yield from _made_anew(builders)
     sizes = {a.old for a in plan.axes}
     yield from _stale(model, sizes | {*blocks}, builders, held)
-    left = [n for n in unread(grown) if n in before.parameters and sizes & {*before.parameters[n].shape}]
+    small = [n for n in unread(grown) if n in before.parameters and n not in before.twins]
+    left = [n for n in small if sizes & {*before.parameters[n].shape}]
     if left:
         yield (
             f"no captured call reads {', '.join(left[:_MOST_NAMED])}, and so they stay as they were: if a method of "

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean
 from fxgrow.ir import trees
-from fxgrow.ir.adapters import DOWN, UP, LowRank, adapters_of, detach, product
+from fxgrow.ir.adapters import all_adapters
+from fxgrow.ir.libraries import Adapter, libraries, set_plainly
 from fxgrow.ir.modules import named_tensors, tensor_of
 from fxgrow.optim.rates import KEY, all_rates, write_rates
 from fxgrow.optim.wrappers import unwrapped
 from fxgrow.schedule import LoraDecay, LoraMerge, LoraScale
 from fxgrow.scheduler.acting import Change
 
-Adapted = list[tuple[str, nn.Module, LowRank]]
 VOCABULARY = "vocabulary"
 
 
@@ -27,49 +27,55 @@ def matches(path: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(path, glob.strip()) for glob in pattern.split("|"))
 
 
-def selected(model: nn.Module, pattern: str) -> Adapted:
-    """The adapted modules that a pattern names.
+def selected(model: nn.Module, pattern: str) -> list[Adapter]:
+    """The adapters of the modules that a pattern names.
 
     Raises:
         SpecError: there are none.
     """
-    every = list(adapters_of(model))
-    tables = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
-
-    def fits(path: str, module: nn.Module, hook: LowRank) -> bool:
-        if pattern == VOCABULARY:
-            return hook.embedding or module.get_parameter(UP).shape[0] in tables
-        return matches(path, pattern)
-
-    found = [each for each in every if fits(*each)]
+    every = all_adapters(model)
+    tables = in_vocabulary(model) if pattern == VOCABULARY else set()
+    found = [a for a in every if (a.path in tables if pattern == VOCABULARY else matches(a.path, pattern))]
     if not found:
-        raise SpecError(f"no adapted module matches {pattern!r}; {did_you_mean(pattern, [p for p, _, _ in every])}")
+        raise SpecError(f"no adapted module matches {pattern!r}; {did_you_mean(pattern, [a.path for a in every])}")
     return found
+
+
+def in_vocabulary(model: nn.Module) -> set[str]:
+    """Paths of the adapted modules that look words up, or write one number for each."""
+    tables = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    return {a.path for a in all_adapters(model) if a.embedding or a.widths[1] in tables}
+
+
+def _say(model: nn.Module) -> None:
+    """Let configs of other libraries say what has become of their adapters."""
+    for library in libraries():
+        library.say(model, set_plainly)
 
 
 def scale(model: nn.Module, action: LoraScale) -> Change:
     """Multiply what adapters add."""
     found = selected(model, action.modules)
-    before = sorted({hook.alpha for _, _, hook in found})
-    for _, _, hook in found:
-        hook.alpha *= action.factor
-    return {"alpha": before}, {"alpha": sorted({hook.alpha for _, _, hook in found}), "adapters": len(found)}
+    before = sorted({adapter.alpha for adapter in found})
+    for adapter in found:
+        adapter.scale_by(action.factor)
+    _say(model)
+    return {"alpha": before}, {"alpha": sorted({adapter.alpha for adapter in found}), "adapters": len(found)}
 
 
 def decay(model: nn.Module, action: LoraDecay, step: int) -> Change:
     """Let what adapters add fade from a step on; :func:`fade` does so."""
     found = selected(model, action.modules)
-    for _, _, hook in found:
-        hook.fade(step)
-        hook.alpha, hook.factor = hook.alpha * hook.factor, 1.0
-        hook.fading = (step, action.steps, action.to)
+    for adapter in found:
+        adapter.begin_fade(step, action.steps, action.to)
     return {}, {"adapters": len(found), "until": step + action.steps}
 
 
 def fade(model: nn.Module, step: int) -> None:
     """Bring every adapter that fades to where it is at a step."""
-    for _, _, hook in adapters_of(model):
-        hook.fade(step)
+    fading = [adapter.fade(step) for adapter in all_adapters(model)]
+    if any(fading):
+        _say(model)
 
 
 def merge(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], action: LoraMerge) -> Change:
@@ -82,70 +88,75 @@ def merge(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], action:
     """
     found = selected(model, action.modules)
     inner = [unwrapped(o) for o in optimizers]
-    gone = {id(m.get_parameter(name)) for _, m, _ in found for name in (DOWN, UP)}
+    own = [(adapter, adapter.parameters()) for adapter in found]
+    gone = {id(p) for _, parameters in own for p in parameters.values()}
     places: dict[int, list[str]] = {}
     for name, tensor in named_tensors(model).items():
         places.setdefault(id(tensor), []).append(name)
-    for path, module, _ in found:
-        weight = tensor_of(module, "weight")
+    for adapter, parameters in own:
+        weight = tensor_of(adapter.layer, "weight")
         if weight is None:
-            raise SpecError(f"{path} has no parameter `weight` that an adapter could be added to")
-        there = {f"{p}.weight" for p, m in model.named_modules(remove_duplicate=False) if m is module}
+            raise SpecError(f"{adapter.path} has no parameter `weight` that an adapter could be added to")
+        there = {f"{p}.weight" for p, m in model.named_modules(remove_duplicate=False) if m is adapter.layer}
         shared = [n for n in places[id(weight)] if n not in there]
         if shared:
             raise SpecError(
-                f"{path}.weight is {shared[0]} as well, which would get what the adapter adds: untie them first"
+                f"{adapter.path}.weight is {shared[0]} as well, which would get what the adapter adds: untie them first"
             )
-    kept: list[tuple[nn.Module, Tensor]] = []
+        for leaf, parameter in parameters.items():
+            there = {f"{p}.{leaf}" for p, m in model.named_modules(remove_duplicate=False) if m is adapter.module}
+            shared = [n for n in places[id(parameter)] if n not in there]
+            if shared and not all(any(n.startswith(f"{a.path}.") for a in found) for n in shared):
+                raise SpecError(f"{adapter.path}.{leaf} is {shared[0]} as well, which would lose it: merge both")
+    kept: list[tuple[Tensor, Tensor]] = []
+    begun: list[Adapter] = []
     try:
-        for path, module, hook in found:
-            kept.append((module, module.get_parameter("weight").detach().clone()))
-            _merged(path, module, hook)
+        for adapter in found:
+            held = [t for leaf in ("weight", "bias") if (t := tensor_of(adapter.layer, leaf)) is not None]
+            kept += [(t, t.detach().clone()) for t in held]
+            begun.append(adapter)
+            _merge(adapter)
     except BaseException:
         with torch.no_grad():
-            for module, weight in kept:
-                module.get_parameter("weight").copy_(weight)
+            for tensor, values in reversed(kept):
+                tensor.copy_(values)
+        for adapter in begun:
+            adapter.unmerged()
         raise
-    numbers = sum(m.get_parameter(name).numel() for _, m, _ in found for name in (DOWN, UP))
-    for _, module, _ in found:
-        detach(module)
+    before = sum(p.numel() for p in model.parameters())
+    for adapter in found:
+        adapter.remove(model)
     for optimizer in inner:
         _forget(optimizer, gone)
-    return {"parameters": numbers + sum(p.numel() for p in model.parameters())}, {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "merged": len(found),
-    }
+    _say(model)
+    return {"parameters": before}, {"parameters": sum(p.numel() for p in model.parameters()), "merged": len(found)}
 
 
 @torch.no_grad()
-def _merged(path: str, module: nn.Module, hook: LowRank) -> None:
-    """Add an adapter to its weight, and see that the module computes the same without it."""
-    weight, training = module.get_parameter("weight"), module.training
-    entries = module.get_parameter(DOWN).shape[1]
+def _merge(adapter: Adapter) -> None:
+    """Add an adapter to its weight, and see that the module computes the same with it silent."""
+    module, weight = adapter.module, adapter.layer.get_parameter("weight")
+    name, training, entries = f"{adapter.path} ({type(module).__name__})", module.training, adapter.widths[0]
     x: Any
-    if hook.embedding:
+    if adapter.embedding:
         x = torch.arange(min(entries, 64), device=weight.device)
     else:
         draw = torch.Generator().manual_seed(0)
         x = torch.randn(4, entries, generator=draw, dtype=torch.float64).to(weight)
-    factor = hook.factor
     module.eval()
     try:
         before = trees.tensors_in(module(x))[0]
-        weight.add_(product(module, hook))
-        hook.factor = 0.0
+        adapter.merge()
         after = trees.tensors_in(module(x))[0]
+    except FxgrowError:
+        raise
     except Exception as error:  # the user's forward: nobody knows what it raises
-        raise FxgrowError(f"{path} ({type(module).__name__}) cannot be tried on its own, and not be merged") from error
+        raise FxgrowError(f"{name} cannot be tried on its own, and not be merged") from error
     finally:
-        hook.factor = factor
         module.train(training)
     limit = 1e3 * torch.finfo(before.dtype).eps * float(before.abs().max().clamp(min=1))
     if not torch.allclose(after, before, rtol=0, atol=limit):
-        raise FxgrowError(
-            f"{path} ({type(module).__name__}) computes something else with the adapter in its weight, and cannot be "
-            "merged"
-        )
+        raise FxgrowError(f"{name} computes something else with the adapter in its weight, and cannot be merged")
 
 
 def _forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
@@ -166,4 +177,4 @@ def _forget(optimizer: torch.optim.Optimizer, gone: set[int]) -> None:
         write_rates(optimizer, rates, {i: n for i, n in names.items() if i not in gone})
 
 
-__all__ = ["VOCABULARY", "decay", "fade", "matches", "merge", "scale", "selected"]
+__all__ = ["VOCABULARY", "decay", "fade", "in_vocabulary", "matches", "merge", "scale", "selected"]

@@ -7,7 +7,7 @@ import fnmatch
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from fxgrow.emit.module import regenerate
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean, reworded
 from fxgrow.growth import plan_growth
 from fxgrow.ir import trees
-from fxgrow.ir.adapters import DOWN, UP
+from fxgrow.ir.adapters import DOWN, UP, all_adapters
 from fxgrow.ir.flops import flop_counter
 from fxgrow.optim.newborn import NOTHING_NEW
 from fxgrow.optim.policies import check_optimizer, check_plan
@@ -39,7 +39,7 @@ from fxgrow.schedule import (
     WeightDecay,
 )
 from fxgrow.scheduler.acting import PARTS, check_part, set_dropout, set_weight_decay
-from fxgrow.scheduler.adapters import VOCABULARY, matches
+from fxgrow.scheduler.adapters import VOCABULARY, in_vocabulary, matches
 from fxgrow.scheduler.standing import Done, Sizes, learning_rate, sizes_after
 from fxgrow.spec import GrowthSpec, Lora
 
@@ -125,6 +125,7 @@ class DryRun:
     operations: list[Any] = field(default_factory=list)
     grown: Program | None = None  # so far
     has_grown: bool = False
+    merged: set[str] = field(default_factory=set)  # parameters that a library's classes hold for adapters that are gone
     made: set[str] | None = None  # the adapters' weights that the last growth made, where it made nothing else
     held: str = ""  # which part stands still: old, new, or neither
     still: set[str] | None = None  # the names of all that stand still, where that is known
@@ -222,19 +223,38 @@ class DryRun:
             found = [p for p in paths if p in tables or shapes[f"{p}.{UP}"][0] in entries]
         else:
             found = [p for p in paths if matches(p, action.modules)]
-        if not found:
-            raise SpecError(f"no adapted module matches {action.modules!r}; {did_you_mean(action.modules, paths)}")
+        others = self._others(action.modules)
+        if not found and not any(others.values()):
+            known = [*dict.fromkeys([*paths, *others])]
+            raise SpecError(f"no adapted module matches {action.modules!r}; {did_you_mean(action.modules, known)}")
         if not isinstance(action, LoraMerge):
             return sized
-        self.operations.append(Unadapt(paths=found))
+        self.merged |= {n for names in others.values() for n in names}
+        if found:
+            self.operations.append(Unadapt(paths=found))
         sized = self._planned()[1]
         self.still = self.still and self.still & self.grown.parameters.keys()
         return sized
 
+    def _others(self, pattern: str) -> dict[str, list[str]]:
+        """Of adapters that a library's classes hold, which stay in the graph, the parameters, by path; [] of others."""
+        assert self.grown is not None
+        found: dict[str, list[str]] = {}
+        tables = in_vocabulary(self.model)
+        for adapter in all_adapters(self.model):
+            for leaf in adapter.parameters() if DOWN not in adapter.parameters() else ():
+                end = f".{leaf}"
+                for name in self.grown.parameters.keys() - self.merged:
+                    if name.endswith(end):  # of blocks that are new, too
+                        path = name.removesuffix(end)
+                        fits = adapter.path in tables if pattern == VOCABULARY else matches(path, pattern)
+                        found.setdefault(path, []).extend([name] if fits else [])
+        return found
+
     def _planned(self) -> tuple[GrowthPlan, _Size]:
         """All so far as one: a plan has no tensors that the next could start from."""
         plan, self.grown = plan_growth(self.program, GrowthSpec.model_construct(operations=self.operations))
-        return plan, _sized(self.grown)
+        return plan, _sized(self.grown, self.merged)
 
     def _grow(self, action: Grow) -> _Size:
         if self.held:
@@ -266,8 +286,8 @@ class _Size:
     flops: int | None
 
 
-def _sized(program: Program) -> _Size:
-    own = list(program.parameters.values())
+def _sized(program: Program, gone: Collection[str] = ()) -> _Size:
+    own = [p for n, p in program.parameters.items() if n not in gone]
     total = sum(p.numel() * p.element_size() for p in own)
     return _Size(sum(p.numel() for p in own), total, _flops(program))
 
