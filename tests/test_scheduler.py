@@ -693,6 +693,27 @@ def test_several_optimizers_go_along() -> None:
     ]
 
 
+def test_new_parameters_go_to_the_group_that_is_said() -> None:
+    model, x = Chain(), torch.randn(5, 3)
+    groups = [{"params": [p for p in model.parameters() if (p.dim() < 2) == small]} for small in (False, True)]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    schedule = [event({"op": "lora", "modules": "*", "rank": 2}, step=0)]
+    scheduler = GrowthScheduler(schedule, (x,), newcomers=lambda name: 1 if name.endswith("lora_B") else None)
+    assert scheduler.step(model, optimizer, step=0) is not None
+    names = {id(p): n for n, p in model.named_parameters()}
+    held = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    assert held == [
+        ["up.weight", "up.lora_A", "down.weight", "down.lora_A"],
+        ["up.bias", "up.lora_B", "down.bias", "down.lora_B"],
+    ]
+    scheduler = GrowthScheduler(schedule, (x,), newcomers=lambda _: 2)
+    model = Chain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(FxgrowError, match="newcomers=2: the optimizer has groups 0 to 0"):
+        scheduler.step(model, optimizer, step=0)
+    assert len(list(model.parameters())) == len(optimizer.param_groups[0]["params"]) == 4
+
+
 def test_a_model_that_is_called_in_several_ways_grows_with_all_of_them() -> None:
     class Scored(torch.nn.Module):
         def __init__(self) -> None:

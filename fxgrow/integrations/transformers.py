@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
@@ -30,11 +31,15 @@ from fxgrow.integrations.common import (
     replayed,
     warn_unseen,
 )
+from fxgrow.ir.adapters import adapters_of
 from fxgrow.optim.wrappers import unwrapped
 from fxgrow.reading import read_json
-from fxgrow.schedule import Schedule
+from fxgrow.schedule import Grow, LoraDecay, LoraMerge, LoraScale, Schedule
 from fxgrow.scheduler import ActionResult, GrowthScheduler
 from fxgrow.scheduler.progress import Partial
+
+#: actions after which the same weights compute something else, or are none of the model's
+_ANOTHER = (Grow, LoraDecay, LoraMerge, LoraScale)
 
 
 class GrowthCallback(TrainerCallback, ExportableState):
@@ -42,7 +47,8 @@ class GrowthCallback(TrainerCallback, ExportableState):
 
     Metrics of triggers are those that the trainer logs: ``loss``, ``eval_loss`` and whatever ``compute_metrics`` adds.
     Changes of the learning rate are made while the optimizer steps; the trainer's own scheduler, and what it logs, goes
-    on as it was. ``evaluate`` and ``checkpoint`` are done by the trainer, after the step.
+    on as it was. ``evaluate`` and ``checkpoint`` are done by the trainer, after the step. The best model
+    (``load_best_model_at_end``) is that since the last growth, or change of adapters.
 
     Args:
         schedule: anything :meth:`Schedule.parse` takes. What the trainer's loop fixes at its start, the size of batches
@@ -64,6 +70,8 @@ class GrowthCallback(TrainerCallback, ExportableState):
         **how: Any,
     ) -> None:
         self._example = None if example is None else dict(example)
+        self._model: nn.Module | None = None
+        how = {"newcomers": self._group, **how}
         self.scheduler = GrowthScheduler(schedule, lambda: ((), self._example or {}), **how)
         check_sizes(self.scheduler.schedule, "the Trainer")
         self._log = None if log is None else Path(log)
@@ -115,6 +123,7 @@ class GrowthCallback(TrainerCallback, ExportableState):
         if args.parallel_mode == ParallelMode.DISTRIBUTED or getattr(args, "fsdp", None) or args.deepspeed:
             raise FxgrowError("a Trainer over several processes holds its model in wrappers that would not follow")
         model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
+        self._model = model if _grouped(model, optimizer) else None
         if state.global_step and not self.scheduler.done:
             self._read({"stateful_callbacks": state.stateful_callbacks}, "what the trainer resumes from")
             check_made(self.scheduler)
@@ -127,6 +136,10 @@ class GrowthCallback(TrainerCallback, ExportableState):
             with _bare(model):
                 self.scheduler.check(model, optimizer)
         self.scheduler.steer(optimizer)
+
+    def _group(self, name: str) -> int | None:
+        """The group that the Trainer would give a new parameter, as it does when training is resumed."""
+        return None if self._model is None else int(name not in _decaying(self._model))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Note what was measured, for the next step."""
@@ -150,16 +163,35 @@ class GrowthCallback(TrainerCallback, ExportableState):
         metrics, self._metrics = Partial(self._metrics), {}
         given = {"step": state.global_step, "epoch": state.epoch, "metrics": metrics}
         tokens = state.num_input_tokens_seen or None
+        another = any(hook.fading for _, _, hook in adapters_of(kwargs["model"]))
         while done := self._step(kwargs["model"], kwargs["optimizer"], tokens=tokens, **given):
             record(done, self.done, self._log)
+            another = another or (isinstance(done.action, _ANOTHER) and not done.error)
             if done.op == "evaluate" and not done.error:
                 control.should_evaluate = True
             elif done.op == "checkpoint" and not done.error:
                 control.should_save = True
 
+        if another:  # the best weights so far are another model's, which load_best_model_at_end would put into this one
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
     def _step(self, model: nn.Module, optimizer: Any, **given: Any) -> ActionResult | None:
         with _bare(model):
             return self.scheduler.step(model, optimizer, **given)
+
+
+def _decaying(model: nn.Module) -> set[str]:
+    """The names of parameters whose weights decay, as a Trainer divides them."""
+    return set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+
+
+def _grouped(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer has a Trainer's two groups: what decays, and what does not."""
+    decaying, groups = _decaying(model), [{id(p) for p in g["params"]} for g in optimizer.param_groups]
+    if len(groups) != 2:
+        return False
+    held = {n: p for n, p in model.named_parameters() if any(id(p) in group for group in groups)}
+    return all((id(p) in groups[0]) == (n in decaying) for n, p in held.items())
 
 
 @contextlib.contextmanager

@@ -61,7 +61,8 @@ def carry(
         peak: ``asymmetric``: its highest value, as a multiple of the current learning rate.
         ramp: ``exact``: steps over which the per-slice factors go to 1; None: they stay.
         newcomers: who takes parameters that were made of nothing, where their siblings do not decide it: True or False
-            for this optimizer, the number of its group, or the optimizer.
+            for this optimizer, the number of its group, a function from a parameter's name to it (or to None), or the
+            optimizer.
         handed: parameters whose waiting gradient the grown model has already.
 
     Raises:

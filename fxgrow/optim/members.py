@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from fxgrow.optim.whole import is_muon
 from fxgrow.plan import TensorPlan
 
 #: which optimizer takes parameters that were made of nothing: see :func:`fxgrow.optim.carry`
-Newcomers = bool | int | torch.optim.Optimizer | None
+Newcomers = bool | int | torch.optim.Optimizer | Callable[[str], int | None] | None
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,13 @@ def _joining(
     coming = [n for n in new if plans[n].source is None]
     if newcomers is False or not coming:
         return {}
+    if callable(newcomers):
+        told = {name: number for name in coming if (number := newcomers(name)) is not None}
+        rest = {name: new[name] for name in new if name not in told}
+        out = _joining(optimizer, groups, rest, plans, None)
+        for name, number in told.items():
+            out |= _joining(optimizer, groups, {name: new[name]}, plans, number)
+        return out
     if newcomers is not None and newcomers is not True:
         for name in coming:
             _check_taken(optimizer, name, new[name])

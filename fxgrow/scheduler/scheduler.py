@@ -13,6 +13,7 @@ import torch
 from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.growth import Growth, grow
 from fxgrow.ir.modules import uncompiled
+from fxgrow.optim.members import Newcomers
 from fxgrow.optim.newborn import Frozen, Part
 from fxgrow.optim.wrappers import unwrapped
 from fxgrow.program import capture
@@ -139,6 +140,8 @@ class GrowthScheduler:
         accumulation, batch_size, sequence_length: what the loop starts with; see the properties of these names.
         before: called with an action that is about to be done; what it raises ends the step, with nothing done.
         verify, consume: passed to :func:`fxgrow.grow`; what grows in place is never consumed.
+        newcomers: passed to ``growth.carry_``: which of several optimizers, or of one's groups, takes parameters that
+            were made of nothing, such as adapters.
 
     Raises:
         SpecError: the schedule is wrong, or multiplies a size that is not given here.
@@ -158,11 +161,12 @@ class GrowthScheduler:
         before: Callable[[Grow | Action], None] | None = None,
         verify: Any = "auto",
         consume: bool = False,
+        newcomers: Newcomers = None,
     ) -> None:
         self.schedule = Schedule.parse(schedule)
         self._args, self._kwargs, self._calls = args, kwargs, calls
         self._verify, self._consume, self._in_place = verify, consume and not in_place, in_place
-        self._before = before
+        self._before, self._newcomers = before, newcomers
         given = {"accumulation": accumulation, "batch_size": batch_size, "sequence_length": sequence_length}
         for name, size in given.items():
             if (size is None and name != "accumulation") or (type(size) is int and size >= 1):
@@ -410,8 +414,8 @@ class GrowthScheduler:
         carried: dict[str, Any] = {"optimizer": optimizers or None, "policy": policy.policy, "ramp": policy.ramp}
         before = sum(p.numel() for p in model.parameters())
         grown = grow(model, action.spec, args, kwargs, **self._ways(), **carried, **how)
-        options = {"warmup": policy.warmup, "peak": policy.peak, "ramp": policy.ramp}
-        given = {name: value for name, value in options.items() if value is not None}
+        options = {"warmup": policy.warmup, "peak": policy.peak, "ramp": policy.ramp, "newcomers": self._newcomers}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         module, optimizer = result.module, result.optimizer
         if self._in_place:
             with grown.applied(model):

@@ -148,6 +148,54 @@ def test_transformers_reports_what_it_measures_and_grows_under_mixed_precision(t
 
 
 @pytest.mark.slow
+def test_transformers_resumes_with_gates_and_knows_the_best_of_the_model_that_it_has(tmp_path: Path) -> None:
+    """Gates decay with the Trainer's other matrices; weights of a smaller model are not loaded into a deeper one."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    import random
+
+    from transformers import Trainer, TrainingArguments
+
+    from examples.huggingface import build, sentences
+    from fxgrow.integrations.transformers import GrowthCallback
+
+    ids = sentences(16, random.Random(0))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    deeper = {"op": "deepen", "stack": "model.layers", "after": [0], "init": "gate"}
+    events = [{"trigger": {"step": 2}, "operations": [deeper, {"op": "lora", "modules": "*_proj", "rank": 2}]}]
+
+    def trained(checkpoint: Path | None, rate: float) -> Any:
+        torch.manual_seed(0)
+        model: Any = build()
+        growth = GrowthCallback(events, example={"input_ids": ids[:2], "labels": ids[:2]}, verify=False)
+        if checkpoint is not None:
+            growth.resume(model, checkpoint)
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            learning_rate=rate,
+            weight_decay=0.1,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_steps=1,
+            load_best_model_at_end=True,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:2], callbacks=[growth])  # type: ignore[arg-type]
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return trainer
+
+    still = trained(None, 0.0)  # the first evaluation is the best one, but of the small model
+    assert still.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert still.evaluate()["eval_loss"] == still.state.best_metric
+    whole = trained(None, 1e-2)
+    assert trainers.apart(whole.model, trained(tmp_path / "checkpoint-3", 1e-2).model) == 0.0
+
+
+@pytest.mark.slow
 def test_lightning_counts_validations_and_not_steps(tmp_path: Path) -> None:
     """The loss is logged at every step, that of the validation after each epoch."""
     try:
