@@ -20,7 +20,8 @@ from fxgrow.errors import FxgrowError, GrowthRefused, Refusal, SpecError
 from fxgrow.ir.libraries import Adapter, Setter, register_library
 from fxgrow.ir.modules import children_of, set_children
 
-#: an attribute of a layer: by adapter, the step at which it began to fade, over how many, to what, from which scaling
+#: an attribute of a layer: by adapter, the step at which it began to fade, over how many, to what, from which scaling,
+#: and the scaling that it had last
 FADING = "fxgrow_fading"
 
 
@@ -39,13 +40,12 @@ class Peft:
                         yield Lora(path, layer, name)
 
     def keep(self, model: nn.Module) -> Callable[[nn.Module, Setter], None] | None:
-        """Refuse adapters that no call reads, and remember what layers multiply by."""
+        """Refuse adapters that no call reads, and remember what layers multiply by beside what configs say."""
         layers = [(p, m) for p, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
         if not layers:
             return None
         for path, module in model.named_modules():
             _check_read(path, module)
-        scalings = {id(m): dict(m.scaling) for _, m in layers if isinstance(m, LoraLayer)}
         ratios = {(id(m), n): _ratio(m, n) for _, m in layers if isinstance(m, LoraLayer) for n in m.r}
 
         def settle(grown: nn.Module, put: Setter) -> None:
@@ -55,7 +55,7 @@ class Peft:
                 if isinstance(layer, LoraLayer):
                     for name in layer.r:
                         _settle_rank(layer, name, ratios.get((id(layer), name), 1.0), put)
-                        _settle_fading(layer, name, scalings.get(id(layer), {}).get(name), put)
+                        _settle_fading(layer, name, put)
             self.say(grown, put)
 
         return settle
@@ -182,11 +182,12 @@ def _settle_alpha(layer: Any, name: str, ratio: float, put: Setter) -> None:
     put(layer.lora_alpha, name, round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha)
 
 
-def _settle_fading(layer: Any, name: str, before: float | None, put: Setter) -> None:
+def _settle_fading(layer: Any, name: str, put: Setter) -> None:
+    """Let it fade from what its scaling would be now."""
     fading = getattr(layer, FADING, {})
-    if before and name in fading and layer.scaling[name] != before:
-        start, steps, end, full = fading[name]
-        put(fading, name, (start, steps, end, full * layer.scaling[name] / before))
+    if name in fading and fading[name][4] not in (0, layer.scaling[name]):
+        start, steps, end, full, last = fading[name]
+        put(fading, name, (start, steps, end, full * layer.scaling[name] / last, layer.scaling[name]))
 
 
 # what configs say -----------------------------------------------------------------------------------------------------
@@ -282,8 +283,8 @@ class Lora:
         self._scale_to(self.module.scaling[self.name] * factor)
         fading = getattr(self.module, FADING, {})
         if self.name in fading:
-            start, steps, end, full = fading[self.name]
-            fading[self.name] = (start, steps, end, full * factor)
+            start, steps, end, full, last = fading[self.name]
+            fading[self.name] = (start, steps, end, full * factor, last * factor)
 
     def begin_fade(self, step: int, steps: int, to: float) -> None:
         """From where it is."""
@@ -291,7 +292,8 @@ class Lora:
         self.fade(step)
         if not hasattr(self.module, FADING):
             setattr(self.module, FADING, {})
-        getattr(self.module, FADING)[self.name] = (step, steps, to, self.module.scaling[self.name])
+        scaling = self.module.scaling[self.name]
+        getattr(self.module, FADING)[self.name] = (step, steps, to, scaling, scaling)
 
     def fade(self, step: int) -> bool:
         """Bring the scaling to where it is at a step."""
@@ -299,9 +301,11 @@ class Lora:
         if self.name not in fading:
             return False
         self._check_linear()
-        start, steps, end, full = fading[self.name]
+        start, steps, end, full, _ = fading[self.name]
         done = min(1.0, (step - start) / steps)
-        self._scale_to(full * (1 + (end - 1) * done))
+        scaling = full * (1 + (end - 1) * done)
+        self._scale_to(scaling)
+        fading[self.name] = (start, steps, end, full, scaling)
         if done == 1:
             del fading[self.name]
         return True
