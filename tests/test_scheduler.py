@@ -693,6 +693,29 @@ def test_several_optimizers_go_along() -> None:
     ]
 
 
+def test_a_scheduler_that_is_loaded_again_forgets_what_it_held_in_another_model() -> None:
+    schedule = [event(WIDEN, {"op": "freeze", "what": "old"}, step=0), event({"op": "unfreeze", "what": "old"}, step=1)]
+    scheduler = GrowthScheduler(schedule, (torch.randn(5, 3),), verify=False)
+    first, second = Chain(), Chain()
+    while scheduler.step(first, step=0):
+        pass
+    state = json.loads(json.dumps(scheduler.state_dict()))
+    for _ in range(2):
+        scheduler.load_state_dict(state)
+        scheduler.replay(second)
+        assert not second.up.bias.grad and not second.down.bias.requires_grad
+        assert scheduler.step(second, step=1).op == "unfreeze"  # type: ignore[union-attr]
+        assert second.down.bias.requires_grad and not first.down.bias.requires_grad
+        second = Chain()
+
+
+def test_a_traced_module_is_grown_in_place() -> None:
+    model, x = Chain(), torch.randn(5, 3)
+    traced = torch.fx.symbolic_trace(model)
+    assert GrowthScheduler([entry(step=0)], (x,)).step(traced, step=0) is not None
+    assert traced.up.weight.shape == (8, 3) and torch.allclose(traced(x), model(x), atol=1e-6)
+
+
 def test_new_parameters_go_to_the_group_that_is_said() -> None:
     model, x = Chain(), torch.randn(5, 3)
     groups = [{"params": [p for p in model.parameters() if (p.dim() < 2) == small]} for small in (False, True)]

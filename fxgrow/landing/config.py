@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxgrow.ir.modules import named_tensors
 from fxgrow.landing.beside import Unwritten, apart, tensors_beside
@@ -212,6 +212,8 @@ def _outermost(
 
 
 def _builder_of(module: nn.Module, path: str) -> Builder | None:
+    if isinstance(module, fx.GraphModule):  # built from a graph
+        return None
     for config, by_name in _configs(module):
         builder = Builder(path, module, config, shared=False, by_name=by_name)
         builder.following = [] if is_sealed(config) else followers(config)

@@ -124,10 +124,10 @@ def _joining(
     if callable(newcomers):
         told = {name: number for name in coming if (number := newcomers(name)) is not None}
         rest = {name: new[name] for name in new if name not in told}
-        out = _joining(optimizer, groups, rest, plans, None)
+        joining = _joining(optimizer, groups, rest, plans, None)
         for name, number in told.items():
-            out |= _joining(optimizer, groups, {name: new[name]}, plans, number)
-        return out
+            joining |= _joining(optimizer, groups, {name: new[name]}, plans, number)
+        return joining
     if newcomers is not None and newcomers is not True:
         for name in coming:
             _check_taken(optimizer, name, new[name])

@@ -482,6 +482,7 @@ class GrowthScheduler:
         Returns:
             The grown module and the optimizer over it, with values and state to be overwritten by the checkpoint.
         """
+        self._growth = self._frozen = None  # what was grown and is held before is another model's
         for each in self._done:
             if each.error:
                 continue
