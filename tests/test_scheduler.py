@@ -15,6 +15,7 @@ from fxgrow.errors import FxgrowError, GrowthRefused, SpecError
 from fxgrow.scheduler import GrowthScheduler
 from fxgrow.scheduler import scheduler as scheduling
 from fxgrow.scheduler.progress import Partial
+from tests.models import trained
 
 WIDEN = {"op": "widen", "axis": "*/hidden", "factor": 2}
 
@@ -691,6 +692,29 @@ def test_several_optimizers_go_along() -> None:
         list(model.up.parameters()),
         list(model.down.parameters()),
     ]
+
+
+def test_a_running_average_goes_along() -> None:
+    model, x = trained(Chain().double()), torch.randn(5, 3, dtype=torch.float64)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    trained(model, seed=1)
+    average.update_parameters(model)
+    average.update_parameters(trained(model, seed=2))
+    before = average(x)
+    lora = {"op": "lora", "modules": "*", "rank": 2}
+    schedule = [event({**WIDEN, "factor": 3}, lora, step=0), event({"op": "lora_merge", "modules": "up"}, step=1)]
+    scheduler = GrowthScheduler([*schedule, event({"op": "lora_decay", "steps": 2}, step=2)], (x,), verify=False)
+    for step in range(2):
+        done = scheduler.step(model, step=step)
+        assert done is not None
+        done.apply_to_copy_(average)
+        assert torch.allclose(average(x), before, rtol=0, atol=1e-12)
+        average.update_parameters(trained(model, seed=3 + step))
+        before = average(x)
+        assert list(average.module.state_dict()) == list(model.state_dict())
+    done = scheduler.step(model, step=2)
+    with pytest.raises(FxgrowError, match="adapters of a copy do not fade"):
+        done.apply_to_copy_(average)  # type: ignore[union-attr]
 
 
 def test_a_scheduler_that_is_loaded_again_forgets_what_it_held_in_another_model() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.growth import Growth, grow
@@ -108,6 +109,34 @@ class ActionResult:
                 "error_native": receipt.error_native,
             }
         return {**line, "error": self.error} if self.error else line
+
+    def apply_to_copy_(self, copy: torch.nn.Module) -> None:
+        """Do the same to a copy of the model that has weights of its own, such as a running average of them.
+
+        Right after the step that returned this, and before the copy takes anything from the model again. What holds
+        gradients back, or is the optimizer's or the loop's, is nothing to a copy.
+
+        Args:
+            copy: as :meth:`fxgrow.Growth.apply_to_copy_` takes it.
+
+        Raises:
+            FxgrowError: it cannot be done to the copy, which is as it was; a fading adapter is one step after another.
+        """
+        inner = uncompiled(copy.module if isinstance(copy, AveragedModel) else copy)
+        if self.error:
+            return
+        if self.growth is not None:
+            self.growth.apply_to_copy_(copy)
+        elif isinstance(self.action, LoraScale):
+            adapters.scale(inner, self.action)
+        elif isinstance(self.action, LoraMerge):
+            adapters.merge(inner, [], self.action)
+        elif isinstance(self.action, Dropout):
+            set_dropout(inner, self.action)
+        elif isinstance(self.action, LoraDecay):
+            raise FxgrowError(
+                "lora_decay: adapters of a copy do not fade with the model's: make the copy anew after it"
+            )
 
 
 def _plain(action: Grow | Action) -> dict[str, Any]:
