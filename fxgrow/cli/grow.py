@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fxgrow.cli.console import out, print_json, working
-from fxgrow.cli.options import Config, Device, Input, Json, Model, Seed, Spec, Weights
+from fxgrow.cli.options import Config, Device, Input, Json, Model, NoSpec, Seed, Weights
 
 
 class Level(StrEnum):
@@ -25,8 +25,18 @@ class Level(StrEnum):
 
 def grow(
     model: Model,
-    spec: Spec,
-    out_: Annotated[Path, typer.Option("--out", "-o", help="Folder of the grown checkpoint.", show_default=False)],
+    spec: NoSpec = None,
+    out_: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the grown checkpoint.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="A size in the words of config.json; repeat it."),
+    ] = None,
+    like: Annotated[Path | None, typer.Option(help="A larger model's config.json: grow to its sizes.")] = None,
+    class_: Annotated[
+        str | None, typer.Option("--class", help="package.module:Class of the folder, where it is not transformers'.")
+    ] = None,
     checkpoint: Weights = None,
     config: Config = None,
     input: Input = None,
@@ -39,17 +49,33 @@ def grow(
     """Grow a checkpoint: weights in, a larger checkpoint that computes the same out.
 
     \b
+    fxgrow grow llama '{op: widen, axis: "*/residual", factor: 2}' --out larger
+    fxgrow grow llama --set hidden_size=4096 --set num_hidden_layers=40 --out larger
+    fxgrow grow llama --like larger/config.json --out larger
     fxgrow grow my.models:gpt spec.yaml --checkpoint small.safetensors --out big
     fxgrow grow out/big '{op: widen, axis: "*/heads", factor: 2}' --out out/bigger
 
-    Without --checkpoint the weights are those the callable makes.
+    A folder with a config.json, as transformers has them, becomes such a folder; it may be larger than memory, and a
+    run that was killed goes on where it was. Of package.module:callable, and of a folder that fxgrow wrote, fxgrow's
+    own folder is made; without --checkpoint the weights are those the callable makes.
     """
     from fxgrow import growth
     from fxgrow.checkpoint import save
+    from fxgrow.cli.folders import grow_folder, is_folder_of_a_class
     from fxgrow.cli.models import named_model
     from fxgrow.cli.tables import show_plan, show_receipt
+    from fxgrow.errors import SpecError
     from fxgrow.spec import GrowthSpec
 
+    if out_ is None:
+        raise SpecError("say where the grown checkpoint goes: --out FOLDER")
+    if is_folder_of_a_class(model):
+        grow_folder(Path(model), spec, out_, set_ or (), like, class_, input or (), verify is not Level.off, json_)
+        return
+    if set_ or like or class_:
+        raise SpecError(f"--set, --like and --class are for folders with a config.json, and {model} is none")
+    if spec is None:
+        raise SpecError("say how to grow: a spec file, or YAML")
     parsed = GrowthSpec.parse(spec)
     named = named_model(
         model, config=config or (), inputs=input or (), weights=checkpoint, device=device, seed=seed, dry=False

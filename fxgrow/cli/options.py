@@ -30,6 +30,10 @@ Input = Annotated[
 Spec = Annotated[
     str, typer.Argument(help="A spec file, or YAML: '{op: widen, axis: \"*/hidden\", factor: 2}'.", show_default=False)
 ]
+NoSpec = Annotated[
+    str | None,
+    typer.Argument(help="A spec file, or YAML; not with --set or --like.", show_default=False),
+]
 Weights = Annotated[
     Path | None,
     typer.Option("--checkpoint", "-w", help="Weights of the model: a .safetensors state dict or a checkpoint folder."),

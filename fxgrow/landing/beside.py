@@ -88,12 +88,12 @@ def apart(model: nn.Module, made: nn.Module, config: Any) -> dict[str, str]:
     known = tensors_beside(made)
     for place, tensor in tensors_beside(model).items():
         other = known.get(place)
-        if other is not None and not _alike(tensor, other):
+        if other is not None and not alike(tensor, other):
             out[place] = f"the tensor {place}, which is not saved, holds other values"
     return out
 
 
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.detach().cpu(), b.detach().cpu()
@@ -115,4 +115,4 @@ class Unwritten(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-__all__ = ["Unwritten", "apart", "tensors_beside"]
+__all__ = ["Unwritten", "alike", "apart", "tensors_beside"]

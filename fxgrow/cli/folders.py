@@ -1,0 +1,107 @@
+"""``fxgrow grow`` of a folder with a config: the larger folder, with a bar while it is written."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from fxgrow.cli.console import out, print_json, say
+from fxgrow.cli.models import find_callable, parse_input, parse_settings
+from fxgrow.cli.tables import show_plan, show_receipt
+from fxgrow.errors import SpecError
+from fxgrow.folders import grow_checkpoint
+from fxgrow.limits import bytes_in_words
+from fxgrow.manifest import MANIFEST
+
+#: seconds between lines of progress where there is no terminal
+_EVERY = 10.0
+
+
+def is_folder_of_a_class(reference: str) -> bool:
+    """Whether a folder has a config, and is not one of fxgrow's own."""
+    folder = Path(reference)
+    return (folder / "config.json").is_file() and not (folder / MANIFEST).is_file()
+
+
+def grow_folder(
+    folder: Path,
+    spec: str | None,
+    target: Path,
+    settings: Sequence[str],
+    like: Path | None,
+    named: str | None,
+    inputs: Sequence[str],
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Grow a folder and say what was done."""
+    kind = None if named is None else find_callable(named)
+    given = dict(parse_input(text) for text in inputs)
+    if None in given:
+        raise SpecError('name the inputs of a folder\'s model: --input "input_ids=int64[2,8]<100"')
+    with progress_bar(f"writing {target}") as wrote, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        done = grow_checkpoint(
+            folder,
+            spec,
+            target,
+            settings=parse_settings(settings, "--set") if settings else None,
+            like=like,
+            model_class=kind,
+            inputs={str(k): v for k, v in given.items()} or None,
+            verify=verify,
+            progress=wrote,
+        )
+    changed = {k: {"old": old, "new": new} for k, (old, new) in done.settings.items()}
+    if as_json:
+        receipt = json.loads(done.receipt.model_dump_json())
+        print_json({"out": str(target), "settings": changed, "seconds": done.seconds, **receipt})
+        return
+    console = out()
+    show_plan(console, done.plan)
+    show_receipt(console, done.receipt, done.plan.notes)
+    for name, values in changed.items():
+        console.print(f"config {name}: {values['old']} → {values['new']}")
+    console.print(f"written to {target}", soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Any]:
+    """What takes bytes written and bytes in all: a bar on a terminal, a line now and then elsewhere."""
+    console = say()
+    if not console.is_terminal:
+        yield _Lines(what)
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as bar:
+        task = bar.add_task("capturing and planning", total=None)
+
+        def wrote(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield wrote
+
+
+class _Lines:
+    def __init__(self, what: str) -> None:
+        self._what, self._start, self._begun, self._last = what, 0.0, 0, 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._start:
+            self._start, self._begun, self._last = now, done, now
+        elif now - self._last >= _EVERY:
+            self._last = now
+            rate = (done - self._begun) / (now - self._start)
+            left = (total - done) / rate if rate else float("inf")
+            say().print(
+                f"{self._what}: {bytes_in_words(done)} of {bytes_in_words(total)}, "
+                f"{bytes_in_words(int(rate))}/s, {left:.0f} s left"
+            )

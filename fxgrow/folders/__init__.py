@@ -1,0 +1,13 @@
+"""Checkpoints of other people's classes: a folder in, a larger folder out.
+
+``grow_checkpoint`` in ``growing.py`` reads from top to bottom. Its parts: :mod:`~fxgrow.folders.tensorfile` reads and
+writes the safetensors format a tensor at a time, :mod:`~fxgrow.folders.source` says what a folder holds,
+:mod:`~fxgrow.folders.building` makes the class from its config without memory for weights, and
+:mod:`~fxgrow.folders.writing` streams the grown weights.
+"""
+
+from __future__ import annotations
+
+from fxgrow.folders.growing import Grown, grow_checkpoint
+
+__all__ = ["Grown", "grow_checkpoint"]

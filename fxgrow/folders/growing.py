@@ -1,0 +1,410 @@
+"""``grow_checkpoint``: a folder with a config and weights in, a larger one out, without fxgrow in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxgrow.errors import CheckpointError, GrowthRefused, SpecError, did_you_mean
+from fxgrow.folders import card
+from fxgrow.folders.building import Make, build, example_of, maker_of, names_of
+from fxgrow.folders.source import CONFIG, Source, open_folder
+from fxgrow.folders.tensorfile import Entry, disk_errors
+from fxgrow.folders.writing import Target, Writing, copied, shards_of
+from fxgrow.growth import plan_growth
+from fxgrow.ir.traced import Traced
+from fxgrow.landing.apply import apply, constants_held
+from fxgrow.landing.beside import alike
+from fxgrow.landing.between import spec_between
+from fxgrow.landing.compare import described, differences
+from fxgrow.landing.living import attributes_of
+from fxgrow.plan import GrowthPlan
+from fxgrow.program import Program, capture
+from fxgrow.reading import read_json
+from fxgrow.spec import GrowthSpec
+from fxgrow.verify.failures import Failures
+from fxgrow.verify.float64 import Float64
+from fxgrow.verify.inputs import Inputs
+from fxgrow.verify.pair import Pair
+from fxgrow.verify.receipt import Receipt
+from fxgrow.weights.materialise import check_finite, materialise_tensor
+
+SHARD_BYTES = 5 * 10**9
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Grown:
+    """What :func:`grow_checkpoint` made.
+
+    Attributes:
+        folder: of the grown checkpoint.
+        plan: how every tensor was made.
+        receipt: what was measured.
+        settings: those of the config that are others now: old and new, None where there was none.
+        seconds: of each part.
+    """
+
+    folder: Path
+    plan: GrowthPlan
+    receipt: Receipt
+    settings: dict[str, tuple[Any, Any]]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def grow_checkpoint(
+    folder: str | Path,
+    spec: Any = None,
+    out: str | Path | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    like: str | Path | None = None,
+    model_class: type[nn.Module] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Grown:
+    """Grow a checkpoint that a class is made from by its config: a folder of transformers, or of a class of yours.
+
+    The class is made without memory for weights, traced and grown; the config that makes the grown class is found, and
+    proved by a trace of that class. Then the weights are streamed: memory is needed for the largest tensors, not for
+    the model. The new folder has the config, the weights under the class's own names, and all other files of the old
+    one; it appears whole, and a run that was killed goes on where it was.
+
+    Args:
+        folder: with ``config.json`` and ``model.safetensors``, or shards of it with their index.
+        spec: as :func:`fxgrow.grow` takes it; or instead of it
+        settings: of the config, by name, with their new values; or
+        like: the ``config.json`` of a larger model of the class.
+        out: the new folder, which is not there yet; beside the old one, ``-grown``, if None.
+        model_class: of your own, which is made from a config's settings by name, or from an object of them; None for
+            the class of transformers that the config names.
+        inputs: example inputs by name; made from the signature and the config if None.
+        verify: compare both models in float64, an op's weights at a time.
+        shard_bytes: the most that a file of weights holds.
+        progress: called with bytes written and bytes in all.
+
+    Raises:
+        SpecError: the spec or the settings are wrong, or no example is known.
+        CheckpointError: the folder or its class is.
+        GrowthRefused: what cannot be proved exact, or no config of the class computes; nothing is written then.
+        DiskError: no room, or the new folder is there already.
+        ExactnessError: an exact plan measured inexact.
+    """
+    folder = Path(folder)
+    out = folder.with_name(folder.name + "-grown") if out is None else Path(out)
+    seconds: dict[str, float] = {}
+    clock = _Clock(seconds)
+    if sum(given is not None for given in (spec, settings, like)) != 1:
+        raise SpecError("give one of: a spec, settings of the config, the config of a larger model")
+    source = open_folder(folder)
+    make = maker_of(folder, source.config, model_class)
+    dtypes = {n: e.dtype for n, e in source.tensors.items()}
+    model = build(make, source.config, dtypes, str(folder / CONFIG))
+    names, ignored = names_of(model, source.tensors, str(folder))
+    dtypes = {m: dtypes[n] for n, m in names.items()}
+    model = build(make, source.config, dtypes, str(folder / CONFIG))
+    given = example_of(model) if inputs is None else dict(inputs)
+    with clock("capture"):
+        program = capture(model, (), given)
+    if spec is None:
+        wanted = _wanted(source, settings, like)
+        with clock("capture"):
+            theirs = capture(build(make, wanted, dtypes, "the config with these settings"), (), given)
+        operations = spec_between(program, theirs)
+        if not operations:
+            raise SpecError("these settings change no size: there is nothing to grow")
+        with clock("plan"):
+            plan, grown = plan_growth(program, GrowthSpec.parse(operations), theirs)
+        changed = {k: (source.config.get(k), v) for k, v in wanted.items() if source.config.get(k, _MISSING) != v}
+    else:
+        with clock("plan"):
+            plan, grown = plan_growth(program, GrowthSpec.parse(spec))
+        with clock("config"):
+            changed = _landed(model, source, program, plan, grown)
+        wanted = source.config | {k: new for k, (_, new) in changed.items()}
+    with clock("prove"):
+        dtypes = {n: t.dtype for n, t in grown.tensors.items()}
+        dtypes |= {alias: dtypes[name] for alias, name in grown.aliases.items() if name in dtypes}
+        large = build(make, wanted, dtypes, "the grown config")
+        _prove(large, wanted, program, plan, grown, given)
+    stored = {m: source.tensors[n] for n, m in names.items()}
+    reader = _Reader(program, stored)
+    targets = _targets(plan, program, grown, names, large)
+    shards = shards_of(list(targets), shard_bytes)
+    with clock("write"):
+        key = _key(source, plan, wanted, shards)
+        writing = Writing(out, key, shards, source.metadata or {"format": "pt"})
+        _stream(writing, targets, plan, reader, progress)
+        writing.index()
+    receipt = Receipt(exactness=plan.exactness, notes=["not measured: verification was switched off"])
+    if verify:
+        with clock("verify"):
+            receipt = _verified(program, plan, grown, reader)
+    receipt.params_before, receipt.params_after = plan.parameters_before, plan.parameters_after
+    receipt.notes += [f"{name} was left out: the class has no place for it" for name in ignored]
+    done = Grown(out, plan, receipt, changed, seconds)
+    list(copied(source.others, folder, writing.part))
+    with disk_errors(str(out)):
+        (writing.part / CONFIG).write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        card.write(writing.part, folder.name, plan, receipt, changed)
+    writing.settle()
+    return done
+
+
+_MISSING = object()
+
+
+# the config --------------------------------------------------------------------------------------------------------
+
+
+def _wanted(source: Source, settings: Mapping[str, Any] | None, like: str | Path | None) -> dict[str, Any]:
+    """The config that a larger model is to have.
+
+    Raises:
+        SpecError: a setting that the config does not have.
+    """
+    if like is not None:
+        found = read_json(Path(like) / CONFIG if Path(like).is_dir() else Path(like), SpecError, finite=False)
+        if not isinstance(found, dict):
+            raise SpecError(f"{like} is no table of settings")
+        return source.config | found
+    assert settings is not None
+    for name in settings:
+        if name not in source.config:
+            raise SpecError(f"{CONFIG} of {source.folder} has no {name}; {did_you_mean(name, source.config)}")
+    return source.config | dict(settings)
+
+
+def _landed(
+    model: nn.Module, source: Source, program: Program, plan: GrowthPlan, grown: Traced
+) -> dict[str, tuple[Any, Any]]:
+    """Grow the class, whose weights are not there: which settings of its config are others then.
+
+    Raises:
+        GrowthRefused: the class cannot compute the grown function.
+    """
+    before = _settings(model, source.config)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in plan.tensors.items():
+        if name in grown.parameters:
+            tensors[name] = nn.Parameter(torch.empty(tensor.shape, dtype=grown.parameters[name].dtype))
+        else:
+            tensors[name] = materialise_tensor(tensor, program.tensor(tensor.source) if tensor.source else None)
+    apply(model, plan, program.without_tensors(), grown, tensors, constants_held(model, program))
+    after = _settings(model, source.config)
+    return {k: (before.get(k), v) for k, v in after.items() if before.get(k, _MISSING) != v}
+
+
+def _settings(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model says of itself, as plain data: its config, or arguments that it keeps by their names."""
+    held: Any = getattr(model, "config", None)
+    if held is None:
+        return {k: v for k, v in attributes_of(model).items() if k in config}
+    if callable(getattr(held, "to_dict", None)):
+        return dict(json.loads(json.dumps(held.to_dict(), default=str)))
+    if dataclasses.is_dataclass(held) and not isinstance(held, type):
+        return dataclasses.asdict(held)
+    return dict(held) if isinstance(held, Mapping) else {k: v for k, v in vars(held).items() if not k.startswith("_")}
+
+
+def _prove(
+    large: nn.Module,
+    config: Mapping[str, Any],
+    program: Program,
+    plan: GrowthPlan,
+    grown: Traced,
+    inputs: Mapping[str, Any],
+) -> None:
+    """See to it that the class made from the grown config computes the grown function.
+
+    Raises:
+        GrowthRefused: it does not; the message names the numbers on both sides.
+    """
+    theirs = capture(large, (), inputs)
+    if found := differences(grown, theirs):
+        lines = [f"{type(large).__name__}, made from the grown config, does not compute what the growth does:"]
+        lines += [f"  {described(d, 'the class')}" for d in found[:6]]
+        lines += [f"  and {len(found) - 6} more"] if len(found) > 6 else []
+        lines.append("Grow other axes with it, so that a config says the same, or use fxgrow.grow and fxgrow.save")
+        raise GrowthRefused("\n".join(lines))
+    computed = dict(large.named_buffers())
+    for name in grown.buffers:
+        if name in grown.persistent or name not in computed:
+            continue
+        tensor = plan.tensors[name]
+        made = materialise_tensor(tensor, program.tensor(tensor.source) if tensor.source else None)
+        if not alike(made, computed[name]):
+            raise GrowthRefused(
+                f"the buffer {name} is not saved, and {type(large).__name__} computes other values for it than the "
+                "growth needs"
+            )
+
+
+# the weights -------------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """The small model's tensors by name: weights from their files, anything else as the class computes it."""
+
+    def __init__(self, program: Program, stored: Mapping[str, Entry]) -> None:
+        self.program = program
+        self.stored = {program.aliases.get(n, n): e for n, e in stored.items()}
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def __call__(self, name: str) -> torch.Tensor:
+        if name not in self.stored:
+            return self.program.tensor(name)
+        if self._last is None or self._last[0] != name:
+            self._last = None  # one at a time
+            self._last = name, self.stored[name].read()
+        return self._last[1]
+
+    def table(self, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A dict of some of the program's tensors that reads those in files when they are asked for."""
+        return _Table(known, self)
+
+
+class _Table(dict[str, torch.Tensor]):
+    def __init__(self, known: Mapping[str, torch.Tensor], reader: _Reader) -> None:
+        super().__init__(known)
+        self._reader = reader
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._reader(name)
+
+
+def _targets(
+    plan: GrowthPlan, program: Program, grown: Traced, names: Mapping[str, str], large: nn.Module
+) -> dict[Target, str]:
+    """What is written, in the order in which it is read, and the plan's name of it.
+
+    A tensor has the names that its source has in the files: of tied ones, those that were saved.
+    """
+    back = {m: n for n, m in names.items()}
+    own = large.state_dict(keep_vars=True)
+    prefix = _prefix(names)
+    order = {program.aliases.get(m, m): i for i, m in enumerate(names.values())}
+    alias_of: dict[str, list[str]] = {}
+    for alias, name in grown.aliases.items():
+        alias_of.setdefault(name, []).append(alias)
+    found: list[tuple[int, Target, str]] = []
+    for name, tensor in plan.tensors.items():
+        if name not in grown.parameters and name not in grown.buffers:
+            continue
+        every = [n for n in (name, *alias_of.get(name, ())) if n in own]
+        saved = [n for n in every if n in back]
+        if not saved and tensor.source is not None and program.aliases.get(tensor.source, tensor.source) not in order:
+            continue  # a buffer that is not saved
+        dtype = (grown.parameters.get(name) if name in grown.parameters else grown.buffers[name]).dtype  # type: ignore[union-attr]
+        place = order.get(tensor.source or "", len(order))
+        for n in saved or every[:1]:
+            found.append((place, Target(back.get(n, prefix(n)), dtype, tuple(tensor.shape)), name))
+    written = {n for _, t, _ in found for n in [t.name]}
+    for name, tensor in own.items():  # read by no call: as it was, where its size is still right
+        if prefix(name) not in written and not any(own[o] is tensor for o in own if prefix(o) in written):
+            old = back.get(name)
+            if old is None or tuple(program.tensor(name).shape) != tuple(tensor.shape):
+                raise GrowthRefused(f"{name} is read by no captured call, so that how it grows is not known")
+            found.append((order[name], Target(old, program.tensor(name).dtype, tuple(tensor.shape)), name))
+    return {target: name for _, target, name in sorted(found, key=lambda item: item[0])}
+
+
+def _prefix(names: Mapping[str, str]) -> Callable[[str], str]:
+    """From the model's names to those in the files."""
+    for file, own in names.items():
+        if file != own:
+            if own.endswith(f".{file}"):
+                return lambda n, cut=own.removesuffix(file): n.removeprefix(cut)  # type: ignore[misc]
+            return lambda n, more=file.removesuffix(own): more + n  # type: ignore[misc]
+    return lambda n: n
+
+
+def _stream(
+    writing: Writing,
+    targets: Mapping[Target, str],
+    plan: GrowthPlan,
+    reader: _Reader,
+    progress: Progress | None,
+) -> None:
+    total = sum(t.bytes for t in targets)
+    done = writing.bytes_done
+
+    def made(shard: Sequence[Target]) -> Iterator[torch.Tensor]:
+        for target in shard:
+            name = targets[target]
+            tensor = plan.tensors[name]
+            source = None if tensor.source is None else reader(tensor.source)
+            if source is not None:
+                check_finite({tensor.source or name: source})
+            yield materialise_tensor(tensor, source, dtype=target.dtype)
+
+    def wrote(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    if progress is not None:
+        progress(done, total)
+    writing.write(made, wrote)
+
+
+def _key(source: Source, plan: GrowthPlan, config: Mapping[str, Any], shards: Iterable[Sequence[Target]]) -> str:
+    """What a run that goes on has to have in common with the one before."""
+    files = sorted({e.file for e in source.tensors.values()})
+    state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    said = json.dumps(
+        [str(source.folder.resolve()), state, config, [[t.name for t in s] for s in shards]],
+        sort_keys=True,
+        default=str,
+    )
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(said.encode())
+    digest.update(plan.model_dump_json(include={"tensors", "steps"}).encode())
+    return digest.hexdigest() + "\n"
+
+
+def _verified(program: Program, plan: GrowthPlan, grown: Traced, reader: _Reader) -> Receipt:
+    """Compare both models in float64, an op's weights at a time.
+
+    Raises:
+        ExactnessError: the plan is exact, the measurement is not.
+    """
+    small = dataclasses.replace(
+        program, parameters=reader.table(program.parameters), buffers=reader.table(program.buffers)
+    )
+    receipt, failures = Receipt(exactness=plan.exactness, measured="streamed"), Failures(plan)
+    Float64(Pair(small, grown, plan), Inputs(small), failures, receipt).streamed()
+    failures.judge(receipt)
+    return receipt
+
+
+class _Clock:
+    """Adds up seconds by the name of a part."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+
+    def __call__(self, name: str) -> _Clock:
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._start
+
+
+__all__ = ["CheckpointError", "Grown", "Make", "grow_checkpoint"]

@@ -1,0 +1,241 @@
+"""A folder in, a larger folder out: it loads into the class made from its config, and computes the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from examples.gpt.model import GPT, GPTConfig
+from fxgrow.errors import CheckpointError, DiskError, GrowthRefused, SpecError
+from fxgrow.folders import grow_checkpoint, writing
+from fxgrow.training import untied
+
+CONFIG = GPTConfig(vocab_size=40, block_size=12, n_layer=2, n_head=2, n_embd=8, n_hidden=16, head_dim=4)
+SPECS: dict[str, Any] = {
+    "stream": [{"op": "widen", "axis": "./residual", "factor": 2}],
+    "stream by half": [{"op": "widen", "axis": "./residual", "to": 12, "noise": {"scale": 0.1}}],
+    "hidden": [{"op": "widen", "axis": "*/hidden", "factor": 2, "noise": {"scale": 0.1}}],
+    "heads": [{"op": "widen", "axis": "*/heads", "factor": 2}],
+    "depth": [{"op": "deepen", "stack": "transformer.h", "by": 1}],
+    "vocabulary": [{"op": "extend", "axis": "*/vocab", "to": 48}],
+    "all": [
+        {"op": "widen", "axis": "./residual", "factor": 2},
+        {"op": "widen", "axis": "*/hidden", "factor": 2},
+        {"op": "deepen", "stack": "transformer.h", "by": 1},
+    ],
+}
+
+
+def model_of(config: dict[str, Any]) -> GPT:
+    return GPT(GPTConfig(**config)).double()
+
+
+def folder_of(path: Path, dtype: torch.dtype = torch.float64) -> Path:
+    """A folder as a user may have it: shards with an index, a tokenizer, a card."""
+    torch.manual_seed(0)
+    model = GPT(CONFIG).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    tensors, _ = untied(model.state_dict())
+    path.mkdir()
+    names = sorted(tensors)
+    places = {n: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, n in enumerate(names)}
+    for file in set(places.values()):
+        save_file({n: tensors[n] for n in names if places[n] == file}, path / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "config.json").write_text(json.dumps(dataclasses.asdict(CONFIG) | {"model_type": "gpt", "note": "kept"}))
+    (path / "tokenizer").mkdir()
+    (path / "tokenizer" / "words.txt").write_text("a b c")
+    (path / "README.md").write_text("# A model\n")
+    return path
+
+
+def loaded(folder: Path) -> tuple[GPT, dict[str, Any]]:
+    config = json.loads((folder / "config.json").read_text())
+    fields = {f.name for f in dataclasses.fields(GPTConfig)}
+    model = model_of({k: v for k, v in config.items() if k in fields})
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    tied = {"transformer.wte.weight", "lm_head.weight"}
+    assert len(tied & set(tensors)) == 1, "saved once"
+    shared = tensors[(tied & set(tensors)).pop()]
+    model.load_state_dict(tensors | dict.fromkeys(tied, shared))
+    return model.eval(), config
+
+
+def logits(model: GPT) -> torch.Tensor:
+    ids = torch.randint(40, (3, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return torch.Tensor(model(ids, ids)[0][..., :40])
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and f.name not in ("growth.json", "README.md")
+    }
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_larger_class_loads_it_and_computes_the_same(tmp_path: Path, name: str) -> None:
+    source = folder_of(tmp_path / "small")
+    before = digest(source)
+    done = grow_checkpoint(source, SPECS[name], tmp_path / "large", model_class=GPT, shard_bytes=3000)
+    assert digest(source) == before
+    small, large = loaded(source)[0], loaded(done.folder)[0]
+    assert sum(p.numel() for p in large.parameters()) > sum(p.numel() for p in small.parameters())
+    assert float((logits(small) - logits(large)).abs().max()) < 1e-10
+    assert done.receipt.error_float64 is not None
+    assert done.receipt.error_float64 < 1e-10
+    # everything else is there
+    config = json.loads((done.folder / "config.json").read_text())
+    assert config["note"] == "kept"
+    assert {k for k, v in config.items() if v != getattr(CONFIG, k, v)} == set(done.settings)
+    assert (done.folder / "tokenizer" / "words.txt").read_text() == "a b c"
+    card = (done.folder / "README.md").read_text()
+    assert card.startswith("# A model\n")
+    assert "Grown from small" in card
+    index = json.loads((done.folder / "model.safetensors.index.json").read_text())
+    files = {f.name for f in done.folder.glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == files
+    assert len(files) > 2
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+def test_sizes_in_the_words_of_the_config(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "small")
+    by_set = grow_checkpoint(source, None, tmp_path / "set", settings={"n_hidden": 24, "n_layer": 3}, model_class=GPT)
+    larger = json.loads((source / "config.json").read_text()) | {"n_hidden": 24, "n_layer": 3}
+    (tmp_path / "larger.json").write_text(json.dumps(larger))
+    by_like = grow_checkpoint(source, None, tmp_path / "like", like=tmp_path / "larger.json", model_class=GPT)
+    assert by_set.settings == by_like.settings == {"n_hidden": (16, 24), "n_layer": (2, 3)}
+    assert digest(by_set.folder) == digest(by_like.folder)
+    assert float((logits(loaded(source)[0]) - logits(loaded(by_set.folder)[0])).abs().max()) < 1e-10
+
+
+def test_the_dtype_is_kept(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "small", torch.bfloat16)
+    done = grow_checkpoint(source, SPECS["stream"], tmp_path / "large", model_class=GPT)
+    tensors = load_file(done.folder / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    small, large = loaded(source)[0], loaded(done.folder)[0]
+    assert float((logits(small) - logits(large)).abs().max()) < 1e-10, "powers of two are exact in any dtype"
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder_of(tmp_path / "small")
+
+    def run(out: str) -> Any:
+        return grow_checkpoint(source, SPECS["all"], tmp_path / out, model_class=GPT, shard_bytes=3000)
+
+    whole = digest(run("whole").folder)
+    write, left = writing.write_tensor, 30
+
+    def dying(file: Any, tensor: torch.Tensor) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise OSError(28, "No space left on device")
+        write(file, tensor)
+
+    monkeypatch.setattr(writing, "write_tensor", dying)
+    with pytest.raises(DiskError, match="No space left"):
+        run("large")
+    assert not (tmp_path / "large").exists()
+    there = {f.name: f.stat().st_mtime_ns for f in (tmp_path / ".large.growing").glob("*.safetensors")}
+    assert there
+    monkeypatch.setattr(writing, "write_tensor", write)
+    done = run("large")
+    assert digest(done.folder) == whole
+    assert {n: (done.folder / n).stat().st_mtime_ns for n in there} == there, "what was whole is not written again"
+    with pytest.raises(DiskError, match="is there already"):
+        run("large")
+
+
+def test_another_growth_does_not_go_on_from_what_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder_of(tmp_path / "small")
+    monkeypatch.setattr(writing.Writing, "settle", lambda self: None)
+    grow_checkpoint(source, SPECS["stream"], tmp_path / "large", model_class=GPT, shard_bytes=3000)
+    monkeypatch.undo()
+    done = grow_checkpoint(source, SPECS["hidden"], tmp_path / "large", model_class=GPT, shard_bytes=3000)
+    assert float((logits(loaded(source)[0]) - logits(loaded(done.folder)[0])).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "said"),
+    [
+        ({"settings": {"n_hiden": 4}}, SpecError, "n_hidden"),
+        ({"settings": {"n_hidden": 16}}, SpecError, "nothing to grow"),
+        ({"settings": {"n_hidden": 8}}, SpecError, "16 units, the larger model 8"),
+        ({}, SpecError, "give one of"),
+        ({"spec": SPECS["stream"], "settings": {"n_layer": 3}}, SpecError, "give one of"),
+        ({"settings": {"n_layer": "x"}}, CheckpointError, "class cannot be made"),
+    ],
+)
+def test_bad_requests(tmp_path: Path, how: dict[str, Any], error: type[Exception], said: str) -> None:
+    source = folder_of(tmp_path / "small")
+    with pytest.raises((error, GrowthRefused), match=said):
+        grow_checkpoint(source, out=tmp_path / "large", model_class=GPT, **how)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
+
+
+def _cut(folder: Path) -> None:
+    file = next(folder.glob("model-00001*"))
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def _rename(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {n.replace("ln_f", "norm"): f for n, f in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _outside(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "../elsewhere.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "config.json").unlink(), "has no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "no table of settings"),
+        (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "which is not there"),
+        (lambda f: (f / "model-00002-of-00002.safetensors").write_bytes(b"12"), "no safetensors file"),
+        (_cut, "cut off"),
+        (_rename, "which model.safetensors.index.json has elsewhere"),
+        (_outside, "not a file of the folder"),
+        (lambda f: [p.unlink() for p in f.glob("*.safetensors*")], "has neither model.safetensors nor"),
+    ],
+)
+def test_damaged_folders(tmp_path: Path, damage: Callable[[Path], Any], said: str) -> None:
+    source = folder_of(tmp_path / "small")
+    damage(source)
+    with pytest.raises(CheckpointError, match=said):
+        grow_checkpoint(source, SPECS["stream"], tmp_path / "large", model_class=GPT)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
+
+
+def test_weights_that_are_not_numbers_are_refused_and_nothing_appears(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "small")
+    file = next(source.glob("model-00002*"))
+    tensors = load_file(file)
+    tensors[min(tensors)].view(-1)[0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(GrowthRefused, match="NaN or infinite"):
+        grow_checkpoint(source, SPECS["stream"], tmp_path / "large", model_class=GPT)
+    assert not (tmp_path / "large").exists()
