@@ -158,6 +158,37 @@ def test_what_is_merged_is_gone_for_what_comes_after(operations: Any, expected: 
     assert scheduler.next is None
 
 
+def test_a_policy_is_asked_of_its_growth_alone() -> None:
+    """Padding under a norm has no exact gradients, and neither what came before it nor what comes after has it."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.norm, self.up, self.down = (
+                nn.Linear(3, 6),
+                nn.LayerNorm(6),
+                nn.Linear(6, 4),
+                nn.Linear(4, 1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.tanh(self.up(self.norm(self.read(x)))))  # type: ignore[no-any-return]
+
+    model, x = Normed(), torch.randn(5, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    hidden = event({"op": "widen", "axis": "*/hidden", "factor": 2}, optimizer="exact")
+    padded = event({"op": "widen", "axis": "norm.weight:0", "to": 9})
+    scheduler = GrowthScheduler([hidden, {**padded, "optimizer": "copy"}, hidden], (x,), verify=False)
+    names = [r.op for r in scheduler.check(model, optimizer).rows]
+    assert names == ["start", "grow", "grow", "grow"]
+    while scheduler.step(model, optimizer, step=3):
+        pass
+    assert scheduler.next is None
+    wrong, model = GrowthScheduler([hidden, {**padded, "optimizer": "exact"}], (x,)), Normed()
+    with pytest.raises(FxgrowError, match=r"events\.1 .*policy 'exact' needs a growth whose gradients follow"):
+        wrong.check(model, torch.optim.AdamW(model.parameters()))
+
+
 def test_a_weight_decay_that_an_event_takes_away_is_gone_for_the_next() -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)

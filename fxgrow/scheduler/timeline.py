@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fxgrow.emit.module import regenerate
-from fxgrow.errors import FxgrowError, SpecError, did_you_mean, reworded
+from fxgrow.errors import FxgrowError, GrowthRefused, SpecError, did_you_mean, reworded
 from fxgrow.growth import plan_growth
 from fxgrow.ir import trees
 from fxgrow.ir.adapters import DOWN, UP, all_adapters
@@ -124,6 +124,7 @@ class DryRun:
     in_place: bool = True
     operations: list[Any] = field(default_factory=list)
     grown: Program | None = None  # so far
+    plan: GrowthPlan | None = None  # of what has grown here so far
     has_grown: bool = False
     merged: set[str] = field(default_factory=set)  # parameters that a library's classes hold for adapters that are gone
     made: set[str] | None = None  # the adapters' weights that the last growth made, where it made nothing else
@@ -253,8 +254,8 @@ class DryRun:
 
     def _planned(self) -> tuple[GrowthPlan, _Size]:
         """All so far as one: a plan has no tensors that the next could start from."""
-        plan, self.grown = plan_growth(self.program, GrowthSpec.model_construct(operations=self.operations))
-        return plan, _sized(self.grown, self.merged)
+        self.plan, self.grown = plan_growth(self.program, GrowthSpec.model_construct(operations=self.operations))
+        return self.plan, _sized(self.grown, self.merged)
 
     def _grow(self, action: Grow) -> _Size:
         if self.held:
@@ -268,13 +269,20 @@ class DryRun:
         policy = action.optimizer
         if self.optimizers:
             check_optimizer(self.optimizers, policy.policy, ramp=policy.ramp, parameters=list(self.model.parameters()))
-        before = self.grown.parameters.keys() if self.grown is not None else set()
-        plan, sized = self._planned()
         assert self.grown is not None
+        start, last = self.grown, self.plan
+        plan, sized = self._planned()
         only = all(isinstance(o, Lora) for o in action.spec.operations)
-        self.has_grown, self.made = True, set(self.grown.parameters) - before if only else None
+        self.has_grown, self.made = True, set(self.grown.parameters) - start.parameters.keys() if only else None
         if self.optimizers:
             names = {id(p): n for n, p in self.program.parameters.items() if isinstance(p, nn.Parameter)}
+            if last is not None and policy.policy == "exact":  # which asks for this growth alone
+                became = {t.source: n for n, t in last.tensors.items() if t.source is not None}
+                names = {i: became[n] for i, n in names.items() if n in became}
+                try:
+                    plan, _ = plan_growth(start, action.spec)
+                except GrowthRefused:  # for values of buffers, which are not there; as a whole it was planned above
+                    return sized
             check_plan(plan, policy.policy, list(self.optimizers), names)
         return sized
 
