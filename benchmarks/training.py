@@ -119,6 +119,6 @@ def step_seconds(scale: str) -> dict[str, float]:
 
     torch.set_num_threads(1)
     where = SCALES[scale]
-    found = common.side_by_side({n: step_of(where, s) for n, s in where.starts.items()}, 25, warmup=3)
+    found = common.side_by_side({n: step_of(where, s) for n, s in where.sizes.items()}, 25, warmup=3)
     key = "cpu" if where.device == "cpu" else "wall"
     return {name: statistics.median(times[key]) for name, times in found.items()}

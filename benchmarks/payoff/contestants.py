@@ -20,9 +20,9 @@ class Scale:
 
     Attributes:
         block_size, batch_size: tokens of a sample, samples of a step.
-        starts: fields of GPTConfig, by the name of a size; ``large`` is where all growths end.
+        sizes: fields of GPTConfig, by the name of a size; ``large`` is where all growths end.
         budget: FLOPs of a run.
-        rate: the learning rate around which is tuned.
+        rates: by the size a run starts with, the learning rate around which is tuned.
         warmup: steps.
         window: steps after a growth in which the worst rise of the loss is looked for.
     """
@@ -31,55 +31,40 @@ class Scale:
     device: str
     block_size: int
     batch_size: int
-    starts: Mapping[str, Sizes]
+    sizes: Mapping[str, Sizes]
     budget: float
-    rate: float
+    rates: Mapping[str, float]
     warmup: int = 100
     window: int = 300
     seeds: int = 3
 
 
-def _sizes(layers: int, heads: int, width: int, hidden: int, head: int) -> dict[str, int]:
-    return {"n_layer": layers, "n_head": heads, "n_embd": width, "n_hidden": hidden, "head_dim": head}
+def _gpt(layers: int, heads: int, head: int) -> dict[str, int]:
+    """A GPT as usual: the stream as wide as all heads, the MLP four times that."""
+    width = heads * head
+    return {"n_layer": layers, "n_head": heads, "n_embd": width, "n_hidden": 4 * width, "head_dim": head}
+
+
+def _four(layers: int, heads: int, head: int) -> dict[str, Sizes]:
+    """Large; a quarter and half of it in width; half of it in depth."""
+    return {
+        "large": _gpt(layers, heads, head),
+        "narrow": _gpt(layers, heads // 4, head),
+        "middle": _gpt(layers, heads // 2, head),
+        "flat": _gpt(layers // 2, heads, head),
+    }
+
+
+def _rates(large: float) -> dict[str, float]:
+    """The wider, the lower (Yang et al. 2022)."""
+    return {"large": large, "flat": large, "middle": 2 * large, "narrow": 4 * large}
 
 
 SCALES = {
-    "cpu": Scale(
-        "cpu",
-        "cpu",
-        64,
-        32,
-        {"large": _sizes(4, 4, 64, 256, 16), "narrow": _sizes(4, 2, 32, 128, 16), "flat": _sizes(2, 4, 64, 256, 16)},
-        4e12,
-        8e-3,
-    ),
-    "gpu": Scale(
-        "gpu",
-        "cuda",
-        256,
-        64,
-        {
-            "large": _sizes(12, 12, 768, 3072, 64),
-            "narrow": _sizes(12, 6, 384, 1536, 64),
-            "flat": _sizes(6, 12, 768, 3072, 64),
-        },
-        4e17,
-        1e-3,
-        warmup=300,
-    ),
+    "cpu": Scale("cpu", "cpu", 64, 32, _four(4, 8, 8), 2e12, _rates(8e-3)),
+    "gpu": Scale("gpu", "cuda", 256, 64, _four(12, 16, 64), 1e18, _rates(1e-3), warmup=300),
     # does it run at all: for the tests
-    "quick": Scale(
-        "quick",
-        "cpu",
-        16,
-        4,
-        {"large": _sizes(4, 4, 16, 32, 4), "narrow": _sizes(4, 2, 8, 16, 4), "flat": _sizes(2, 4, 16, 32, 4)},
-        6e8,
-        8e-3,
-        warmup=4,
-        window=6,
-        seeds=2,
-    ),
+    "quick": Scale("quick", "cpu", 16, 4, _four(4, 8, 4), 6e8, _rates(8e-3), warmup=4, window=6, seeds=2),
 }
 #: the part of the budget over which the learning rate falls to zero
 DECAY = 0.25
@@ -87,12 +72,12 @@ DECAY = 0.25
 
 @dataclass(frozen=True)
 class Hop:
-    """A growth: after which part of the budget, by what operations, which sizes become large by it; all if none."""
+    """A growth: after which part of the budget, by what operations, to which of the scale's sizes."""
 
     at: float
     operations: Sequence[Mapping[str, Any]]
     policy: Mapping[str, Any] = field(default_factory=dict)
-    to: Sequence[str] = ()
+    to: str = "large"
 
 
 @dataclass(frozen=True)
@@ -112,60 +97,57 @@ class Contestant:
     budgets: Sequence[float] = (1.0,)
 
 
-def widen(*axes: str, noise: bool = True, **options: Any) -> list[dict[str, Any]]:
-    """Every one of some axes twice as large."""
+#: where a growth is, in parts of the budget, if nothing else is said
+USUAL = 0.2
+
+
+def widen(factor: int = 4, *, noise: bool = True, rate: bool = True, **options: Any) -> list[dict[str, Any]]:
+    """Every axis so many times as large, and the learning rate as many times lower."""
     noisy = {"noise": {"scale": 0.1, "relative": True}} if noise and options.get("fill") != "add" else {}
-    return [{"op": "widen", "axis": axis, "factor": 2, **noisy, **options} for axis in axes]
-
-
-HIDDEN, HEADS, STREAM = "transformer.h.*.mlp/hidden", "transformer.h.*.attn/heads", "./residual"
-WIDTH = (HIDDEN, HEADS, STREAM)
+    axes = ("transformer.h.*.mlp/hidden", "transformer.h.*.attn/heads", "./residual")
+    lower = [{"op": "learning_rate", "scale": 1 / factor}] if rate else []
+    return [*({"op": "widen", "axis": axis, "factor": factor, **noisy, **options} for axis in axes), *lower]
 
 
 def deepen(**options: Any) -> list[dict[str, Any]]:
     return [{"op": "deepen", "stack": "transformer.h", "factor": 2, **options}]
 
 
-def _wide(name: str, policy: Mapping[str, Any] | None = None, *, at: float = 0.5, **options: Any) -> Contestant:
-    return Contestant(name, "narrow", [Hop(at, widen(*WIDTH, **options), policy or {})])
+def _wide(name: str, policy: Mapping[str, Any] | None = None, *, at: float = USUAL, **options: Any) -> Contestant:
+    return Contestant(name, "narrow", [Hop(at, widen(**options), policy or {})])
 
 
 def _deep(name: str, **options: Any) -> Contestant:
-    return Contestant(name, "flat", [Hop(0.5, deepen(**options))])
+    return Contestant(name, "flat", [Hop(USUAL, deepen(**options))])
 
 
 DEFAULT = "grown in width"
 CONTESTANTS = [
     Contestant("scratch", budgets=(0.5, 1.0, 2.0, 4.0)),
     Contestant("small only", "narrow", budgets=(0.5, 1.0, 2.0)),
-    Contestant(DEFAULT, "narrow", [Hop(0.5, widen(*WIDTH))], budgets=(0.5, 1.0, 2.0)),
+    Contestant(DEFAULT, "narrow", [Hop(USUAL, widen())], budgets=(0.5, 1.0, 2.0)),
+    _wide("one rate throughout", rate=False),
+    _wide("state dropped", {"policy": "reset"}),
+    _wide("state copied", {"policy": "copy"}),
+    _wide("state exact, one rate", {"policy": "exact"}, rate=False),
+    _wide("state exact, ramp of 250", {"policy": "exact", "ramp": 250}),
     _wide("without noise", noise=False),
     _wide("fill: add", fill="add"),
-    _wide("state copied", {"policy": "copy"}),
-    _wide("state exact, ramp 250", {"policy": "exact", "ramp": 250}),
-    _wide("state dropped", {"policy": "reset"}),
-    Contestant("naive", "narrow", [Hop(0.5, [])], naive=True),
+    Contestant("naive", "narrow", [Hop(USUAL, [])], naive=True),
     _wide("new entries at 1 ×", {"peak": 1.0}),
     _wide("new entries at 2 ×", {"peak": 2.0}),
     _wide("warm-up of 50 steps", {"warmup": 50}),
-    _wide("early, at 0.25", at=0.25),
-    _wide("late, at 0.7", at=0.7),
-    Contestant(
-        "three hops",
-        "narrow",
-        [
-            Hop(0.25, widen(HIDDEN), to=["n_hidden"]),
-            Hop(0.4, widen(HEADS), to=["n_head"]),
-            Hop(0.55, widen(STREAM)),
-        ],
-    ),
-    Contestant("small only, in depth", "flat"),
+    _wide("early, at 0.1", at=0.1),
+    _wide("late, at 0.5", at=0.5),
+    Contestant("two hops", "narrow", [Hop(0.1, widen(2), to="middle"), Hop(0.3, widen(2))]),
+    Contestant("half as wide only", "middle"),
+    Contestant("half as deep only", "flat"),
     _deep("grown in depth"),
     _deep("depth by gates", init="gate"),
     _deep("depth by copies (lossy)", init="stack", preserve="lossy"),
     Contestant("scratch, Muon", optimizer="muon"),
     Contestant("small only, Muon", "narrow", optimizer="muon"),
-    Contestant("grown in width, Muon", "narrow", [Hop(0.5, widen(*WIDTH))], optimizer="muon"),
+    Contestant("grown in width, Muon", "narrow", [Hop(USUAL, widen())], optimizer="muon"),
 ]
 BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}
 
@@ -184,14 +166,9 @@ class Work:
         return f"{self.contestant} | {self.rate:g} | {self.seed} | {self.budget:g}"
 
 
-def sizes_of(scale: Scale, contestant: Contestant) -> list[Sizes]:
-    """What a contestant's model is like, from each growth to the next."""
-    large, now = scale.starts["large"], dict(scale.starts[contestant.start])
-    found: list[Sizes] = [now]
-    for hop in contestant.hops:
-        now = {**now, **{name: large[name] for name in hop.to}} if hop.to else dict(large)
-        found.append(now)
-    return found
+def sizes_of(contestant: Contestant) -> list[str]:
+    """The names of the sizes that a contestant's model goes through."""
+    return [contestant.start, *(hop.to for hop in contestant.hops)]
 
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -200,13 +177,15 @@ Rows = Mapping[str, Mapping[str, Any]]
 def best_rate(name: str, rows: Rows, scale: Scale, budget: float | None = None) -> float | None:
     """The learning rate that a contestant does best with on the first seed; None while that is not known.
 
-    Tried are the scale's rate, twice and half of it, and on from there as long as the best is at the edge.
+    Tried are the rate of the size it starts with, twice and half of it, and on from there as long as the best is at the
+    edge.
     """
     return _tuned(name, rows, scale, scale.budget if budget is None else budget)[0]
 
 
 def _tuned(name: str, rows: Rows, scale: Scale, budget: float) -> tuple[float | None, list[Work]]:
-    rates = [scale.rate / 2, scale.rate, scale.rate * 2]
+    middle = scale.rates[BY_NAME[name].start]
+    rates = [middle / 2, middle, middle * 2]
     while True:
         works = [Work(name, rate, 0, budget) for rate in rates]
         if missing := [work for work in works if work.key not in rows]:

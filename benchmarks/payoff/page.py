@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.payoff.contestants import BY_NAME, CONTESTANTS, DECAY, DEFAULT, Scale, Work, best_rate
+from benchmarks.payoff.contestants import BY_NAME, CONTESTANTS, DECAY, DEFAULT, USUAL, Scale, Work, best_rate, sizes_of
 
 #: the three whose curves and budgets are compared
 MAIN = ("small only", "scratch", DEFAULT)
@@ -40,13 +40,10 @@ class Tuned:
         """Standard deviation over the seeds."""
         return statistics.stdev(self.losses) if len(self.rows) > 1 else math.nan
 
-    def seconds(self, steps: Mapping[str, float]) -> float | None:
-        """Of a run, by what a step takes at each of its sizes; None for sizes between."""
-        contestant = BY_NAME[self.name]
-        if len(contestant.hops) > 1:
-            return None
-        sizes = [contestant.start, "large"][: 1 + len(contestant.hops)]
-        return sum(n * steps[size] for n, size in zip(self.rows[0]["stages"], sizes, strict=True))
+    def seconds(self, steps: Mapping[str, float]) -> float:
+        """Of a run, by what a step takes at each of its sizes."""
+        sizes = sizes_of(BY_NAME[self.name])
+        return float(sum(n * steps[size] for n, size in zip(self.rows[0]["stages"], sizes, strict=True)))
 
 
 class Study:
@@ -73,10 +70,9 @@ class Study:
         points = []
         for factor in sorted(BY_NAME[name].budgets):
             if other := self.tuned(name, factor):
-                spent = other.seconds(self.steps) if seconds else other.budget
-                points.append((math.log(spent or math.nan), other.mean))
+                points.append((math.log(other.seconds(self.steps) if seconds else other.budget), other.mean))
         own = of.seconds(self.steps) if seconds else of.budget
-        if len(points) < 2 or own is None:
+        if len(points) < 2:
             return None
         return [1 - own / math.exp(_where(points, loss)) for loss in of.losses]
 
@@ -102,7 +98,7 @@ def write(kept: Mapping[str, Any], scale: Scale, folder: Path) -> None:
 def _text(study: Study, kept: Mapping[str, Any], found: Mapping[str, Tuned], picture: bool) -> list[str]:
     scale, environment = study.scale, kept["environment"]
     digests = sorted({row["text"] for row in study.rows.values()})
-    sizes = {n: f"{s['n_layer']} layers of {s['n_embd']}" for n, s in scale.starts.items()}
+    sizes = {n: f"{s['n_layer']} layers of {s['n_embd']}" for n, s in scale.sizes.items()}
     lines = [
         "# Does growing pay?",
         "",
@@ -111,9 +107,10 @@ def _text(study: Study, kept: Mapping[str, Any], found: Mapping[str, Tuned], pic
         f"step; large is {sizes['large']}, small {sizes['narrow']} (or, in depth, {sizes['flat']}). A run costs "
         f"{scale.budget:.0e} FLOPs, and that times the factor in the second table. The learning rate warms up over "
         f"{scale.warmup} steps, stays, and falls to zero over the last {DECAY:.0%} of the budget. For every contestant "
-        "it is tuned in the same way: by factors of two on one seed until the best is not at the edge. Growths are at "
-        "half of the budget where nothing else is said. Loss: nats a byte on files that are not trained on, mean and "
-        "standard deviation over the seeds.",
+        "it is tuned in the same way: by factors of two on one seed until the best is not at the edge. A growth in "
+        "width lowers it by the factor of the width, where nothing else is said. Growths are after "
+        f"{USUAL:.0%} of the budget where nothing else is said. Loss: nats a byte on files that are not trained on, "
+        "mean and standard deviation over the seeds.",
         "",
         *_verdict(study),
         "",
@@ -203,7 +200,7 @@ def draw(study: Study, folder: Path) -> bool:
         for name in MAIN:
             by_budget = [t for f in sorted(BY_NAME[name].budgets) if (t := study.tuned(name, f))]
             for panel, ax in enumerate(axes):
-                xs = [(t.seconds(study.steps) if panel else t.budget) or math.nan for t in by_budget]
+                xs = [t.seconds(study.steps) if panel else t.budget for t in by_budget]
                 bars = [0.0 if math.isnan(t.spread) else t.spread for t in by_budget]
                 style = {"color": COLOURS[name], "marker": "o", "markersize": 4, "capsize": 3}
                 ax.errorbar(xs, [t.mean for t in by_budget], yerr=bars, label=name, linewidth=1.8, **style)

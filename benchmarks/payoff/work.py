@@ -43,7 +43,7 @@ class _Job:
     def __init__(self, scale: Scale, work: Work, folder: Path) -> None:
         self.scale, self.work, self.folder = scale, work, folder
         self.contestant = BY_NAME[work.contestant]
-        self.sizes = sizes_of(scale, self.contestant)
+        self.sizes = [scale.sizes[name] for name in sizes_of(self.contestant)]
         costs = [flops(scale.name, tuple(sizes.items())) for sizes in self.sizes]
         parts = [0.0, *(hop.at for hop in self.contestant.hops), 1.0]
         spans = [round((b - a) * work.budget / cost) for a, b, cost in zip(parts, parts[1:], costs, strict=False)]
@@ -69,15 +69,17 @@ class _Job:
         return self._result(run, lines, starts, run.flops)
 
     def naive(self) -> dict[str, Any]:
-        """As hand-written loops grow: weights repeated, nothing divided, a new optimizer, at the rate of the moment."""
+        """As hand-written loops grow: weights repeated, nothing divided, a new optimizer; at the rate of the others."""
         trunk = self._trunk()
         before = begin(self._task(self.sizes[0], self.shared, None, []), trunk)
         restore(before)
         model = _model(self.scale, self.sizes[-1], self.work.seed)
         repeat(before.model, model)
+        wider = model.config.n_embd // before.model.get_parameter("transformer.wte.weight").shape[1]
         steps, start = self.steps - self.shared, self.decay_from - self.shared
+        rate = self.work.rate / wider
         marks = [{"trigger": {"step": s}, "operations": [{"op": "evaluate"}]} for s in self._close(0)]
-        run = self._train(self.place, self.sizes[-1], steps, start, marks, model)
+        run = self._train(self.place, self.sizes[-1], steps, start, marks, model, rate)
         shift = {"step": self.shared, "flops": before.flops}
         later = [
             line | {key: line[key] + more for key, more in shift.items() if key in line}
@@ -136,9 +138,10 @@ class _Job:
         decay_from: int | None,
         events: Sequence[Mapping[str, Any]],
         model: nn.Module | None = None,
+        rate: float | None = None,
     ) -> Run:
         """A run up to a step, or on from where it was cut off."""
-        task = self._task(sizes, steps, decay_from, events, model)
+        task = self._task(sizes, steps, decay_from, events, model, rate)
         stop = steps if decay_from is None else None
         return train(task, out, resume=True, stop_at=stop, console=Console(file=io.StringIO()))
 
@@ -149,12 +152,13 @@ class _Job:
         decay_from: int | None,
         events: Sequence[Mapping[str, Any]],
         model: nn.Module | None = None,
+        rate: float | None = None,
     ) -> Task:
         """What is trained; without a decay, a run that others go on from, which is not to come to its end."""
         scale, half = self.scale, self.scale.block_size // 2
         hyper = Hyper(
             steps=steps + (decay_from is None),
-            learning_rate=self.work.rate,
+            learning_rate=self.work.rate if rate is None else rate,
             min_learning_rate=0.0,
             warmup=scale.warmup if model is None else 0,
             decay="linear",
@@ -180,7 +184,7 @@ class _Job:
 
 def step_of(scale: Scale, sizes: Mapping[str, int]) -> Callable[[], None]:
     """What makes one step of training at some sizes, for the time that it takes."""
-    model, hyper = _model(scale, sizes, 0), Hyper(learning_rate=scale.rate)
+    model, hyper = _model(scale, sizes, 0), Hyper(learning_rate=1e-3)
     optimizer = adamw(model, hyper)
     batch = tuple(x.to(scale.device) for x in _draw(scale, "train", torch.Generator().manual_seed(0)))
 
