@@ -1,4 +1,4 @@
-"""``fxgrow grow`` of a folder with a config: the larger folder, with a bar while it is written."""
+"""``fxgrow grow`` and ``verify`` of folders with a config; the larger one with a bar while it is written."""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from fxgrow.cli.console import out, print_json, say
+from fxgrow.cli.console import out, print_json, say, working
 from fxgrow.cli.models import find_callable, parse_input, parse_settings
 from fxgrow.cli.tables import show_plan, show_receipt
 from fxgrow.errors import SpecError
-from fxgrow.folders import grow_checkpoint
+from fxgrow.folders import compare_folders, grow_checkpoint
+from fxgrow.folders.comparing import LIMIT
 from fxgrow.limits import bytes_in_words
-from fxgrow.manifest import MANIFEST
 
 #: seconds between lines of progress where there is no terminal
 _EVERY = 10.0
-
-
-def is_folder_of_a_class(reference: str) -> bool:
-    """Whether a folder has a config, and is not one of fxgrow's own."""
-    folder = Path(reference)
-    return (folder / "config.json").is_file() and not (folder / MANIFEST).is_file()
 
 
 def grow_folder(
@@ -42,10 +38,6 @@ def grow_folder(
     as_json: bool,
 ) -> None:
     """Grow a folder and say what was done."""
-    kind = None if named is None else find_callable(named)
-    given = dict(parse_input(text) for text in inputs)
-    if None in given:
-        raise SpecError('name the inputs of a folder\'s model: --input "input_ids=int64[2,8]<100"')
     with progress_bar(f"writing {target}") as wrote, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         done = grow_checkpoint(
@@ -54,8 +46,8 @@ def grow_folder(
             target,
             settings=parse_settings(settings, "--set") if settings else None,
             like=like,
-            model_class=kind,
-            inputs={str(k): v for k, v in given.items()} or None,
+            model_class=None if named is None else find_callable(named),
+            inputs=_named(inputs),
             verify=verify,
             progress=wrote,
         )
@@ -70,6 +62,32 @@ def grow_folder(
     for name, values in changed.items():
         console.print(f"config {name}: {values['old']} → {values['new']}")
     console.print(f"written to {target}", soft_wrap=True)
+
+
+def verify_folders(first: Path, second: Path, named: str | None, inputs: Sequence[str], as_json: bool) -> bool:
+    """Compare two folders and say how far apart they are; whether they compute the same."""
+    kind = None if named is None else find_callable(named)
+    with working("comparing"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = compare_folders(first, second, model_class=kind, inputs=_named(inputs))
+    if as_json:
+        print_json({"ok": found.same, "limit": LIMIT, **asdict(found)})
+        return found.same
+    console = out()
+    for number, error in enumerate(found.errors):
+        mark = "[green]same[/]" if error <= LIMIT else "[red]differs[/]"
+        console.print(f"{mark}  output {number}: {error:.1e}, relative, in float64 (at most {LIMIT:.0e})")
+    if found.parting is not None:
+        p = found.parting
+        console.print(escape(f"they part at {p.op} in {p.module or 'the model'}, by {p.error:.1e}: {p.source}"))
+    return found.same
+
+
+def _named(inputs: Sequence[str]) -> dict[str, Any] | None:
+    given = dict(parse_input(text) for text in inputs)
+    if None in given:
+        raise SpecError('name the inputs of a folder\'s model: --input "input_ids=int64[2,8]<100"')
+    return {str(k): v for k, v in given.items()} or None
 
 
 @contextmanager

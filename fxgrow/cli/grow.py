@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fxgrow.cli.console import out, print_json, working
-from fxgrow.cli.options import Config, Device, Input, Json, Model, NoSpec, Seed, Weights
+from fxgrow.cli.options import Class, Config, Device, Input, Json, Model, NoSpec, Seed, Weights
 
 
 class Level(StrEnum):
@@ -34,9 +34,7 @@ def grow(
         typer.Option("--set", "-s", metavar="KEY=VALUE", help="A size in the words of config.json; repeat it."),
     ] = None,
     like: Annotated[Path | None, typer.Option(help="A larger model's config.json: grow to its sizes.")] = None,
-    class_: Annotated[
-        str | None, typer.Option("--class", help="package.module:Class of the folder, where it is not transformers'.")
-    ] = None,
+    class_: Class = None,
     checkpoint: Weights = None,
     config: Config = None,
     input: Input = None,
@@ -61,8 +59,8 @@ def grow(
     """
     from fxgrow import growth
     from fxgrow.checkpoint import save
-    from fxgrow.cli.folders import grow_folder, is_folder_of_a_class
-    from fxgrow.cli.models import named_model
+    from fxgrow.cli.folders import grow_folder
+    from fxgrow.cli.models import is_folder_of_a_class, named_model
     from fxgrow.cli.tables import show_plan, show_receipt
     from fxgrow.errors import SpecError
     from fxgrow.spec import GrowthSpec

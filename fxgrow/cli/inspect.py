@@ -11,13 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from fxgrow.cli.console import out, print_json, say, working
-from fxgrow.cli.options import Config, Device, Input, Json, Model, Seed
+from fxgrow.cli.options import Class, Config, Device, Input, Json, Model, Seed
 
 
 def inspect(
     model: Model,
     config: Config = None,
     input: Input = None,
+    class_: Class = None,
     json_: Json = False,
     why: Annotated[
         str | None, typer.Option(metavar="AXIS", help="What grows with an axis, or why it cannot grow.")
@@ -33,6 +34,7 @@ def inspect(
 
     \b
     fxgrow inspect examples.gpt.train:task
+    fxgrow inspect llama
     fxgrow inspect examples.gpt.train:task --why "transformer.h.0.attn/heads"
     fxgrow inspect my.models:cnn -c width=16 -i "float32[2,3,32,32]" --picture axes.png
     """
@@ -42,7 +44,9 @@ def inspect(
     from fxgrow.report.axes import axis_groups, inspection
     from fxgrow.report.pictures import draw_axes
 
-    named = named_model(model, config=config or (), inputs=input or (), device=device, seed=seed, dry=True)
+    named = named_model(
+        model, config=config or (), inputs=input or (), device=device, seed=seed, dry=True, named=class_
+    )
     program = captured(named)
     if picture is not None:
         with working("drawing"):

@@ -24,7 +24,10 @@ from torch import nn
 from fxgrow.checkpoint import Loaded, load, load_weights
 from fxgrow.cli.console import working
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean
+from fxgrow.folders.opened import opened
+from fxgrow.folders.source import CONFIG
 from fxgrow.ir import trees
+from fxgrow.manifest import MANIFEST
 from fxgrow.program import Program, capture
 from fxgrow.reading import parse_yaml
 from fxgrow.training.batches import seeded
@@ -176,22 +179,31 @@ def load_model(
     device: str = "cpu",
     seed: int = 0,
     dry: bool = False,
+    named: str | None = None,
 ) -> Named:
     """The model and example inputs that a command works on.
 
     Args:
-        reference: ``package.module:callable`` or a checkpoint folder.
+        reference: ``package.module:callable`` or a checkpoint folder: fxgrow's own, or one with a config.
         config: ``key=value`` arguments of the callable.
         inputs: see :func:`parse_input`; they replace what the callable returns.
         weights: a safetensors state dict, or a checkpoint folder, to load.
         device: of the model and its inputs.
         seed: for weights and inputs.
         dry: shapes are enough: build on the meta device where that works.
+        named: the class of a folder with a config, where it is not transformers'.
 
     Raises:
         FxgrowError: the model cannot be found, made or filled, or its inputs are not known.
     """
     torch.manual_seed(seed)
+    if is_folder_of_a_class(reference):
+        args, kwargs = _given(inputs, device)
+        if args:
+            raise SpecError('name the inputs of a folder\'s model: --input "input_ids=int64[2,8]<100"')
+        folder = opened(reference, None if named is None else find_callable(named), kwargs or None)
+        model = (folder.model if dry else folder.load()).to(device)
+        return Named(model, (), trees.map_tensors(lambda x: x.to(device), folder.inputs), reference)
     if ":" not in reference and Path(reference).is_dir():
         loaded = load(reference, device=device)
         args, kwargs = _given(inputs, device) if inputs else (loaded.args, loaded.kwargs)
@@ -244,6 +256,12 @@ def _unpack(result: Any, reference: str) -> tuple[nn.Module, tuple[Any, ...], di
         f"{reference!r} returned {type(result).__name__}; a model's callable returns a module, (module, args), "
         "(module, args, kwargs) or a fxgrow.training.Task"
     )
+
+
+def is_folder_of_a_class(reference: str | Path) -> bool:
+    """Whether a folder has a config, as transformers has them, and is not one of fxgrow's own."""
+    folder = Path(reference)
+    return (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file()
 
 
 def named_model(reference: str, **options: Any) -> Named:

@@ -38,6 +38,10 @@ Weights = Annotated[
     Path | None,
     typer.Option("--checkpoint", "-w", help="Weights of the model: a .safetensors state dict or a checkpoint folder."),
 ]
+Class = Annotated[
+    str | None,
+    typer.Option("--class", help="package.module:Class of a folder with a config.json, where it is not transformers'."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, …")]
 Seed = Annotated[int, typer.Option(help="Of new weights and example inputs.")]

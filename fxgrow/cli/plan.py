@@ -6,7 +6,7 @@ import sys
 import warnings
 
 from fxgrow.cli.console import out, working
-from fxgrow.cli.options import Config, Input, Json, Model, Seed, Spec
+from fxgrow.cli.options import Class, Config, Input, Json, Model, Seed, Spec
 
 
 def plan(
@@ -14,6 +14,7 @@ def plan(
     spec: Spec,
     config: Config = None,
     input: Input = None,
+    class_: Class = None,
     json_: Json = False,
     seed: Seed = 0,
 ) -> None:
@@ -21,6 +22,7 @@ def plan(
 
     \b
     fxgrow plan examples.gpt.train:task spec.yaml
+    fxgrow plan llama '{op: widen, axis: "*/residual", factor: 2}'
     fxgrow plan examples.gpt.train:task '{op: widen, axis: "*/hidden", factor: 1.5}'
     fxgrow plan examples.gpt.train:task '{op: extend, axis: "*/positions", factor: 2}'
     fxgrow plan examples.gpt.train:task '[{op: deepen, stack: transformer.h, factor: 2}]' --json > plan.json
@@ -33,7 +35,7 @@ def plan(
     from fxgrow.spec import GrowthSpec
 
     parsed = GrowthSpec.parse(spec)
-    named = named_model(model, config=config or (), inputs=input or (), seed=seed, dry=True)
+    named = named_model(model, config=config or (), inputs=input or (), seed=seed, dry=True, named=class_)
     program = captured(named)
     with working("planning"), warnings.catch_warnings():
         warnings.simplefilter("ignore")

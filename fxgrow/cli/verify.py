@@ -9,11 +9,14 @@ import typer
 from rich.markup import escape
 
 from fxgrow.cli.console import out, print_json, working
-from fxgrow.cli.options import Config, Device, Input, Json, Seed, Weights
+from fxgrow.cli.options import Class, Config, Device, Input, Json, Seed, Weights
 
 
 def verify(
     checkpoint_dir: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.", show_default=False)],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="OTHER", help="Two folders with a config.json: compare them.")
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="Compare with this model (package.module:callable or a checkpoint)."),
@@ -21,22 +24,35 @@ def verify(
     checkpoint: Weights = None,
     config: Config = None,
     input: Input = None,
+    class_: Class = None,
     json_: Json = False,
     device: Device = "cpu",
     seed: Seed = 0,
 ) -> None:
     """Check a grown checkpoint: that it loads, that it computes what it computed, and the same as another model.
 
+    Of two folders with a config.json, as transformers has them: how far apart what they compute is in float64, and
+    where they part.
+
     \b
     fxgrow verify out/big
     fxgrow verify out/big --against my.models:gpt --checkpoint small.safetensors
+    fxgrow verify llama larger
 
     Exit code 1 when the outputs differ by more than rounding.
     """
     from fxgrow.checkpoint import load
-    from fxgrow.cli.models import named_model
+    from fxgrow.cli.folders import verify_folders
+    from fxgrow.cli.models import is_folder_of_a_class, named_model
     from fxgrow.comparison import TOLERANCE, errors_against, stored_dtype
+    from fxgrow.errors import SpecError
 
+    if other is not None or is_folder_of_a_class(checkpoint_dir):
+        if other is None:
+            raise SpecError(f"{checkpoint_dir} is a folder of another class: name the one to compare it with, too")
+        if not verify_folders(checkpoint_dir, other, class_, input or (), json_):
+            raise typer.Exit(1)
+        return
     with working(f"loading {checkpoint_dir}"):
         loaded = load(checkpoint_dir, device=device)
     dtype = stored_dtype(loaded)

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.errors import CheckpointError, GrowthRefused, SpecError, did_you_mean
+from fxgrow.errors import GrowthRefused, SpecError, did_you_mean
 from fxgrow.folders import card
-from fxgrow.folders.building import Make, build, example_of, maker_of, names_of
-from fxgrow.folders.source import CONFIG, Source, open_folder
-from fxgrow.folders.tensorfile import Entry, disk_errors
+from fxgrow.folders.building import build
+from fxgrow.folders.opened import Reader, opened
+from fxgrow.folders.source import CONFIG, Source
+from fxgrow.folders.tensorfile import disk_errors
 from fxgrow.folders.writing import Target, Writing, copied, shards_of
 from fxgrow.growth import plan_growth
 from fxgrow.ir.traced import Traced
@@ -107,20 +108,14 @@ def grow_checkpoint(
     clock = _Clock(seconds)
     if sum(given is not None for given in (spec, settings, like)) != 1:
         raise SpecError("give one of: a spec, settings of the config, the config of a larger model")
-    source = open_folder(folder)
-    make = maker_of(folder, source.config, model_class)
-    dtypes = {n: e.dtype for n, e in source.tensors.items()}
-    model = build(make, source.config, dtypes, str(folder / CONFIG))
-    names, ignored = names_of(model, source.tensors, str(folder))
-    dtypes = {m: dtypes[n] for n, m in names.items()}
-    model = build(make, source.config, dtypes, str(folder / CONFIG))
-    given = example_of(model) if inputs is None else dict(inputs)
+    small = opened(folder, model_class, inputs)
+    source, make, model, given = small.source, small.make, small.model, small.inputs
     with clock("capture"):
-        program = capture(model, (), given)
+        program = small.capture()
     if spec is None:
         wanted = _wanted(source, settings, like)
         with clock("capture"):
-            theirs = capture(build(make, wanted, dtypes, "the config with these settings"), (), given)
+            theirs = capture(build(make, wanted, small.dtypes, "the config with these settings"), (), given)
         operations = spec_between(program, theirs)
         if not operations:
             raise SpecError("these settings change no size: there is nothing to grow")
@@ -138,9 +133,8 @@ def grow_checkpoint(
         dtypes |= {alias: dtypes[name] for alias, name in grown.aliases.items() if name in dtypes}
         large = build(make, wanted, dtypes, "the grown config")
         _prove(large, wanted, program, plan, grown, given)
-    stored = {m: source.tensors[n] for n, m in names.items()}
-    reader = _Reader(program, stored)
-    targets = _targets(plan, program, grown, names, large)
+    reader = small.reader(program)
+    targets = _targets(plan, program, grown, small.names, large)
     shards = shards_of(list(targets), shard_bytes)
     with clock("write"):
         key = _key(source, plan, wanted, shards)
@@ -152,7 +146,7 @@ def grow_checkpoint(
         with clock("verify"):
             receipt = _verified(program, plan, grown, reader)
     receipt.params_before, receipt.params_after = plan.parameters_before, plan.parameters_after
-    receipt.notes += [f"{name} was left out: the class has no place for it" for name in ignored]
+    receipt.notes += [f"{name} was left out: the class has no place for it" for name in small.ignored]
     done = Grown(out, plan, receipt, changed, seconds)
     list(copied(source.others, folder, writing.part))
     with disk_errors(str(out)):
@@ -254,36 +248,6 @@ def _prove(
 # the weights -------------------------------------------------------------------------------------------------------
 
 
-class _Reader:
-    """The small model's tensors by name: weights from their files, anything else as the class computes it."""
-
-    def __init__(self, program: Program, stored: Mapping[str, Entry]) -> None:
-        self.program = program
-        self.stored = {program.aliases.get(n, n): e for n, e in stored.items()}
-        self._last: tuple[str, torch.Tensor] | None = None
-
-    def __call__(self, name: str) -> torch.Tensor:
-        if name not in self.stored:
-            return self.program.tensor(name)
-        if self._last is None or self._last[0] != name:
-            self._last = None  # one at a time
-            self._last = name, self.stored[name].read()
-        return self._last[1]
-
-    def table(self, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A dict of some of the program's tensors that reads those in files when they are asked for."""
-        return _Table(known, self)
-
-
-class _Table(dict[str, torch.Tensor]):
-    def __init__(self, known: Mapping[str, torch.Tensor], reader: _Reader) -> None:
-        super().__init__(known)
-        self._reader = reader
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._reader(name)
-
-
 def _targets(
     plan: GrowthPlan, program: Program, grown: Traced, names: Mapping[str, str], large: nn.Module
 ) -> dict[Target, str]:
@@ -334,7 +298,7 @@ def _stream(
     writing: Writing,
     targets: Mapping[Target, str],
     plan: GrowthPlan,
-    reader: _Reader,
+    reader: Reader,
     progress: Progress | None,
 ) -> None:
     total = sum(t.bytes for t in targets)
@@ -375,7 +339,7 @@ def _key(source: Source, plan: GrowthPlan, config: Mapping[str, Any], shards: It
     return digest.hexdigest() + "\n"
 
 
-def _verified(program: Program, plan: GrowthPlan, grown: Traced, reader: _Reader) -> Receipt:
+def _verified(program: Program, plan: GrowthPlan, grown: Traced, reader: Reader) -> Receipt:
     """Compare both models in float64, an op's weights at a time.
 
     Raises:
@@ -405,6 +369,3 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._start
-
-
-__all__ = ["CheckpointError", "Grown", "Make", "grow_checkpoint"]

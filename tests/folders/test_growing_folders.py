@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from examples.gpt.model import GPT, GPTConfig
+from fxgrow.cli import app
 from fxgrow.errors import CheckpointError, DiskError, GrowthRefused, SpecError
-from fxgrow.folders import grow_checkpoint, writing
+from fxgrow.folders import compare_folders, grow_checkpoint, writing
 from fxgrow.training import untied
 
 CONFIG = GPTConfig(vocab_size=40, block_size=12, n_layer=2, n_head=2, n_embd=8, n_hidden=16, head_dim=4)
@@ -239,3 +241,41 @@ def test_weights_that_are_not_numbers_are_refused_and_nothing_appears(tmp_path: 
     with pytest.raises(GrowthRefused, match="NaN or infinite"):
         grow_checkpoint(source, SPECS["stream"], tmp_path / "large", model_class=GPT)
     assert not (tmp_path / "large").exists()
+
+
+def test_two_folders_are_compared_as_functions(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "small")
+    large = grow_checkpoint(source, SPECS["all"], tmp_path / "large", model_class=GPT).folder
+    found = compare_folders(source, large, model_class=GPT)
+    assert found.same
+    assert found.parting is None
+    other = folder_of(tmp_path / "other")
+    name = "transformer.h.1.mlp.c_fc.weight"
+    index = json.loads((other / "model.safetensors.index.json").read_text())
+    file = other / index["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][0] += 0.5
+    save_file(tensors, file)
+    found = compare_folders(source, other, model_class=GPT)
+    assert not found.same
+    assert found.parting is not None
+    assert found.parting.module == name.rpartition(".")[0]
+    assert "model.py" in found.parting.source
+
+
+def test_the_command_line_takes_folders(tmp_path: Path) -> None:
+    source, large, named = str(folder_of(tmp_path / "small")), str(tmp_path / "large"), "examples.gpt.model:GPT"
+    runner = CliRunner()
+
+    def said(*command: str, code: int = 0) -> str:
+        result = runner.invoke(app, [*command, "--class", named])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    assert "n_hidden: 16 → 32" in said("grow", source, "--set", "n_hidden=32", "-o", large)
+    assert json.loads((Path(large) / "config.json").read_text())["n_hidden"] == 32
+    assert "same" in said("verify", source, large)
+    assert "hidden" in said("inspect", large)
+    assert "deepen" in said("plan", large, "{op: deepen, stack: transformer.h, factor: 2}")
+    again = runner.invoke(app, ["grow", source, "--set", "n_hidden=32", "-o", large, "--class", named])
+    assert "is there already" in str(again.exception)

@@ -1,0 +1,111 @@
+"""A folder that was opened: its class, made without memory for weights, and its weights by the names of the class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxgrow.folders.building import Make, build, example_of, maker_of, names_of
+from fxgrow.folders.source import CONFIG, Source, open_folder
+from fxgrow.folders.tensorfile import Entry
+from fxgrow.ir.traced import Traced
+from fxgrow.program import Program, capture
+
+
+@dataclass
+class Opened:
+    """What a folder holds.
+
+    Attributes:
+        source: its config, and where the tensors are.
+        make: makes the class from settings.
+        model: the class as its config says, in eval mode; nobody has written its parameters.
+        names: the model's name for each name in the files.
+        ignored: names in the files that the class says it has no place for.
+        inputs: example inputs by name.
+    """
+
+    source: Source
+    make: Make
+    model: nn.Module
+    names: dict[str, str]
+    ignored: list[str]
+    inputs: dict[str, Any]
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of the stored tensors by the model's names."""
+        return {m: self.source.tensors[n].dtype for n, m in self.names.items()}
+
+    def capture(self) -> Program:
+        return capture(self.model, (), self.inputs)
+
+    def reader(self, program: Traced) -> Reader:
+        """Reads the tensors of the model's trace."""
+        return Reader(program, {m: self.source.tensors[n] for n, m in self.names.items()})
+
+    def load(self) -> nn.Module:
+        """The model, its weights read into memory."""
+        with torch.no_grad():
+            own = self.model.state_dict(keep_vars=True)
+            for file, name in self.names.items():
+                own[name].copy_(self.source.tensors[file].read())
+        return self.model
+
+
+def opened(
+    folder: str | Path, model_class: type[nn.Module] | None = None, inputs: Mapping[str, Any] | None = None
+) -> Opened:
+    """Open a folder.
+
+    Args:
+        model_class: None for the class of transformers that the config names.
+        inputs: example inputs by name; made from signature and config if None.
+
+    Raises:
+        CheckpointError: the folder or its class is damaged, or they do not fit each other.
+        SpecError: no example is known.
+    """
+    folder = Path(folder)
+    source = open_folder(folder)
+    make = maker_of(folder, source.config, model_class)
+    dtypes = {n: e.dtype for n, e in source.tensors.items()}
+    names, ignored = names_of(build(make, source.config, dtypes, str(folder / CONFIG)), source.tensors, str(folder))
+    model = build(make, source.config, {m: dtypes[n] for n, m in names.items()}, str(folder / CONFIG))
+    return Opened(source, make, model, names, ignored, example_of(model) if inputs is None else dict(inputs))
+
+
+class Reader:
+    """A traced model's tensors by name: weights from their files, anything else as the class computes it."""
+
+    def __init__(self, program: Traced, stored: Mapping[str, Entry]) -> None:
+        self.program = program
+        self.stored = {program.aliases.get(n, n): e for n, e in stored.items()}
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def __call__(self, name: str) -> torch.Tensor:
+        name = self.program.aliases.get(name, name)
+        if name not in self.stored:
+            return self.program.tensor(name)
+        if self._last is None or self._last[0] != name:
+            self._last = None  # one at a time
+            self._last = name, self.stored[name].read()
+        return self._last[1]
+
+    def table(self, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A dict of some of the program's tensors that reads those in files when they are asked for."""
+        return _Table(known, self)
+
+
+class _Table(dict[str, torch.Tensor]):
+    def __init__(self, known: Mapping[str, torch.Tensor], reader: Reader) -> None:
+        super().__init__(known)
+        self._reader = reader
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._reader(name)
