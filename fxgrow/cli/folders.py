@@ -1,4 +1,4 @@
-"""``fxgrow grow`` and ``verify`` of folders with a config; the larger one with a bar while it is written."""
+"""``fxgrow grow`` and ``verify`` of folders with a config, and of files; the larger one with a bar meanwhile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,17 @@ from fxgrow.limits import bytes_in_words
 _EVERY = 10.0
 
 
+@dataclass(frozen=True)
+class State:
+    """What is to become of optimizers' states, as :func:`fxgrow.folders.grow_checkpoint` takes it."""
+
+    optimizer: Path | None
+    left_out: bool
+    policy: str
+    make: str | None
+    rates: bool
+
+
 def grow_folder(
     folder: Path,
     spec: str | None,
@@ -34,10 +45,13 @@ def grow_folder(
     like: Path | None,
     named: str | None,
     inputs: Sequence[str],
+    state: State,
     verify: bool,
     as_json: bool,
 ) -> None:
     """Grow a folder and say what was done."""
+    if state.optimizer and state.left_out:
+        raise SpecError("--optimizer grows an optimizer's state, --no-optimizer leaves it out: give one of them")
     with progress_bar(f"writing {target}") as wrote, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         done = grow_checkpoint(
@@ -48,6 +62,10 @@ def grow_folder(
             like=like,
             model_class=None if named is None else find_callable(named),
             inputs=_named(inputs),
+            optimizer=state.optimizer or not state.left_out,
+            policy=state.policy,
+            make_optimizer=None if state.make is None else find_callable(state.make),
+            rates=state.rates,
             verify=verify,
             progress=wrote,
         )

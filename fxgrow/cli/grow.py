@@ -35,6 +35,22 @@ def grow(
     ] = None,
     like: Annotated[Path | None, typer.Option(help="A larger model's config.json: grow to its sizes.")] = None,
     class_: Class = None,
+    optimizer: Annotated[
+        Path | None,
+        typer.Option(help="State of an optimizer to grow as well; one in the file, or optimizer.pt beside, is found."),
+    ] = None,
+    no_optimizer: Annotated[bool, typer.Option("--no-optimizer", help="Leave optimizers' states out.")] = False,
+    policy: Annotated[
+        str, typer.Option(help="How an optimizer's state grows: asymmetric, copy, reset or exact.")
+    ] = "asymmetric",
+    make_optimizer: Annotated[
+        str | None,
+        typer.Option(help="package.module:function that makes the optimizer over a model as the script does."),
+    ] = None,
+    rates: Annotated[
+        bool,
+        typer.Option("--rates", help="Learning rates per slice in the state: for scripts that import fxgrow."),
+    ] = False,
     checkpoint: Weights = None,
     config: Config = None,
     input: Input = None,
@@ -50,16 +66,18 @@ def grow(
     fxgrow grow llama '{op: widen, axis: "*/residual", factor: 2}' --out larger
     fxgrow grow llama --set hidden_size=4096 --set num_hidden_layers=40 --out larger
     fxgrow grow llama --like larger/config.json --out larger
+    fxgrow grow out/ckpt.pt --set n_embd=64 --class examples.nanogpt.model:GPT --out larger/ckpt.pt
     fxgrow grow my.models:gpt spec.yaml --checkpoint small.safetensors --out big
     fxgrow grow out/big '{op: widen, axis: "*/heads", factor: 2}' --out out/bigger
 
     A folder with a config.json, as transformers has them, becomes such a folder; it may be larger than memory, and a
     run that was killed goes on where it was. Of package.module:callable, and of a folder that fxgrow wrote, fxgrow's
-    own folder is made; without --checkpoint the weights are those the callable makes.
+    own folder is made; without --checkpoint the weights are those the callable makes. A file of torch.save that holds
+    weights, settings and an optimizer's state becomes such a file, and so does optimizer.pt of a Trainer's checkpoint.
     """
     from fxgrow import growth
     from fxgrow.checkpoint import save
-    from fxgrow.cli.folders import grow_folder
+    from fxgrow.cli.folders import State, grow_folder
     from fxgrow.cli.models import is_folder_of_a_class, named_model
     from fxgrow.cli.tables import show_plan, show_receipt
     from fxgrow.errors import SpecError
@@ -68,10 +86,16 @@ def grow(
     if out_ is None:
         raise SpecError("say where the grown checkpoint goes: --out FOLDER")
     if is_folder_of_a_class(model):
-        grow_folder(Path(model), spec, out_, set_ or (), like, class_, input or (), verify is not Level.off, json_)
+        state = State(optimizer, no_optimizer, policy, make_optimizer, rates)
+        grow_folder(
+            Path(model), spec, out_, set_ or (), like, class_, input or (), state, verify is not Level.off, json_
+        )
         return
-    if set_ or like or class_:
-        raise SpecError(f"--set, --like and --class are for folders with a config.json, and {model} is none")
+    if set_ or like or class_ or optimizer or no_optimizer or make_optimizer or rates:
+        raise SpecError(
+            "--set, --like, --class and what is said of optimizers are for folders with a config.json and for files "
+            f"with settings, and {model} is none"
+        )
     if spec is None:
         raise SpecError("say how to grow: a spec file, or YAML")
     parsed = GrowthSpec.parse(spec)

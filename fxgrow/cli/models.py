@@ -24,6 +24,7 @@ from torch import nn
 from fxgrow.checkpoint import Loaded, load, load_weights
 from fxgrow.cli.console import working
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean
+from fxgrow.folders.dictionary import is_table
 from fxgrow.folders.opened import opened
 from fxgrow.folders.source import CONFIG
 from fxgrow.ir import trees
@@ -259,9 +260,9 @@ def _unpack(result: Any, reference: str) -> tuple[nn.Module, tuple[Any, ...], di
 
 
 def is_folder_of_a_class(reference: str | Path) -> bool:
-    """Whether a folder has a config, as transformers has them, and is not one of fxgrow's own."""
+    """Whether it is a folder with a config, as transformers has them, and not fxgrow's own; or a file of torch.save."""
     folder = Path(reference)
-    return (folder / CONFIG).is_file() and not (folder / MANIFEST).is_file()
+    return is_table(folder) or ((folder / CONFIG).is_file() and not (folder / MANIFEST).is_file())
 
 
 def named_model(reference: str, **options: Any) -> Named:

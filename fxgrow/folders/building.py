@@ -68,23 +68,30 @@ def maker_of(folder: Path, config: Mapping[str, Any], kind: type[nn.Module] | No
 
 def _from_class(kind: type[nn.Module]) -> Make:
     """A class that takes the settings by name, or an object of them whose class its signature says."""
+    held, known = taken_by(kind)
+
+    def make(given: Mapping[str, Any]) -> nn.Module:
+        own = {k: v for k, v in given.items() if k not in _OF_TRANSFORMERS and (known is None or k in known)}
+        return kind(**own) if held is None else kind(held(**own))
+
+    return make
+
+
+def taken_by(kind: type[nn.Module]) -> tuple[Any, set[str] | None]:
+    """The class of an object of settings that a class takes, None where it takes them by name; and their names.
+
+    The names are None where it takes any.
+    """
     parameters = [p for p in inspect.signature(kind).parameters.values() if p.kind is not p.VAR_KEYWORD]
     first = parameters[0] if parameters else None
     try:
         hint = typing.get_type_hints(kind.__init__).get(first.name) if first else None
     except Exception:  # a hint that cannot be read
         hint = None
-
-    def make(given: Mapping[str, Any]) -> nn.Module:
-        given = {k: v for k, v in given.items() if k not in _OF_TRANSFORMERS}
-        if isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "from_dict")):
-            held: Any = hint
-            known = set(getattr(hint, "__dataclass_fields__", given))
-            return kind(held(**{k: v for k, v in given.items() if k in known}))
-        known = {p.name for p in parameters}
-        return kind(**{k: v for k, v in given.items() if k in known})
-
-    return make
+    if isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "from_dict")):
+        fields = getattr(hint, "__dataclass_fields__", None)
+        return hint, None if fields is None else set(fields)
+    return None, {p.name for p in parameters}
 
 
 def build(make: Make, config: Mapping[str, Any], dtypes: Mapping[str, torch.dtype], what: str) -> nn.Module:

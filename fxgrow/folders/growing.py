@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.errors import GrowthRefused, SpecError, did_you_mean
-from fxgrow.folders import card
+from fxgrow.errors import DiskError, FxgrowError, GrowthRefused, SpecError, did_you_mean
+from fxgrow.folders import card, dictionary, resuming
 from fxgrow.folders.building import build
-from fxgrow.folders.opened import Reader, opened
+from fxgrow.folders.opened import Opened, Reader, opened
+from fxgrow.folders.optimizer import Growing, Maker, Way, grown_state, way_of
 from fxgrow.folders.source import CONFIG, Source
 from fxgrow.folders.tensorfile import disk_errors
 from fxgrow.folders.writing import Target, Writing, copied, shards_of
@@ -28,6 +30,7 @@ from fxgrow.landing.beside import alike
 from fxgrow.landing.between import spec_between
 from fxgrow.landing.compare import described, differences
 from fxgrow.landing.living import attributes_of
+from fxgrow.optim.policies import POLICIES
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program, capture
 from fxgrow.reading import read_json
@@ -48,7 +51,7 @@ class Grown:
     """What :func:`grow_checkpoint` made.
 
     Attributes:
-        folder: of the grown checkpoint.
+        folder: of the grown checkpoint; or its file.
         plan: how every tensor was made.
         receipt: what was measured.
         settings: those of the config that are others now: old and new, None where there was none.
@@ -71,6 +74,10 @@ def grow_checkpoint(
     like: str | Path | None = None,
     model_class: type[nn.Module] | None = None,
     inputs: Mapping[str, Any] | None = None,
+    optimizer: str | Path | bool = True,
+    policy: str = "asymmetric",
+    make_optimizer: Maker | None = None,
+    rates: bool = False,
     verify: bool = True,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
@@ -82,8 +89,11 @@ def grow_checkpoint(
     the model. The new folder has the config, the weights under the class's own names, and all other files of the old
     one; it appears whole, and a run that was killed goes on where it was.
 
+    A file of ``torch.save`` that holds weights, settings and an optimizer's state becomes such a file; what else it
+    holds is kept. It is made in memory and written in one go.
+
     Args:
-        folder: with ``config.json`` and ``model.safetensors``, or shards of it with their index.
+        folder: with ``config.json`` and ``model.safetensors``, or shards of it with their index; or a file.
         spec: as :func:`fxgrow.grow` takes it; or instead of it
         settings: of the config, by name, with their new values; or
         like: the ``config.json`` of a larger model of the class.
@@ -91,6 +101,13 @@ def grow_checkpoint(
         model_class: of your own, which is made from a config's settings by name, or from an object of them; None for
             the class of transformers that the config names.
         inputs: example inputs by name; made from the signature and the config if None.
+        optimizer: False leaves optimizers' states out; a path: of one that stands elsewhere, and goes into the new
+            folder under its name. Those in the file, and ``optimizer.pt`` of the folder, are found.
+        policy: how an optimizer's state grows: see :func:`fxgrow.optim.carry`. ``exact`` is refused where it needs
+            learning rates per slice, and new entries do not warm up, unless
+        rates: they stand in the state, so that it is loaded only where fxgrow is imported.
+        make_optimizer: makes the optimizer over a model, as the training script does; None: a way of making it that
+            fits the state is looked for.
         verify: compare both models in float64, an op's weights at a time.
         shard_bytes: the most that a file of weights holds.
         progress: called with bytes written and bytes in all.
@@ -103,13 +120,21 @@ def grow_checkpoint(
         ExactnessError: an exact plan measured inexact.
     """
     folder = Path(folder)
-    out = folder.with_name(folder.name + "-grown") if out is None else Path(out)
+    single = folder.is_file()
+    if out is None:
+        out = folder.with_name(folder.stem + "-grown" + folder.suffix if single else folder.name + "-grown")
+    out = Path(out)
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     if sum(given is not None for given in (spec, settings, like)) != 1:
         raise SpecError("give one of: a spec, settings of the config, the config of a larger model")
+    if policy not in POLICIES:
+        raise FxgrowError(f"unknown optimizer policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    if single and out.exists():
+        raise DiskError(f"{out} is there already: remove it, or name another file")
     small = opened(folder, model_class, inputs)
-    source, make, model, given = small.source, small.make, small.model, small.inputs
+    source, make, model, given, table = small.source, small.make, small.model, small.inputs, small.table
+    found = _states(small, optimizer, make_optimizer)
     with clock("capture"):
         program = small.capture()
     if spec is None:
@@ -135,25 +160,47 @@ def grow_checkpoint(
         _prove(large, wanted, program, plan, grown, given)
     reader = small.reader(program)
     targets = _targets(plan, program, grown, small.names, large)
+    notes = [f"{name} was left out: the class has no place for it" for name in small.ignored]
+    states: dict[Any, Any] = {}
+    how = Growing(small.again(), large, program, plan, grown, policy, rates)
+    with clock("optimizer"):
+        for place, (state, where, way) in found.items():
+            states[place], said = grown_state(state, way, how, where)
+            notes += [line for line in said if line not in notes]
+
+    def measured() -> Receipt:
+        receipt = Receipt(exactness=plan.exactness, notes=["not measured: verification was switched off"])
+        if verify:
+            with clock("verify"):
+                receipt = _verified(program, plan, grown, reader)
+        receipt.params_before, receipt.params_after = plan.parameters_before, plan.parameters_after
+        receipt.notes += notes
+        return receipt
+
+    if table is not None:
+        receipt = measured()
+        with clock("write"):
+            data = _grown_table(small, wanted, changed, states, how, targets)
+            dictionary.check_room(out, data)
+            dictionary.write(out, data)
+        return Grown(out, plan, receipt, changed, seconds)
     shards = shards_of(list(targets), shard_bytes)
     with clock("write"):
         key = _key(source, plan, wanted, shards)
         writing = Writing(out, key, shards, source.metadata or {"format": "pt"})
         _stream(writing, targets, plan, reader, progress)
         writing.index()
-    receipt = Receipt(exactness=plan.exactness, notes=["not measured: verification was switched off"])
-    if verify:
-        with clock("verify"):
-            receipt = _verified(program, plan, grown, reader)
-    receipt.params_before, receipt.params_after = plan.parameters_before, plan.parameters_after
-    receipt.notes += [f"{name} was left out: the class has no place for it" for name in small.ignored]
-    done = Grown(out, plan, receipt, changed, seconds)
-    list(copied(source.others, folder, writing.part))
+    left_out = resuming.parts_in(folder) | set(states)
+    list(copied(resuming.without(source.others, left_out), folder, writing.part))
+    for file, state in states.items():
+        dictionary.write(writing.part / (file.relative_to(folder) if file.is_relative_to(folder) else file.name), state)
+    notes += resuming.forget_the_best(writing.part)
+    receipt = measured()
     with disk_errors(str(out)):
         (writing.part / CONFIG).write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         card.write(writing.part, folder.name, plan, receipt, changed)
     writing.settle()
-    return done
+    return Grown(out, plan, receipt, changed, seconds)
 
 
 _MISSING = object()
@@ -176,7 +223,7 @@ def _wanted(source: Source, settings: Mapping[str, Any] | None, like: str | Path
     assert settings is not None
     for name in settings:
         if name not in source.config:
-            raise SpecError(f"{CONFIG} of {source.folder} has no {name}; {did_you_mean(name, source.config)}")
+            raise SpecError(f"{source.called} has no {name}; {did_you_mean(name, source.config)}")
     return source.config | dict(settings)
 
 
@@ -226,7 +273,8 @@ def _prove(
         GrowthRefused: it does not; the message names the numbers on both sides.
     """
     theirs = capture(large, (), inputs)
-    if found := differences(grown, theirs):
+    constants = {n: materialise_tensor(plan.tensors[n], program.constants[n]) for n in grown.constants}
+    if found := differences(dataclasses.replace(grown, constants=constants), theirs):
         lines = [f"{type(large).__name__}, made from the grown config, does not compute what the growth does:"]
         lines += [f"  {described(d, 'the class')}" for d in found[:6]]
         lines += [f"  and {len(found) - 6} more"] if len(found) > 6 else []
@@ -243,6 +291,58 @@ def _prove(
                 f"the buffer {name} is not saved, and {type(large).__name__} computes other values for it than the "
                 "growth needs"
             )
+
+
+# one file, and optimizers ------------------------------------------------------------------------------------------
+
+
+def _grown_table(
+    small: Opened,
+    wanted: Mapping[str, Any],
+    changed: Mapping[str, Any],
+    states: Mapping[Any, Any],
+    how: Growing,
+    targets: Mapping[Target, str],
+) -> Any:
+    """The data of a file, with weights, settings and optimizers' states grown; and averages of the weights."""
+    table, source = small.table, small.source
+    assert table is not None
+    new = {place: states.get(place, dictionary.LEFT_OUT) for place in table.optimizers}
+    for place in table.weights:
+        tensors = table.tensors(place)
+        if {n: e.shape for n, e in tensors.items()} != {n: e.shape for n, e in source.tensors.items()}:
+            continue
+        reader = Reader(how.program, {m: tensors[n] for n, m in small.names.items()})
+        made: dict[str, torch.Tensor] = {}
+        for target, tensor in zip(targets, _made(targets, list(targets), how.plan, reader), strict=True):
+            made[target.name] = tensor
+        once: dict[str, torch.Tensor] = {}
+        new[place] = table.named(place, {t.name: once.setdefault(n, made[t.name]) for t, n in targets.items()})
+    for place in table.settings:
+        if table.called(place) == source.called:
+            settings = copy.copy(table.at(place))
+            settings.update({k: wanted[k] for k in changed})
+            new[place] = settings
+    return table.with_(new)
+
+
+def _states(small: Opened, given: str | Path | bool, make: Maker | None) -> dict[Any, tuple[Any, str, Way]]:
+    """Optimizers' states, by their places in a file or by their files; each with where it is, and how it was made.
+
+    Raises:
+        CheckpointError: one cannot be read, or is not of the class.
+    """
+    folder, table = small.source.folder, small.table
+    found: dict[Any, tuple[Any, str]] = {}
+    if table is not None:
+        if not isinstance(given, bool):
+            raise SpecError(f"{folder} is one file, and the state that stands in it is grown: {given} is not read")
+        found = {place: (table.at(place), table.called(place)) for place in table.optimizers if given}
+    elif given is not False:
+        files = resuming.states_in(folder) if given is True else [Path(given)]
+        found = {file: (resuming.state_of(file), str(file)) for file in files}
+    trainers = table is None and resuming.is_of_trainer(folder)
+    return {k: (state, where, way_of(state, small.model, make, where, trainers)) for k, (state, where) in found.items()}
 
 
 # the weights -------------------------------------------------------------------------------------------------------
@@ -304,15 +404,6 @@ def _stream(
     total = sum(t.bytes for t in targets)
     done = writing.bytes_done
 
-    def made(shard: Sequence[Target]) -> Iterator[torch.Tensor]:
-        for target in shard:
-            name = targets[target]
-            tensor = plan.tensors[name]
-            source = None if tensor.source is None else reader(tensor.source)
-            if source is not None:
-                check_finite({tensor.source or name: source})
-            yield materialise_tensor(tensor, source, dtype=target.dtype)
-
     def wrote(count: int) -> None:
         nonlocal done
         done += count
@@ -321,7 +412,19 @@ def _stream(
 
     if progress is not None:
         progress(done, total)
-    writing.write(made, wrote)
+    writing.write(lambda shard: _made(targets, shard, plan, reader), wrote)
+
+
+def _made(
+    targets: Mapping[Target, str], some: Sequence[Target], plan: GrowthPlan, reader: Reader
+) -> Iterator[torch.Tensor]:
+    for target in some:
+        name = targets[target]
+        tensor = plan.tensors[name]
+        source = None if tensor.source is None else reader(tensor.source)
+        if source is not None:
+            check_finite({tensor.source or name: source})
+        yield materialise_tensor(tensor, source, dtype=target.dtype)
 
 
 def _key(source: Source, plan: GrowthPlan, config: Mapping[str, Any], shards: Iterable[Sequence[Target]]) -> str:

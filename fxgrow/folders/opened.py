@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from fxgrow.folders.building import Make, build, example_of, maker_of, names_of
-from fxgrow.folders.source import CONFIG, Source, open_folder
+from fxgrow.folders.dictionary import Table, open_table, source_of
+from fxgrow.folders.source import Source, open_folder
 from fxgrow.folders.tensorfile import Entry
 from fxgrow.ir.traced import Traced
 from fxgrow.program import Program, capture
@@ -28,6 +29,7 @@ class Opened:
         names: the model's name for each name in the files.
         ignored: names in the files that the class says it has no place for.
         inputs: example inputs by name.
+        table: the file, where it is one and no folder.
     """
 
     source: Source
@@ -36,11 +38,16 @@ class Opened:
     names: dict[str, str]
     ignored: list[str]
     inputs: dict[str, Any]
+    table: Table | None = None
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """Of the stored tensors by the model's names."""
         return {m: self.source.tensors[n].dtype for n, m in self.names.items()}
+
+    def again(self) -> nn.Module:
+        """The class made anew: the model may have been grown meanwhile."""
+        return build(self.make, self.source.config, self.dtypes, self.source.called)
 
     def capture(self) -> Program:
         return capture(self.model, (), self.inputs)
@@ -61,7 +68,7 @@ class Opened:
 def opened(
     folder: str | Path, model_class: type[nn.Module] | None = None, inputs: Mapping[str, Any] | None = None
 ) -> Opened:
-    """Open a folder.
+    """Open a folder, or a file of ``torch.save`` with weights and settings.
 
     Args:
         model_class: None for the class of transformers that the config names.
@@ -72,12 +79,13 @@ def opened(
         SpecError: no example is known.
     """
     folder = Path(folder)
-    source = open_folder(folder)
+    table = open_table(folder) if folder.is_file() else None
+    source = open_folder(folder) if table is None else source_of(table, model_class)
     make = maker_of(folder, source.config, model_class)
     dtypes = {n: e.dtype for n, e in source.tensors.items()}
-    names, ignored = names_of(build(make, source.config, dtypes, str(folder / CONFIG)), source.tensors, str(folder))
-    model = build(make, source.config, {m: dtypes[n] for n, m in names.items()}, str(folder / CONFIG))
-    return Opened(source, make, model, names, ignored, example_of(model) if inputs is None else dict(inputs))
+    names, ignored = names_of(build(make, source.config, dtypes, source.called), source.tensors, str(folder))
+    model = build(make, source.config, {m: dtypes[n] for n, m in names.items()}, source.called)
+    return Opened(source, make, model, names, ignored, example_of(model) if inputs is None else dict(inputs), table)
 
 
 class Reader:

@@ -24,6 +24,7 @@ class Source:
         metadata: of the weights' files.
         sharded: whether there is an index.
         weights: the names of the files that hold weights, index included.
+        called: where the config stands, for errors.
     """
 
     folder: Path
@@ -32,6 +33,11 @@ class Source:
     metadata: dict[str, str] = field(default_factory=dict)
     sharded: bool = False
     weights: set[str] = field(default_factory=set)
+    called: str = ""
+
+    def __post_init__(self) -> None:
+        """A folder's config is a file."""
+        self.called = self.called or str(self.folder / CONFIG)
 
     @property
     def others(self) -> list[Path]:

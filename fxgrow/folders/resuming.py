@@ -1,0 +1,82 @@
+"""What a folder holds for training to go on: optimizers' states, and what transformers' Trainer notes of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fxgrow.errors import CheckpointError
+from fxgrow.folders import dictionary
+from fxgrow.folders.tensorfile import disk_errors
+from fxgrow.reading import read_json
+
+#: as transformers' Trainer and accelerate call it
+_STATES = ("optimizer.pt", "optimizer.bin")
+#: states that are in parts, each of a process
+_IN_PARTS = ("global_step*", "optimizer_[0-9]*", "pytorch_model_fsdp*", "optimizer.pt_*", "rank*-of-*-optimizer.pt")
+_NOTES = "trainer_state.json"
+
+
+def states_in(folder: Path) -> list[Path]:
+    """The files of optimizers' states in a folder.
+
+    Raises:
+        CheckpointError: there are some that were divided among processes.
+    """
+    for pattern in _IN_PARTS:
+        for found in sorted(folder.glob(pattern)):
+            raise CheckpointError(
+                f"{found} is the state of an optimizer in parts, which are not grown: make one state dict of them, or "
+                "leave the optimizer out (--no-optimizer)"
+            )
+    return [folder / name for name in _STATES if (folder / name).is_file()]
+
+
+def parts_in(folder: Path) -> set[Path]:
+    """All files of optimizers' states, whatever they are like."""
+    places = [folder / name for name in _STATES] + [f for p in _IN_PARTS for f in folder.glob(p)]
+    return {f for place in places for f in (place.rglob("*") if place.is_dir() else [place]) if f.is_file()}
+
+
+def is_of_trainer(folder: Path) -> bool:
+    """Whether transformers' Trainer wrote a folder."""
+    return (folder / _NOTES).is_file()
+
+
+def state_of(file: Path) -> Any:
+    """An optimizer's state dict.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not a file")
+    return dictionary.load(file)
+
+
+def forget_the_best(folder: Path) -> list[str]:
+    """Take from a Trainer's notes what the small model's best checkpoint is.
+
+    At the end of a run it is loaded into the model, whose blocks may have other numbers by now.
+
+    Returns:
+        What is to be said of it.
+    """
+    file = folder / _NOTES
+    if not file.is_file():
+        return []
+    notes = read_json(file, finite=False)
+    best = ("best_metric", "best_model_checkpoint", "best_global_step")
+    if not isinstance(notes, dict) or all(notes.get(key) is None for key in best):
+        return []
+    text = json.dumps(notes | {key: None for key in best if key in notes}, indent=2, sort_keys=True)
+    with disk_errors(str(file)):
+        file.write_text(text + "\n", encoding="utf-8")
+    return [f"{_NOTES} names no best checkpoint any more: it is of the small model"]
+
+
+def without(files: Iterable[Path], left_out: set[Path]) -> list[Path]:
+    """Files but some."""
+    return [f for f in files if f not in left_out]

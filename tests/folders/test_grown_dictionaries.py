@@ -1,0 +1,321 @@
+"""A file of torch.save in, a larger one out: weights, settings and the optimizer's state; a script resumes from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxgrow
+from examples.gpt.model import GPT, GPTConfig
+from examples.nanogpt.model import GPT as NanoGPT
+from fxgrow import cli
+from fxgrow.errors import CheckpointError, DiskError, FxgrowError, GrowthRefused, SpecError
+from fxgrow.folders import grow_checkpoint
+from fxgrow.optim.rates import KEY
+
+CONFIG = GPTConfig(vocab_size=40, block_size=12, n_layer=1, n_head=2, n_embd=8, n_hidden=16, head_dim=4)
+WIDE = [{"op": "widen", "axis": "./residual", "to": 12, "noise": {"scale": 0.1}}]
+HIDDEN = [{"op": "widen", "axis": "*/hidden", "factor": 2}]
+DEPTH = [{"op": "deepen", "stack": "transformer.h", "by": 1}]
+SEVERAL = [*WIDE, *DEPTH, {"op": "extend", "axis": "*/vocab", "to": 48}]
+
+
+# nanoGPT's own script ---------------------------------------------------------------------------------------------
+
+
+def train(out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
+    """Run the script, which knows nothing of growth."""
+    sizes = {"eval_interval": 10, "eval_iters": 2, "log_interval": 1, "batch_size": 2, "block_size": 8, "n_embd": 8}
+    usual = {"gradient_accumulation_steps": 1, "device": "cpu", "dtype": "float32", "warmup_iters": 2, "out_dir": out}
+    given = sizes | usual | options
+    monkeypatch.setattr(sys, "argv", ["train.py", *(f"--{k}={v}" for k, v in given.items())])
+    capsys.readouterr()
+    runpy.run_module("examples.nanogpt.train", run_name="__main__")
+    return capsys.readouterr().out
+
+
+def losses(said: str) -> dict[int, float]:
+    return {int(n): float(x) for n, x in re.findall(r"step (\d+): train loss ([\d.]+)", said)}
+
+
+@pytest.mark.parametrize("settings", [{"n_embd": 12}, {"n_layer": 3, "n_embd": 16, "n_head": 4}])
+def test_nanogpt_resumes_by_its_own_script(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, settings: dict[str, int]
+) -> None:
+    before = losses(train(tmp_path / "out", capsys, monkeypatch, max_iters=20))
+    done = grow_checkpoint(
+        tmp_path / "out/ckpt.pt", None, tmp_path / "larger/ckpt.pt", settings=settings, model_class=NanoGPT
+    )
+    assert done.receipt.error_float64 is not None
+    assert done.receipt.error_float64 < 1e-10
+    assert any("GPT.configure_optimizers" in note for note in done.receipt.notes)
+    small, large = (torch.load(tmp_path / name / "ckpt.pt") for name in ("out", "larger"))
+    assert large["model_args"] == small["model_args"] | settings
+    assert list(large) == list(small)
+    assert all(large[k] == small[k] for k in ("iter_num", "best_val_loss", "config"))
+    after = losses(train(tmp_path / "larger", capsys, monkeypatch, max_iters=40, init_from="resume"))
+    assert after[20] == pytest.approx(before[20], rel=1e-5), "the loss continues"
+    assert after[40] < after[20]
+    assert torch.load(tmp_path / "larger/ckpt.pt")["iter_num"] == 40
+
+
+# states against those that fxgrow carries itself --------------------------------------------------------------------
+
+
+def trained(groups: str = "one", kind: type[torch.optim.Optimizer] = torch.optim.AdamW) -> tuple[GPT, Any]:
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(CONFIG)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    params = list(model.parameters())
+    if groups == "two":
+        matrices = {"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1}
+        optimizer = kind([matrices, {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}], lr=1e-2)  # type: ignore[call-arg]
+    else:
+        optimizer = kind(params, lr=1e-2)  # type: ignore[call-arg]
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return model, optimizer
+
+
+def saved(file: Path, model: nn.Module, optimizer: Any, prefix: str = "", **more: Any) -> Path:
+    data = {
+        "model": type(state := model.state_dict())((prefix + n, t) for n, t in state.items()),
+        "optimizer": optimizer.state_dict(),
+        "args": dataclasses.asdict(CONFIG),
+        "script": {"n_embd": 8, "learning_rate": 0.01, "data": "words"},
+        "step": 3,
+        **more,
+    }
+    torch.save(data, file)
+    return file
+
+
+def loaded(file: Path) -> tuple[GPT, dict[str, Any]]:
+    data = torch.load(file, weights_only=True)
+    model = GPT(GPTConfig(**data["args"])).double()
+    model.load_state_dict({n.removeprefix("_orig_mod."): t for n, t in data["model"].items()})
+    return model.eval(), data
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.randint(40, (3, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return torch.Tensor(model.eval()(ids, ids)[0][..., :40])
+
+
+def same(one: Any, two: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[k], two[k]) for k in one)
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(same, one, two))
+    return bool(one == two)
+
+
+@pytest.mark.parametrize(
+    ("policy", "groups", "spec"), [("asymmetric", "two", SEVERAL), ("copy", "one", WIDE), ("reset", "two", HIDDEN)]
+)
+def test_the_state_is_the_one_that_a_growth_carries(tmp_path: Path, policy: str, groups: str, spec: Any) -> None:
+    model, optimizer = trained(groups)
+    file = saved(tmp_path / "small.pt", model, optimizer)
+    grow_checkpoint(file, spec, tmp_path / "large.pt", model_class=GPT, policy=policy, verify=False)
+    large, data = loaded(tmp_path / "large.pt")
+    assert float((logits(model) - logits(large)).abs().max()) < 1e-10
+    ids = torch.randint(40, (2, 8))
+    growth = fxgrow.grow(model, spec, (ids,), verify=False)
+    growth.apply_(model)
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in large.state_dict().items())
+    growth.carry_(optimizer, policy)
+    expected = optimizer.state_dict()
+    for group in expected["param_groups"]:
+        group.pop(KEY, None), group.pop("fxgrow_steps", None)
+    assert same(data["optimizer"], expected)
+
+
+def test_a_state_of_nothing_but_counts_stays(tmp_path: Path) -> None:
+    """Depth scales no weight, so that the small model's steps go on: policy exact needs no rates."""
+    model, optimizer = trained()
+    file = saved(tmp_path / "small.pt", model, optimizer)
+    grow_checkpoint(file, DEPTH, tmp_path / "large.pt", model_class=GPT, policy="exact", verify=False)
+    large, data = loaded(tmp_path / "large.pt")
+    before = dict(zip((n for n, _ in model.named_parameters()), optimizer.state_dict()["state"].values(), strict=True))
+    after = [n for n, _ in large.named_parameters()]
+    state = data["optimizer"]["state"]
+    assert same({after[k]: v for k, v in state.items()}, before)
+    assert len(state) < len(after), "a new block begins without"
+
+
+def test_rates_per_slice(tmp_path: Path) -> None:
+    """Where the script imports fxgrow, a plain optimizer that loads the state takes the small model's steps."""
+    model, optimizer = trained("two", torch.optim.SGD)
+    optimizer.param_groups[0]["momentum"] = 0.5
+    file = saved(tmp_path / "small.pt", model, optimizer)
+    with pytest.raises(GrowthRefused, match="--rates"):
+        grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT, policy="exact")
+    grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT, policy="exact", rates=True, verify=False)
+    large, data = loaded(tmp_path / "large.pt")
+    params = list(large.parameters())
+    own = torch.optim.SGD([{"params": [p for p in params if (p.dim() >= 2) is m]} for m in (True, False)], lr=1e-2)
+    own.load_state_dict(data["optimizer"])
+    assert any(KEY in group for group in own.param_groups)
+    ids = torch.randint(40, (2, 8))
+    for net, opt in ((model, optimizer), (large, own)):
+        net.train()
+        for _ in range(3):
+            opt.zero_grad()
+            net(ids, ids)[1].backward()
+            opt.step()
+    assert float((logits(model) - logits(large)).abs().max()) < 1e-10
+
+
+# what else a file holds ---------------------------------------------------------------------------------------------
+
+
+def test_wrappers_averages_ties_and_everything_else(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    average = {n: t * 0.5 for n, t in model.state_dict().items()}
+    more = {
+        "nested": {"ema": average},
+        "rng": torch.arange(5),
+        "names": ["a", ("b", None)],
+        "teacher": {"w": torch.ones(3)},
+    }
+    file = saved(tmp_path / "small.pt", model, optimizer, "_orig_mod.", **more)
+    small = torch.load(file)
+    grow_checkpoint(file, WIDE, tmp_path / "large.pt", model_class=GPT)
+    large, data = loaded(tmp_path / "large.pt")
+    assert list(data["model"]) == list(small["model"])
+    tied = [data["model"][f"_orig_mod.{n}.weight"].untyped_storage().data_ptr() for n in ("transformer.wte", "lm_head")]
+    assert tied[0] == tied[1], "saved once"
+    assert all(same(data[k], small[k]) for k in ("rng", "names", "teacher", "step", "script"))
+    model.load_state_dict(average)
+    large.load_state_dict(data["nested"]["ema"])
+    assert float((logits(model) - logits(large)).abs().max()) < 1e-10
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["large.pt", "small.pt"]
+
+
+def test_without_its_optimizer(tmp_path: Path) -> None:
+    file = saved(tmp_path / "small.pt", *trained())
+    grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT, optimizer=False, verify=False)
+    assert "optimizer" not in torch.load(tmp_path / "large.pt")
+
+
+# which parameter is which -------------------------------------------------------------------------------------------
+
+
+def backwards(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(list(model.parameters())[::-1])
+
+
+def forwards(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters())
+
+
+def test_a_function_says_how_the_optimizer_is_made(tmp_path: Path) -> None:
+    model, _ = trained()
+    optimizer = backwards(model)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float(p.numel()))
+    optimizer.step()
+    file = saved(tmp_path / "small.pt", model, optimizer)
+    with pytest.raises(CheckpointError, match=r"no way fits .*--make-optimizer"):
+        grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT)
+    with pytest.raises(CheckpointError, match=r"no state of the optimizer that forwards\(\) makes"):
+        grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT, make_optimizer=forwards)
+    grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT, make_optimizer=backwards, policy="copy")
+    large, data = loaded(tmp_path / "large.pt")
+    own = backwards(large)
+    own.load_state_dict(data["optimizer"])
+    assert all(own.state[p]["exp_avg"].shape == p.shape for p in large.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda o: o["param_groups"][0]["params"].pop(), "groups of"),
+        (lambda o: o["state"].update({99: {}}), "are not those of its groups"),
+        (lambda o: o["state"][0].update(exp_avg=torch.ones(3)), r"exp_avg of parameter 0 is \[3\]"),
+        (
+            lambda o: o["state"][0].update(shadow=torch.ones(40, 8, dtype=torch.float64)),
+            "not known how its state 'shadow'",
+        ),
+    ],
+)
+def test_states_that_do_not_fit(tmp_path: Path, change: Any, said: str) -> None:
+    model, optimizer = trained()
+    file = saved(tmp_path / "small.pt", model, optimizer)
+    data = torch.load(file)
+    change(data["optimizer"])
+    torch.save(data, file)
+    with pytest.raises(FxgrowError, match=said):
+        grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT)
+    assert not (tmp_path / "large.pt").exists()
+
+
+# files that are none ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d["model"], "tensors alone"),
+        (lambda d: {k: v for k, v in d.items() if k not in ("args", "script")}, "no table of settings"),
+        (lambda d: {k: v for k, v in d.items() if k != "model"}, "no table of weights"),
+        (lambda d: d | {"args": d["args"] | {"n_embd": 12}}, "is made that fits its weights"),
+        (lambda d: d | {"again": d["args"]}, "are both settings"),
+        (lambda d: d | {"model": {**d["model"], "more": torch.ones(2)}}, "has no such tensor"),
+        (lambda d: d | {"ema": dict(list(d["model"].items())[:3])}, "what is to become of it"),
+        (lambda d: d | {"odd": Path("here")}, "more than tensors and plain data"),
+        (lambda d: [d], "no table of weights"),
+    ],
+)
+def test_files_that_are_not_grown(tmp_path: Path, change: Any, said: str) -> None:
+    file = saved(tmp_path / "small.pt", *trained())
+    torch.save(change(torch.load(file)), file)
+    with pytest.raises(CheckpointError, match=said):
+        grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT)
+    assert [p.name for p in tmp_path.iterdir()] == ["small.pt"]
+
+
+def test_damaged_files_and_bad_requests(tmp_path: Path) -> None:
+    file = saved(tmp_path / "small.pt", *trained())
+    with pytest.raises(SpecError, match="name the class"):
+        grow_checkpoint(file, HIDDEN, tmp_path / "large.pt")
+    with pytest.raises(DiskError, match="there already"):
+        grow_checkpoint(file, HIDDEN, file, model_class=GPT)
+    with pytest.raises(FxgrowError, match="unknown optimizer policy"):
+        grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT, policy="most")
+    whole = file.read_bytes()
+    for cut in (b"", whole[:100], whole[: len(whole) // 2]):
+        file.write_bytes(cut)
+        with pytest.raises(CheckpointError, match="is no file of"):
+            grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = saved(tmp_path / "small.pt", *trained()), tmp_path / "large.pt"
+    more = ["--class", "examples.gpt.model:GPT", "--set", "n_hidden=24", "--policy", "copy", "--verify", "off"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["grow", str(file), *more, "--out", str(out)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert "the optimizer's state is of AdamW, its parameters in the order of model.parameters()" in said
+    assert "config n_hidden: 16 → 24" in said
+    assert loaded(out)[1]["args"]["n_hidden"] == 24
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["grow", str(file), *more, "--optimizer", str(file), "--out", str(tmp_path / "other.pt")])
+    assert ended.value.code == 2
+    assert "is not read" in " ".join(capsys.readouterr().err.split())
