@@ -71,7 +71,9 @@ def _from_class(kind: type[nn.Module]) -> Make:
     held, known = taken_by(kind)
 
     def make(given: Mapping[str, Any]) -> nn.Module:
-        own = {k: v for k, v in given.items() if k not in _OF_TRANSFORMERS and (known is None or k in known)}
+        own = {
+            k: copy.deepcopy(v) for k, v in given.items() if k not in _OF_TRANSFORMERS and (known is None or k in known)
+        }
         return kind(**own) if held is None else kind(held(**own))
 
     return make

@@ -77,6 +77,12 @@ class Table:
         cut = len(self.weights[place])
         return {n[cut:]: Loaded(self.file, t.dtype, tuple(t.shape), 0, t) for n, t in self.at(place).items()}
 
+    def kept(self, weights: Mapping[str, Entry]) -> list[str]:
+        """Where tensors stand that are neither weights nor an optimizer's state."""
+        grown = [p for p in self.weights if are_of(self.tensors(p), weights)] + self.optimizers
+        rest = self.with_(dict.fromkeys(grown, LEFT_OUT))
+        return [str(k) for k, v in rest.items() if any(t.dim() > 1 for t in _tensors(v))]
+
     def with_(self, new: Mapping[Place, Any]) -> Any:
         """The data with others at some places, down to which tables are copied."""
         return _replaced(self.data, dict(new))
@@ -90,6 +96,11 @@ class Table:
         for name in sorted(tensors, key=lambda n: order.get(before + n, len(order))):
             made[before + name] = tensors[name]
         return made
+
+
+def are_of(tensors: Mapping[str, Entry], weights: Mapping[str, Entry]) -> bool:
+    """Whether tensors have the names and shapes of weights."""
+    return {n: e.shape for n, e in tensors.items()} == {n: e.shape for n, e in weights.items()}
 
 
 def is_table(file: Path) -> bool:
@@ -183,7 +194,7 @@ def _replaced(data: Any, new: dict[Place, Any]) -> Any:
     if not new:
         return data
     made = copy.copy(data)
-    for key in {place[0]: None for place in new}:
+    for key in reversed({place[0]: None for place in new}):  # of a list, the last ones first
         inner = {place[1:]: value for place, value in new.items() if place[0] == key}
         if inner.get(()) is LEFT_OUT:
             del made[key]

@@ -161,6 +161,8 @@ def grow_checkpoint(
     reader = small.reader(program)
     targets = _targets(plan, program, grown, small.names, large)
     notes = [f"{name} was left out: the class has no place for it" for name in small.ignored]
+    if table is not None and (kept := table.kept(small.source.tensors)):
+        notes.append(f"kept as they are, with tensors in them: {', '.join(kept)}")
     states: dict[Any, Any] = {}
     how = Growing(small.again(), large, program, plan, grown, policy, rates)
     with clock("optimizer"):
@@ -193,7 +195,7 @@ def grow_checkpoint(
     left_out = resuming.parts_in(folder) | set(states)
     list(copied(resuming.without(source.others, left_out), folder, writing.part))
     for file, state in states.items():
-        dictionary.write(writing.part / (file.relative_to(folder) if file.is_relative_to(folder) else file.name), state)
+        dictionary.write(writing.part / resuming.place_of(file, folder), state)
     notes += resuming.forget_the_best(writing.part)
     receipt = measured()
     with disk_errors(str(out)):
@@ -310,7 +312,7 @@ def _grown_table(
     new = {place: states.get(place, dictionary.LEFT_OUT) for place in table.optimizers}
     for place in table.weights:
         tensors = table.tensors(place)
-        if {n: e.shape for n, e in tensors.items()} != {n: e.shape for n, e in source.tensors.items()}:
+        if not dictionary.are_of(tensors, source.tensors):
             continue
         reader = Reader(how.program, {m: tensors[n] for n, m in small.names.items()})
         made: dict[str, torch.Tensor] = {}
@@ -341,8 +343,9 @@ def _states(small: Opened, given: str | Path | bool, make: Maker | None) -> dict
     elif given is not False:
         files = resuming.states_in(folder) if given is True else [Path(given)]
         found = {file: (resuming.state_of(file), str(file)) for file in files}
+    model = small.again()  # a function of the user's may freeze some of it
     trainers = table is None and resuming.is_of_trainer(folder)
-    return {k: (state, where, way_of(state, small.model, make, where, trainers)) for k, (state, where) in found.items()}
+    return {k: (state, where, way_of(state, model, make, where, trainers)) for k, (state, where) in found.items()}
 
 
 # the weights -------------------------------------------------------------------------------------------------------

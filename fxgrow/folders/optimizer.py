@@ -247,6 +247,10 @@ def way_of(saved: Any, small: nn.Module, make: Maker | None, where: str, trainer
     """
     if not is_state(saved):
         raise CheckpointError(f"{where} is not the state dict of an optimizer: a table of state and param_groups")
+    if not all(isinstance(n, int) for group in saved["param_groups"] for n in group["params"]):
+        raise CheckpointError(
+            f"{where} has names for its parameters: load it into the optimizer, and save its state_dict()"
+        )
     if make is not None:
         way = _made(make, small, f"{getattr(make, '__name__', 'the function')}()")
         if problem := _misfit(saved, way, small):
@@ -352,10 +356,15 @@ def _after_dots(name: str) -> Iterator[int]:
 
 
 def _by_method(saved: Mapping[str, Any], small: nn.Module) -> Way | None:
-    """The class's own ``configure_optimizers``, where it can be called with what the groups say."""
+    """The class's own ``configure_optimizers``, called with what the groups say.
+
+    Raises:
+        CheckpointError: it cannot be called. What it does may be no usual way.
+    """
     method = getattr(small, "configure_optimizers", None)
     if method is None:
         return None
+    called = f"{type(small).__name__}.configure_optimizers"
     groups = saved["param_groups"]
     options: dict[str, Any] = {"device_type": "cpu", "device": "cpu"}
     for group in reversed(groups):
@@ -367,7 +376,7 @@ def _by_method(saved: Mapping[str, Any], small: nn.Module) -> Way | None:
         if name in options:
             given[name] = options[name]
         elif p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            return None
+            raise CheckpointError(f"{called}() takes {name}, which the optimizer's state does not tell. {_ADVICE}")
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         made: Any = model.configure_optimizers(**given)  # type: ignore[operator]
@@ -376,9 +385,9 @@ def _by_method(saved: Mapping[str, Any], small: nn.Module) -> Way | None:
         return made["optimizer"] if isinstance(made, Mapping) and "optimizer" in made else made
 
     try:
-        return _made(make, small, f"{type(small).__name__}.configure_optimizers")
-    except CheckpointError:
-        return None
+        return _made(make, small, called)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {_ADVICE}") from error
 
 
 def _by_trainer(saved: Mapping[str, Any], small: nn.Module) -> Way | None:

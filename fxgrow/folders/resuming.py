@@ -9,7 +9,8 @@ from typing import Any
 
 from fxgrow.errors import CheckpointError
 from fxgrow.folders import dictionary
-from fxgrow.folders.tensorfile import disk_errors
+from fxgrow.folders.tensorfile import disk_errors, entries
+from fxgrow.ir.packing import unpack
 from fxgrow.reading import read_json
 
 #: as transformers' Trainer and accelerate call it
@@ -46,14 +47,28 @@ def is_of_trainer(folder: Path) -> bool:
 
 
 def state_of(file: Path) -> Any:
-    """An optimizer's state dict.
+    """An optimizer's state dict: of ``torch.save``, or as :mod:`fxgrow.training` keeps it.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     if not file.is_file():
         raise CheckpointError(f"{file} is not a file")
-    return dictionary.load(file)
+    if file.suffix != ".safetensors":
+        return dictionary.load(file)
+    beside = file.with_name("state.json")
+    if not beside.is_file():
+        raise CheckpointError(f"{file} has tensors alone; {beside.name}, which says what they are, is not beside it")
+    packed = read_json(beside, finite=False)
+    if not isinstance(packed, dict) or "optimizer" not in packed:
+        raise CheckpointError(f"{beside} holds no optimizer's state")
+    return unpack(packed["optimizer"], {n: e.read() for n, e in entries(file)[0].items()}, str(beside))
+
+
+def place_of(file: Path, folder: Path) -> Path:
+    """Where a grown state goes in the new folder: a file of ``torch.save``."""
+    place = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
+    return place.with_suffix(".pt") if place.suffix == ".safetensors" else place
 
 
 def forget_the_best(folder: Path) -> list[str]:

@@ -22,6 +22,7 @@ compare trajectories.
 from __future__ import annotations
 
 from fxgrow.ir.flops import flop_counter
+from fxgrow.ir.packing import pack, unpack
 from fxgrow.training.batches import seeded, to_device
 from fxgrow.training.begin import begin, planned
 from fxgrow.training.checkpoints import compare, load_model, newest, restore, save, untied
@@ -31,7 +32,6 @@ from fxgrow.training.display import describe, describe_action, describe_growth, 
 from fxgrow.training.hyper import Hyper, base_rate, hyper_of
 from fxgrow.training.log import Log, action_line, growth_line, read_log, standing
 from fxgrow.training.loop import compiled, due, evaluate, train
-from fxgrow.training.packing import pack, unpack
 from fxgrow.training.run import Run, shapes
 from fxgrow.training.task import Batch, Task, adamw, first_numel, model_loss, whole_batch
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from fxgrow.checkpoint import read_tensors
 from fxgrow.errors import CheckpointError, DiskError
+from fxgrow.ir.packing import pack, unpack
 from fxgrow.optim.rates import all_rates
 from fxgrow.publish import clean, create, replacing
 from fxgrow.reading import first_problem, read_json, read_text
 from fxgrow.training.copies import Copies
 from fxgrow.training.optimizer_state import check_optimizer_state
-from fxgrow.training.packing import pack, unpack
 from fxgrow.training.run import Run
 from fxgrow.version import __version__
 

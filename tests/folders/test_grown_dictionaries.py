@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import runpy
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import fxgrow
@@ -19,6 +21,7 @@ from examples.nanogpt.model import GPT as NanoGPT
 from fxgrow import cli
 from fxgrow.errors import CheckpointError, DiskError, FxgrowError, GrowthRefused, SpecError
 from fxgrow.folders import grow_checkpoint
+from fxgrow.ir.packing import pack
 from fxgrow.optim.rates import KEY
 
 CONFIG = GPTConfig(vocab_size=40, block_size=12, n_layer=1, n_head=2, n_embd=8, n_hidden=16, head_dim=4)
@@ -191,11 +194,12 @@ def test_wrappers_averages_ties_and_everything_else(tmp_path: Path) -> None:
         "nested": {"ema": average},
         "rng": torch.arange(5),
         "names": ["a", ("b", None)],
-        "teacher": {"w": torch.ones(3)},
+        "teacher": {"w": torch.ones(3, 3)},
     }
     file = saved(tmp_path / "small.pt", model, optimizer, "_orig_mod.", **more)
     small = torch.load(file)
-    grow_checkpoint(file, WIDE, tmp_path / "large.pt", model_class=GPT)
+    done = grow_checkpoint(file, WIDE, tmp_path / "large.pt", model_class=GPT)
+    assert "kept as they are, with tensors in them: teacher" in done.receipt.notes
     large, data = loaded(tmp_path / "large.pt")
     assert list(data["model"]) == list(small["model"])
     tied = [data["model"][f"_orig_mod.{n}.weight"].untyped_storage().data_ptr() for n in ("transformer.wte", "lm_head")]
@@ -246,6 +250,7 @@ def test_a_function_says_how_the_optimizer_is_made(tmp_path: Path) -> None:
     ("change", "said"),
     [
         (lambda o: o["param_groups"][0]["params"].pop(), "groups of"),
+        (lambda o: o["param_groups"][0].update(params=["a", "b"]), "has names for its parameters"),
         (lambda o: o["state"].update({99: {}}), "are not those of its groups"),
         (lambda o: o["state"][0].update(exp_avg=torch.ones(3)), r"exp_avg of parameter 0 is \[3\]"),
         (
@@ -263,6 +268,83 @@ def test_states_that_do_not_fit(tmp_path: Path, change: Any, said: str) -> None:
     with pytest.raises(FxgrowError, match=said):
         grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT)
     assert not (tmp_path / "large.pt").exists()
+
+
+class Asking(GPT):
+    """Its optimizer may be made in any order."""
+
+    def configure_optimizers(self, train_config: Any) -> torch.optim.Optimizer:
+        raise AssertionError
+
+
+def test_a_method_that_cannot_be_called_is_no_usual_way(tmp_path: Path) -> None:
+    file = saved(tmp_path / "small.pt", *trained())
+    with pytest.raises(CheckpointError, match=r"takes train_config.*--make-optimizer"):
+        grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=Asking)
+
+
+def test_a_state_beside_a_folder(tmp_path: Path) -> None:
+    """As fxgrow.training keeps it, its rates of an earlier growth included."""
+    model, optimizer = trained("two")
+    ids = torch.randint(40, (2, 8))
+    growth = fxgrow.grow(model, HIDDEN, (ids,), verify=False)
+    growth.apply_(model)
+    growth.carry_(optimizer, "asymmetric", warmup=7)
+    tensors: dict[str, torch.Tensor] = {}
+    small = tmp_path / "small"
+    small.mkdir()
+    (small / "config.json").write_text(json.dumps(dataclasses.asdict(model.config)))
+    save_file({n: t for n, t in model.state_dict().items() if "wte" not in n}, small / "model.safetensors")
+    packed = pack(optimizer.state_dict(), "optimizer", tensors)
+    (tmp_path / "state.json").write_text(json.dumps({"optimizer": packed}))
+    save_file(tensors, tmp_path / "optimizer.safetensors")
+    given: Any = {"model_class": GPT, "optimizer": tmp_path / "optimizer.safetensors", "policy": "copy"}
+    done = grow_checkpoint(small, WIDE, tmp_path / "large", verify=False, **given)
+    assert {f.name for f in done.folder.iterdir()} >= {"optimizer.pt", "model.safetensors"}
+    saved_state = torch.load(done.folder / "optimizer.pt")
+    growth = fxgrow.grow(model, WIDE, (ids,), verify=False)
+    growth.apply_(model)
+    growth.carry_(optimizer, "copy")
+    assert same(saved_state["state"], optimizer.state_dict()["state"])
+    for mine, theirs in zip(saved_state["param_groups"], optimizer.state_dict()["param_groups"], strict=True):
+        assert mine[KEY]["names"] == theirs[KEY]["names"]
+        assert mine["fxgrow_steps"] == theirs["fxgrow_steps"] == [0]
+    optimizer.load_state_dict(saved_state)
+    (tmp_path / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"state\.json, which says what they are"):
+        grow_checkpoint(small, WIDE, tmp_path / "other", **given)
+
+
+class Module(GPT):
+    """As Lightning has it: settings by name, an optimizer without being asked anything."""
+
+    def __init__(self, n_hidden: int, lr: float = 0.1) -> None:
+        super().__init__(dataclasses.replace(CONFIG, n_hidden=n_hidden))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3)]
+
+
+def test_files_of_lightnings_shape(tmp_path: Path) -> None:
+    model = Module(16).double()
+    optimizer = model.configure_optimizers()[0][0]
+    ids = torch.randint(40, (2, 8))
+    model(ids, ids)[1].backward()
+    optimizer.step()
+    data = {"epoch": 1, "state_dict": model.state_dict(), "loops": {"fit": {"state_dict": {}}}, "lr_schedulers": [{}]}
+    data |= {"optimizer_states": [optimizer.state_dict()], "hyper_parameters": {"n_hidden": 16, "lr": 0.1}}
+    torch.save(data, tmp_path / "small.ckpt")
+    inputs = {"idx": ids}
+    grow_checkpoint(tmp_path / "small.ckpt", settings={"n_hidden": 32}, model_class=Module, inputs=inputs, verify=False)
+    larger = torch.load(tmp_path / "small-grown.ckpt")
+    assert larger["hyper_parameters"] == {"n_hidden": 32, "lr": 0.1}
+    again = Module(**larger["hyper_parameters"]).double()
+    again.load_state_dict(larger["state_dict"])
+    assert float((logits(model) - logits(again)).abs().max()) < 1e-10
+    own = again.configure_optimizers()[0][0]
+    own.load_state_dict(larger["optimizer_states"][0])
+    assert all(own.state[p]["momentum_buffer"].shape == p.shape for p in again.parameters())
 
 
 # files that are none ------------------------------------------------------------------------------------------------
