@@ -21,7 +21,18 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from fxgrow.errors import SpecError, did_you_mean
 from fxgrow.limits import BLOCKS, OPERATIONS
@@ -47,8 +58,10 @@ class Noise(_Strict):
     """
 
     kind: Literal["antisymmetric", "independent"] = "antisymmetric"
-    scale: float = Field(1e-3, ge=0, le=1e6, description="standard deviation of the noise")
-    relative: bool = Field(False, description="scale is a fraction of each tensor's own standard deviation")
+    scale: float = Field(2.0, ge=0, le=1e6, description="standard deviation of the noise")
+    relative: bool = Field(
+        True, description="scale is a multiple of each tensor's own standard deviation; false where scale is given"
+    )
     distribution: Literal["bytes", "normal", "rademacher"] = Field(
         "bytes", description="`bytes`: sum of four random bytes, equal to the bit on every backend"
     )
@@ -56,6 +69,23 @@ class Noise(_Strict):
     on: Literal["readers", "writers", "both"] = Field(
         "readers", description="weights that read the grown axis (exact), or that write it (changes the function)"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scaled(cls, given: Any) -> Any:
+        """A scale alone is absolute; independent noise, which changes the function, is small if nothing is said."""
+        if not isinstance(given, Mapping):
+            return given
+        if "scale" in given:
+            return {"relative": False, **given}
+        small = {"scale": 1e-3, "relative": False} if given.get("kind") == "independent" else {}
+        return {**small, **given}
+
+    @model_serializer(mode="wrap")
+    def _said(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With ``relative`` beside a scale, though it is a default: a scale alone is absolute."""
+        said: dict[str, Any] = dump(self)
+        return said | {"relative": self.relative} if "scale" in said else said
 
 
 class Operation(_Strict):

@@ -101,3 +101,24 @@ def test_a_plug_in_extends_the_union() -> None:
         specs._OPERATIONS.pop("polish")
         GrowthSpec._adapter = None
     assert isinstance(GrowthSpec.operation_adapter(), TypeAdapter)
+
+
+@pytest.mark.parametrize(
+    ("given", "scale", "relative"),
+    [
+        ({}, 2.0, True),
+        ({"seed": 1}, 2.0, True),
+        ({"scale": 0.1}, 0.1, False),
+        ({"scale": 2.0}, 2.0, False),
+        ({"scale": 0.1, "relative": True}, 0.1, True),
+        ({"scale": 2.0, "relative": True}, 2.0, True),
+        ({"kind": "independent"}, 1e-3, False),
+    ],
+)
+def test_noise_is_absolute_where_a_scale_is_given(given: dict[str, Any], scale: float, relative: bool) -> None:
+    op = {"op": "widen", "axis": "a", "factor": 2, "preserve": "approximate", "noise": given}
+    spec = GrowthSpec.parse(op)
+    noise = spec.operations[0].noise
+    assert (noise.scale, noise.relative) == (scale, relative)
+    assert GrowthSpec.parse(spec.to_dict()) == spec
+    assert GrowthSpec.parse(spec.to_yaml()) == spec

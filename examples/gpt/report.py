@@ -222,7 +222,9 @@ def text(lines: list[Line], scratch: list[Line], out: Path, picture: Path) -> st
     page += [
         "## To be read with care",
         "",
-        "- This run shows that growing is exact and that training goes on. " + compared(scratch),
+        "- This run shows that growing is exact and that training goes on; it does not show that growing pays. At its "
+        "size and budget the small model alone, trained for as many FLOPs, is the better one: `docs/payoff-cpu.md` is "
+        "a study of where growing pays, and `python -m benchmarks training` makes it. " + compared(scratch),
         f"- Gradients are clipped by their global norm ({hyper['clip']:g}), which is not invariant under growth: the "
         "gradient of a grown model has another norm although the function is the same, so the first updates after a "
         "growth are clipped differently. The growth itself is exact all the same.",

@@ -58,7 +58,7 @@ for argument in sys.argv[1:]:
     globals()[key] = value if isinstance(globals()[key], str) else literal_eval(value)
 config = {k: globals()[k] for k in config_keys}
 # -----------------------------------------------------------------------------
-noise = {"scale": 1e-3}  # lets the copies part
+noise = {"seed": 1}  # lets the copies part
 growths = {
     wider_at: [{"op": "widen", "axis": f"*/{a}", "factor": 2, "noise": noise} for a in ("heads", "residual", "hidden")],
     deeper_at: [{"op": "deepen", "stack": "transformer.h", "factor": 2}],
