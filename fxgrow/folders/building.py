@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from fxgrow.errors import CheckpointError, SpecError
-from fxgrow.folders.tensorfile import Entry
+from fxgrow.folders.conversions import Stored
 from fxgrow.landing.beside import Unwritten
 from fxgrow.landing.living import attributes_of
 
@@ -63,7 +63,24 @@ def maker_of(folder: Path, config: Mapping[str, Any], kind: type[nn.Module] | No
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise CheckpointError(f"transformers {transformers.__version__} has no class {names[0][:80]!r}: name one")
     settings = found.config_class  # type: ignore[attr-defined]
-    return lambda given: found(settings.from_dict(copy.deepcopy(dict(given))))
+
+    def make(given: Mapping[str, Any]) -> Any:
+        model: Any = found(settings.from_dict(copy.deepcopy(dict(given))))
+        if hasattr(model, "set_experts_implementation"):  # of several that compute the same, one that can be traced
+            model.set_experts_implementation("batched_mm")
+        if getattr(model.config, "is_encoder_decoder", False):
+            model.register_forward_hook(_said)
+        return model
+
+    return make
+
+
+def _said(_: nn.Module, __: Any, out: Any) -> Any:
+    """What a class is for: beside it, the state of an encoder would be a result that keeps its width for ever."""
+    if not isinstance(out, Mapping):
+        return out
+    kept = {name: value for name, value in out.items() if not name.endswith(("hidden_state", "hidden_states"))}
+    return kept if kept and len(kept) < len(out) else out
 
 
 def _from_class(kind: type[nn.Module]) -> Make:
@@ -131,19 +148,25 @@ def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def names_of(model: nn.Module, tensors: Mapping[str, Entry], where: str) -> tuple[dict[str, str], list[str]]:
-    """The model's name for each name in the files, and those that the class says it has no place for.
+def prefixes_of(model: nn.Module) -> list[Callable[[str], str]]:
+    """From names in files to the model's: the files may hold the model that the class wraps, without its prefix, or the
+    other way around.
+    """
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    choices: list[Callable[[str], str]] = [lambda n: n]
+    if prefix:
+        choices += [lambda n: f"{prefix}.{n}", lambda n: n.removeprefix(f"{prefix}.")]
+    return choices
 
-    The files may hold the model that the class wraps, without its prefix, or the other way around.
+
+def names_of(model: nn.Module, tensors: Mapping[str, Stored], where: str) -> tuple[dict[str, str], list[str]]:
+    """The model's name for each name in the files, and those that the class says it has no place for.
 
     Raises:
         CheckpointError: a name or a shape does not fit, or something is missing.
     """
     own = model.state_dict(keep_vars=True)
-    prefix = getattr(model, "base_model_prefix", "") or ""
-    choices: list[Callable[[str], str]] = [lambda n: n]
-    if prefix:
-        choices += [lambda n: f"{prefix}.{n}", lambda n: n.removeprefix(f"{prefix}.")]
+    choices = prefixes_of(model)
     best = max(choices, key=lambda c: sum(c(n) in own for n in tensors))
     found = {n: best(n) if best(n) in own else n for n in tensors}
     patterns = attributes_of(model).get(_LEFT_OUT) or getattr(type(model), _LEFT_OUT, None) or ()
@@ -174,6 +197,8 @@ def example_of(model: nn.Module) -> dict[str, Any]:
     vocabulary = getattr(text, "vocab_size", None)
     generator = torch.Generator().manual_seed(0)
 
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
     def tokens() -> torch.Tensor:
         return torch.randint(min(int(vocabulary or 2), 1000), (2, 8), generator=generator)
 
@@ -186,8 +211,13 @@ def example_of(model: nn.Module) -> dict[str, Any]:
         size = config.image_size  # type: ignore[union-attr]
         high, wide = size if isinstance(size, list | tuple) else (size, size)
         shape = (2, getattr(config, "num_channels", 3), high, wide)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         out["pixel_values"] = torch.randn(shape, generator=generator).to(dtype)
+    elif "input_features" in known and all(hasattr(config, key) for key in ("num_mel_bins", "max_source_positions")):
+        length = 2 * config.max_source_positions  # type: ignore[union-attr]
+        frames = torch.randn(2, config.num_mel_bins, length, generator=generator)  # type: ignore[union-attr]
+        out["input_features"] = frames.to(dtype)
+        if "decoder_input_ids" in known and vocabulary:
+            out["decoder_input_ids"] = tokens()
     elif "idx" in known and (size := getattr(config, "vocab_size", None)):
         out["idx"] = torch.randint(
             min(int(size), 1000), (2, min(8, getattr(config, "block_size", 8))), generator=generator

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch import nn
 from fxgrow.errors import DiskError, FxgrowError, GrowthRefused, SpecError, did_you_mean
 from fxgrow.folders import card, dictionary, resuming
 from fxgrow.folders.building import build
+from fxgrow.folders.conversions import Pieces
+from fxgrow.folders.keys import shapes_of, why_not
 from fxgrow.folders.opened import Opened, Reader, opened
 from fxgrow.folders.optimizer import Growing, Maker, Way, grown_state, way_of
 from fxgrow.folders.source import CONFIG, Source
@@ -138,26 +140,33 @@ def grow_checkpoint(
     with clock("capture"):
         program = small.capture()
     if spec is None:
-        wanted = _wanted(source, settings, like)
+        wanted = _wanted(small, settings, like)
         with clock("capture"):
             theirs = capture(build(make, wanted, small.dtypes, "the config with these settings"), (), given)
         operations = spec_between(program, theirs)
         if not operations:
             raise SpecError("these settings change no size: there is nothing to grow")
         with clock("plan"):
-            plan, grown = plan_growth(program, GrowthSpec.parse(operations), theirs)
+            plan, grown = _planned(program, GrowthSpec.parse(operations), theirs)
         changed = {k: (source.config.get(k), v) for k, v in wanted.items() if source.config.get(k, _MISSING) != v}
     else:
         with clock("plan"):
-            plan, grown = plan_growth(program, GrowthSpec.parse(spec))
+            plan, grown = _planned(program, GrowthSpec.parse(spec))
         with clock("config"):
             changed = _landed(model, source, program, plan, grown)
         wanted = source.config | {k: new for k, (_, new) in changed.items()}
     with clock("prove"):
         dtypes = {n: t.dtype for n, t in grown.tensors.items()}
         dtypes |= {alias: dtypes[name] for alias, name in grown.aliases.items() if name in dtypes}
-        large = build(make, wanted, dtypes, "the grown config")
-        _prove(large, wanted, program, plan, grown, given)
+
+        def made_of(config: Mapping[str, Any]) -> nn.Module:
+            return build(make, config, dtypes, "the grown config")
+
+        needed = {n: tuple(plan.tensors[n].shape) for n in (*grown.parameters, *grown.buffers)}
+        if lines := why_not(made_of, wanted, needed):
+            raise GrowthRefused(_no_config(type(model).__name__, lines))
+        large = made_of(wanted)
+        _prove(large, program, plan, grown, given)
     reader = small.reader(program)
     targets = _targets(plan, program, grown, small.names, large)
     notes = [f"{name} was left out: the class has no place for it" for name in small.ignored]
@@ -186,11 +195,13 @@ def grow_checkpoint(
             dictionary.check_room(out, data)
             dictionary.write(out, data)
         return Grown(out, plan, receipt, changed, seconds)
-    shards = shards_of(list(targets), shard_bytes)
+    written, groups = small.conversions.written(large, list(targets))
+    shards = shards_of(written, shard_bytes)
     with clock("write"):
         key = _key(source, plan, wanted, shards)
         writing = Writing(out, key, shards, source.metadata or {"format": "pt"})
-        _stream(writing, targets, plan, reader, progress)
+        made = _Made({t.name: (t, name) for t, name in targets.items()}, plan, reader)
+        _stream(writing, Pieces(small.conversions, large, groups, made), progress)
         writing.index()
     left_out = resuming.parts_in(folder) | set(states)
     list(copied(resuming.without(source.others, left_out), folder, writing.part))
@@ -208,25 +219,42 @@ def grow_checkpoint(
 _MISSING = object()
 
 
+def _planned(program: Program, spec: GrowthSpec, like: Program | None = None) -> tuple[GrowthPlan, Program]:
+    """The plan and the grown trace, with the values of its constants: a class is asked whether it has the same."""
+    plan, grown = plan_growth(program, spec, like)
+    for name, constant in program.constants.items():
+        grown.constants[name] = materialise_tensor(plan.tensors[name], constant)
+    return plan, grown
+
+
 # the config --------------------------------------------------------------------------------------------------------
 
 
-def _wanted(source: Source, settings: Mapping[str, Any] | None, like: str | Path | None) -> dict[str, Any]:
+def _wanted(small: Opened, settings: Mapping[str, Any] | None, like: str | Path | None) -> dict[str, Any]:
     """The config that a larger model is to have.
 
     Raises:
-        SpecError: a setting that the config does not have.
+        SpecError: a setting that neither the config nor the class has.
     """
+    config = small.source.config
     if like is not None:
         found = read_json(Path(like) / CONFIG if Path(like).is_dir() else Path(like), SpecError, finite=False)
         if not isinstance(found, dict):
             raise SpecError(f"{like} is no table of settings")
-        return source.config | found
+        return config | found
     assert settings is not None
+    wanted = config | dict(settings)
     for name in settings:
-        if name not in source.config:
-            raise SpecError(f"{source.called} has no {name}; {did_you_mean(name, source.config)}")
-    return source.config | dict(settings)
+        if name not in config:  # which a class may have a default for
+            made = [
+                shapes_of(build(small.make, given, small.dtypes, "the config with these settings"))
+                for given in (wanted, {k: v for k, v in wanted.items() if k != name})
+            ]
+            if made[0] == made[1]:
+                raise SpecError(
+                    f"{small.source.called} has no {name}, and it changes nothing; {did_you_mean(name, config)}"
+                )
+    return wanted
 
 
 def _landed(
@@ -261,9 +289,18 @@ def _settings(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(held) if isinstance(held, Mapping) else {k: v for k, v in vars(held).items() if not k.startswith("_")}
 
 
+def _no_config(name: str, lines: Sequence[str]) -> str:
+    return "\n".join(
+        [
+            f"{name}, made from the grown config, does not compute what the growth does:",
+            *(f"  {line}" for line in lines),
+            "Grow other axes with it, so that a config says the same, or use fxgrow.grow and fxgrow.save",
+        ]
+    )
+
+
 def _prove(
     large: nn.Module,
-    config: Mapping[str, Any],
     program: Program,
     plan: GrowthPlan,
     grown: Traced,
@@ -275,13 +312,10 @@ def _prove(
         GrowthRefused: it does not; the message names the numbers on both sides.
     """
     theirs = capture(large, (), inputs)
-    constants = {n: materialise_tensor(plan.tensors[n], program.constants[n]) for n in grown.constants}
-    if found := differences(dataclasses.replace(grown, constants=constants), theirs):
-        lines = [f"{type(large).__name__}, made from the grown config, does not compute what the growth does:"]
-        lines += [f"  {described(d, 'the class')}" for d in found[:6]]
-        lines += [f"  and {len(found) - 6} more"] if len(found) > 6 else []
-        lines.append("Grow other axes with it, so that a config says the same, or use fxgrow.grow and fxgrow.save")
-        raise GrowthRefused("\n".join(lines))
+    if found := differences(grown, theirs):
+        lines = [described(d, "the class") for d in found[:6]]
+        lines += [f"and {len(found) - 6} more"] if len(found) > 6 else []
+        raise GrowthRefused(_no_config(type(large).__name__, lines))
     computed = dict(large.named_buffers())
     for name in grown.buffers:
         if name in grown.persistent or name not in computed:
@@ -315,9 +349,8 @@ def _grown_table(
         if not dictionary.are_of(tensors, source.tensors):
             continue
         reader = Reader(how.program, {m: tensors[n] for n, m in small.names.items()})
-        made: dict[str, torch.Tensor] = {}
-        for target, tensor in zip(targets, _made(targets, list(targets), how.plan, reader), strict=True):
-            made[target.name] = tensor
+        make = _Made({t.name: (t, name) for t, name in targets.items()}, how.plan, reader)
+        made = {t.name: make(t.name) for t in targets}
         once: dict[str, torch.Tensor] = {}
         new[place] = table.named(place, {t.name: once.setdefault(n, made[t.name]) for t, n in targets.items()})
     for place in table.settings:
@@ -397,14 +430,27 @@ def _prefix(names: Mapping[str, str]) -> Callable[[str], str]:
     return lambda n: n
 
 
-def _stream(
-    writing: Writing,
-    targets: Mapping[Target, str],
-    plan: GrowthPlan,
-    reader: Reader,
-    progress: Progress | None,
-) -> None:
-    total = sum(t.bytes for t in targets)
+class _Made:
+    """The grown tensors by the names that they are written under.
+
+    Args:
+        targets: by that name, with the plan's.
+    """
+
+    def __init__(self, targets: Mapping[str, tuple[Target, str]], plan: GrowthPlan, reader: Reader) -> None:
+        self._targets, self._plan, self._reader = targets, plan, reader
+
+    def __call__(self, written: str) -> torch.Tensor:
+        target, name = self._targets[written]
+        tensor = self._plan.tensors[name]
+        source = None if tensor.source is None else self._reader(tensor.source)
+        if source is not None:
+            check_finite({tensor.source or name: source})
+        return materialise_tensor(tensor, source, dtype=target.dtype)
+
+
+def _stream(writing: Writing, pieces: Pieces, progress: Progress | None) -> None:
+    total = sum(t.bytes for shard in writing.shards for t in shard)
     done = writing.bytes_done
 
     def wrote(count: int) -> None:
@@ -415,19 +461,7 @@ def _stream(
 
     if progress is not None:
         progress(done, total)
-    writing.write(lambda shard: _made(targets, shard, plan, reader), wrote)
-
-
-def _made(
-    targets: Mapping[Target, str], some: Sequence[Target], plan: GrowthPlan, reader: Reader
-) -> Iterator[torch.Tensor]:
-    for target in some:
-        name = targets[target]
-        tensor = plan.tensors[name]
-        source = None if tensor.source is None else reader(tensor.source)
-        if source is not None:
-            check_finite({tensor.source or name: source})
-        yield materialise_tensor(tensor, source, dtype=target.dtype)
+    writing.write(lambda shard: pieces(t.name for t in shard), wrote)
 
 
 def _key(source: Source, plan: GrowthPlan, config: Mapping[str, Any], shards: Iterable[Sequence[Target]]) -> str:

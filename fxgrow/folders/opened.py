@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.folders.building import Make, build, example_of, maker_of, names_of
+from fxgrow.folders.building import Make, build, example_of, maker_of, names_of, prefixes_of
+from fxgrow.folders.conversions import Conversions, Stored
 from fxgrow.folders.dictionary import Table, open_table, source_of
 from fxgrow.folders.source import Source, open_folder
-from fxgrow.folders.tensorfile import Entry
 from fxgrow.ir.traced import Traced
 from fxgrow.program import Program, capture
 
@@ -26,7 +26,8 @@ class Opened:
         source: its config, and where the tensors are.
         make: makes the class from settings.
         model: the class as its config says, in eval mode; nobody has written its parameters.
-        names: the model's name for each name in the files.
+        conversions: of the class's library, and the tensors by the names that it gives those in the files.
+        names: the model's name for each of these.
         ignored: names in the files that the class says it has no place for.
         inputs: example inputs by name.
         table: the file, where it is one and no folder.
@@ -35,6 +36,7 @@ class Opened:
     source: Source
     make: Make
     model: nn.Module
+    conversions: Conversions
     names: dict[str, str]
     ignored: list[str]
     inputs: dict[str, Any]
@@ -43,7 +45,7 @@ class Opened:
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """Of the stored tensors by the model's names."""
-        return {m: self.source.tensors[n].dtype for n, m in self.names.items()}
+        return {m: self.conversions.tensors[n].dtype for n, m in self.names.items()}
 
     def again(self) -> nn.Module:
         """The class made anew: the model may have been grown meanwhile."""
@@ -54,14 +56,14 @@ class Opened:
 
     def reader(self, program: Traced) -> Reader:
         """Reads the tensors of the model's trace."""
-        return Reader(program, {m: self.source.tensors[n] for n, m in self.names.items()})
+        return Reader(program, {m: self.conversions.tensors[n] for n, m in self.names.items()})
 
     def load(self) -> nn.Module:
         """The model, its weights read into memory."""
         with torch.no_grad():
             own = self.model.state_dict(keep_vars=True)
             for file, name in self.names.items():
-                own[name].copy_(self.source.tensors[file].read())
+                own[name].copy_(self.conversions.tensors[file].read())
         return self.model
 
 
@@ -83,15 +85,21 @@ def opened(
     source = open_folder(folder) if table is None else source_of(table, model_class)
     make = maker_of(folder, source.config, model_class)
     dtypes = {n: e.dtype for n, e in source.tensors.items()}
-    names, ignored = names_of(build(make, source.config, dtypes, source.called), source.tensors, str(folder))
-    model = build(make, source.config, {m: dtypes[n] for n, m in names.items()}, source.called)
-    return Opened(source, make, model, names, ignored, example_of(model) if inputs is None else dict(inputs), table)
+    model = build(make, source.config, dtypes, source.called)
+    own = model.state_dict(keep_vars=True)
+    fits = lambda n: any(named(n) in own for named in prefixes_of(model))  # noqa: E731
+    conversions = Conversions(model if table is None else None, source.tensors, fits)
+    names, ignored = names_of(model, conversions.tensors, str(folder))
+    dtypes = {m: conversions.tensors[n].dtype for n, m in names.items()}
+    model = build(make, source.config, dtypes, source.called)
+    given = example_of(model) if inputs is None else dict(inputs)
+    return Opened(source, make, model, conversions, names, ignored, given, table)
 
 
 class Reader:
     """A traced model's tensors by name: weights from their files, anything else as the class computes it."""
 
-    def __init__(self, program: Traced, stored: Mapping[str, Entry]) -> None:
+    def __init__(self, program: Traced, stored: Mapping[str, Stored]) -> None:
         self.program = program
         self.stored = {program.aliases.get(n, n): e for n, e in stored.items()}
         self._last: tuple[str, torch.Tensor] | None = None
