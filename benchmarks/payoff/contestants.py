@@ -101,9 +101,13 @@ class Contestant:
 USUAL = 0.2
 
 
-def widen(factor: int = 4, *, noise: bool = True, rate: bool = True, **options: Any) -> list[dict[str, Any]]:
-    """Every axis so many times as large, and the learning rate as many times lower."""
-    noisy = {"noise": {"scale": 0.1, "relative": True}} if noise and options.get("fill") != "add" else {}
+def widen(factor: int = 4, *, noise: float = 2.0, rate: bool = True, **options: Any) -> list[dict[str, Any]]:
+    """Every axis so many times as large, and the learning rate as many times lower.
+
+    Args:
+        noise: its standard deviation, in those of the weights.
+    """
+    noisy = {"noise": {"scale": noise, "relative": True}} if noise and options.get("fill") != "add" else {}
     axes = ("transformer.h.*.mlp/hidden", "transformer.h.*.attn/heads", "./residual")
     lower = [{"op": "learning_rate", "scale": 1 / factor}] if rate else []
     return [*({"op": "widen", "axis": axis, "factor": factor, **noisy, **options} for axis in axes), *lower]
@@ -113,8 +117,12 @@ def deepen(**options: Any) -> list[dict[str, Any]]:
     return [{"op": "deepen", "stack": "transformer.h", "factor": 2, **options}]
 
 
-def _wide(name: str, policy: Mapping[str, Any] | None = None, *, at: float = USUAL, **options: Any) -> Contestant:
-    return Contestant(name, "narrow", [Hop(at, widen(**options), policy or {})])
+#: of new entries: they are at the common learning rate after so many steps
+POLICY = {"policy": "asymmetric", "warmup": 50}
+
+
+def _wide(name: str, policy: Mapping[str, Any] = POLICY, *, at: float = USUAL, **options: Any) -> Contestant:
+    return Contestant(name, "narrow", [Hop(at, widen(**options), policy)])
 
 
 def _deep(name: str, **options: Any) -> Contestant:
@@ -125,21 +133,21 @@ DEFAULT = "grown in width"
 CONTESTANTS = [
     Contestant("scratch", budgets=(0.5, 1.0, 2.0, 4.0)),
     Contestant("small only", "narrow", budgets=(0.5, 1.0, 2.0)),
-    Contestant(DEFAULT, "narrow", [Hop(USUAL, widen())], budgets=(0.5, 1.0, 2.0)),
+    Contestant(DEFAULT, "narrow", [Hop(USUAL, widen(), POLICY)], budgets=(0.5, 1.0, 2.0)),
+    _wide("noise of 0.1", noise=0.1),
     _wide("one rate throughout", rate=False),
+    Contestant("naive", "narrow", [Hop(USUAL, [])], naive=True),
     _wide("state dropped", {"policy": "reset"}),
     _wide("state copied", {"policy": "copy"}),
-    _wide("state exact, one rate", {"policy": "exact"}, rate=False),
     _wide("state exact, ramp of 250", {"policy": "exact", "ramp": 250}),
-    _wide("without noise", noise=False),
     _wide("fill: add", fill="add"),
-    Contestant("naive", "narrow", [Hop(USUAL, [])], naive=True),
-    _wide("new entries at 1 ×", {"peak": 1.0}),
-    _wide("new entries at 2 ×", {"peak": 2.0}),
-    _wide("warm-up of 50 steps", {"warmup": 50}),
+    _wide("warm-up of 250 steps", {"warmup": 250}),
+    _wide("new entries at once", {"warmup": 0, "peak": 1.0}),
+    _wide("noise of 4", noise=4.0),
+    _wide("without noise", noise=0.0),
     _wide("early, at 0.1", at=0.1),
     _wide("late, at 0.5", at=0.5),
-    Contestant("two hops", "narrow", [Hop(0.1, widen(2), to="middle"), Hop(0.3, widen(2))]),
+    Contestant("two hops", "narrow", [Hop(0.1, widen(2), POLICY, to="middle"), Hop(0.25, widen(2), POLICY)]),
     Contestant("half as wide only", "middle"),
     Contestant("half as deep only", "flat"),
     _deep("grown in depth"),
@@ -147,7 +155,7 @@ CONTESTANTS = [
     _deep("depth by copies (lossy)", init="stack", preserve="lossy"),
     Contestant("scratch, Muon", optimizer="muon"),
     Contestant("small only, Muon", "narrow", optimizer="muon"),
-    Contestant("grown in width, Muon", "narrow", [Hop(USUAL, widen())], optimizer="muon"),
+    Contestant("grown in width, Muon", "narrow", [Hop(USUAL, widen(), POLICY)], optimizer="muon"),
 ]
 BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}
 
