@@ -110,6 +110,8 @@ def grown_state(saved: Mapping[str, Any], way: Way, how: Growing, where: str) ->
         GrowthRefused: the policy needs what a plain optimizer does not do.
         FxgrowError: see :func:`fxgrow.optim.carry`.
     """
+    if how.policy != "reset":
+        _check_finite(saved, where)
     optimizer = _loaded(saved, way, how.small)
     order = None if way.of is None else way.of(how.large)
     old = {id(p): how.program.aliases.get(n, n) for n, p in how.small.named_parameters()}
@@ -136,6 +138,21 @@ def grown_state(saved: Mapping[str, Any], way: Way, how: Growing, where: str) ->
             "--rates, where the training script imports fxgrow)"
         )
     return _written(saved, content, optimizer, order, how, kept, where), notes
+
+
+def _check_finite(saved: Mapping[str, Any], where: str) -> None:
+    """Refuse moments that are no numbers any more.
+
+    Raises:
+        GrowthRefused: with the first.
+    """
+    for number, entries in saved["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+                raise GrowthRefused(
+                    f"{where}: {key} of parameter {number} has values that are NaN or infinite. Take a state from "
+                    "before that, or policy 'reset'"
+                )
 
 
 def _article(kind: type[torch.optim.Optimizer]) -> str:
@@ -296,8 +313,10 @@ def _misfit(saved: Mapping[str, Any], way: Way, model: nn.Module) -> str:
             if not isinstance(value, torch.Tensor) or value.dim() == 0:
                 continue
             moment = moment_of(way.kind, key, entries)
+            if value.dim() != parameters[name].dim() if moment is None else moment.count:
+                continue  # says nothing; where it cannot be grown, that is said when it is
             shape = parameters[name].shape if moment is None else moment.shape(parameters[name].shape)
-            if value.shape != shape and not (moment is not None and moment.count):
+            if value.shape != shape:
                 return f"{key} of parameter {number} is {list(value.shape)}, {name} {list(parameters[name].shape)}"
     return ""
 

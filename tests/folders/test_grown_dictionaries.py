@@ -211,6 +211,14 @@ def test_wrappers_averages_ties_and_everything_else(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large.pt", "small.pt"]
 
 
+def test_moments_that_are_no_numbers(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    optimizer.state[model.lm_head.weight]["exp_avg_sq"][3, 1] = float("inf")
+    file = saved(tmp_path / "small.pt", model, optimizer)
+    with pytest.raises(GrowthRefused, match="exp_avg_sq of parameter 0 has values that are NaN or infinite"):
+        grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT)
+
+
 def test_without_its_optimizer(tmp_path: Path) -> None:
     file = saved(tmp_path / "small.pt", *trained())
     grow_checkpoint(file, HIDDEN, tmp_path / "large.pt", model_class=GPT, optimizer=False, verify=False)
