@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fxgrow.errors import CheckpointError, SpecError
 from fxgrow.folders.conversions import Stored
@@ -125,7 +126,13 @@ def build(make: Make, config: Mapping[str, Any], dtypes: Mapping[str, torch.dtyp
     floats = Counter(d for d in dtypes.values() if d.is_floating_point and d.itemsize > 1)
     usual = next((d for d, _ in floats.most_common(1)), None)
     try:
-        with warnings.catch_warnings(), default_dtype(usual), torch.random.fork_rng(devices=[]), Unwritten():
+        with (
+            warnings.catch_warnings(),
+            default_dtype(usual),
+            torch.random.fork_rng(devices=[]),
+            Unwritten(),
+            _at_most(10_000 + 100 * len(dtypes)),
+        ):
             warnings.simplefilter("ignore")
             model = make(config)
     except Exception as error:
@@ -134,6 +141,24 @@ def build(make: Make, config: Mapping[str, Any], dtypes: Mapping[str, torch.dtyp
         if dtypes.get(name, p.dtype) != p.dtype:
             p.data = torch.empty(p.shape, dtype=dtypes[name])
     return model.eval()
+
+
+@contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """A class with more parameters than that is no class of these files: a number of its config is damaged."""
+    left = count
+
+    def counted(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise CheckpointError(f"it has more than {count} parameters, far more than there are tensors")
+
+    hook = register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -124,6 +124,7 @@ def grow_checkpoint(
     folder = Path(folder)
     single = folder.is_file()
     if out is None:
+        folder = folder if folder.name else folder.resolve()  # "." has no name beside which to write
         out = folder.with_name(folder.stem + "-grown" + folder.suffix if single else folder.name + "-grown")
     out = Path(out)
     seconds: dict[str, float] = {}
@@ -132,8 +133,10 @@ def grow_checkpoint(
         raise SpecError("give one of: a spec, settings of the config, the config of a larger model")
     if policy not in POLICIES:
         raise FxgrowError(f"unknown optimizer policy {policy!r}; choose one of {', '.join(POLICIES)}")
-    if single and out.exists():
-        raise DiskError(f"{out} is there already: remove it, or name another file")
+    if out.exists():
+        raise DiskError(f"{out} is there already: remove it, or name another {'file' if single else 'folder'}")
+    if folder.resolve() in out.resolve().parents:
+        raise SpecError(f"{out} is inside {folder}, whose files all go along: name a folder elsewhere")
     small = opened(folder, model_class, inputs)
     source, make, model, given, table = small.source, small.make, small.model, small.inputs, small.table
     found = _states(small, optimizer, make_optimizer)

@@ -78,8 +78,12 @@ def _sharded(folder: Path, config: dict[str, Any]) -> Source:
     for name in sorted(set(places.values())):
         if Path(name).name != name:
             raise CheckpointError(f"{folder / INDEX} names {name[:80]!r}, which is not a file of the folder")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / INDEX} names {name}, which is not there")
+        try:
+            there = (folder / name).is_file()
+        except OSError:  # no name of a file
+            there = False
+        if not name or not there:
+            raise CheckpointError(f"{folder / INDEX} names {name[:80]!r}, which is not there")
         found, metadata = entries(folder / name)
         out.metadata |= metadata
         out.weights.add(name)

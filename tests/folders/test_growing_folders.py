@@ -193,6 +193,31 @@ def test_bad_requests(tmp_path: Path, how: dict[str, Any], error: type[Exception
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
 
 
+@pytest.mark.parametrize(("out", "said"), [("small/large", "is inside"), ("small", "is there already")])
+def test_places_that_cannot_be_written_to(tmp_path: Path, out: str, said: str) -> None:
+    source = folder_of(tmp_path / "small")
+    before = digest(source)
+    with pytest.raises((SpecError, DiskError), match=said):
+        grow_checkpoint(source, SPECS["stream"], tmp_path / out, model_class=GPT)
+    assert digest(source) == before
+
+
+def test_links_become_files_and_the_folder_one_is_in_has_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a cache of downloads keeps them: every file a link to a blob elsewhere."""
+    source = folder_of(tmp_path / "small")
+    (tmp_path / "blobs").mkdir()
+    for i, file in enumerate(sorted(f for f in source.iterdir() if f.is_file())):
+        file.rename(tmp_path / "blobs" / str(i))
+        file.symlink_to(f"../blobs/{i}")
+    monkeypatch.chdir(source)
+    done = grow_checkpoint(".", SPECS["hidden"], model_class=GPT)
+    assert done.folder == tmp_path / "small-grown"
+    assert not [f for f in done.folder.rglob("*") if f.is_symlink()]
+    assert float((logits(loaded(source)[0]) - logits(loaded(done.folder)[0])).abs().max()) < 1e-10
+
+
 def _cut(folder: Path) -> None:
     file = next(folder.glob("model-00001*"))
     file.write_bytes(file.read_bytes()[:-8])
@@ -202,6 +227,17 @@ def _rename(folder: Path) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"] = {n.replace("ln_f", "norm"): f for n, f in index["weight_map"].items()}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _long(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "a" * 5000
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _many(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"n_layer": 10**6}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _outside(folder: Path) -> None:
@@ -221,6 +257,8 @@ def _outside(folder: Path) -> None:
         (_cut, "cut off"),
         (_rename, "which model.safetensors.index.json has elsewhere"),
         (_outside, "not a file of the folder"),
+        (_long, "which is not there"),
+        (_many, "far more than there are tensors"),
         (lambda f: [p.unlink() for p in f.glob("*.safetensors*")], "has neither model.safetensors nor"),
     ],
 )
