@@ -120,7 +120,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--whole", action="store_true", help="compare with a run that nobody kills")
     parser.add_argument("--folder", type=Path, help="where there is room for it four times; a temporary folder if none")
     options = parser.parse_args(argv)
-    gigabytes, width = (0.02, 256) if options.quick else (options.gigabytes, 2048)
+    gigabytes, width = (0.02, 256) if options.quick else (options.gigabytes, 4096)
     threads = common.threads(options)
     with working_folder(options.folder) as folder:
         source, out, copy = folder / "small", folder / "large", folder / "copy"
