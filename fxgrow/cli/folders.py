@@ -72,7 +72,7 @@ def grow_folder(
     changed = {k: {"old": old, "new": new} for k, (old, new) in done.settings.items()}
     if as_json:
         receipt = json.loads(done.receipt.model_dump_json())
-        print_json({"out": str(target), "settings": changed, "seconds": done.seconds, **receipt})
+        print_json({**receipt, "out": str(target), "settings": changed, "seconds": done.seconds})
         return
     console = out()
     show_plan(console, done.plan)
