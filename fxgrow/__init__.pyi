@@ -12,6 +12,8 @@ from fxgrow.errors import InputError as InputError
 from fxgrow.errors import SpecError as SpecError
 from fxgrow.expand import expand as expand
 from fxgrow.explanation import explain as explain
+from fxgrow.folders import compare_folders as compare_folders
+from fxgrow.folders import grow_checkpoint as grow_checkpoint
 from fxgrow.growth import Growth as Growth
 from fxgrow.growth import grow as grow
 from fxgrow.growth import plan_growth as plan_growth
@@ -25,6 +27,7 @@ from fxgrow.spec import Deepen as Deepen
 from fxgrow.spec import Extend as Extend
 from fxgrow.spec import GrowthSpec as GrowthSpec
 from fxgrow.spec import Insert as Insert
+from fxgrow.spec import Lora as Lora
 from fxgrow.spec import Noise as Noise
 from fxgrow.spec import Widen as Widen
 from fxgrow.spec import register_operation as register_operation
