@@ -265,6 +265,12 @@ def _other_paths(state: State, name: str) -> list[str]:
     ]
 
 
+class UnadaptPass(GrowthPass):
+    """Takes adapters out of a graph."""
+
+    op = "unadapt"
+
+
 class Unadapt(Operation):
     """What a merge leaves of a graph. No spec can ask for it: a plan with it is looked at, and changes no weight."""
 
@@ -360,4 +366,4 @@ def vocabulary(graph: fx.Graph) -> tuple[set[str], set[int]]:
 
 
 register_pass("lora", plan_lora, LoraPass)
-register_pass("unadapt", plan_unadapt, LoraPass)
+register_pass("unadapt", plan_unadapt, UnadaptPass)

@@ -195,7 +195,7 @@ def draw(study: Study, folder: Path) -> bool:
     """Loss against FLOPs and seconds of the three main contestants, each seed's curve and each budget's end."""
     if not all(study.tuned(name) for name in MAIN):
         return False
-    with common.figure(folder, f"payoff-{study.scale.name}", columns=2, size=(5.6, 4.2)) as axes:
+    with common.figure(folder, f"payoff-{study.scale.name}", columns=2, size=(5.0, 3.9)) as axes:
         ends = []
         for name in MAIN:
             by_budget = [t for f in sorted(BY_NAME[name].budgets) if (t := study.tuned(name, f))]

@@ -92,7 +92,8 @@ def check_options(*, warmup: int, peak: float, ramp: int | None, newcomers: Newc
             raise FxgrowError(f"{name}={steps!r}: it is a number of steps, from 0")
     if not isinstance(peak, numbers.Real) or not 0 <= peak < math.inf:
         raise FxgrowError(f"peak={peak!r}: it is a factor of the learning rate, from 0")
-    if not (callable(newcomers) or isinstance(newcomers, int | torch.optim.Optimizer | None)):
+    function = callable(newcomers) and not isinstance(newcomers, nn.Module)
+    if not (function or isinstance(newcomers, int | torch.optim.Optimizer | None)):
         raise FxgrowError(
             f"newcomers={newcomers!r}: it is True, False, the number of a group, a function from a name to one, or the "
             "optimizer that takes parameters which the growth made of nothing"
