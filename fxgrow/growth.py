@@ -438,14 +438,14 @@ def grow(
         raise SpecError(f"verify={verify!r} is none of {', '.join(map(repr, get_args(Verify)))} and False")
     if consume and verify not in (False, "auto"):
         raise SpecError("consume=True frees the original, so that there is nothing to verify against; use verify=False")
-    with _timed(seconds, "capture"):
+    with timed(seconds, "capture"):
         if program is None:
             program = model if isinstance(model, Program) else capture(model, args, kwargs, calls=calls)
     check_readable(program.tensors)
     check_settled(program.parameters.values())
     check_unfrozen(program.parameters)
     check_finite(program.tensors)
-    with _timed(seconds, "analyse and plan"):
+    with timed(seconds, "analyse and plan"):
         plan, grown_program = plan_growth(program, parsed, like)
     if optimizer is not None:
         check_plan(plan, policy, optimizer, {id(p): n for n, p in program.parameters.items()})
@@ -519,15 +519,16 @@ def build(
     def free(name: str) -> None:
         kernels.release(program.tensor(name))
 
-    with _timed(seconds, "materialise"):
+    with timed(seconds, "materialise"):
         tensors = dict(materialise_all(plan, program.tensor, done=free if consume else None))
-    with _timed(seconds, "regenerate"):
+    with timed(seconds, "regenerate"):
         module = regenerate(grown_program, tensors)
     return module, tensors
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds of a block to those of a part."""
     start = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from fxgrow.cli.console import out, print_json, say, working
-from fxgrow.cli.models import find_callable, parse_input, parse_settings
+from fxgrow.cli.models import find_callable, named_inputs, parse_settings
 from fxgrow.cli.tables import show_plan, show_receipt
 from fxgrow.errors import SpecError
 from fxgrow.folders import compare_folders, grow_checkpoint
@@ -61,7 +61,7 @@ def grow_folder(
             settings=parse_settings(settings, "--set") if settings else None,
             like=like,
             model_class=None if named is None else find_callable(named),
-            inputs=_named(inputs),
+            inputs=named_inputs(inputs),
             optimizer=state.optimizer or not state.left_out,
             policy=state.policy,
             make_optimizer=None if state.make is None else find_callable(state.make),
@@ -87,7 +87,7 @@ def verify_folders(first: Path, second: Path, named: str | None, inputs: Sequenc
     kind = None if named is None else find_callable(named)
     with working("comparing"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = compare_folders(first, second, model_class=kind, inputs=_named(inputs))
+        found = compare_folders(first, second, model_class=kind, inputs=named_inputs(inputs))
     if as_json:
         print_json({"ok": found.same, "limit": LIMIT, **asdict(found)})
         return found.same
@@ -99,13 +99,6 @@ def verify_folders(first: Path, second: Path, named: str | None, inputs: Sequenc
         p = found.parting
         console.print(escape(f"they part at {p.op} in {p.module or 'the model'}, by {p.error:.1e}: {p.source}"))
     return found.same
-
-
-def _named(inputs: Sequence[str]) -> dict[str, Any] | None:
-    given = dict(parse_input(text) for text in inputs)
-    if None in given:
-        raise SpecError('name the inputs of a folder\'s model: --input "input_ids=int64[2,8]<100"')
-    return {str(k): v for k, v in given.items()} or None
 
 
 @contextmanager

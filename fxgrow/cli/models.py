@@ -199,10 +199,7 @@ def load_model(
     """
     torch.manual_seed(seed)
     if is_folder_of_a_class(reference):
-        args, kwargs = _given(inputs, device)
-        if args:
-            raise SpecError('name the inputs of a folder\'s model: --input "input_ids=int64[2,8]<100"')
-        folder = opened(reference, None if named is None else find_callable(named), kwargs or None)
+        folder = opened(reference, None if named is None else find_callable(named), named_inputs(inputs, device))
         model = (folder.model if dry else folder.load()).to(device)
         return Named(model, (), trees.map_tensors(lambda x: x.to(device), folder.inputs), reference)
     if ":" not in reference and Path(reference).is_dir():
@@ -242,6 +239,18 @@ def load_model(
 def _given(inputs: Sequence[str], device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     parsed = [parse_input(text, device) for text in inputs]
     return tuple(v for n, v in parsed if n is None), {n: v for n, v in parsed if n is not None}
+
+
+def named_inputs(inputs: Sequence[str], device: str = "cpu") -> dict[str, Any] | None:
+    """Example inputs of a folder's model, by name; None where there are none.
+
+    Raises:
+        SpecError: one has no name.
+    """
+    args, kwargs = _given(inputs, device)
+    if args:
+        raise SpecError('name the inputs of a folder\'s model: --input "input_ids=int64[2,8]<100"')
+    return kwargs or None
 
 
 def _unpack(result: Any, reference: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

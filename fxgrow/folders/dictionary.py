@@ -6,7 +6,6 @@ Where each of them stands is found by what it holds. Whatever else is in the tab
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import shutil
 import zipfile
@@ -24,6 +23,7 @@ from fxgrow.folders.optimizer import is_state
 from fxgrow.folders.source import Source
 from fxgrow.folders.tensorfile import Entry, disk_errors
 from fxgrow.limits import bytes_in_words
+from fxgrow.publish import replacing
 
 #: where something stands in a table: keys, one inside the other
 Place = tuple[Any, ...]
@@ -307,17 +307,10 @@ def write(out: Path, data: Any) -> None:
     Raises:
         DiskError: it cannot be written; nothing is left over.
     """
-    part = out.with_name(f".{out.name}.growing")
     try:
-        with disk_errors(str(out)):
-            with part.open("wb") as file:
-                torch.save(data, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.rename(out)
+        with disk_errors(str(out)), replacing(out) as part, part.open("wb") as file:
+            torch.save(data, file)
     except RuntimeError as error:  # of torch's own writer
         if isinstance(error, DiskError):
             raise
         raise DiskError(f"{out} cannot be written: {str(error).splitlines()[0]}") from error
-    finally:
-        part.unlink(missing_ok=True)

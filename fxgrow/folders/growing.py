@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,8 @@ from fxgrow.folders.opened import Opened, Reader, opened
 from fxgrow.folders.optimizer import Growing, Maker, Way, grown_state, way_of
 from fxgrow.folders.source import CONFIG, Source
 from fxgrow.folders.tensorfile import disk_errors
-from fxgrow.folders.writing import Target, Writing, copied, shards_of
-from fxgrow.growth import plan_growth
+from fxgrow.folders.writing import Target, Writing, copy_files, shards_of
+from fxgrow.growth import plan_growth, timed
 from fxgrow.ir.traced import Traced
 from fxgrow.landing.apply import apply, constants_held
 from fxgrow.landing.beside import alike
@@ -42,7 +41,7 @@ from fxgrow.verify.float64 import Float64
 from fxgrow.verify.inputs import Inputs
 from fxgrow.verify.pair import Pair
 from fxgrow.verify.receipt import Receipt
-from fxgrow.weights.materialise import check_finite, materialise_tensor
+from fxgrow.weights.materialise import check_finite, materialise_all, materialise_tensor
 
 SHARD_BYTES = 5 * 10**9
 Progress = Callable[[int, int], None]
@@ -128,7 +127,6 @@ def grow_checkpoint(
         out = folder.with_name(folder.stem + "-grown" + folder.suffix if single else folder.name + "-grown")
     out = Path(out)
     seconds: dict[str, float] = {}
-    clock = _Clock(seconds)
     if sum(given is not None for given in (spec, settings, like)) != 1:
         raise SpecError("give one of: a spec, settings of the config, the config of a larger model")
     if policy not in POLICIES:
@@ -140,25 +138,25 @@ def grow_checkpoint(
     small = opened(folder, model_class, inputs)
     source, make, model, given, table = small.source, small.make, small.model, small.inputs, small.table
     found = _states(small, optimizer, make_optimizer)
-    with clock("capture"):
+    with timed(seconds, "capture"):
         program = small.capture()
     if spec is None:
         wanted = _wanted(small, settings, like)
-        with clock("capture"):
+        with timed(seconds, "capture"):
             theirs = capture(build(make, wanted, small.dtypes, "the config with these settings"), (), given)
         operations = spec_between(program, theirs)
         if not operations:
             raise SpecError("these settings change no size: there is nothing to grow")
-        with clock("plan"):
+        with timed(seconds, "plan"):
             plan, grown = _planned(program, GrowthSpec.parse(operations), theirs)
         changed = {k: (source.config.get(k), v) for k, v in wanted.items() if source.config.get(k, _MISSING) != v}
     else:
-        with clock("plan"):
+        with timed(seconds, "plan"):
             plan, grown = _planned(program, GrowthSpec.parse(spec))
-        with clock("config"):
+        with timed(seconds, "config"):
             changed = _landed(model, source, program, plan, grown)
         wanted = source.config | {k: new for k, (_, new) in changed.items()}
-    with clock("prove"):
+    with timed(seconds, "prove"):
         dtypes = {n: t.dtype for n, t in grown.tensors.items()}
         dtypes |= {alias: dtypes[name] for alias, name in grown.aliases.items() if name in dtypes}
 
@@ -177,7 +175,7 @@ def grow_checkpoint(
         notes.append(f"kept as they are, with tensors in them: {', '.join(kept)}")
     states: dict[Any, Any] = {}
     how = Growing(small.again(), large, program, plan, grown, policy, rates)
-    with clock("optimizer"):
+    with timed(seconds, "optimizer"):
         for place, (state, where, way) in found.items():
             states[place], said = grown_state(state, way, how, where)
             notes += [line for line in said if line not in notes]
@@ -185,7 +183,7 @@ def grow_checkpoint(
     def measured() -> Receipt:
         receipt = Receipt(exactness=plan.exactness, notes=["not measured: verification was switched off"])
         if verify:
-            with clock("verify"):
+            with timed(seconds, "verify"):
                 receipt = _verified(program, plan, grown, reader)
         receipt.params_before, receipt.params_after = plan.parameters_before, plan.parameters_after
         receipt.notes += notes
@@ -193,21 +191,21 @@ def grow_checkpoint(
 
     if table is not None:
         receipt = measured()
-        with clock("write"):
+        with timed(seconds, "write"):
             data = _grown_table(small, wanted, changed, states, how, targets)
             dictionary.check_room(out, data)
             dictionary.write(out, data)
         return Grown(out, plan, receipt, changed, seconds)
     written, groups = small.conversions.written(large, list(targets))
     shards = shards_of(written, shard_bytes)
-    with clock("write"):
+    with timed(seconds, "write"):
         key = _key(source, plan, wanted, shards)
         writing = Writing(out, key, shards, source.metadata or {"format": "pt"})
         made = _Made({t.name: (t, name) for t, name in targets.items()}, plan, reader)
         _stream(writing, Pieces(small.conversions, large, groups, made), progress)
         writing.index()
     left_out = resuming.parts_in(folder) | set(states)
-    list(copied(resuming.without(source.others, left_out), folder, writing.part))
+    copy_files([file for file in source.others if file not in left_out], folder, writing.part)
     for file, state in states.items():
         dictionary.write(writing.part / resuming.place_of(file, folder), state)
     notes += resuming.forget_the_best(writing.part)
@@ -225,8 +223,7 @@ _MISSING = object()
 def _planned(program: Program, spec: GrowthSpec, like: Program | None = None) -> tuple[GrowthPlan, Program]:
     """The plan and the grown trace, with the values of its constants: a class is asked whether it has the same."""
     plan, grown = plan_growth(program, spec, like)
-    for name, constant in program.constants.items():
-        grown.constants[name] = materialise_tensor(plan.tensors[name], constant)
+    grown.constants.update(materialise_all(plan, program.tensor, program.constants))
     return plan, grown
 
 
@@ -269,12 +266,9 @@ def _landed(
         GrowthRefused: the class cannot compute the grown function.
     """
     before = _settings(model, source.config)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in plan.tensors.items():
-        if name in grown.parameters:
-            tensors[name] = nn.Parameter(torch.empty(tensor.shape, dtype=grown.parameters[name].dtype))
-        else:
-            tensors[name] = materialise_tensor(tensor, program.tensor(tensor.source) if tensor.source else None)
+    others = [name for name in plan.tensors if name not in grown.parameters]
+    tensors = dict(materialise_all(plan, program.tensor, others))
+    tensors |= {n: nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for n, p in grown.parameters.items()}
     apply(model, plan, program.without_tensors(), grown, tensors, constants_held(model, program))
     after = _settings(model, source.config)
     return {k: (before.get(k), v) for k, v in after.items() if before.get(k, _MISSING) != v}
@@ -320,11 +314,8 @@ def _prove(
         lines += [f"and {len(found) - 6} more"] if len(found) > 6 else []
         raise GrowthRefused(_no_config(type(large).__name__, lines))
     computed = dict(large.named_buffers())
-    for name in grown.buffers:
-        if name in grown.persistent or name not in computed:
-            continue
-        tensor = plan.tensors[name]
-        made = materialise_tensor(tensor, program.tensor(tensor.source) if tensor.source else None)
+    unsaved = [name for name in grown.buffers if name in computed and name not in grown.persistent]
+    for name, made in materialise_all(plan, program.tensor, unsaved):
         if not alike(made, computed[name]):
             raise GrowthRefused(
                 f"the buffer {name} is not saved, and {type(large).__name__} computes other values for it than the "
@@ -409,11 +400,11 @@ def _targets(
         saved = [n for n in every if n in back]
         if not saved and tensor.source is not None and program.aliases.get(tensor.source, tensor.source) not in order:
             continue  # a buffer that is not saved
-        dtype = (grown.parameters.get(name) if name in grown.parameters else grown.buffers[name]).dtype  # type: ignore[union-attr]
+        dtype = grown.tensors[name].dtype
         place = order.get(tensor.source or "", len(order))
         for n in saved or every[:1]:
             found.append((place, Target(back.get(n, prefix(n)), dtype, tuple(tensor.shape)), name))
-    written = {n for _, t, _ in found for n in [t.name]}
+    written = {target.name for _, target, _ in found}
     for name, tensor in own.items():  # read by no call: as it was, where its size is still right
         if prefix(name) not in written and not any(own[o] is tensor for o in own if prefix(o) in written):
             old = back.get(name)
@@ -495,20 +486,3 @@ def _verified(program: Program, plan: GrowthPlan, grown: Traced, reader: Reader)
     Float64(Pair(small, grown, plan), Inputs(small), failures, receipt).streamed()
     failures.judge(receipt)
     return receipt
-
-
-class _Clock:
-    """Adds up seconds by the name of a part."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds = seconds
-
-    def __call__(self, name: str) -> _Clock:
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds[self._name] = self._seconds.get(self._name, 0.0) + time.perf_counter() - self._start

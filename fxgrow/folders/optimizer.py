@@ -436,13 +436,14 @@ def _usual(saved: Mapping[str, Any], small: nn.Module) -> Iterator[Way]:
     def vector(p: nn.Parameter) -> bool:
         return p.requires_grad and p.dim() < 2
 
+    kind = _kind_of(saved)
     for words, of in {
         "model.parameters()": parts(lambda _: True),
         "model.parameters(), those that learn": parts(lambda p: p.requires_grad),
         "matrices, then the rest": parts(matrix, vector),
         "what is no matrix, then matrices": parts(vector, matrix),
     }.items():
-        yield Way(words, of(small), of, _kind_of(saved))
+        yield Way(words, of(small), of, kind)
 
 
 __all__ = ["Growing", "Maker", "Way", "grown_state", "is_state", "way_of"]

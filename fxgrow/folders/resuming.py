@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,3 @@ def forget_the_best(folder: Path) -> list[str]:
     with disk_errors(str(file)):
         file.write_text(text + "\n", encoding="utf-8")
     return [f"{_NOTES} names no best checkpoint any more: it is of the small model"]
-
-
-def without(files: Iterable[Path], left_out: set[Path]) -> list[Path]:
-    """Files but some."""
-    return [f for f in files if f not in left_out]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,11 +148,10 @@ class Writing:
             self.part.rename(self.out)
 
 
-def copied(sources: Iterable[Path], folder: Path, target: Path) -> Iterator[str]:
-    """Copy files to the same places in another folder; yields their names."""
+def copy_files(sources: Iterable[Path], folder: Path, target: Path) -> None:
+    """Copy files to the same places in another folder."""
     for file in sources:
         place = target / file.relative_to(folder)
         with disk_errors(str(place)):
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, place)
-        yield str(file.relative_to(folder))
