@@ -28,7 +28,7 @@ from torch import nn
 from benchmarks.families import Example, Maker, perturbed, sources
 from benchmarks.families.huggingface import Logits
 from benchmarks.living import Wide, spoken
-from benchmarks.rows import Table, anonymous, cell, environments, errors_in, first, label, versions
+from benchmarks.rows import Table, anonymous, cell, errors_in, first, label, matrix, reasons, versions
 
 LIMIT = 1e-10
 
@@ -299,20 +299,8 @@ def report(results: list[dict[str, Any]], missing: list[str]) -> str:
         "width) refuses to grow one of them alone, and grows them together: of what a checkpoint can be asked for,",
         f"**{sum(n for n, _ in kinds)} of {sum(n for _, n in kinds)}** is exact in one of the ways below.",
         "",
-        *environments(results),
-        "",
-        "| model | parameters | " + " | ".join(GROWTHS) + " | s |",
-        "|---|---:|" + ":-:|" * len(GROWTHS) + "---:|",
+        *matrix(results, GROWTHS, _sign, missing),
     ]
-    for r in results:
-        if r.get("failed"):
-            lines.append(f"| {label(r)} | | {cell(anonymous(r['failed']))} |" + " |" * len(GROWTHS))
-            continue
-        rows = {a["growth"]: a for a in r["axes"]}
-        signs = [_sign(rows.get(g)) for g in GROWTHS]
-        lines.append(f"| {label(r)} | {r['parameters']:,} | " + " | ".join(signs) + f" | {r['seconds']:.0f} |")
-    if missing:
-        lines += ["", "Left out: " + "; ".join(missing) + "."]
     lines += ["", "## By what is asked for", "", "| asked | exact | of | share |", "|---|---:|---:|---:|"]
     for kind, (n, of) in zip(KINDS, kinds, strict=True):
         lines += [f"| {kind} | {n} | {of} | {n / of:.0%} |"] if of else []
@@ -330,12 +318,7 @@ def _sign(row: dict[str, Any] | None) -> str:
 
 
 def _refusals(results: list[dict[str, Any]]) -> list[str]:
-    found: dict[str, list[str]] = {}
-    for r in results:
-        for a in r["axes"]:
-            if _sign(a) == "r":
-                found.setdefault(a["grown"], []).append(f"{label(r)} ({a['growth']})")
-    return [f"- {', '.join(where)}: {cell(anonymous(said))}" for said, where in found.items()]
+    return reasons((a["grown"], f"{label(r)} ({a['growth']})") for r in results for a in r["axes"] if _sign(a) == "r")
 
 
 def run(argv: list[str]) -> int:

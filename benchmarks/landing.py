@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks.families import Example, Maker, perturbed, sources
 from benchmarks.living import Wide, differences, picture, reloaded, spoken
-from benchmarks.rows import Table, anonymous, cell, environments, errors_in, first, label, versions
+from benchmarks.rows import Table, anonymous, cell, errors_in, first, label, matrix, reasons, versions
 
 LIMIT = 1e-10
 #: gradients pass through every op twice, and are compared relative to each tensor's largest
@@ -336,20 +336,8 @@ def report(results: list[dict[str, Any]], missing: list[str]) -> str:
         f"**{sum(n for n, _ in kinds)} of {sum(of for _, of in kinds)}**",
         f"({sum(n for n, _ in kinds) / max(sum(of for _, of in kinds), 1):.1%}) land in one of the ways below.",
         "",
-        *environments(results),
-        "",
-        "| model | parameters | " + " | ".join(GROWTHS) + " | s |",
-        "|---|---:|" + ":-:|" * len(GROWTHS) + "---:|",
+        *matrix(results, GROWTHS, _sign, missing),
     ]
-    for r in results:
-        if r.get("failed"):
-            lines.append(f"| {label(r)} | | {cell(anonymous(r['failed']))} |" + " |" * len(GROWTHS))
-            continue
-        rows = {a["growth"]: a for a in r["axes"]}
-        signs = [_sign(rows.get(g)) for g in GROWTHS]
-        lines.append(f"| {label(r)} | {r['parameters']:,} | " + " | ".join(signs) + f" | {r['seconds']:.0f} |")
-    if missing:
-        lines += ["", "Left out: " + "; ".join(missing) + "."]
     lines += ["", "## By growth", "", "| growth | land | exact in `growth.module` | share |", "|---|---:|---:|---:|"]
     for g in GROWTHS:
         n, of = share(results, g)
@@ -384,13 +372,8 @@ def _sign(row: dict[str, Any] | None) -> str:
 
 
 def _refusals(results: list[dict[str, Any]], what: str) -> list[str]:
-    found: dict[str, list[str]] = {}
-    for r in results:
-        for a in r["axes"]:
-            said = str(a.get(what) or "")
-            if said and said != "exact" and not said.startswith("ERROR"):
-                found.setdefault(said, []).append(f"{label(r)} ({a['growth']})")
-    return [f"- {', '.join(where)}: {cell(anonymous(said))}" for said, where in found.items()]
+    said = [(str(a.get(what) or ""), f"{label(r)} ({a['growth']})") for r in results for a in r["axes"]]
+    return reasons((why, where) for why, where in said if why and why != "exact" and not why.startswith("ERROR"))
 
 
 def run(argv: list[str]) -> int:

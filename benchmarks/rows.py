@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,3 +209,41 @@ def anonymous(text: str) -> str:
 def cell(text: str) -> str:
     """Text that stands in a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def matrix(
+    results: list[dict[str, Any]],
+    growths: Sequence[str],
+    sign: Callable[[dict[str, Any] | None], str],
+    missing: list[str],
+) -> list[str]:
+    """The lines of a table with a row a model and a column a growth, and what it was measured with.
+
+    Args:
+        sign: of what a row says of a growth; of None where it says nothing.
+        missing: what is left out.
+    """
+    lines = [
+        *environments(results),
+        "",
+        "| model | parameters | " + " | ".join(growths) + " | s |",
+        "|---|---:|" + ":-:|" * len(growths) + "---:|",
+    ]
+    for r in results:
+        if r.get("failed"):
+            lines.append(f"| {label(r)} | | {cell(anonymous(r['failed']))} |" + " |" * len(growths))
+            continue
+        rows = {a["growth"]: a for a in r["axes"]}
+        signs = [sign(rows.get(g)) for g in growths]
+        lines.append(f"| {label(r)} | {r['parameters']:,} | " + " | ".join(signs) + f" | {r['seconds']:.0f} |")
+    if missing:
+        lines += ["", "Left out: " + "; ".join(missing) + "."]
+    return lines
+
+
+def reasons(said: Iterable[tuple[str, str]]) -> list[str]:
+    """The lines of a list of reasons, each with all places that it was given for."""
+    found: dict[str, list[str]] = {}
+    for reason, place in said:
+        found.setdefault(reason, []).append(place)
+    return [f"- {', '.join(places)}: {cell(anonymous(reason))}" for reason, places in found.items()]

@@ -63,7 +63,7 @@ class _Job:
         events.sort(key=lambda event: event["trigger"]["step"])
         if not self.place.exists():
             _copy(self._trunk(), self.place)
-        run = self._train(self.place, self.sizes[0], self.steps, self.decay_from, events)
+        run = self._train(self.place, self._task(self.sizes[0], self.steps, self.decay_from, events))
         lines = read_log(self.place / "log.jsonl")
         starts = [(g["step"], g["val_loss_before"], g["val_loss_after"]) for g in lines if g["event"] == "growth"]
         return self._result(run, lines, starts, run.flops)
@@ -79,7 +79,7 @@ class _Job:
         steps, start = self.steps - self.shared, self.decay_from - self.shared
         rate = self.work.rate / wider
         marks = [{"trigger": {"step": s}, "operations": [{"op": "evaluate"}]} for s in self._close(0)]
-        run = self._train(self.place, self.sizes[-1], steps, start, marks, model, rate)
+        run = self._train(self.place, self._task(self.sizes[-1], steps, start, marks, model, rate))
         shift = {"step": self.shared, "flops": before.flops}
         later = [
             line | {key: line[key] + more for key, more in shift.items() if key in line}
@@ -126,23 +126,14 @@ class _Job:
                 _copy(folder / earlier[-1].stem, here)
         if not here.with_suffix(".complete").exists():
             if not (here / "checkpoints" / "latest").exists() or int(newest(here)[5:13]) < self.shared:
-                self._train(here, self.sizes[0], self.shared, None, [])
+                self._train(here, self._task(self.sizes[0], self.shared, None, []))
             here.with_suffix(".complete").touch()
         return here
 
-    def _train(
-        self,
-        out: Path,
-        sizes: Mapping[str, int],
-        steps: int,
-        decay_from: int | None,
-        events: Sequence[Mapping[str, Any]],
-        model: nn.Module | None = None,
-        rate: float | None = None,
-    ) -> Run:
-        """A run up to a step, or on from where it was cut off."""
-        task = self._task(sizes, steps, decay_from, events, model, rate)
-        stop = steps if decay_from is None else None
+    def _train(self, out: Path, task: Task) -> Run:
+        """A run to its end, or on from where it was cut off; one that others go on from stops before that."""
+        goes_on = task.hyper.decay_from == task.hyper.steps
+        stop = task.hyper.steps - 1 if goes_on else None
         return train(task, out, resume=True, stop_at=stop, console=Console(file=io.StringIO()))
 
     def _task(

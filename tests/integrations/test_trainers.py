@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -92,20 +93,22 @@ def test_a_metric_that_was_never_reported_is_warned_of(caplog: pytest.LogCapture
     assert "'eval_los' was never reported; did you mean eval_loss" in caplog.text
 
 
+def of_transformers(sentences: int) -> tuple[Any, ...]:
+    """Ids and examples of so many sentences, what makes a Llama, and what trains it; skips without the library."""
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    from examples import huggingface
+    from fxgrow.integrations.transformers import GrowthCallback
+
+    ids = huggingface.sentences(sentences, random.Random(0))
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    return ids, data, huggingface.build, transformers.Trainer, transformers.TrainingArguments, GrowthCallback
+
+
 @pytest.mark.slow
 def test_transformers_reports_what_it_measures_and_grows_under_mixed_precision(tmp_path: Path) -> None:
     """The loss is logged at every step, the evaluation at some; bfloat16; a freeze, and a checkpoint with it."""
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    import random
-
-    from transformers import Trainer, TrainingArguments
-
-    from examples.huggingface import build, sentences
-    from fxgrow.integrations.transformers import GrowthCallback
-
-    ids = sentences(64, random.Random(0))
-    data = [{"input_ids": row, "labels": row} for row in ids]
+    ids, data, build, Trainer, TrainingArguments, GrowthCallback = of_transformers(64)
     plateau = {"metric": "eval_loss", "patience": 2, "min_delta": 100.0}
     widen, freeze = {"op": "widen", "axis": "*/hidden", "factor": 2}, {"op": "freeze", "what": "model.embed_tokens.*"}
     events = [
@@ -150,17 +153,7 @@ def test_transformers_reports_what_it_measures_and_grows_under_mixed_precision(t
 @pytest.mark.slow
 def test_transformers_resumes_with_gates_and_knows_the_best_of_the_model_that_it_has(tmp_path: Path) -> None:
     """Gates decay with the Trainer's other matrices; weights of a smaller model are not loaded into a deeper one."""
-    pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    import random
-
-    from transformers import Trainer, TrainingArguments
-
-    from examples.huggingface import build, sentences
-    from fxgrow.integrations.transformers import GrowthCallback
-
-    ids = sentences(16, random.Random(0))
-    data = [{"input_ids": row, "labels": row} for row in ids]
+    ids, data, build, Trainer, TrainingArguments, GrowthCallback = of_transformers(16)
     deeper = {"op": "deepen", "stack": "model.layers", "after": [0], "init": "gate"}
     events = [{"trigger": {"step": 2}, "operations": [deeper, {"op": "lora", "modules": "*_proj", "rank": 2}]}]
 
