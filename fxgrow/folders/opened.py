@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxgrow.errors import CheckpointError
 from fxgrow.folders.building import Make, build, example_of, maker_of, names_of, prefixes_of
 from fxgrow.folders.conversions import Conversions, Stored
 from fxgrow.folders.dictionary import Table, open_table, source_of
@@ -92,8 +93,26 @@ def opened(
     names, ignored = names_of(model, conversions.tensors, str(folder))
     dtypes = {m: conversions.tensors[n].dtype for n, m in names.items()}
     model = build(make, source.config, dtypes, source.called)
+    _check_tied(model, names, conversions.tensors, str(folder))
     given = example_of(model) if inputs is None else dict(inputs)
     return Opened(source, make, model, conversions, names, ignored, given, table)
+
+
+def _check_tied(model: nn.Module, names: Mapping[str, str], stored: Mapping[str, Stored], where: str) -> None:
+    """See to it that what the class ties is one tensor in the files, too, where they hold it under several names.
+
+    Raises:
+        CheckpointError: the values differ, and which of them the class is left with is a matter of order.
+    """
+    own = model.state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    for file, name in names.items():
+        other = first.setdefault(id(own[name]), file)
+        if other != file and not torch.equal(stored[other].read(), stored[file].read()):
+            raise CheckpointError(
+                f"{where} holds other values as {file} than as {other}, which {type(model).__name__} ties: take out "
+                "the one that is not meant, or save the model again"
+            )
 
 
 class Reader:

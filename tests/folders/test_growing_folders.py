@@ -317,3 +317,23 @@ def test_the_command_line_takes_folders(tmp_path: Path) -> None:
     assert "deepen" in said("plan", large, "{op: deepen, stack: transformer.h, factor: 2}")
     again = runner.invoke(app, ["grow", source, "--set", "n_hidden=32", "-o", large, "--class", named])
     assert "is there already" in str(again.exception)
+
+
+def test_ties_that_are_none_in_the_files_are_refused(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "small")
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    saved = next(n for n in ("lm_head.weight", "transformer.wte.weight") if n in index["weight_map"])
+    (other,) = {"lm_head.weight", "transformer.wte.weight"} - {saved}
+    file = source / index["weight_map"][saved]
+    for factor in (1.0, 1.5):
+        tensors = load_file(file)
+        save_file(tensors | {other: factor * tensors[saved]}, file, {"format": "pt"})
+        index["weight_map"][other] = file.name
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+        if factor == 1.0:
+            done = grow_checkpoint(source, SPECS["hidden"], tmp_path / "large", model_class=GPT)
+            assert {other, saved} <= set(load_file(done.folder / "model.safetensors"))
+        else:
+            with pytest.raises(CheckpointError, match=r"other values as .* than as .*, which GPT ties"):
+                grow_checkpoint(source, SPECS["hidden"], tmp_path / "larger", model_class=GPT)
+    assert not (tmp_path / "larger").exists()
