@@ -9,6 +9,7 @@ from fxgrow.errors import ExactnessError as ExactnessError
 from fxgrow.errors import FxgrowError as FxgrowError
 from fxgrow.errors import GrowthRefused as GrowthRefused
 from fxgrow.errors import InputError as InputError
+from fxgrow.errors import RankError as RankError
 from fxgrow.errors import SpecError as SpecError
 from fxgrow.expand import expand as expand
 from fxgrow.explanation import explain as explain

@@ -84,6 +84,10 @@ class DiskError(CheckpointError, OSError):
     """A checkpoint cannot be written: no space, no permission. What was there before is unchanged."""
 
 
+class RankError(FxgrowError):
+    """Ranks that train one model together differ, or one of them failed; raised on all of them, with one message."""
+
+
 def did_you_mean(
     wrong: str, known: Iterable[str], part: Callable[[str], str] | None = None, cutoff: float = 0.6
 ) -> str:
