@@ -73,15 +73,17 @@ def run(job: Job, out: Tensor) -> None:
     """Fill `out` (shape ``job.local``) as `job` says.
 
     Raises:
-        Unsupported: fills of integers, conversions between integers, rows of 2^30 columns.
+        Unsupported: fills of integers, conversions between integers, rows of 2^30 columns, a rectangle for a source.
     """
     if out.numel() == 0:
         return
     if not interpreted() and out.device.type != "cuda":
         raise Unsupported(f"{out.device}")
     if job.trivial and job.source is not None:
-        out.copy_(job.source[tuple(job.entries(d) for d in range(len(job.dims)))])
+        out.copy_(job.copied())
         return
+    if job.partial:
+        raise Unsupported("a source that is a rectangle of a larger tensor")
     bits = job.plain and job.source is not None and job.source.dtype == job.dtype
     if not bits and (job.dtype not in FLOATS or (job.source is not None and job.source.dtype not in FLOATS)):
         raise Unsupported("integers are only gathered")

@@ -35,6 +35,8 @@ def materialise(
     backend: str | None = None,
     fill: int = FILL_ZERO,
     random_seed: int = 0,
+    source_offset: Sequence[int] | None = None,
+    source_shape: Sequence[int] | None = None,
 ) -> Tensor:
     """Make one grown tensor: gather per dim, scale, fill, split, add noise, round once, store.
 
@@ -59,6 +61,8 @@ def materialise(
         backend: ``torch``, ``cpu`` or ``triton``; ``None`` chooses by device, see `backends`.
         fill: without a source and with every map ``None``: the fill of all entries.
         random_seed: seed of random fills, independent of the noise.
+        source_offset, source_shape: `source` is the rectangle at that offset of an old tensor of that shape: whatever
+            the result is made of. The same bits come of it as of the whole.
 
     Returns:
         The new tensor (or shard), without gradient history.
@@ -82,6 +86,8 @@ def materialise(
         device=device if device is not None or out is None else out.device,
         fill=fill,
         random_seed=random_seed,
+        source_offset=source_offset,
+        source_shape=source_shape,
     )
     result = _destination(job, out)
     dispatch.run(job, result, backend, fresh=out is None)

@@ -37,6 +37,7 @@ class Job:
 
     Attributes:
         source: the source with one dim per entry of `dims`, or ``None``; already on the destination's device.
+        start: per dim, the first entry of the whole source that `source` holds: it may be a rectangle of it.
         dims: the prepared dims. offset, local: the rectangle of the destination to make, in elements per dim.
         scale: global factor. fill: code of entries no dim calls newborn, when there is no source.
         random_std, constant: what the fills use. random_key, noise_key: Philox key words.
@@ -61,6 +62,7 @@ class Job:
     random_key: tuple[int, int]
     noise: Noise | None
     noise_key: tuple[int, int]
+    start: list[int] = field(default_factory=list)
     means: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,6 +102,18 @@ class Job:
             and not self.independent
             and all(d.scale is None and d.tree is None for d in self.dims)
         )
+
+    @property
+    def partial(self) -> bool:
+        """Whether the source is a rectangle of a larger tensor."""
+        return self.source is not None and (any(self.start) or list(self.source.shape) != [d.source for d in self.dims])
+
+    def copied(self) -> Tensor:
+        """The slice of the source that a trivial job's result is."""
+        assert self.source is not None
+        first = self.start or [0] * len(self.dims)
+        spans = (self.entries(d) for d in range(len(self.dims)))
+        return self.source[tuple(slice(s.start - a, s.stop - a) for s, a in zip(spans, first, strict=True))]
 
     def amplitude(self, scale: float) -> float:
         """Factor from a raw draw to noise of standard deviation `scale`."""

@@ -635,7 +635,7 @@ def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
     task = _Task()
     keep: list[Any] = []
     fill = OLD if job.source is not None or job.births else job.fill
-    task.source = job.source.data_ptr() if job.source is not None and job.source.numel() else None
+    task.source = _source_address(job)
     task.target = out.data_ptr()
     task.item_bytes = 0 if computed else out.element_size()
     if computed:
@@ -699,6 +699,14 @@ def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
     task.stream = int(size >= STREAM and not job.independent)
     task.threads = 1 if out.numel() < ALONE else torch.get_num_threads()
     return task, [*keep, segments, table_of_cuts, later, job]
+
+
+def _source_address(job: Job) -> int | None:
+    """Where the first entry of the whole source is, or would be, of which a rectangle may be all there is."""
+    if job.source is None or not job.source.numel():
+        return None
+    before = sum(a * n for a, n in zip(job.start, job.source.stride(), strict=False))
+    return (job.source.data_ptr() - before * job.source.element_size()) % (1 << 64)
 
 
 def run(job: Job, out: Tensor, fresh: bool = False) -> None:

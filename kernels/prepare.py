@@ -38,11 +38,14 @@ def mean_tables(job: Job) -> dict[int, Tensor]:
 def _mean_table(job: Job, over: tuple[int, ...]) -> Tensor:
     source = job.source
     count = math.prod(job.dims[d].source for d in over)
+    if source is not None and any(source.shape[d] != job.dims[d].source for d in over):
+        raise ValueError(f"fill mean along dims {list(over)} needs all of the source along them")
     if source is None or count == 0:
         raise ValueError("fill mean needs a source that is not empty")
     shape = [1 if d in over else dim.virtual for d, dim in enumerate(job.dims)]
     table = torch.zeros(shape, dtype=job.compute, device=job.device)
-    old = table[tuple(slice(0, 1 if d in over else dim.source) for d, dim in enumerate(job.dims))]
+    held = zip(job.start or [0] * source.dim(), source.shape, strict=True)
+    old = table[tuple(slice(0, 1) if d in over else slice(a, a + n) for d, (a, n) in enumerate(held))]
     kept = [d for d in range(source.dim()) if d not in over]
     axis = max(kept, key=lambda d: source.shape[d], default=None)
     step = source.shape[axis] if axis is not None else 1
@@ -108,6 +111,8 @@ def prepare(
     device: torch.device | str | None,
     fill: int,
     random_seed: int,
+    source_offset: Sequence[int] | None = None,
+    source_shape: Sequence[int] | None = None,
 ) -> Job:
     """Check a call and normalise it; the destination is not made yet."""
     if source is not None:
@@ -117,12 +122,18 @@ def prepare(
         source = source.detach().resolve_conj().resolve_neg()
         if len(dims) != source.dim():
             raise ValueError(f"{len(dims)} dim maps for a source of shape {tuple(source.shape)}")
+        whole = list(source.shape) if source_shape is None else [int(n) for n in source_shape]
+        first = [0] * len(dims) if source_offset is None else [int(a) for a in source_offset]
+        if len(whole) != len(dims) or len(first) != len(dims):
+            raise ValueError(f"source_offset {first} and source_shape {whole} must have {len(dims)} entries")
+        if any(a < 0 or a + n > size for a, n, size in zip(first, source.shape, whole, strict=True)):
+            raise ValueError(f"a source of shape {tuple(source.shape)} at {first} leaves the tensor of shape {whole}")
     elif shape is not None and len(shape) != len(dims):
         raise ValueError(f"{len(dims)} dim maps for shape {tuple(shape)}")
     ready = [
         prepare_dim(
             m,
-            None if source is None else source.shape[d],
+            None if source is None else whole[d],
             None if shape is None else int(shape[d]),
             f"dim {d}",
         )
@@ -152,8 +163,8 @@ def prepare(
     if source is not None and source.device != where:
         source = source.to(where)
     if noise is not None and noise.relative:
-        if source is None:
-            raise ValueError("relative noise needs a source to take the standard deviation of")
+        if source is None or list(source.shape) != whole:
+            raise ValueError("relative noise needs a source, the whole of it, to take the standard deviation of")
         std = deviation(source) * abs(scale)
         noise = Noise(noise.kind, noise.scale * std, noise.newborn_scale * std, noise.distribution, noise.seed)
     floating = dtype in FLOATS and (source is None or source.dtype in FLOATS)
@@ -171,7 +182,10 @@ def prepare(
         key_words(random_seed, key),
         noise,
         key_words(noise.seed if noise is not None else 0, key),
+        first if source is not None else [],
     )
+    if job.partial:
+        _check_covers(job)
     if not floating:
         _check_exact_only(job)
     if source is None and not any((dim.fill is not None and (dim.fill != OLD).all()) for dim in ready):
@@ -185,6 +199,18 @@ def prepare(
     if floating and job.births:
         job.means = mean_tables(job)
     return job
+
+
+def _check_covers(job: Job) -> None:
+    """A rectangle of a source has to hold whatever the rectangle of the destination is made of."""
+    assert job.source is not None
+    for d, (dim, first, held) in enumerate(zip(job.dims, job.start, job.source.shape, strict=True)):
+        units = job.units(d, job.entries(d))
+        needed = units[units < dim.source]
+        if 0 not in job.local and len(needed) and (needed.min() < first or needed.max() >= first + held):
+            raise ValueError(
+                f"dim {d} needs entries {needed.min()} to {needed.max()} of the source, which holds {held} from {first}"
+            )
 
 
 def _check_exact_only(job: Job) -> None:

@@ -21,7 +21,7 @@ def run(job: Job, out: Tensor) -> None:
     if 0 in job.local:
         return
     if job.trivial and job.source is not None:
-        out.copy_(job.source[tuple(job.entries(d) for d in range(len(job.dims)))])
+        out.copy_(job.copied())
         return
     computed = not job.plain and job.dtype in FLOATS
     for lo, size in blocks(job.local, NOISE_BLOCK if computed else PLAIN_BLOCK):
@@ -38,17 +38,18 @@ def run(job: Job, out: Tensor) -> None:
 
 def _gather(job: Job, table: Tensor, entries: Sequence[slice], mean_over: int | None) -> Tensor:
     """Elements of the source (or of a table of means) at the virtual coordinates, clamped where newborn."""
+    start = job.start if mean_over is None and job.start else [0] * len(entries)
     for d, at in enumerate(entries):
         dim = job.dims[d]
         if mean_over is not None and mean_over >> d & 1:
             continue
         if dim.index is None:
-            table = table.narrow(d, at.start, at.stop - at.start)
+            table = table.narrow(d, at.start - start[d], at.stop - at.start)
     for d, at in enumerate(entries):
         dim = job.dims[d]
         if dim.index is None or (mean_over is not None and mean_over >> d & 1):
             continue
-        units = np.minimum(dim.index[at], max(table.shape[d] - 1, 0))
+        units = np.clip(dim.index[at] - start[d], 0, max(table.shape[d] - 1, 0))
         table = table.index_select(d, torch.from_numpy(units).to(table.device))
     return table
 
