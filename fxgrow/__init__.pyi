@@ -3,6 +3,7 @@ from fxgrow import passes as passes
 from fxgrow.checkpoint import Loaded as Loaded
 from fxgrow.checkpoint import load as load
 from fxgrow.checkpoint import save as save
+from fxgrow.compile import compile_regions as compile_regions
 from fxgrow.errors import CaptureError as CaptureError
 from fxgrow.errors import CheckpointError as CheckpointError
 from fxgrow.errors import ExactnessError as ExactnessError

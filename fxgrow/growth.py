@@ -8,14 +8,15 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal, TypeVar, get_args
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from torch import fx, nn
 from torch.optim.swa_utils import AveragedModel
 
 from fxgrow import kernels
-from fxgrow.compile import compile_regions
+from fxgrow.compile import compile_regions, package, renew
 from fxgrow.devices import check_memory
 from fxgrow.emit.blocks import block_regions, is_checkpointed
 from fxgrow.emit.casts import refusal
@@ -47,6 +48,7 @@ from fxgrow.verify.verification import verify
 from fxgrow.weights.materialise import check_finite, check_readable, materialise_all, materialise_tensor
 
 Verify = Literal["auto", "float64", "native"]
+Module = TypeVar("Module", bound=nn.Module)
 Optimizers = TypeVar("Optimizers", bound=torch.optim.Optimizer | Sequence[torch.optim.Optimizer])
 
 #: "auto" verifies in float64 up to this many parameters of the grown model, beyond that in the model's own dtype
@@ -194,13 +196,16 @@ class Growth:
             yield model
         except BaseException:
             living.undo()
+            renew(model)
             raise
 
     def _apply(self, model: nn.Module) -> Living:
         if self._before is None:
             raise FxgrowError("this growth was not made by fxgrow.grow, so that there is no model to apply it to")
         self._check_source(uncompiled(model))
-        return apply(model, self.plan, self._before, self.program, self.program.tensors, self._held)
+        living = apply(model, self.plan, self._before, self.program, self.program.tensors, self._held)
+        renew(model)
+        return living
 
     def apply_to_copy_(self, copy: nn.Module) -> nn.Module:
         """Grow a copy of the model in place by the same plan: a moving average of its weights, a frozen teacher.
@@ -232,6 +237,7 @@ class Growth:
             )
         tensors = grown_tensors(inner, self.plan, before, self.program)
         apply(inner, self.plan, before, self.program, tensors, self._held)
+        renew(inner)
         return copy
 
     def _check_source(self, model: nn.Module) -> None:
@@ -288,12 +294,43 @@ class Growth:
         """Train only what is old; the counterpart of :meth:`freeze_old`."""
         return freeze(self.new_parameters, self.module if model is None else model, "new")
 
-    def compile(self, **options: Any) -> fx.GraphModule:
-        """Compile the grown module region by region: blocks that are alike are compiled once.
+    @overload
+    def compile(self, model: None = None, *, checkpoint: bool = False, **options: Any) -> fx.GraphModule: ...
+    @overload
+    def compile(self, model: Module, *, checkpoint: bool = False, **options: Any) -> Module: ...
+    def compile(self, model: nn.Module | None = None, *, checkpoint: bool = False, **options: Any) -> nn.Module:
+        """Compile the grown module block by block, in place: blocks that are alike are compiled once.
 
-        Options go to ``torch.compile``. Returns the module itself.
+        Args:
+            model: your own model, after :meth:`apply_` or :meth:`into`; None: :attr:`module`. A model that is compiled
+                so stays compiled when it grows again in place: what a growth has changed is compiled at its next call.
+            checkpoint: keep a block's inputs alone for its backward, and run it again there.
+            options: for ``torch.compile``.
+
+        Returns:
+            The model; names and state dict are unchanged.
         """
-        return compile_regions(self.module, **options)
+        return compile_regions(self.module if model is None else model, checkpoint=checkpoint, **options)
+
+    def package(self, path: str | Path, model: nn.Module | None = None, **options: Any) -> Path:
+        """Compile the grown module ahead of time into a file that runs without Python (AOTInductor), in eval mode.
+
+        ``torch._inductor.aoti_load_package(path)`` runs it, as does PyTorch's C++ library. It takes what the first call
+        of the growth takes, in other sizes too where the model allows them; the weights are inside.
+
+        Args:
+            path: the file, ``*.pt2``.
+            model: your own model, after :meth:`apply_` or :meth:`into`; None: :attr:`module`.
+            options: Inductor's.
+
+        Returns:
+            The file.
+
+        Raises:
+            FxgrowError: the path has another suffix, or the module cannot be exported or compiled.
+        """
+        call = self.program.calls[0]
+        return package(self.module if model is None else model, call.args, call.kwargs, Path(path), options)
 
     def __repr__(self) -> str:
         return f"Growth({self.receipt.summary()})"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from fxgrow.ir.compiled import as_written
 from fxgrow.ir.ops import operator_named
 
 
@@ -26,4 +30,11 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=table)
 
 
-__all__ = ["flop_counter"]
+@contextlib.contextmanager
+def flops_of(model: nn.Module) -> Iterator[FlopCounterMode]:
+    """Counts what a model does as it is written: compiled code hides its ops."""
+    with as_written(model), flop_counter() as counter:
+        yield counter
+
+
+__all__ = ["flop_counter", "flops_of"]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fxgrow.ir import trees
+from fxgrow.ir.compiled import as_written
 from fxgrow.ir.memo import caches_kept
 from fxgrow.ir.modules import OWN_ATTRIBUTES, named_tensors
 
@@ -54,9 +55,9 @@ def plain_tensors_kept(module: nn.Module) -> Iterator[None]:
 def attributes_kept(module: nn.Module) -> Iterator[None]:
     """Afterwards modules have the plain attributes that they had, the same objects with the same entries.
 
-    Caches of their code that have got entries are emptied. A trace makes lists and dicts anew, so that one that several
-    modules share comes apart, and leaves behind what a forward assigns: a table that it makes at its first call would
-    be a fake tensor.
+    Meanwhile they run as they are written, see :func:`~fxgrow.ir.compiled.as_written`. Caches of their code that have
+    got entries are emptied. A trace makes lists and dicts anew, so that one that several modules share comes apart, and
+    leaves behind what a forward assigns: a table that it makes at its first call would be a fake tensor.
     """
     held = [(part, {n: v for n, v in vars(part).items() if n not in OWN_ATTRIBUTES}) for part in module.modules()]
     filled: dict[int, tuple[Any, Any]] = {}
@@ -68,7 +69,7 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
         filled[id(value)] = value, copy.copy(value) if isinstance(value, list | dict | set) else None
         todo.extend(value.values() if isinstance(value, dict) else value)
     try:
-        with caches_kept(module):
+        with caches_kept(module), as_written(module):
             yield
     finally:
         for part, attributes in held:

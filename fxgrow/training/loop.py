@@ -16,7 +16,7 @@ from torch import nn
 
 from fxgrow.compile import compile_regions
 from fxgrow.errors import DiskError, FxgrowError
-from fxgrow.ir.flops import flop_counter
+from fxgrow.ir.flops import flops_of
 from fxgrow.ir.running import in_mode
 from fxgrow.schedule import Grow
 from fxgrow.scheduler import ActionResult
@@ -163,7 +163,7 @@ def train(
                 data = batch("train", run.batches)
                 # The first micro-batch of every module is counted, and compiled after it: compiled code hides its ops.
                 counting = run.flops_per_batch == 0
-                with flop_counter() if counting else contextlib.nullcontext() as counter:
+                with flops_of(run.model) if counting else contextlib.nullcontext() as counter:
                     loss = loss_of(task, forward, data)
                     (loss / accumulation).backward()
                 if counter is not None:
@@ -216,8 +216,5 @@ def evaluate(task: Task, model: nn.Module, batches: list[Batch]) -> float:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """``model`` compiled: a grown one block by block and in place, any other as a whole."""
-    if isinstance(model, torch.fx.GraphModule):
-        return compile_regions(model)
-    wrapped: Any = torch.compile(model)
-    return wrapped
+    """``model`` compiled block by block, in place."""
+    return compile_regions(model)
