@@ -10,8 +10,8 @@ from torch import fx, nn
 
 from fxgrow.errors import FxgrowError, SpecError
 from fxgrow.ir.compiled import Options, as_written, share, shared_of, structures
-from fxgrow.ir.modules import uncompiled
 from fxgrow.ir.packages import compile_ahead
+from fxgrow.ir.replicas import innermost
 from fxgrow.ir.running import attributes_kept, in_mode
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -62,7 +62,7 @@ def compile_regions(module: Module, *, checkpoint: bool = False, **options: Any)
     Returns:
         The module itself; names and state dict are unchanged. Copies and pickles of it are not compiled.
     """
-    inner = uncompiled(module)
+    inner = innermost(module)
     blocks = blocks_of(inner) or [("", inner)]
     wanted = Options(dict(options), checkpoint)
     places = [path.rpartition(".")[2] for path, _ in blocks]
@@ -72,7 +72,7 @@ def compile_regions(module: Module, *, checkpoint: bool = False, **options: Any)
 
 def renew(module: nn.Module) -> None:
     """Compile what a growth has changed of a module whose blocks are compiled in place, with the same options."""
-    inner = uncompiled(module)
+    inner = innermost(module)
     shared = next((s for part in inner.modules() if (s := shared_of(part)) is not None), None)
     if shared is not None:
         compile_regions(inner, checkpoint=shared.options.again, **shared.options.given)
@@ -86,7 +86,7 @@ def package(
         raise SpecError(f"a package of AOTInductor is a file *.pt2, not {str(path)!r}")
     try:
         with in_mode(module, False), attributes_kept(module):
-            return compile_ahead(uncompiled(module), args, kwargs, path, options)
+            return compile_ahead(innermost(module), args, kwargs, path, options)
     except Exception as error:  # whatever torch.export, Inductor and the C++ compiler raise
         reason = str(error).strip().partition("\n")[0]
         raise FxgrowError(f"{type(module).__name__} cannot be packaged: {type(error).__name__}: {reason}") from error

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxgrow.errors import SpecError
 from fxgrow.growth import Growth, Verify, grow
-from fxgrow.ir.modules import uncompiled
+from fxgrow.ir.replicas import innermost
 from fxgrow.landing.between import spec_between
 from fxgrow.landing.compare import described, differences
 from fxgrow.landing.into import into
@@ -46,7 +46,7 @@ def expand(
             growth needs (a softmax scale, a norm's eps); ``big`` is as it was then.
     """
     start = time.perf_counter()
-    before, theirs = (capture(m, args, kwargs, calls=calls) for m in (small, uncompiled(big)))
+    before, theirs = (capture(m, args, kwargs, calls=calls) for m in (small, innermost(big)))
     seconds = time.perf_counter() - start
     operations = spec_between(before, theirs, **how)
     if not operations:

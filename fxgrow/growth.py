@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
@@ -22,9 +23,11 @@ from fxgrow.emit.blocks import block_regions, is_checkpointed
 from fxgrow.emit.casts import refusal
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import FxgrowError, SpecError, reworded
-from fxgrow.ir.modules import uncompiled, version_of
+from fxgrow.ir.bits import checksum
+from fxgrow.ir.modules import version_of
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.provenance import Cast, provenance_of, remember
+from fxgrow.ir.replicas import around, check_replicas, group_of, holding, ignored_by, innermost, plainly
 from fxgrow.ir.traced import Traced, program_of
 from fxgrow.landing.apply import apply, constants_held
 from fxgrow.landing.copies import grown_tensors
@@ -41,6 +44,7 @@ from fxgrow.passes.constants import remaining
 from fxgrow.passes.state import State, run_operation
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program, capture
+from fxgrow.ranks import ALONE, Group, agree, agree_by_name, size, together
 from fxgrow.spec import GrowthSpec
 from fxgrow.verify.execute import drops_out
 from fxgrow.verify.receipt import Receipt
@@ -64,6 +68,7 @@ class Growth:
         receipt: what was measured.
         program: the grown graph and its names; ``program.axes`` has the new sizes.
         policy: of :meth:`carry_` and :meth:`carry` where they are given none.
+        group: the ranks that grow the model together, see :mod:`fxgrow.ranks`.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Growth:
     ) -> None:
         self.module, self.plan, self.receipt, self.program = module, plan, receipt, program
         self.policy = "asymmetric"
+        self.group: Group = ALONE
         self._handed: set[str] = set()
         self._before, self._held = before, held or {}
         # weak, so that a growth does not keep the small model alive
@@ -121,14 +127,18 @@ class Growth:
 
         Raises:
             FxgrowError: a policy that does not fit, a second call, weights that have changed since the growth,
-                parameters kept beside the groups (see :func:`fxgrow.optim.carry_`); every optimizer is as it was then.
+                parameters kept beside the groups (see :func:`fxgrow.optim.carry_`); every optimizer is as it was then,
+                on all ranks.
         """
-        self._check_unchanged()
-        names, new = self.source_names(), self._new()
         several: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-        carry_(
-            self.plan, names, new, several, self.policy if policy is None else policy, handed=self._handed, **options
-        )
+        policy = self.policy if policy is None else policy
+        plain = {name: value for name, value in options.items() if isinstance(value, int | float)}
+        agree("the optimizer's policy", (policy, plain), self.group)
+        with together("carry_", self.group):
+            self._check_unchanged()
+            names, new = self.source_names(), self._new()
+            options |= {"handed": self._handed, "settled": lambda: agree("carry_", "worked out", self.group)}
+            carry_(self.plan, names, new, several, policy, **options)
         self._hand_over(several, new)
         return optimizer
 
@@ -160,7 +170,8 @@ class Growth:
         keep are set, blocks are copied, and the model is traced again: its graph must be the grown one.
 
         Args:
-            model: the one that was grown, as it was then; compiled or not, in any mode.
+            model: the one that was grown, as it was then; compiled or not, in ``DistributedDataParallel`` or not (which
+                goes on with its options and hooks), in any mode.
 
         Returns:
             The model.
@@ -193,17 +204,27 @@ class Growth:
         """
         living = self._apply(model)
         try:
-            yield model
+            with together("what goes with the growth", self.group):
+                yield model
         except BaseException:
             living.undo()
             renew(model)
             raise
 
     def _apply(self, model: nn.Module) -> Living:
-        if self._before is None:
-            raise FxgrowError("this growth was not made by fxgrow.grow, so that there is no model to apply it to")
-        self._check_source(uncompiled(model))
-        living = apply(model, self.plan, self._before, self.program, self.program.tensors, self._held)
+        living: Living | None = None
+        try:
+            with together("apply_", self.group):
+                if self._before is None:
+                    raise FxgrowError(
+                        "this growth was not made by fxgrow.grow, so that there is no model to apply it to"
+                    )
+                self._check_source(innermost(model))
+                living = apply(model, self.plan, self._before, self.program, self.program.tensors, self._held)
+        except BaseException:
+            if living is not None:  # another rank could not
+                living.undo()
+            raise
         renew(model)
         return living
 
@@ -227,7 +248,7 @@ class Growth:
             raise FxgrowError(
                 "this growth was not made by fxgrow.grow, so that there is no model to compare copies with"
             )
-        inner = uncompiled(copy.module if isinstance(copy, AveragedModel) else copy)
+        inner = innermost(copy.module if isinstance(copy, AveragedModel) else copy)
         names = self.source_names()
         shared = next((n for n, p in inner.named_parameters() if id(p) in names), "")
         if shared:
@@ -443,7 +464,8 @@ def grow(
     """Grow a model by a spec.
 
     Args:
-        model: any module that ``torch.export`` can trace, or a :class:`~fxgrow.program.Program` of it.
+        model: any module that ``torch.export`` can trace, or a :class:`~fxgrow.program.Program` of it. One that is in
+            ``DistributedDataParallel`` grows on all its ranks alike, and this is a collective operation.
         spec: a dict, a list of operations, YAML or JSON text, a path, or a :class:`~fxgrow.spec.GrowthSpec`.
         args, kwargs: example inputs, at least two in every dynamic dim (batch, sequence).
         calls: further ways of calling the model, by name, see :func:`~fxgrow.program.capture`.
@@ -465,12 +487,52 @@ def grow(
         CaptureError, SpecError, GrowthRefused: see there; nothing has been changed then.
         FxgrowError: an optimizer that cannot be carried over this growth.
         ExactnessError: an exact plan measured inexact.
+        RankError: on all ranks, where they differ in what they would grow, or one of them cannot.
+    """
+    how: dict[str, Any] = {"calls": calls, "verify": verify, "consume": consume, "optimizer": optimizer}
+    how |= {"policy": policy, "ramp": ramp, "program": program, "like": like}
+    replicas = []
+    if isinstance(model, nn.Module):
+        model, replicas = innermost(model), around(model)
+    elif isinstance(model, Program):
+        replicas = holding(model.parameters.values())
+    group = group_of(replicas)
+    check_replicas(replicas)
+    with together("the growth", group), plainly(model) if isinstance(model, nn.Module) else nullcontext():
+        growth = _grow(model, spec, args, kwargs, **how, group=group, ignored=ignored_by(replicas))
+    growth.group = group
+    return growth
+
+
+def _grow(
+    model: nn.Module | Program,
+    spec: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    calls: Mapping[str, Any] | None,
+    verify: Verify | Literal[False],
+    consume: bool,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+    policy: str,
+    ramp: int | None,
+    program: Program | None,
+    like: Traced | None,
+    group: Group = ALONE,
+    ignored: Collection[int] = (),
+) -> Growth:
+    """See :func:`grow`.
+
+    Args:
+        group: ranks that have to plan the same for the same weights.
+        ignored: ``id`` of tensors that may be others on every rank.
     """
     if optimizer is not None:
         parameters = model.parameters.values() if isinstance(model, Program) else model.parameters()
         check_optimizer(optimizer, policy, ramp=ramp, parameters=parameters)  # type: ignore[arg-type]
     seconds: dict[str, float] = {}
     parsed = GrowthSpec.parse(spec)
+    agree("the spec", parsed.to_dict(), group)
     if verify is not False and verify not in get_args(Verify):
         raise SpecError(f"verify={verify!r} is none of {', '.join(map(repr, get_args(Verify)))} and False")
     if consume and verify not in (False, "auto"):
@@ -487,7 +549,8 @@ def grow(
     if optimizer is not None:
         check_plan(plan, policy, optimizer, {id(p): n for n, p in program.parameters.items()})
     check_memory(_needed(program, grown_program, plan))
-    held = constants_held(uncompiled(model), program) if isinstance(model, nn.Module) else {}
+    _check_alike(program, plan, group, ignored)
+    held = constants_held(model, program) if isinstance(model, nn.Module) else {}
     module, _ = build(program, grown_program, plan, seconds, consume=consume)
     if isinstance(model, nn.Module):
         shapes = None if like is None else like.without_tensors()
@@ -523,6 +586,19 @@ def grow(
 
 
 _verify = verify
+
+
+def _check_alike(program: Program, plan: GrowthPlan, group: Group, ignored: Collection[int]) -> None:
+    """Whether all ranks make the same growth of the same weights; buffers are every rank's own between two steps.
+
+    Raises:
+        RankError: they do not.
+    """
+    if size(group) == 1:
+        return
+    agree("the plan", hashlib.blake2b(plan.to_json().encode(), digest_size=8).hexdigest(), group)
+    own = {n: checksum(p) for n, p in program.parameters.items() if id(p) not in ignored and not p.is_meta}
+    agree_by_name("the parameter", own, group)
 
 
 def _needed(program: Program, grown_program: Program, plan: GrowthPlan) -> dict[torch.device, int]:

@@ -13,7 +13,7 @@ from torch import nn
 from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.relate import analyse
 from fxgrow.ir.libraries import twins_of
-from fxgrow.ir.modules import uncompiled
+from fxgrow.ir.replicas import innermost, plainly
 from fxgrow.ir.traced import Traced
 from fxgrow.trace.tracer import trace
 
@@ -49,7 +49,7 @@ def capture(
     use a batch of at least 2. The model is left as it was.
 
     Args:
-        model: any module that ``torch.export`` can trace.
+        model: any module that ``torch.export`` can trace, compiled or in ``DistributedDataParallel`` or not.
         args, kwargs: one example call.
         calls: instead, or in addition, several named ones: name to a tuple of arguments or a dict of keyword arguments,
             e.g. ``{"train": (x, y), "generate": (x,)}``. All of them constrain the axes, and a grown module chooses
@@ -61,8 +61,10 @@ def capture(
     Raises:
         CaptureError: the model cannot be exported; the message carries PyTorch's reason and the source line.
     """
-    program = Program.of(trace(model, args, kwargs, calls=calls, dynamic=dynamic))
-    program.twins = twins_of(uncompiled(model))
+    inner = innermost(model) if isinstance(model, nn.Module) else model
+    with plainly(inner):
+        program = Program.of(trace(inner, args, kwargs, calls=calls, dynamic=dynamic))
+    program.twins = twins_of(inner)
     return program
 
 

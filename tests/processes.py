@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -43,7 +44,8 @@ def run_ranks(count: int, function: Callable[..., Any], *args: Any, limit: float
         results, failures = list[Any](), list[str]()
         for rank, (here, process) in enumerate(zip(ends, started, strict=True)):
             try:
-                kind, value = here.recv() if here.poll(limit) else ("failed", f"has not ended after {limit} seconds")
+                late = ("failed", f"has not ended after {limit} seconds")
+                kind, value = pickle.loads(here.recv_bytes()) if here.poll(limit) else late
             except EOFError:
                 kind, value = "ended", None
             results.append(value)
@@ -64,10 +66,10 @@ def _run(rank: int, count: int, folder: str, end: Any, function: Callable[..., A
     try:
         store = dist.FileStore(str(Path(folder) / "store"), count)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=WAIT))
-        end.send(("done", function(rank, *args)))
+        end.send_bytes(pickle.dumps(("done", function(rank, *args))))  # send would share the memory of tensors
         dist.destroy_process_group()
     except BaseException:
-        end.send(("failed", traceback.format_exc()))
+        end.send_bytes(pickle.dumps(("failed", traceback.format_exc())))
     finally:
         end.close()
         os._exit(0)  # never back into the caller's stack

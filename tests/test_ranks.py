@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from fxgrow.errors import FxgrowError, GrowthRefused, RankError, SpecError
-from fxgrow.ranks import agree, gathered, shared, size, together
+from fxgrow.ranks import ALONE, agree, agree_by_name, gathered, shared, size, together
 from tests.processes import run_ranks
 
 
@@ -29,6 +29,14 @@ def raising(error: Exception | None) -> None:
             raise error
 
 
+def early(rank: int) -> None:
+    """One rank fails where the other has come to the next place already."""
+    with together("the growth"):
+        if rank == 1:
+            raise SpecError("before the plan")
+        agree("the plan", rank)
+
+
 def talk(rank: int) -> dict[str, Any]:
     first = dist.new_group([0])
     found: dict[str, Any] = {"size": [size(), size(first)], "gathered": gathered(rank * 10)}
@@ -39,8 +47,12 @@ def talk(rank: int) -> dict[str, Any]:
     found["same"] = said(lambda: raising(GrowthRefused(f"it is {rank}")))
     found["other"] = said(lambda: raising(SpecError("this") if rank else GrowthRefused("that")))
     found["nested"] = said(lambda: shared("outer", lambda: raising(SpecError("deep") if rank == 1 else None)))
+    found["early"] = said(lambda: early(rank))
+    found["elsewhere"] = said(lambda: shared("loading" if rank else "saving", lambda: rank))
     found["agreed"] = said(lambda: agree("the plan", {"a": [1, 2]}))
     found["apart"] = said(lambda: agree("the plan", f"plan {rank}"))
+    found["by name"] = said(lambda: agree_by_name("the parameter", {"a": 1, "b": rank} if rank else {"a": 1}))
+    found["by itself"] = gathered("one", ALONE)
     # the first rank alone
     found["alone"] = said(lambda: shared("alone", lambda: raising_alone(rank, first), first)) if rank == 0 else ""
     dist.barrier()  # in step after all of that
@@ -71,8 +83,12 @@ def test_all_ranks_raise_what_one_of_them_raises() -> None:
         "same": "GrowthRefused: it is 0",
         "other": "RankError: the growth: rank 0 of 2 failed: that; rank 1 of 2 failed: this",
         "nested": "RankError: the growth: rank 1 of 2 failed: deep",
+        "early": "RankError: the growth: rank 1 of 2 failed: before the plan",
+        "elsewhere": "RankError: the ranks do not do the same: rank 0 of 2 is at saving; rank 1 of 2 is at loading",
         "agreed": "",
         "apart": "RankError: the plan is not the same on all ranks: rank 0 of 2 has 'plan 0'; rank 1 of 2 has 'plan 1'",
+        "by name": "RankError: the parameter b is not the same on all ranks: rank 0 of 2 has None; rank 1 of 2 has 1",
+        "by itself": ["one"],
         "alone": "FxgrowError: alone",
     }
 

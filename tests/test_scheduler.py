@@ -499,13 +499,13 @@ def test_state_of_another_schedule_is_refused(calls: list[SimpleNamespace]) -> N
     assert longer.next is not None
 
 
-def test_example_inputs_may_be_made_anew_and_compiled_models_are_unwrapped(calls: list[SimpleNamespace]) -> None:
+def test_example_inputs_may_be_made_anew_and_compiled_models_are_passed_on(calls: list[SimpleNamespace]) -> None:
     scheduler = faked([entry(step=0)], args=lambda: ((1,), {"k": 2}))
     compiled: Any = torch.compile(MODEL)
     scheduler.step(compiled, step=0)  # never called, so nothing is compiled
     assert calls[0].args == (1,)
     assert calls[0].kwargs == {"k": 2}
-    assert calls[0].model is MODEL
+    assert calls[0].model is compiled
 
 
 class Chain(torch.nn.Module):
@@ -784,11 +784,12 @@ def test_a_model_that_is_called_in_several_ways_grows_with_all_of_them() -> None
 def test_ranks_decide_by_the_mean_of_what_they_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     others: list[float | None] = []
 
-    def gather(values: list[float | None], own: float | None) -> None:
-        values[:] = [own, *others]
+    def gather(values: list[Any], own: Any, **_: Any) -> None:
+        counts = own.value[1]
+        values[:] = [own, *(own._replace(value=({"val_loss": other}, counts)) for other in others)]
 
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda *_: 2)
     monkeypatch.setattr("torch.distributed.all_gather_object", gather)
     below = {"metric": "val_loss", "value": 2.0}
     scheduler = GrowthScheduler([event({"op": "evaluate"}, below=below)] * 2)

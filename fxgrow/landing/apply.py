@@ -20,7 +20,8 @@ from torch import nn
 
 from fxgrow.errors import CaptureError, FxgrowError, GrowthRefused
 from fxgrow.ir.libraries import libraries
-from fxgrow.ir.modules import uncompiled
+from fxgrow.ir.modules import named_tensors
+from fxgrow.ir.replicas import around, check_replicas, follow, ignored_by, innermost, within
 from fxgrow.ir.running import plain_tensors
 from fxgrow.ir.traced import Traced
 from fxgrow.landing.blocks import Numbered, Restacked, restack
@@ -88,7 +89,7 @@ def apply(
     """Grow a living model.
 
     Args:
-        model: as it was traced, or what ``torch.compile`` made of it.
+        model: as it was traced, or what ``torch.compile`` or ``DistributedDataParallel`` made of it.
         before: its program before the growth.
         grown: the grown program.
         tensors: the grown parameters and buffers by name; the model holds these very objects afterwards.
@@ -99,8 +100,12 @@ def apply(
 
     Raises:
         GrowthRefused: the class cannot compute the grown function; the model is as it was.
+        FxgrowError: a DDP that holds it cannot go on with other parameters.
     """
-    living = Living(uncompiled(model))
+    living, replicas = Living(innermost(model)), around(model)
+    check_replicas(replicas)
+    old, ignored = named_tensors(living.model), ignored_by(replicas)
+    ignored |= {id(tensors[n]) for n, t in plan.tensors.items() if n in tensors and id(old.get(t.source)) in ignored}
 
     def begun() -> _Applying:
         return _Applying(living, plan, before, grown, tensors, held)
@@ -117,6 +122,8 @@ def apply(
                     settle(living.model, living.attribute)
                 if keeping and not applying.lands():
                     raise FxgrowError("a library's layers compute with what they keep of their sizes")
+                for ddp in {*replicas, *within(living.model)}:  # and copies of those in blocks
+                    living.undone_by(follow(ddp, ignored))
                 return living
             except GrowthRefused as error:
                 refusal = refusal or error

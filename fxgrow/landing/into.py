@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fxgrow.errors import CaptureError, ExactnessError, GrowthRefused
-from fxgrow.ir.modules import named_tensors, tensor_of, uncompiled
+from fxgrow.ir.modules import named_tensors, tensor_of
+from fxgrow.ir.replicas import around, check_replicas, follow, innermost, plainly
 from fxgrow.ir.running import in_mode, run_eval, run_with
 from fxgrow.ir.traced import Traced
 from fxgrow.landing.compare import Difference, described, differences
@@ -44,13 +45,15 @@ def into(
     Raises:
         GrowthRefused: the target computes something else, or cannot be traced; it is as it was.
     """
-    model = uncompiled(target)
+    model, replicas = innermost(target), around(target)
+    check_replicas(replicas)
     theirs = traced if traced is not None else trace_like(model, grown)
     found = differences(grown, theirs)
     if found:
         raise GrowthRefused(refusal(type(model).__name__, found, plan, theirs))
     tensors, kept = _matched(model, module, grown, theirs)
-    _check_run(model, module, grown, tensors)
+    with plainly(model):
+        _check_run(model, module, grown, tensors)
     name = type(model).__name__
     notes = [f"no captured call reads {', '.join(kept)}: the larger {name} keeps its own"] if kept else []
     if unsaved := _unsaved(model, theirs, tensors):
@@ -60,6 +63,8 @@ def into(
         )
         warnings.warn(notes[-1], stacklevel=3)
     _exchange(model, tensors)
+    for ddp in replicas:
+        follow(ddp)
     return notes
 
 

@@ -32,6 +32,10 @@ class Living:
         """What :meth:`undo` goes back to."""
         return len(self._undo)
 
+    def undone_by(self, back: Callable[[], None]) -> None:
+        """Write down how a change is taken back that was made elsewhere."""
+        self._undo.append(back)
+
     def module(self, path: str) -> nn.Module:
         """The module at a path; "" is the model."""
         return self.model.get_submodule(path)

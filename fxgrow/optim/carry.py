@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -107,6 +107,8 @@ def carry_(
     new: Mapping[str, nn.Parameter],
     optimizers: list[torch.optim.Optimizer],
     policy: str = "asymmetric",
+    *,
+    settled: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> None:
     """Exchange the parameters of optimizers for the grown ones, in place.
@@ -116,6 +118,7 @@ def carry_(
 
     Args:
         optimizers: one, or several that train one model together; or wrappers that hand everything on to one.
+        settled: called when nothing can fail any more, and before anything is changed; it may raise.
 
     The rest as :func:`carry` takes it.
 
@@ -140,6 +143,7 @@ def carry_(
             check_hooked(inner)
         content.state.update(_initial(inner, content))
         made.append((inner, content))
+    settled()
     for inner, content in made:  # nothing below can fail
         for p in content.replaced:
             inner.state.pop(p, None)

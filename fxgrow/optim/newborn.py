@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from fxgrow.errors import FxgrowError, SpecError, did_you_mean
 from fxgrow.ir.adapters import DOWN, UP
 from fxgrow.ir.eager import eager
+from fxgrow.ir.replicas import following
 from fxgrow.optim.rates import KEY
 from fxgrow.plan import GrowthPlan, TensorPlan
 
@@ -149,9 +150,10 @@ class Frozen:
             if n in widened and p.requires_grad
         }
         self._steps: dict[int, list[_Before]] = {}
-        for p in self._held:
-            p.requires_grad_(False)
-            p.grad = None
+        with following(parameters.values()):
+            for p in self._held:
+                p.requires_grad_(False)
+                p.grad = None
         self._handles: list[RemovableHandle] = []
         _HOLDING.add(self)
         for p in self._learning:
@@ -167,8 +169,9 @@ class Frozen:
         """Let everything learn again that did before."""
         for handle in self._handles:
             handle.remove()
-        for p in self._held:
-            p.requires_grad_(True)
+        with following(self._held):
+            for p in self._held:
+                p.requires_grad_(True)
         self._handles, self._held, self._learning, self._steps = [], [], {}, {}
         _HOLDING.discard(self)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.distributed as dist
-
-from fxgrow.errors import SpecError, did_you_mean
+from fxgrow.errors import RankError, SpecError, did_you_mean
+from fxgrow.ranks import ALONE, Group, shared
 from fxgrow.schedule import Plateau, Trigger
 
 
@@ -44,32 +43,58 @@ class Watch:
     reported: int | None = None
     latest: dict[str, float] = field(default_factory=dict)
 
-    def due(self, trigger: Trigger, progress: Progress, place: str) -> bool:
+    def due(self, trigger: Trigger, progress: Progress, place: str, group: Group = ALONE) -> bool:
         """Whether all that a trigger waits for holds.
+
+        Args:
+            group: ranks that train one model together. What was measured, and the clock, are those of all ranks in any
+                case.
 
         Raises:
             SpecError: a count or a metric that it needs is not passed, or not by all ranks.
+            RankError: a count is reached on some ranks only.
         """
-        self._take(trigger, progress, place)
-        for kind, value in trigger.counts.items():
-            reached = getattr(progress, kind)
-            if kind == "seconds":
-                reached = first_rank(reached)
-            if reached is None:
-                raise SpecError(f"{place} waits for {kind}, but the training loop passes no {kind}= to step()")
-            if reached < value:
-                return False
+        if group is ALONE and (trigger.metrics or trigger.seconds is not None):
+            group = None
+        reports = shared(f"{place} at step {progress.step}", lambda: self._report(trigger, progress, place), group)
+        self._take(trigger, progress, place, [values for values, _ in reports])
+        reached = {kind: [counts[kind] >= value for _, counts in reports] for kind, value in trigger.counts.items()}
+        if "seconds" in reached:
+            reached["seconds"] = reached["seconds"][:1]  # clocks differ
+        for kind, ranks in reached.items():
+            if len(set(ranks)) > 1:
+                raise RankError(
+                    f"{place}: so many {kind} are completed on ranks {_where(ranks)}, and not on the others, at step "
+                    f"{progress.step}: pass the same {kind}= on all ranks, such as the sum over them"
+                )
+        if not all(ranks[0] for ranks in reached.values()):
+            return False
         if trigger.plateau is not None and self.bad < trigger.plateau.patience:
             return False
         below = trigger.below
         return below is None or self.latest.get(below.metric, math.inf) < below.value
 
-    def _take(self, trigger: Trigger, progress: Progress, place: str) -> None:
+    def _report(
+        self, trigger: Trigger, progress: Progress, place: str
+    ) -> tuple[dict[str, float | None], dict[str, float]]:
+        """What this rank has measured of what a trigger watches, and completed of what it waits for."""
+        again = progress.step == self.reported
+        values = {m: None if again else _measured(progress.metrics, m, place) for m in trigger.metrics}
+        counts = {}
+        for kind in trigger.counts:
+            counts[kind] = getattr(progress, kind)
+            if counts[kind] is None:
+                raise SpecError(f"{place} waits for {kind}, but the training loop passes no {kind}= to step()")
+        return values, counts
+
+    def _take(
+        self, trigger: Trigger, progress: Progress, place: str, ranks: Sequence[Mapping[str, float | None]]
+    ) -> None:
         """Note a report, once, as its mean over all ranks."""
         again = progress.step == self.reported
         values = {}
         for metric in trigger.metrics:
-            value = mean_over_ranks(None if again else _measured(progress.metrics, metric, place), metric)
+            value = _mean([each[metric] for each in ranks], metric)
             if again or not progress.metrics:
                 continue
             if value is None and isinstance(progress.metrics, Partial):
@@ -148,37 +173,23 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _gathered(value: Any) -> list[Any] | None:
-    """A value of every rank; None where there is one rank only."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return None
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def mean_over_ranks(value: float | None, metric: str) -> float | None:
+def _mean(values: Sequence[float | None], metric: str) -> float | None:
     """Ranks that train one model together must grow it together: all decide by the mean of what they measured.
 
     Raises:
         SpecError: on all of them, where some report the metric and others do not.
     """
-    values = _gathered(None if value is None else float(value))
-    if values is None:
-        return None if value is None else float(value)
-    missing = [rank for rank, v in enumerate(values) if v is None]
-    if missing and len(missing) < len(values):
+    found = [v for v in values if v is not None]
+    if found and len(found) < len(values):
         raise SpecError(
-            f"ranks {missing[:4]} do not report the metric {metric!r} at this step, and the others do: some would "
-            "grow and others not. Report it on every rank, at the same steps"
+            f"ranks {_where([v is None for v in values])} do not report the metric {metric!r} at this step, and the "
+            "others do: some would grow and others not. Report it on every rank, at the same steps"
         )
-    return None if missing else math.fsum(values) / len(values)
+    return math.fsum(found) / len(found) if found else None
 
 
-def first_rank(value: float | None) -> float | None:
-    """The first rank's value: clocks differ."""
-    values = _gathered(value)
-    return value if values is None else values[0]
+def _where(ranks: Sequence[bool]) -> list[int]:
+    return [rank for rank, here in enumerate(ranks) if here][:4]
 
 
-__all__ = ["Partial", "Progress", "Watch", "amount", "first_rank", "mean_over_ranks", "named", "whole"]
+__all__ = ["Partial", "Progress", "Watch", "amount", "named", "whole"]

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from fxgrow.errors import FxgrowError, SpecError
+from fxgrow.errors import FxgrowError, RankError, SpecError
 from fxgrow.growth import Growth, grow
-from fxgrow.ir.modules import uncompiled
+from fxgrow.ir.replicas import around, check_replicas, following, group_of, innermost, rewrapped, within
 from fxgrow.optim.members import Newcomers
 from fxgrow.optim.newborn import Frozen, Part
 from fxgrow.optim.wrappers import unwrapped
 from fxgrow.program import capture
+from fxgrow.ranks import agree, together
 from fxgrow.schedule import (
     Action,
     Dropout,
@@ -122,7 +123,7 @@ class ActionResult:
         Raises:
             FxgrowError: it cannot be done to the copy, which is as it was; a fading adapter is one step after another.
         """
-        inner = uncompiled(copy.module if isinstance(copy, AveragedModel) else copy)
+        inner = innermost(copy.module if isinstance(copy, AveragedModel) else copy)
         if self.error:
             return
         if self.growth is not None:
@@ -331,8 +332,10 @@ class GrowthScheduler:
         Raises:
             SpecError: the trigger needs a count or a metric that was not passed, or what was passed is none.
             FxgrowError: the action was refused or failed; model, optimizers and this scheduler are unchanged.
+            RankError: on all ranks of a model in ``DistributedDataParallel``, where one of them would not do the same.
         """
         _check_passed(model, optimizer)
+        group = group_of(within(model))
         step, now = whole(step, "step"), amount(seconds, "seconds")
         now = self._clock() if now is None else now
         progress = Progress(step, amount(tokens, "tokens"), amount(epoch, "epoch"), now, named(metrics))
@@ -340,7 +343,7 @@ class GrowthScheduler:
         last, watch = self._now, replace(self._watch, latest=dict(self._watch.latest))
         if number < len(self.schedule.events) and which == 0:
             try:
-                due = self._watch.due(self.schedule.events[number].trigger, progress, f"events.{number}")
+                due = self._watch.due(self.schedule.events[number].trigger, progress, f"events.{number}", group)
             except BaseException:
                 self._watch = watch
                 raise
@@ -348,7 +351,7 @@ class GrowthScheduler:
             due = number < len(self.schedule.events)
         self._now = step
         if any(isinstance(each.action, LoraDecay) for each in self._done):
-            adapters.fade(uncompiled(model), step)
+            adapters.fade(innermost(model), step)
         if not due:
             return None
         event = self.schedule.events[number]
@@ -357,11 +360,13 @@ class GrowthScheduler:
             number, event.name or f"event {number + 1}", str(event.trigger), action, model, optimizer, None, step
         )
         try:
-            if self._before is not None:
-                self._before(action)
-            result = self._act(result)
+            with together(f"events.{number} ({action.op})", group):
+                agree("the schedule's action", _plain(action), group)
+                if self._before is not None:
+                    self._before(action)
+                result = self._act(result)
         except BaseException as raised:
-            if event.on_error == "stop" or not isinstance(raised, FxgrowError):
+            if event.on_error == "stop" or not isinstance(raised, FxgrowError) or isinstance(raised, RankError):
                 self._watch, self._now = watch, last
                 raise
             error = str(raised)
@@ -376,7 +381,9 @@ class GrowthScheduler:
             raise SpecError(f"events.{result.event}: {_UNKNOWN_RATE}")
         if isinstance(action, Grow):
             return self._grow(result, verify=self._verify, consume=self._consume)
-        before, after = self._change(action, uncompiled(result.module), result.optimizer, result.step)
+        model = innermost(result.module)
+        with following(list(model.parameters())):
+            before, after = self._change(action, model, result.optimizer, result.step)
         changed = sizes.after(action, f"events.{result.event}")
         if changed != sizes:
             before = {action.op: getattr(sizes, action.op), **before}
@@ -436,23 +443,23 @@ class GrowthScheduler:
 
     def _grow(self, result: ActionResult, **how: Any) -> ActionResult:
         """Grow the model and its optimizers, in place or not; if anything is refused, they are as they were."""
-        action, model = result.action, uncompiled(result.module)
+        action, model = result.action, innermost(result.module)
         assert isinstance(action, Grow)
         args, kwargs = self._inputs()
         policy, optimizers = action.optimizer, _several(result.optimizer)
         carried: dict[str, Any] = {"optimizer": optimizers or None, "policy": policy.policy, "ramp": policy.ramp}
         before = sum(p.numel() for p in model.parameters())
-        grown = grow(model, action.spec, args, kwargs, **self._ways(), **carried, **how)
+        grown = grow(result.module, action.spec, args, kwargs, **self._ways(), **carried, **how)
         options = {"warmup": policy.warmup, "peak": policy.peak, "ramp": policy.ramp, "newcomers": self._newcomers}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         module, optimizer = result.module, result.optimizer
         if self._in_place:
-            with grown.applied(model):
+            with grown.applied(result.module):
                 if optimizers:
                     grown.carry_(optimizers, policy.policy, **given)
         else:
+            module = rewrapped(result.module, grown.module)
             made = [grown.carry(o, policy.policy, **given) for o in optimizers]
-            module = grown.module
             optimizer = made if isinstance(optimizer, Sequence) else made[0] if made else None
         self._growth = grown
         after = sum(p.numel() for p in grown.module.parameters())
@@ -488,7 +495,8 @@ class GrowthScheduler:
             CaptureError, SpecError, GrowthRefused, FxgrowError: of the first action that would fail, with its place.
         """
         _check_passed(model, optimizer)
-        plain = uncompiled(model)
+        plain = innermost(model)
+        check_replicas(around(model))
         base = None if base is None else _called(base)
         program = capture(plain, *self._inputs(), **self._ways())
         run = DryRun(program, plain, _several(optimizer), base, self._first, self.done, self._in_place)
@@ -520,8 +528,10 @@ class GrowthScheduler:
                 made = self._grow(start, verify=False, consume=False)
                 model, optimizer = made.module, made.optimizer
             else:
-                self._change(each.action, uncompiled(model), optimizer, each.step)
-        adapters.fade(uncompiled(model), self._now)
+                inner = innermost(model)
+                with following(list(inner.parameters())):
+                    self._change(each.action, inner, optimizer, each.step)
+        adapters.fade(innermost(model), self._now)
         return model, optimizer
 
     def state_dict(self) -> dict[str, Any]:

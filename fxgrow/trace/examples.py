@@ -44,10 +44,10 @@ def as_calls(args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: Mappi
 
 def check_plain(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.parallel.DistributedDataParallel) or is_compiled(module):
+        if is_compiled(module):
             raise CaptureError(
-                f"module {name or '(root)'} is wrapped ({type(module).__name__}); capture the module inside "
-                "(.module or ._orig_mod) and wrap the grown one again"
+                f"module {name or '(root)'} is compiled; compile the whole model instead, or put the module inside "
+                "(._orig_mod) there and compile the grown one"
             )
         hooks = [h for n in ("_forward_hooks", "_forward_pre_hooks") for h in getattr(module, n).values()]
         if not all(map(is_own, hooks)) and not torch.nn.utils.parametrize.is_parametrized(module):
