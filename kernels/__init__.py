@@ -5,6 +5,7 @@ from fxgrow.kernels.interface import materialise, materialise_many
 from fxgrow.kernels.job import NoiseTooSmall
 from fxgrow.kernels.maps import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, DimMap, Noise
 from fxgrow.kernels.memory import release, unreadable
+from fxgrow.kernels.prepare import Sums
 from fxgrow.kernels.tables import continue_band, continue_line, continue_waves
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "DimMap",
     "Noise",
     "NoiseTooSmall",
+    "Sums",
     "Backend",
     "backends",
     "continue_band",

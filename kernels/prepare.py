@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,21 +60,41 @@ def _mean_table(job: Job, over: tuple[int, ...]) -> Tensor:
     return table
 
 
-def deviation(source: Tensor) -> float:
-    """Standard deviation of a tensor, rounded to ten bits so that the order of summation cannot show."""
-    if source.numel() == 0:
-        return 0.0
-    count, total, squares = source.numel(), 0.0, 0.0
-    flat = source.detach().reshape(-1) if source.is_contiguous() else source.detach().flatten()
-    for part in flat.split(1 << 20):
-        wide = part.to(torch.float64)
-        total += float(wide.sum())
-        squares += float((wide * wide).sum())
-    variance = max(squares / count - (total / count) ** 2, 0.0)
-    if not math.isfinite(variance) or variance == 0:
-        return 0.0
-    mantissa, exponent = math.frexp(math.sqrt(variance))
-    return math.ldexp(round(mantissa * 1024) / 1024, exponent)
+class Sums(NamedTuple):
+    """What averages are made of: entries of a tensor, their sum, and that of their squares."""
+
+    count: float
+    total: float
+    squares: float
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Sums:
+        """Those of a tensor of numbers, summed in float64."""
+        total = squares = 0.0
+        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+        for part in flat.split(1 << 20) if len(flat) else ():
+            wide = part.to(torch.float64)
+            total += float(wide.sum())
+            squares += float(wide.dot(wide))
+        return cls(float(tensor.numel()), total, squares)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation, rounded to ten bits so that the order of summation cannot show."""
+        if not self.count:
+            return 0.0
+        variance = max(self.squares / self.count - (self.total / self.count) ** 2, 0.0)
+        return _rounded(math.sqrt(variance), 10) if math.isfinite(variance) else 0.0
+
+    @property
+    def mean(self) -> float:
+        """Rounded to sixteen bits, likewise."""
+        return _rounded(self.total / self.count, 16) if self.count else 0.0
+
+
+def _rounded(value: float, bits: int) -> float:
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(mantissa * (1 << bits)) / (1 << bits), exponent) if math.isfinite(value) else value
 
 
 def _warn_if_too_small(source: Tensor, noise: Noise, dtype: torch.dtype, shares: float) -> None:
@@ -165,7 +186,7 @@ def prepare(
     if noise is not None and noise.relative:
         if source is None or list(source.shape) != whole:
             raise ValueError("relative noise needs a source, the whole of it, to take the standard deviation of")
-        std = deviation(source) * abs(scale)
+        std = Sums.of(source).deviation * abs(scale)
         noise = Noise(noise.kind, noise.scale * std, noise.newborn_scale * std, noise.distribution, noise.seed)
     floating = dtype in FLOATS and (source is None or source.dtype in FLOATS)
     job = Job(

@@ -2,53 +2,18 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-import numpy as np
 import torch
 
 from fxgrow import kernels
 from fxgrow.errors import FxgrowError, GrowthRefused
+from fxgrow.ir.dtensors import is_sharded, local_of, sharded_as
 from fxgrow.ir.dtypes import is_fine, same_kind
 from fxgrow.plan import GrowthPlan, Stage, TensorPlan
+from fxgrow.weights.jobs import initial, keyed_stages, moment_job, shifted, stage_job
 from fxgrow.weights.moments import KINDS, Moment
-
-
-def _vector(values: np.ndarray | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if values is None else torch.from_numpy(np.ascontiguousarray(values)).to(dtype)
-
-
-class _Map:
-    """What kernels need of one dim. ``closes``: its shares add up to 1 for every unit, so that it may split."""
-
-    def __init__(self, entries: np.ndarray, shares: np.ndarray | None, fills: np.ndarray | None) -> None:
-        index = torch.from_numpy(np.ascontiguousarray(entries))
-        fill, share = _vector(fills, torch.uint8), _vector(shares, torch.float64)
-        self.closes = shares is not None and np.allclose(_group_sums(entries, shares), 1.0)
-        self.scaled = kernels.DimMap(index=index, scale=share, fill=fill)
-        self.split = kernels.DimMap(index=index, split=share, fill=fill)
-
-
-_MAPS: OrderedDict[tuple[bytes | None, ...], _Map] = OrderedDict()
-
-
-def _map(index: np.ndarray, shares: np.ndarray | None, fill: np.ndarray | None = None) -> _Map:
-    """One object for dims that grow alike (those of repeated blocks do), as kernels prepare their tables per object."""
-    key = tuple(None if a is None else a.tobytes() for a in (index, shares, fill))
-    found = _MAPS.get(key)
-    if found is None:
-        found = _MAPS[key] = _Map(index, shares, fill)
-        while len(_MAPS) > 64:
-            _MAPS.popitem(last=False)
-    else:
-        _MAPS.move_to_end(key)
-    return found
-
-
-def _group_sums(index: np.ndarray, share: np.ndarray) -> np.ndarray:
-    _, inverse = np.unique(index, return_inverse=True)
-    return np.bincount(inverse, weights=share)
+from fxgrow.weights.shards import materialise_moment_shard, materialise_shard
 
 
 def materialise_tensor(
@@ -58,14 +23,16 @@ def materialise_tensor(
 
     Args:
         plan: what it is made of.
-        source: the old tensor, or None where the plan has none.
+        source: the old tensor, or None where the plan has none. A ``DTensor`` grows shard by shard.
         dtype: of the result; the source's where None.
 
     Raises:
         GrowthRefused: the source has no values in memory, see :func:`check_readable`.
     """
+    if source is not None and is_sharded(source):
+        return sharded_as(source, materialise_shard(plan, source, source, dtype=dtype), plan.shape)
     if plan.init is not None:
-        source = _initial(plan, dtype or torch.get_default_dtype())
+        source = initial(plan, dtype or torch.get_default_dtype())
     assert source is not None
     check_readable({plan.source or "the source": source})
     source = source.detach().resolve_conj().resolve_neg()
@@ -75,17 +42,9 @@ def materialise_tensor(
     held: list[int] = []
     if plan.continuation is not None:
         source, held = _continued(plan, source), plan.continuation.dims
-    if not plan.stages:
-        return _shifted(_materialise_stage(plan, source, held, plan.key, dtype), plan.shift)
-    for number, stage in enumerate(plan.stages):
-        key = (plan.key + number * 0x9E3779B9) % (1 << 32)  # draws of their own
+    for stage, key in keyed_stages(plan):
         source = _materialise_stage(stage, source, held, key, dtype)
-    return _shifted(source, plan.shift)
-
-
-def _shifted(made: torch.Tensor, shift: float) -> torch.Tensor:
-    """A tensor that was made just now, with a number added."""
-    return made.add_(shift) if shift else made
+    return shifted(source, plan.shift)
 
 
 def _materialise_stage(
@@ -95,43 +54,8 @@ def _materialise_stage(
     if source.is_complex():  # real and imaginary parts grow alike
         stage = stage.model_copy(update={"dims": [*stage.dims, None] if stage.dims else []})
         return torch.view_as_complex(_materialise_stage(stage, torch.view_as_real(source), held, key, dtype.to_real()))
-    dims = [None if i in held else d for i, d in enumerate(stage.dims)] or [None] * source.dim()
-    maps = [None if d is None else _map(d.index, d.split, d.fill) for d in dims]
-    # the dim whose copies must add up exactly: the last one with shares
-    closing = next((i for i in reversed(range(len(maps))) if (m := maps[i]) is not None and m.closes), None)
-    spread = 0.0
-    needs_spread = stage.random_std is None and (
-        stage.paired or any(d is not None and d.fill is not None for d in dims)
-    )
-    noise = stage.noise
-    if (needs_spread or (noise is not None and noise.relative)) and source.numel() > 1 and is_fine(source.dtype):
-        spread = float(source.float().std())
-    random_std = stage.random_std if stage.random_std is not None else spread
-    kernel_noise = None
-    if noise is not None or stage.paired:
-        scale = 0.0 if noise is None else noise.scale * (spread if noise.relative else 1.0)
-        kernel_noise = kernels.Noise(
-            kind=noise.kind if noise is not None else "antisymmetric",
-            scale=scale,
-            newborn_scale=random_std if stage.paired else 0.0,
-            distribution=noise.distribution if noise is not None else "bytes",
-            seed=noise.seed if noise is not None else stage.random_seed,
-        )
-    if kernel_noise is not None and closing is None and kernel_noise.kind == "antisymmetric":
-        kernel_noise = None
-    if not is_fine(source.dtype):
-        kernel_noise = None
-    return kernels.materialise(
-        source,
-        [None if m is None else m.split if i == closing else m.scaled for i, m in enumerate(maps)],
-        scale=stage.scale,
-        random_std=random_std,
-        random_seed=stage.random_seed,
-        constant=stage.constant,
-        noise=kernel_noise,
-        key=key,
-        dtype=dtype,
-    )
+    job = stage_job(stage, key, source.dtype, source.shape, lambda: kernels.Sums.of(source), held)
+    return kernels.materialise(source, job.dims, dtype=dtype, **job.options)
 
 
 def _continued(plan: TensorPlan, source: torch.Tensor) -> torch.Tensor:
@@ -158,17 +82,6 @@ def _continued(plan: TensorPlan, source: torch.Tensor) -> torch.Tensor:
         f"the plan was made without the values of {plan.source}, so that how it goes on is not known; plan again with "
         "the model's own tensors"
     )
-
-
-def _initial(plan: TensorPlan, dtype: torch.dtype) -> torch.Tensor:
-    out = torch.zeros(plan.shape if plan.initial is None else plan.initial, dtype=dtype, device=plan.device)
-    if plan.init == "ones":
-        out.fill_(1)
-    elif plan.init == "identity":
-        out.copy_(torch.eye(out.shape[0], dtype=dtype))
-    elif plan.init == "dirac":
-        torch.nn.init.dirac_(out)
-    return out
 
 
 def materialise_all(
@@ -219,26 +132,15 @@ def materialise_moment(
     Raises:
         GrowthRefused: the moment has no values in memory, see :func:`check_readable`.
     """
-    check_readable({f"optimizer state of {plan.source}": moment})
     kind = KINDS[kind] if isinstance(kind, str) else kind
-    of_gradient, of_value = (kind.gradient, kind.value) if scale_gradients else (0, 0)
-    dims: list[kernels.DimMap | None] = []
-    for d in plan.dims:
-        if d is None:
-            dims.append(None)
-            continue
-        index = d.index
-        if not keep_copies:
-            index = np.where(d.newborn, -1 - np.arange(len(index)), index)
-        factor = None if d.gradient is None or not of_gradient else d.gradient**of_gradient
-        if d.split is not None and of_value:
-            factor = d.split**of_value * (1.0 if factor is None else factor)
-        dims.append(_map(index, factor).scaled)
-    scale = plan.gradient_scale**of_gradient * plan.scale**of_value
+    if is_sharded(moment):
+        return materialise_moment_shard(plan, moment, kind, scale_gradients=scale_gradients, keep_copies=keep_copies)
+    check_readable({f"optimizer state of {plan.source}": moment})
+    job = moment_job(plan, kind, scale_gradients=scale_gradients, keep_copies=keep_copies)
     if moment.is_complex():
         parts = torch.view_as_real(moment.detach().resolve_conj())
-        return torch.view_as_complex(kernels.materialise(parts, [*dims, None], scale=scale, dtype=parts.dtype))
-    return kernels.materialise(moment.detach(), dims, scale=scale, dtype=moment.dtype)
+        return torch.view_as_complex(kernels.materialise(parts, [*job.dims, None], dtype=parts.dtype, **job.options))
+    return kernels.materialise(moment.detach(), job.dims, dtype=moment.dtype, **job.options)
 
 
 def copy_gradient(plan: TensorPlan, gradient: torch.Tensor) -> torch.Tensor:
@@ -261,7 +163,7 @@ def check_readable(tensors: Mapping[str, torch.Tensor], error: type[FxgrowError]
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse to grow weights that hold NaN or infinities.
+    """Refuse to grow weights that hold NaN or infinities; of sharded ones, those that this rank holds.
 
     Raises:
         GrowthRefused: with the names and counts.
@@ -270,7 +172,8 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, t in tensors.items():
         if t.device.type == "meta" or not (t.is_floating_point() or t.is_complex()):
             continue
-        values = t.detach() if is_fine(t.dtype) else t.detach().float()  # nothing is summed in 8 bits
+        local = local_of(t)
+        values = local if is_fine(t.dtype) else local.float()  # nothing is summed in 8 bits
         if not bool(torch.isfinite(values.sum())):
             count = int((~torch.isfinite(values)).sum())
             if count:

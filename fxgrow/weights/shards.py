@@ -1,0 +1,212 @@
+"""From plan to shards: each rank makes its part of a grown tensor, of what it holds and what others send it.
+
+The maps, factors and draws are those of :mod:`fxgrow.weights.jobs`, so that all parts together are to the bit what one
+process makes. No rank ever has a whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from fxgrow import kernels
+from fxgrow.errors import GrowthRefused
+from fxgrow.ir.dtensors import Layout, Rectangle, local_of, sharded_as
+from fxgrow.plan import FILL_MEAN, Stage, TensorPlan
+from fxgrow.weights.exchange import Index, Piece, Traffic, fetched, pieces
+from fxgrow.weights.jobs import TensorJob, initial, keyed_stages, moment_job, shifted, stage_job
+from fxgrow.weights.moments import Moment
+
+
+def sums_of(tensor: torch.Tensor) -> kernels.Sums:
+    """The sums of a sharded tensor, the same on every rank; a collective operation."""
+    layout, local = Layout.of(tensor), local_of(tensor)
+    values = torch.tensor(list(kernels.Sums.of(local)), dtype=torch.float64, device=layout.device)
+    return kernels.Sums(*layout.summed(values).tolist())
+
+
+def materialise_shard(
+    plan: TensorPlan,
+    source: torch.Tensor | None,
+    like: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    traffic: Traffic | None = None,
+) -> torch.Tensor:
+    """This rank's shard of a grown tensor; a collective operation.
+
+    Args:
+        plan: what the tensor is made of.
+        source: the old one, a ``DTensor``; None where the plan has none.
+        like: a ``DTensor`` that lies as the result is to, of any shape.
+        dtype: of the result; the source's where None.
+
+    Returns:
+        A plain tensor, on the device of the source's shard.
+
+    Raises:
+        GrowthRefused: numbers that are complex, or a layout that is neither shards nor copies.
+    """
+    layout, me = Layout.of(like), Layout.of(like).me
+    mine = layout.rectangles(plan.shape)[me]
+    dtype = dtype or (like.dtype if source is None else source.dtype)
+    device = local_of(like if source is None else source).device
+    check_layout(plan.source or "the new tensor", layout if source is None else Layout.of(source), dtype)
+    if plan.zero:
+        return torch.full(mine.shape, plan.level, dtype=dtype, device=device)
+    if plan.continuation is not None:
+        raise GrowthRefused(
+            f"{plan.source} is sharded, and goes on in a pattern that is made of the whole of it: leave it out of what "
+            "is sharded (ignored_params), or make it a buffer"
+        )
+    if plan.init is not None:
+        return shifted(_begun(plan, mine, dtype, device), plan.shift)
+    assert source is not None
+    for stage, key in keyed_stages(plan):
+        given = source
+        job = stage_job(stage, key, given.dtype, given.shape, lambda given=given: sums_of(given))  # type: ignore[misc]
+        shape = [n if d is None else d.size for n, d in zip(given.shape, _maps(stage, given), strict=True)]
+        local = _made(job, _maps(stage, given), given, layout, shape, dtype, traffic)
+        source = sharded_as(like, local, shape)
+    return shifted(local_of(source), plan.shift)
+
+
+def materialise_moment_shard(
+    plan: TensorPlan,
+    moment: torch.Tensor,
+    kind: Moment,
+    *,
+    scale_gradients: bool,
+    keep_copies: bool = True,
+    traffic: Traffic | None = None,
+) -> torch.Tensor:
+    """The same of an optimizer's moment; the result is a ``DTensor`` that lies as the moment does."""
+    layout = Layout.of(moment)
+    check_layout(f"optimizer state of {plan.source}", layout, moment.dtype)
+    job = moment_job(plan, kind, scale_gradients=scale_gradients, keep_copies=keep_copies)
+    local = _made(job, plan.dims, moment, layout, plan.shape, moment.dtype, traffic)
+    return sharded_as(moment, local, plan.shape)
+
+
+def check_layout(name: str, layout: Layout, dtype: torch.dtype) -> None:
+    """Refuse what cannot be grown shard by shard.
+
+    Raises:
+        GrowthRefused: with the reason.
+    """
+    why = layout.problem() or ("it holds complex numbers" if dtype.is_complex else "")
+    if why:
+        raise GrowthRefused(f"cannot grow {name} where it is, shard by shard: {why}")
+
+
+def count_traffic(plan: TensorPlan, shape: Sequence[int], layout: Layout, itemsize: int, traffic: Traffic) -> None:
+    """Add the bytes that a tensor's growth sends between ranks, without sending any.
+
+    Args:
+        shape: of the old tensor.
+    """
+    if plan.source is None or plan.zero:
+        return
+    for stage in plan.stages or [plan]:
+        dims = stage.dims or [None] * len(shape)
+        after = [n if d is None else d.size for n, d in zip(shape, dims, strict=True)]
+        indices, whole = _indices(dims)
+        wanted = _wanted(indices, whole, shape, layout.rectangles(after), layout, itemsize)
+        traffic.count(layout.rectangles(shape), wanted, itemsize)
+        shape = after
+
+
+def _maps(stage: Stage, source: torch.Tensor) -> Sequence[object]:
+    return stage.dims or [None] * source.dim()
+
+
+def _indices(dims: Sequence[object]) -> tuple[list[Index], set[int]]:
+    """Per dim the old entry of each new one; and the dims along which averages are taken."""
+    indices = [None if d is None else d.index for d in dims]  # type: ignore[attr-defined]
+    means = {
+        i
+        for i, d in enumerate(dims)
+        if d is not None and d.fill is not None and bool((d.fill[d.index < 0] == FILL_MEAN).any())  # type: ignore[attr-defined]
+    }
+    return indices, means
+
+
+def _wanted(
+    indices: Sequence[Index],
+    whole: set[int],
+    shape: Sequence[int],
+    targets: Mapping[int, Rectangle],
+    layout: Layout,
+    itemsize: int,
+) -> dict[int, list[Piece]]:
+    split = layout.sharded_dims(shape)
+    return {
+        rank: pieces(indices, shape, target, split=split, whole=whole, itemsize=itemsize)
+        for rank, target in targets.items()
+    }
+
+
+def _made(
+    job: TensorJob,
+    dims: Sequence[object],
+    source: torch.Tensor,
+    layout: Layout,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    traffic: Traffic | None,
+) -> torch.Tensor:
+    """This rank's part of one growth of a sharded tensor."""
+    indices, whole = _indices(dims)
+    old, local = Layout.of(source), local_of(source)
+    targets = layout.rectangles(shape)
+    wanted = _wanted(indices, whole, source.shape, targets, old, local.element_size())
+    mine = targets[layout.me]
+    out = torch.empty(mine.shape, dtype=dtype, device=local.device)
+    for piece, part in fetched(local, old, old.rectangles(source.shape), wanted, traffic):
+        kernels.materialise(
+            part,
+            job.dims,
+            offset=piece.target.start,
+            local_shape=piece.target.shape,
+            source_offset=piece.source.start,
+            source_shape=list(source.shape),
+            dtype=dtype,
+            out=out[piece.target.within(mine)],
+            **job.options,
+        )
+    return out
+
+
+def _begun(plan: TensorPlan, mine: Rectangle, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """This rank's part of a tensor that is made of nothing: every rank knows all of what it begins as."""
+    plain = not plan.stages and all(d is None for d in plan.dims) and plan.noise is None and plan.scale == 1.0
+    if plain and plan.init in ("zeros", "ones"):
+        return torch.full(mine.shape, float(plan.init == "ones"), dtype=dtype, device=device)
+    made = initial(plan, dtype).to(device)
+    stages = keyed_stages(plan)
+    for number, (stage, key) in enumerate(stages):
+        job = stage_job(stage, key, dtype, made.shape, lambda given=made: kernels.Sums.of(given))  # type: ignore[misc]
+        last = {"offset": mine.start, "local_shape": mine.shape} if number == len(stages) - 1 else {}
+        made = kernels.materialise(made, job.dims, dtype=dtype, **last, **job.options)
+    return made
+
+
+def local_entries(index: np.ndarray, tensor: torch.Tensor, dim: int) -> np.ndarray:
+    """Those of some entries of one dim that this rank's shard holds, counted from its own first."""
+    layout = Layout.of(tensor)
+    mine = layout.rectangles(tensor.shape)[layout.me]
+    first, size = mine.start[dim], mine.shape[dim]
+    inside: np.ndarray = index[(index >= first) & (index < first + size)] - first
+    return inside
+
+
+__all__ = [
+    "check_layout",
+    "count_traffic",
+    "local_entries",
+    "materialise_moment_shard",
+    "materialise_shard",
+    "sums_of",
+]
