@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import time
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +24,10 @@ from fxgrow.emit.casts import refusal
 from fxgrow.emit.module import regenerate
 from fxgrow.errors import FxgrowError, SpecError, reworded
 from fxgrow.ir.bits import checksum
+from fxgrow.ir.dtensors import local_of
 from fxgrow.ir.modules import version_of
 from fxgrow.ir.nodes import info_of
+from fxgrow.ir.plain import as_plain, is_distributed
 from fxgrow.ir.provenance import Cast, provenance_of, remember
 from fxgrow.ir.replicas import around, check_replicas, group_of, holding, ignored_by, innermost, plainly
 from fxgrow.ir.traced import Traced, program_of
@@ -44,11 +46,13 @@ from fxgrow.passes.constants import remaining
 from fxgrow.passes.state import State, run_operation
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program, capture
-from fxgrow.ranks import ALONE, Group, agree, agree_by_name, size, together
+from fxgrow.ranks import ALONE, Group, agree, agree_by_name, gathered, size, together
+from fxgrow.sharded.applying import Applied, apply_shards
+from fxgrow.sharded.sharding import Gathered, Sharding, ranks_of
 from fxgrow.spec import GrowthSpec
 from fxgrow.verify.execute import drops_out
 from fxgrow.verify.receipt import Receipt
-from fxgrow.verify.verification import verify
+from fxgrow.verify.verification import verify, verify_streamed
 from fxgrow.weights.materialise import check_finite, check_readable, materialise_all, materialise_tensor
 
 Verify = Literal["auto", "float64", "native"]
@@ -88,7 +92,7 @@ class Growth:
         self._before, self._held = before, held or {}
         # weak, so that a growth does not keep the small model alive
         self._source = [(n, weakref.ref(p)) for n, p in source.named_parameters(remove_duplicate=True)]
-        self._versions = {n: version_of(t) for n, t in (*source.named_parameters(), *source.named_buffers())}
+        self._versions = {n: version_of(local_of(t)) for n, t in (*source.named_parameters(), *source.named_buffers())}
 
     def source_names(self) -> dict[int, str]:
         """``id`` of each of the old model's living parameters to its name."""
@@ -153,7 +157,7 @@ class Growth:
 
     def _changed(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         """The first of some of the small model's tensors that was written into since the growth; "" for none."""
-        return next((n for n, t in tensors if self._versions.get(n, -1) not in (-1, version_of(t))), "")
+        return next((n for n, t in tensors if self._versions.get(n, -1) not in (-1, version_of(local_of(t)))), "")
 
     def _new(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters(remove_duplicate=True))
@@ -357,6 +361,91 @@ class Growth:
         return f"Growth({self.receipt.summary()})"
 
 
+class ShardedGrowth(Growth):
+    """A growth of a model of which each rank holds shards: FSDP2, HSDP, tensor parallelism.
+
+    It is carried out in place, shard by shard: :meth:`apply_` and :meth:`carry_`, on all ranks. No rank ever has a
+    whole tensor, and so there is no :attr:`module`.
+
+    Attributes:
+        traffic: the bytes that ranks send each other for the parameters, worked out beforehand; each moment of an
+            optimizer's needs as many again.
+    """
+
+    def __init__(
+        self,
+        plan: GrowthPlan,
+        receipt: Receipt,
+        program: Program,
+        source: nn.Module,
+        before: Traced,
+        held: Mapping[str, tuple[str, str]],
+        sharding: Sharding,
+    ) -> None:
+        super().__init__(None, plan, receipt, program, source, before, held)  # type: ignore[arg-type]
+        self.sharding = sharding
+        self.traffic = sharding.traffic(plan, before)
+        self._grown: dict[str, weakref.ref[nn.Parameter]] | None = None
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "module":
+            raise FxgrowError(
+                "the model is sharded, so that no process holds a grown module of its own: growth.apply_(model) grows "
+                "the model itself, each rank its shards"
+            )
+        return super().__getattribute__(name)
+
+    def _apply(self, model: nn.Module) -> Applied:  # type: ignore[override]
+        inner, before = innermost(model), self._before
+        assert before is not None
+
+        def settled(land: Callable[[], Living]) -> Living:
+            living: Living | None = None
+            try:
+                with together("apply_", self.group):
+                    self._check_source(inner)
+                    living = land()
+            except BaseException:
+                if living is not None:  # another rank could not
+                    living.undo()
+                raise
+            return living
+
+        applied = apply_shards(inner, self.plan, before, self.program, self._held, self.sharding, self.traffic, settled)
+        named = inner.named_parameters(remove_duplicate=False)
+        self._grown = {self.program.aliases.get(n, n): weakref.ref(p) for n, p in named}
+        return applied
+
+    def carry_(self, optimizer: Optimizers, policy: str | None = None, **options: Any) -> Optimizers:
+        """See :meth:`Growth.carry_`: moments are shards as the parameters are, and grow as they do.
+
+        After :meth:`apply_`, on all ranks.
+        """
+        several: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        with together("carry_", self.group):  # what can fail, before anything is sent
+            self._new()
+            old = [p for _, ref in self._source if (p := ref()) is not None]
+            check_optimizer(several, policy or self.policy, ramp=options.get("ramp"), parameters=old)
+            check_plan(self.plan, policy or self.policy, several, self.source_names())
+        return super().carry_(optimizer, policy, **options)
+
+    def apply_to_copy_(self, copy: nn.Module) -> nn.Module:
+        """Not of a sharded model.
+
+        Raises:
+            FxgrowError: always.
+        """
+        raise FxgrowError(
+            f"{type(copy).__name__} cannot be grown as a copy of a sharded model: grow it by itself, with fxgrow.grow "
+            "and the same spec (the same seed gives the same noise), or start the average anew"
+        )
+
+    def _new(self) -> dict[str, nn.Parameter]:
+        if self._grown is None:
+            raise FxgrowError("the model is sharded: growth.apply_(model) first, then growth.carry_(optimizer)")
+        return {n: p for n, ref in self._grown.items() if (p := ref()) is not None}
+
+
 def plan_growth(program: Program, spec: GrowthSpec, like: Traced | None = None) -> tuple[GrowthPlan, Program]:
     """Decide a growth. Needs shapes only: works on meta tensors.
 
@@ -465,7 +554,8 @@ def grow(
 
     Args:
         model: any module that ``torch.export`` can trace, or a :class:`~fxgrow.program.Program` of it. One that is in
-            ``DistributedDataParallel`` grows on all its ranks alike, and this is a collective operation.
+            ``DistributedDataParallel`` grows on all its ranks alike, and one that is sharded (FSDP2, tensor parallel)
+            shard by shard, see :class:`ShardedGrowth`; this is a collective operation then.
         spec: a dict, a list of operations, YAML or JSON text, a path, or a :class:`~fxgrow.spec.GrowthSpec`.
         args, kwargs: example inputs, at least two in every dynamic dim (batch, sequence).
         calls: further ways of calling the model, by name, see :func:`~fxgrow.program.capture`.
@@ -496,7 +586,7 @@ def grow(
         model, replicas = innermost(model), around(model)
     elif isinstance(model, Program):
         replicas = holding(model.parameters.values())
-    group = group_of(replicas)
+    group = ranks_of(model) if isinstance(model, nn.Module) and is_distributed(model) else group_of(replicas)
     check_replicas(replicas)
     with together("the growth", group), plainly(model) if isinstance(model, nn.Module) else nullcontext():
         growth = _grow(model, spec, args, kwargs, **how, group=group, ignored=ignored_by(replicas))
@@ -530,6 +620,13 @@ def _grow(
     if optimizer is not None:
         parameters = model.parameters.values() if isinstance(model, Program) else model.parameters()
         check_optimizer(optimizer, policy, ramp=ramp, parameters=parameters)  # type: ignore[arg-type]
+    if isinstance(model, nn.Module) and is_distributed(model):
+        if consume or like is not None:
+            raise FxgrowError(
+                f"{'consume' if consume else 'like'} is not for sharded models: growth.apply_ frees shards"
+            )
+        how: dict[str, Any] = {"calls": calls, "verify": verify, "optimizer": optimizer, "policy": policy}
+        return _grow_shards(model, spec, args, kwargs, **how, program=program, group=group)
     seconds: dict[str, float] = {}
     parsed = GrowthSpec.parse(spec)
     agree("the spec", parsed.to_dict(), group)
@@ -599,6 +696,56 @@ def _check_alike(program: Program, plan: GrowthPlan, group: Group, ignored: Coll
     agree("the plan", hashlib.blake2b(plan.to_json().encode(), digest_size=8).hexdigest(), group)
     own = {n: checksum(p) for n, p in program.parameters.items() if id(p) not in ignored and not p.is_meta}
     agree_by_name("the parameter", own, group)
+
+
+def _grow_shards(
+    model: nn.Module,
+    spec: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    *,
+    calls: Mapping[str, Any] | None,
+    verify: Verify | Literal[False],
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+    policy: str,
+    program: Program | None,
+    group: Group,
+) -> ShardedGrowth:
+    """:func:`_grow` of a sharded model: planned on every rank, and measured with one tensor gathered at a time."""
+    seconds: dict[str, float] = {}
+    parsed = GrowthSpec.parse(spec)
+    agree("the spec", parsed.to_dict(), group)
+    sharding = Sharding.of(model)
+    parameters = dict(model.named_parameters(remove_duplicate=True))
+    with timed(seconds, "capture"):
+        program = program or capture(model, args, kwargs, calls=calls)
+    check_settled(parameters.values())
+    check_unfrozen(parameters)
+    check_finite(parameters)
+    with timed(seconds, "analyse and plan"):
+        plan, grown_program = plan_growth(program, parsed)
+    sharding.check(plan, program)
+    if optimizer is not None:
+        check_plan(plan, policy, optimizer, {id(p): n for n, p in parameters.items()})
+    with as_plain(model):
+        held = constants_held(model, program)
+    agree("the plan", hashlib.blake2b(plan.to_json().encode(), digest_size=8).hexdigest(), group)
+    if verify is False:
+        receipt = Receipt(exactness=plan.exactness, notes=["not measured: verification was switched off"])
+    else:
+        # every rank asks for the same tensors in the same order: on the examples of the first
+        examples = gathered([(c.args, c.kwargs) for c in program.calls], group)[0]
+        same = [dataclasses.replace(c, args=a, kwargs=k) for c, (a, k) in zip(program.calls, examples, strict=True)]
+        weights: Any = Gathered(parameters)
+        own = dataclasses.replace(program, parameters=weights, calls=same)
+        receipt = verify_streamed(own, grown_program, plan)
+    receipt.params_before, receipt.params_after = plan.parameters_before, plan.parameters_after
+    receipt.seconds = {**seconds, **receipt.seconds}
+    receipt.constants = [str(c) for c in plan.constants]
+    growth = ShardedGrowth(plan, receipt, grown_program, model, program, held, sharding)
+    receipt.notes += [*plan.notes, *_caveats(program), growth.traffic.words]
+    growth.policy = policy
+    return growth
 
 
 def _needed(program: Program, grown_program: Program, plan: GrowthPlan) -> dict[torch.device, int]:

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.relate import analyse
+from fxgrow.ir import trees
 from fxgrow.ir.libraries import twins_of
+from fxgrow.ir.plain import as_plain
 from fxgrow.ir.replicas import innermost, plainly
 from fxgrow.ir.traced import Traced
 from fxgrow.trace.tracer import trace
@@ -46,7 +49,8 @@ def capture(
     """Trace ``model`` as it is called with ``args`` and ``kwargs``.
 
     Every dim of every tensor input is dynamic unless the model itself fixes it; dims of size 1 are taken as fixed, so
-    use a batch of at least 2. The model is left as it was.
+    use a batch of at least 2. The model is left as it was. One that is sharded (FSDP2, tensor parallel) is traced as
+    the plain one that it is of, on the CPU: its parameters are shapes in the program, and each rank traces for itself.
 
     Args:
         model: any module that ``torch.export`` can trace, compiled or in ``DistributedDataParallel`` or not.
@@ -62,9 +66,13 @@ def capture(
         CaptureError: the model cannot be exported; the message carries PyTorch's reason and the source line.
     """
     inner = innermost(model) if isinstance(model, nn.Module) else model
-    with plainly(inner):
+    with plainly(inner), as_plain(inner) as plain:
+        if plain is not None:
+            args, kwargs, calls = trees.map_tensors(torch.Tensor.cpu, (args, kwargs, calls))
         program = Program.of(trace(inner, args, kwargs, calls=calls, dynamic=dynamic))
-    program.twins = twins_of(inner)
+        program.twins = twins_of(inner)
+    if plain is not None:
+        program.parameters = program.without_tensors().parameters
     return program
 
 

@@ -124,13 +124,14 @@ def _strided(placement: Any) -> bool:
     return type(placement).__name__ == "_StridedShard"
 
 
-def sharded_as(tensor: Any, local: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """A ``DTensor`` of another shape that lies as another one does, of this rank's shard."""
+def sharded_as(tensor: Any, local: torch.Tensor, shape: Sequence[int], layout: Layout | None = None) -> torch.Tensor:
+    """A ``DTensor`` of another shape, of this rank's shard; it lies as another one does where no layout is given."""
+    mesh, placements = Layout.of(tensor) if layout is None else layout
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     out: torch.Tensor = type(tensor).from_local(
         local,
-        tensor.device_mesh,
-        tensor.placements,
+        mesh,
+        placements,
         run_check=False,
         shape=torch.Size(shape),  # without it, uneven shards would count for equal ones
         stride=tuple(strides),

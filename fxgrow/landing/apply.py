@@ -198,7 +198,7 @@ class _Applying:
         follows = {id(h) for b, _ in settled for m in b.module.modules() for h in (m, *configs_of(m))}
         self.put([c for c in self.chosen.values() if id(c.holder) not in follows])
         stacks = restack(living, self.plan)
-        origin = origins(living.model, stacks)
+        origin = living.origins = origins(living.model, stacks)
         self.numbered = [n for s in stacks for n in s.numbered]
         self.literals = moved(self.literals, living.model, origin)
         self.exchange(constants)

@@ -20,6 +20,8 @@ class Living:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        #: for every module that was moved or copied, the path that it, or what it is a copy of, had
+        self.origins: dict[str, str] = {}
         self._undo: list[Callable[[], None]] = []
 
     def undo(self, mark: int = 0) -> None:

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from fxgrow.errors import FxgrowError
+from fxgrow.ir.dtensors import is_sharded, local_of
 from fxgrow.ir.eager import eager
 from fxgrow.ir.foreach import lerp_each
 from fxgrow.optim.pieces import MOST, Active, Stepper, newborn_blocks, step_groups
@@ -269,23 +270,25 @@ class _Applied:
             warm = any(s.warms and r.steps < r.warmup for r, s in slices)
             scaled = any(s.scaled for _, s in slices)
             if warm and not scaled and len(slices) == 1 and not slices[0][1].whole:
-                blocks = list(newborn_blocks(p.detach(), slices[0][1].newborn, 0))
+                newborn = slices[0][1].part(p).newborn
+                blocks = list(newborn_blocks(here(p).detach(), newborn, 0))
                 if len(blocks) <= MOST:
                     # weights in state, too: where a step copies them into the parameter, they are what it moves
-                    of_state = [newborn_blocks(v, slices[0][1].newborn, 0) for v in self.averages(p)]
+                    of_state = [newborn_blocks(v, newborn, 0) for v in self.averages(p)]
                     blocks += itertools.chain.from_iterable(of_state)
-                    self.aside.append((slices[0][0], blocks, [b.clone() for b in blocks]))
+                    if blocks:  # a shard may have no newborn entries
+                        self.aside.append((slices[0][0], blocks, [b.clone() for b in blocks]))
                     continue
             if scaled:
                 assert p.grad is not None
                 for v in self.factors(p, name, "gradient", -1.0):
-                    p.grad.mul_(v)
+                    here(p.grad).mul_(v)
             keep = warm or (scaled and not self.halves(slices))
-            self.entered[p] = p.detach().clone() if keep else None
+            self.entered[p] = here(p).detach().clone() if keep else None
             if warm and not scaled:
                 self.weights[p] = [(v, v.clone()) for v in self.averages(p)]
             if scaled:
-                for tensor in (p, *self.averages(p)):
+                for tensor in (here(p), *self.averages(p)):
                     for v in self.factors(p, name, "value", -1.0):
                         tensor.mul_(v)
 
@@ -295,30 +298,30 @@ class _Applied:
         for r, blocks, kept in self.aside:
             lerp_each(blocks, kept, 1.0 - r.newborn_rate)
         self.aside.clear()
-        for p, old in self.entered.items():
-            name = self.names[p]
+        for entered, old in self.entered.items():
+            name, p = self.names[entered], here(entered)
             scaled = any(r.slices[name].scaled for r in self.rates if name in r.slices)
-            back = self.factors(p, name, "value", 1.0) if scaled else []
+            back = self.factors(entered, name, "value", 1.0) if scaled else []
             if old is None:
                 for v in back:
                     p.mul_(v)
             elif not scaled:
-                for tensor, before in ((p, old), *self.weights.pop(p, ())):
-                    tensor.copy_(torch.lerp(before, tensor, self.warmth(p, name).to(tensor.dtype)))
+                for tensor, before in ((p, old), *self.weights.pop(entered, ())):
+                    tensor.copy_(torch.lerp(before, tensor, self.warmth(entered, name).to(tensor.dtype)))
             else:
                 units = old.clone()
-                for v in self.factors(p, name, "value", -1.0):
+                for v in self.factors(entered, name, "value", -1.0):
                     units.mul_(v)
-                moved = (p.to(wide(p)) - units).mul_(self.warmth(p, name))
+                moved = (p.to(wide(p)) - units).mul_(self.warmth(entered, name))
                 for v in back:
                     moved.mul_(v)
                 p.copy_(torch.where(p == units, old, (moved + old).to(p.dtype)))
-            for tensor in self.averages(p):
+            for tensor in self.averages(entered):
                 for v in back:
                     tensor.mul_(v)
-            if p.grad is not None and scaled:
-                for v in self.factors(p, name, "gradient", 1.0):
-                    p.grad.mul_(v)
+            if entered.grad is not None and scaled:
+                for v in self.factors(entered, name, "gradient", 1.0):
+                    here(entered.grad).mul_(v)
         self.entered.clear()
 
     def averages(self, p: nn.Parameter) -> list[torch.Tensor]:
@@ -328,7 +331,7 @@ class _Applied:
             return []
         state = optimizer.state.get(p, {})
         return [
-            v
+            here(v)
             for k, v in state.items()
             if (m := moment_of(optimizer, k, state)) is not None and m.weight and v.shape == p.shape
         ]
@@ -344,7 +347,7 @@ class _Applied:
         if key not in self.vectors:
             if len(self.vectors) > 8 * len(self.names):  # exponents change at every step of a ramp
                 self.vectors.clear()
-            self.vectors[key] = combined(of, kind, p)
+            self.vectors[key] = combined([(s.part(p), e) for s, e in of], kind, here(p))
         return self.vectors[key]
 
     def halves(self, slices: Active) -> bool:
@@ -366,9 +369,9 @@ class _Applied:
             if s is None or not s.warms or r.steps >= r.warmup:
                 continue
             old = torch.zeros_like(out) if s.whole else torch.ones_like(out)
-            for i, mask in enumerate(s.newborn):
+            for i, mask in enumerate(s.part(p).newborn):
                 if mask is not None:
-                    old = old * along(1.0 - mask.astype(np.float64), i, p)
+                    old = old * along(1.0 - mask.astype(np.float64), i, here(p))
             out = torch.where(old == 0, torch.full_like(old, r.newborn_rate), out)
         return out
 
@@ -384,8 +387,14 @@ class _Applied:
                 if moment is None or moment.count or not isinstance(value, torch.Tensor):
                     continue
                 if value.shape == moment.shape(p.shape):
-                    for v in combined([(s, moment.gradient)], "gradient", p, moment.dim(p.shape)):
-                        value.mul_(v)
+                    averaged = moment.dim(p.shape)
+                    for v in combined([(s.part(value, averaged), moment.gradient)], "gradient", here(p), averaged):
+                        here(value).mul_(v)
+
+
+def here(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, in the same memory; a plain one itself."""
+    return local_of(tensor) if is_sharded(tensor) else tensor
 
 
 def _steps_under_way(optimizer: torch.optim.Optimizer) -> int:

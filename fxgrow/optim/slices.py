@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from fxgrow.ir.dtensors import Layout, is_sharded
 from fxgrow.plan import TensorPlan, decode_values, encode_values
 
 Vectors = list[np.ndarray | None]
@@ -55,6 +56,24 @@ class Slice:
             and all(v is None or len(v) == n for v, n in zip(vectors, shape, strict=False))
             for vectors in (self.value, self.gradient, self.newborn, self.copies)
         )
+
+    def part(self, tensor: torch.Tensor, whole: int | None = None) -> Slice:
+        """The same of this rank's shard of a tensor; of a plain one, it is itself.
+
+        Args:
+            whole: a dim of which all factors are wanted: one that the tensor was averaged over.
+        """
+        if not is_sharded(tensor):
+            return self
+        layout = Layout.of(tensor)
+        mine = layout.rectangles(tensor.shape)[layout.me]
+
+        def cut(vectors: Vectors) -> Vectors:
+            spans = enumerate(zip(vectors, mine.start, mine.shape, strict=True)) if vectors else ()
+            return [v if v is None or i == whole else v[a : a + n] for i, (v, a, n) in spans]
+
+        parts = {k: cut(getattr(self, k)) for k in ("value", "gradient", "newborn", "copies")}
+        return replace(self, **parts)
 
     def grown(self, plan: TensorPlan) -> Slice:
         """The same factors after a growth of the parameter: copies have their unit's, newborn entries none."""

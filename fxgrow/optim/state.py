@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxgrow import kernels
+from fxgrow.ir.dtensors import is_sharded, local_of
 from fxgrow.optim.slices import Slice
 from fxgrow.plan import TensorPlan
 from fxgrow.weights.materialise import copy_gradient, materialise_moment, materialise_tensor
 from fxgrow.weights.moments import Moment, moment_of
+from fxgrow.weights.shards import local_entries, sums_of
 
 
 def is_fresh(plan: TensorPlan) -> bool:
@@ -24,7 +27,7 @@ def map_gradient(plan: TensorPlan, old: nn.Parameter, new: nn.Parameter) -> torc
     """A gradient that waits for its step, as the grown model's would be; None where there is none."""
     if old.grad is None or not new.requires_grad:
         return None
-    dense = copy_gradient(plan, old.grad.to_dense())
+    dense = copy_gradient(plan, old.grad.to_dense() if old.grad.is_sparse else old.grad)
     if old.grad.is_sparse:
         return _like_sparse(plan, old.grad, dense).to(new.device, new.dtype)
     return _laid_out(dense.to(new.device, new.dtype), new)
@@ -124,11 +127,14 @@ def _averaged(plan: TensorPlan, moment: Moment, value: torch.Tensor, scaled: boo
 
 def _seed(plan: TensorPlan, old: torch.Tensor, mapped: torch.Tensor) -> None:
     """Newborn units under the tensor's old step count would take steps several times too long with v = 0."""
-    average = old.to(torch.promote_types(old.dtype, torch.float32)).mean().item()
+    average = (sums_of(old) if is_sharded(old) else kernels.Sums.of(old)).mean
+    local = local_of(mapped)
     for i, d in enumerate(plan.dims):
         if d is not None and bool((d.index < 0).any()):
-            rows = torch.from_numpy(np.flatnonzero(d.index < 0)).to(mapped.device)
-            mapped.index_fill_(i, rows, average)
+            rows = np.flatnonzero(d.index < 0)
+            if is_sharded(mapped):
+                rows = local_entries(rows, mapped, i)
+            local.index_fill_(i, torch.from_numpy(rows).to(local.device), average)
 
 
 def slice_of(plan: TensorPlan, policy: str) -> Slice | None:

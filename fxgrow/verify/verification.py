@@ -78,6 +78,26 @@ def verify(
     return receipt
 
 
+def verify_streamed(program: Traced, grown_program: Traced, plan: GrowthPlan) -> Receipt:
+    """Measure a growth in float64 alone, one op's weights at a time: of models that no module holds whole.
+
+    Args:
+        program: whose tensors may be made, or gathered, when they are asked for.
+
+    Raises:
+        ExactnessError: the plan is exact, the measurement is not.
+    """
+    receipt = Receipt(exactness=plan.exactness, measured="streamed")
+    pair, inputs, failures = Pair(program, grown_program, plan), Inputs(program), Failures(plan)
+    start = time.perf_counter()
+    Float64(pair, inputs, failures, receipt).streamed()
+    receipt.notes.append("gradients not measured, nor the model's own dtype: no process holds the whole model")
+    receipt.seconds["verify float64"] = time.perf_counter() - start
+    receipt.inputs = inputs.words
+    failures.judge(receipt)
+    return receipt
+
+
 def _casts(program: Traced) -> str:
     """The dtypes narrower than float32 that the graph names itself."""
     found: set[str] = set()

@@ -176,7 +176,19 @@ class Traffic:
 
     @property
     def total(self) -> int:
+        """Bytes that all ranks send."""
         return sum(self.sent.values())
+
+    @property
+    def words(self) -> str:
+        """What is sent, for people."""
+        if not self.total:
+            return "ranks send each other no weights: every shard is made of what its rank holds"
+        most = max(self.sent.values())
+        return (
+            f"ranks send each other {self.total:,} bytes of weights, one of them {most:,} at most, and hold up to "
+            f"{self.largest:,} beside their shards meanwhile; each moment of an optimizer's needs as many again"
+        )
 
 
 def fetched(

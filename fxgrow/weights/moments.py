@@ -17,6 +17,7 @@ import torch
 from torch.optim import Optimizer
 
 from fxgrow.errors import FxgrowError, did_you_mean
+from fxgrow.ir.dtensors import is_sharded
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def why_unknown(optimizer: Optimizer, p: torch.Tensor, state: Mapping[str, Any],
         elif value.numel() <= 1 and value.shape != p.shape:
             if value.numel() and not exact and (reason := _why_no_number(key, value.item(), moment)):
                 return reason
-        elif type(value) is not torch.Tensor or not (
+        elif not (type(value) is torch.Tensor or is_sharded(value)) or not (
             value.is_floating_point() or value.is_complex() or (moment is not None and moment.scales_with_nothing)
         ):
             return f"its state {key!r} is a {type(value).__name__} of {value.dtype}"
