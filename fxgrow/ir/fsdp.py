@@ -77,6 +77,7 @@ def wrappings_of(model: nn.Module) -> list[Wrapping]:
     Raises:
         CaptureError: parameters that lie on meshes of their own; a forward or backward under way.
     """
+    reshard(model)
     paths = {id(m): path for path, m in model.named_modules()}
     names: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -102,6 +103,13 @@ def wrappings_of(model: nn.Module) -> list[Wrapping]:
             )
         out.append(_wrapping(state, groups[0] if groups else None, meshes, paths, names))
     return out
+
+
+def reshard(model: nn.Module) -> None:
+    """Give gathered parameters back: after a forward without a backward, some are left."""
+    for module in model.modules():
+        if is_fsdp(module):
+            module.reshard()  # type: ignore[operator]
 
 
 def _groups(state: Any) -> list[Any]:
@@ -161,9 +169,7 @@ class Stripped:
         self._undo: list[Callable[[], None]] = []
         #: hooks of tensor parallelism, by path: what is to run them again after a growth
         self.kept: dict[str, dict[str, list[tuple[Any, bool]]]] = {}
-        for module in model.modules():
-            if is_fsdp(module):
-                module.reshard()  # type: ignore[operator]
+        reshard(model)
         try:
             for path, module in model.named_modules():
                 self._strip(path, module)
