@@ -269,18 +269,18 @@ def wrap(model: nn.Module, wrappings: Iterable[Wrapping]) -> None:
                 setattr(state, attribute, [model.get_submodule(p)._get_fsdp_state() for p in paths])  # type: ignore[operator]
 
 
-def fill(model: nn.Module, make: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+def fill(model: nn.Module, make: Callable[[str, torch.Tensor, torch.device], torch.Tensor]) -> None:
     """Give the sharded parameters of a model their values.
 
     Args:
-        make: from a name and a ``DTensor`` on meta to this rank's shard, a plain tensor.
+        make: from a name, a ``DTensor`` on meta and a device to this rank's shard there, a plain tensor.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     for state in _states(model):
         for group in _groups(state):
             for held in group.fsdp_params:
                 place = held.sharded_param
-                local = make(names[id(place)], place)
+                local = make(names[id(place)], place, torch.device("cpu") if held.offload_to_cpu else held.device)
                 dim = held.fsdp_placement.dim
                 padded = local.new_zeros(held.padded_sharded_param_size)  # as FSDP keeps it: shards of equal sizes
                 if held.pin_memory:

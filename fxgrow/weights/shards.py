@@ -33,6 +33,7 @@ def materialise_shard(
     like: torch.Tensor,
     *,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     traffic: Traffic | None = None,
 ) -> torch.Tensor:
     """This rank's shard of a grown tensor; a collective operation.
@@ -42,9 +43,10 @@ def materialise_shard(
         source: the old one, a ``DTensor``; None where the plan has none.
         like: a ``DTensor`` that lies as the result is to, of any shape.
         dtype: of the result; the source's where None.
+        device: of the result; that of the source's shard where None.
 
     Returns:
-        A plain tensor, on the device of the source's shard.
+        A plain tensor.
 
     Raises:
         GrowthRefused: numbers that are complex, or a layout that is neither shards nor copies.
@@ -52,7 +54,7 @@ def materialise_shard(
     layout, me = Layout.of(like), Layout.of(like).me
     mine = layout.rectangles(plan.shape)[me]
     dtype = dtype or (like.dtype if source is None else source.dtype)
-    device = local_of(like if source is None else source).device
+    device = device or local_of(like if source is None else source).device
     check_layout(plan.source or "the new tensor", layout if source is None else Layout.of(source), dtype)
     if plan.zero:
         return torch.full(mine.shape, plan.level, dtype=dtype, device=device)
@@ -70,7 +72,7 @@ def materialise_shard(
         shape = [n if d is None else d.size for n, d in zip(given.shape, _maps(stage, given), strict=True)]
         local = _made(job, _maps(stage, given), given, layout, shape, dtype, traffic)
         source = sharded_as(like, local, shape)
-    return shifted(local_of(source), plan.shift)
+    return shifted(local_of(source).to(device), plan.shift)
 
 
 def materialise_moment_shard(
