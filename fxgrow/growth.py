@@ -25,6 +25,7 @@ from fxgrow.emit.module import regenerate
 from fxgrow.errors import FxgrowError, SpecError, reworded
 from fxgrow.ir.bits import checksum
 from fxgrow.ir.dtensors import local_of
+from fxgrow.ir.fsdp import reshard
 from fxgrow.ir.modules import version_of
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.plain import as_plain, is_distributed
@@ -398,12 +399,14 @@ class ShardedGrowth(Growth):
     def _apply(self, model: nn.Module) -> Applied:  # type: ignore[override]
         inner, before = innermost(model), self._before
         assert before is not None
+        with together("apply_", self.group):
+            reshard(inner)  # a forward without a backward leaves gathered parameters
+            self._check_source(inner)
 
         def settled(land: Callable[[], Living]) -> Living:
             living: Living | None = None
             try:
                 with together("apply_", self.group):
-                    self._check_source(inner)
                     living = land()
             except BaseException:
                 if living is not None:  # another rank could not

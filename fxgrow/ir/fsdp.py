@@ -305,4 +305,4 @@ def _states(model: nn.Module) -> Iterator[Any]:
                 yield state
 
 
-__all__ = ["Managed", "Stripped", "Wrapping", "fill", "is_fsdp", "wrap", "wrappings_of"]
+__all__ = ["Managed", "Stripped", "Wrapping", "fill", "is_fsdp", "reshard", "wrap", "wrappings_of"]

@@ -186,7 +186,7 @@ def _begun(plan: TensorPlan, mine: Rectangle, dtype: torch.dtype, device: torch.
     plain = not plan.stages and all(d is None for d in plan.dims) and plan.noise is None and plan.scale == 1.0
     if plain and plan.init in ("zeros", "ones"):
         return torch.full(mine.shape, float(plan.init == "ones"), dtype=dtype, device=device)
-    made = initial(plan, dtype).to(device)
+    made = initial(plan.model_copy(update={"device": str(device)}), dtype)
     stages = keyed_stages(plan)
     for number, (stage, key) in enumerate(stages):
         job = stage_job(stage, key, dtype, made.shape, lambda given=made: kernels.Sums.of(given))  # type: ignore[misc]
