@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fxgrow
+import fxgrow.optim
 from fxgrow.errors import FxgrowError
 from fxgrow.ir.dtensors import Layout, Rectangle, local_of
 from tests.models import small_gpt, tokens
@@ -26,6 +27,7 @@ WIDE: list[dict[str, Any]] = [
     {"op": "widen", "axis": "*/heads", "factor": 2},
 ]
 DEEP: list[dict[str, Any]] = [{"op": "deepen", "stack": "transformer.h", "by": 1}]
+GATE: list[dict[str, Any]] = [{**DEEP[0], "init": "gate"}]
 VOCABULARY: list[dict[str, Any]] = [
     {"op": "extend", "axis": "./vocab", "to": 57, "init": "mean", "preserve": "approximate"}
 ]
@@ -137,3 +139,185 @@ def test_growth_in_mid_run_is_that_of_one_process(world: int, ways: list[str]) -
         assert [r[number]["wrong"] for r in ranks] == [[]] * world, run[:3]
         mean = torch.tensor([r[number]["losses"] for r in ranks], dtype=torch.float64).mean(0)
         torch.testing.assert_close(mean, torch.tensor(run[3]["losses"], dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+class Hidden(nn.Module):
+    """Two layers, to be split by columns and by rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return out
+
+
+def said(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except FxgrowError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model.eval()(x)[0]
+    model.train()
+    return out
+
+
+def grown_apart(model: nn.Module, spec: list[dict[str, Any]], optimizer: Any, policy: str = "asymmetric") -> float:
+    """By how much a growth changes what a model computes."""
+    x, y = tokens()
+    before = outputs(model, x)
+    growth = fxgrow.grow(model, spec, (x, y), verify=False)
+    growth.apply_(model)
+    growth.carry_(optimizer, policy)
+    return float((outputs(model, x) - before).abs().max())
+
+
+def with_options(mesh: Any) -> dict[str, Any]:
+    """Everything that ``fully_shard`` takes, and what is set afterwards, stays through a growth."""
+    model: Any = small_gpt(torch.float32)
+    ignored = {model.transformer.ln_f.weight}
+    for block in model.transformer.h:
+        columns = {p: Shard(p.dim() - 1) for p in block.parameters()}
+        half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        fully_shard(block, mesh=mesh, mp_policy=half, shard_placement_fn=columns.get)
+    fully_shard(model, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False), ignored_params=ignored)
+    model.set_requires_all_reduce(False)
+    first, second = model.transformer.h[0], model.transformer.h[1]
+    first.set_modules_to_forward_prefetch([second])
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(model, optimizer, 0, 0, 1)
+    error = grown_apart(model, WIDE + DEEP, optimizer)
+    loss = step(model, optimizer, 1, 0, 1)
+    block = model.transformer.h[-1]
+    state = block._get_fsdp_state()
+    group = state._fsdp_param_group
+    return {
+        "error": error,
+        "learns": step(model, optimizer, 1, 0, 1) < loss,
+        "half": state._mp_policy.param_dtype is torch.bfloat16,
+        "columns": block.mlp.c_fc.weight.placements == (Shard(1),),
+        "ignored": type(model.transformer.ln_f.weight) is nn.Parameter,
+        "offloaded": isinstance(model._get_fsdp_state()._fsdp_param_group.offload_policy, CPUOffloadPolicy),
+        "settings": group.all_reduce_grads is False and model.transformer.h[1] is second,
+        "prefetch": [s._modules[0] for s in first._get_fsdp_state()._states_to_forward_prefetch] == [second],
+        "class": type(block).__name__ == type(first).__name__ and isinstance(model, FSDPModule),
+    }
+
+
+def refused_and_undone(mesh: Any) -> dict[str, Any]:
+    """What is refused, or taken back, leaves a model that trains on as if nothing had been."""
+    x, y = tokens()
+    losses, found = [], {}
+    for kind in ("untouched", "refused before its first step", "taken back", "a gate"):
+        model: Any = small_gpt()
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        if kind.startswith("refused"):
+            found[kind] = said(lambda m=model: fxgrow.grow(m, [{"op": "widen", "axis": "*/no", "factor": 2}], (x, y)))  # type: ignore[misc]
+        optimizer = torch.optim.AdamW(model.parameters())
+        if kind == "taken back":
+            growth, before = fxgrow.grow(model, WIDE + DEEP, (x, y), verify=False), list(model.parameters())
+            with pytest.raises(KeyError), growth.applied(model):
+                raise KeyError
+            found["same objects"] = str(all(a is b for a, b in zip(before, model.parameters(), strict=True)))
+        if kind == "a gate":
+            found[kind] = said(lambda m=model: fxgrow.grow(m, GATE, (x, y), verify=False))  # type: ignore[misc]
+            growth = fxgrow.grow(model, WIDE, (x, y), verify=False)
+            found["module"] = said(lambda g=growth: g.module)  # type: ignore[misc]
+            found["too early"] = said(lambda g=growth, o=optimizer: g.carry_(o))  # type: ignore[misc]
+        losses.append([step(model, optimizer, s, 0, 1) for s in range(2)])
+    return {"alike": all(each == losses[0] for each in losses), **found}
+
+
+def waiting(mesh: Any) -> dict[str, Any]:
+    """Gradients that wait for their step grow, and are clipped by the small model's norm."""
+    found: dict[str, list[float]] = {}
+    for kind in ("alone", "sharded"):
+        model: Any = small_gpt()
+        if kind == "sharded":
+            fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        step(model, optimizer, 0, 0, 1)
+        _, loss = model(*tokens())
+        loss.backward()
+        error = grown_apart(model, WIDE[:1], optimizer, "exact")
+        _, loss = model(*tokens())
+        loss.backward()
+        norm: Any = fxgrow.optim.clip_grad_norm_(optimizer, 0.5)
+        optimizer.step()
+        found[kind] = [error, float(norm.full_tensor() if kind == "sharded" else norm), step(model, optimizer, 3, 0, 1)]
+    return {"apart": max(abs(a - b) for a, b in zip(*found.values(), strict=True))}
+
+
+def tensor_parallel(mesh: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model, x = Hidden().double(), torch.randn(4, 8, dtype=torch.float64)
+    parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(x).sum().backward()
+    optimizer.step()
+    before = model(x).detach()
+    growth = fxgrow.grow(model, [{"op": "widen", "axis": "*/hidden", "factor": 2}], (x,))
+    growth.apply_(model)
+    growth.carry_(optimizer)
+    error = float((model(x) - before).abs().max())
+    model(x).sum().backward()
+    optimizer.step()
+    shapes = [tuple(local_of(p).shape) for p in (model.up.weight, model.down.weight)]
+    return {"error": error, "measured": growth.receipt.error_float64, "shapes": shapes}
+
+
+def adapters(mesh: Any) -> dict[str, Any]:
+    model: Any = fully_shard(small_gpt(), mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(model, optimizer, 0, 0, 1)
+    error = grown_apart(model, [{"op": "lora", "modules": "*.c_attn", "rank": 2}], optimizer)
+    step(model, optimizer, 1, 0, 1)
+    named = {n: type(p) for n, p in model.named_parameters() if "lora" in n}
+    return {"error": error, "sharded": bool(named) and set(named.values()) == {DTensor}}
+
+
+def disagreeing(rank: int) -> dict[str, Any]:
+    model: Any = small_gpt()
+    fully_shard(model)
+    other = [{**WIDE[0], "factor": 2 + rank}]
+    found = {"spec": said(lambda: fxgrow.grow(model, other, tokens(), verify=False))}
+    if rank == 1:
+        with torch.no_grad():
+            local_of(model.lm_head.weight)[0, 0] = float("nan")
+    return {**found, "one refuses": said(lambda: fxgrow.grow(model, WIDE, tokens(), verify=False))}
+
+
+def ways(rank: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2,))
+    return {f.__name__: f(mesh) for f in (with_options, refused_and_undone, waiting, tensor_parallel, adapters)} | {
+        "disagreeing": disagreeing(rank)
+    }
+
+
+def test_what_a_model_is_sharded_with_goes_on_and_what_is_refused_leaves_it_alone() -> None:
+    for found in run_ranks(2, ways):
+        options = found["with_options"]
+        assert options.pop("error") < 0.05  # bfloat16
+        assert all(options.values()), options
+        refused = found["refused_and_undone"]
+        assert refused["alike"], refused
+        assert refused["same objects"] == "True"
+        assert "no axis matches" in refused["refused before its first step"]
+        assert "a single number (a gate), and FSDP cannot shard what has no dims" in refused["a gate"]
+        assert "no process holds a grown module" in refused["module"]
+        assert "apply_(model) first" in refused["too early"]
+        assert found["waiting"]["apart"] < 1e-9
+        assert found["tensor_parallel"]["error"] < 1e-12
+        assert found["tensor_parallel"]["measured"] < 1e-12
+        assert found["tensor_parallel"]["shapes"] == [(16, 8), (8, 16)]
+        assert found["adapters"] == {"error": 0.0, "sharded": True}
+        assert found["disagreeing"]["spec"].startswith("RankError: the spec is not the same on all ranks")
+        assert "rank 1 of 2 failed: the model holds NaN" in found["disagreeing"]["one refuses"]

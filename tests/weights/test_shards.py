@@ -1,4 +1,4 @@
-"""Shards grown where they are: to the bit what one process makes, for every layout, and for as few bytes as are said."""
+"""Shards grown where they are: to the bit what one process makes, in every layout, for as few bytes as are said."""
 
 from __future__ import annotations
 
