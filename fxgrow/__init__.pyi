@@ -1,5 +1,6 @@
 # What fxgrow offers. Type checkers read this file in place of __init__.py, and so does fxgrow.lazy at run time.
 from fxgrow import passes as passes
+from fxgrow.ahead import compile_ahead as compile_ahead
 from fxgrow.checkpoint import Loaded as Loaded
 from fxgrow.checkpoint import load as load
 from fxgrow.checkpoint import save as save

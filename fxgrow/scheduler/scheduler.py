@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from fxgrow.ahead import compile_ahead
 from fxgrow.errors import FxgrowError, RankError, SpecError
 from fxgrow.growth import Growth, grow
 from fxgrow.ir.replicas import around, check_replicas, following, group_of, innermost, rewrapped, within
@@ -44,6 +45,7 @@ from fxgrow.scheduler.acting import (
     set_weight_decay,
     unfreeze,
 )
+from fxgrow.scheduler.ahead import AheadOfSchedule
 from fxgrow.scheduler.progress import Progress, Watch, amount, named, whole
 from fxgrow.scheduler.standing import Done, Sizes, learning_rate, rate_factor, rate_of, sizes_after
 from fxgrow.scheduler.state import read, written
@@ -170,6 +172,11 @@ class GrowthScheduler:
         accumulation, batch_size, sequence_length: what the loop starts with; see the properties of these names.
         before: called with an action that is about to be done; what it raises ends the step, with nothing done.
         verify, consume: passed to :func:`fxgrow.grow`; what grows in place is never consumed.
+        compile_ahead: compile what the next growth makes in a background process while the model is trained, so that
+            the step after the growth does not wait for the compiler; True, or options for ``torch.compile``, as
+            ``growth.compile`` is given them. See :func:`fxgrow.compile_ahead`; the example inputs have to be of the
+            sizes in which the model is trained. What cannot be compiled ahead is compiled when it is needed, with a
+            warning.
         newcomers: passed to ``growth.carry_``: which of several optimizers, or of one's groups, takes parameters that
             were made of nothing, such as adapters.
 
@@ -192,6 +199,7 @@ class GrowthScheduler:
         verify: Any = "auto",
         consume: bool = False,
         newcomers: Newcomers = None,
+        compile_ahead: bool | Mapping[str, Any] = False,
     ) -> None:
         self.schedule = Schedule.parse(schedule)
         self._args, self._kwargs, self._calls = args, kwargs, calls
@@ -210,6 +218,7 @@ class GrowthScheduler:
         self._steers = False
         self._now = 0
         self._started, self._seconds = time.monotonic(), 0.0
+        self._ahead = AheadOfSchedule(compile_ahead)
         sizes = self._first
         for place, action in self.schedule.placed_actions():
             old, sizes = sizes, sizes.after(action, place)
@@ -353,6 +362,7 @@ class GrowthScheduler:
         if any(isinstance(each.action, LoraDecay) for each in self._done):
             adapters.fade(innermost(model), step)
         if not due:
+            self._prepare(innermost(model))
             return None
         event = self.schedule.events[number]
         action, began, error = event.actions[which], time.perf_counter(), ""
@@ -374,6 +384,17 @@ class GrowthScheduler:
         if which + 1 == len(event.actions):
             self._watch = Watch(reported=step)
         return replace(result, seconds=time.perf_counter() - began, error=error)
+
+    def _prepare(self, model: torch.nn.Module) -> None:
+        """Compile the growth that comes next, if that is wanted and not begun."""
+        place, action = self._ahead.coming(self.schedule, self._next())
+        if action is not None:
+            self._ahead.start(
+                place,
+                lambda: compile_ahead(
+                    model, action.spec, *self._inputs(), **self._ways(), in_place=self._in_place, **self._ahead.options
+                ),
+            )
 
     def _act(self, result: ActionResult) -> ActionResult:
         action, sizes = result.action, self._sizes
@@ -449,6 +470,7 @@ class GrowthScheduler:
         policy, optimizers = action.optimizer, _several(result.optimizer)
         carried: dict[str, Any] = {"optimizer": optimizers or None, "policy": policy.policy, "ramp": policy.ramp}
         before = sum(p.numel() for p in model.parameters())
+        self._ahead.stop()
         grown = grow(result.module, action.spec, args, kwargs, **self._ways(), **carried, **how)
         options = {"warmup": policy.warmup, "peak": policy.peak, "ramp": policy.ramp, "newcomers": self._newcomers}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}

@@ -45,6 +45,7 @@ def begin(task: Task, out: Path, before: Callable[[Any], None] | None = None) ->
         sequence_length=task.sequence_length,
         before=before,
         verify=task.verify,
+        compile_ahead=hyper.compile and hyper.compile_ahead,
     )
     run = Run(task, out, task.model, _optimizer(task), scheduler)
     return run

@@ -45,6 +45,8 @@ class Hyper:
     seed: int = 0
     compile: bool = False
     device: str = "cpu"
+    compile_ahead: bool = False
+    """With ``compile``: compile the next growth in a background process."""
 
 
 def hyper_of(settings: dict[str, Any], start: Hyper | None = None, where: str = "hyper-parameter") -> Hyper:

@@ -88,7 +88,7 @@ def test_throughput_compares_modules_that_compute_the_same(tmp_path: Path, here:
 
 @pytest.mark.compile
 def test_blocks_share_one_compiled_graph(tmp_path: Path, here: list[Any]) -> None:
-    result = _run("recompile", tmp_path, "--ways", "regions", "hand blocks", "--layers", "2", "3")
+    result = _run("recompile", tmp_path, "--ways", "regions", "hand blocks", "--layers", "2", "3", "--no-growth")
     for way in ("regions", "hand blocks"):
         for runs in result["samples"][way].values():
             assert runs[0]["graphs"] == runs[0]["graphs_after"] == 1
