@@ -78,7 +78,7 @@ def publish(
     if not path.exists() and create(path, names, write):
         clean(path.parent, path.name)
         return
-    with _lock(path):
+    with locked(path):
         found = before()
         if found is not None:  # a writer may have died before it gave its files their names
             _settle(path, *found, optional)
@@ -86,8 +86,8 @@ def publish(
         try:
             write(new.__getitem__)
             for file in new.values():
-                _sync(file)
-            _sync_folder(path)
+                sync(file)
+            sync_folder(path)
             os.replace(new[names[-1]], path / names[-1])
         except BaseException:
             for file in new.values():
@@ -96,7 +96,7 @@ def publish(
                 if _PARTIAL.fullmatch(file.name):
                     file.unlink(missing_ok=True)
             raise
-        _sync_folder(path)
+        sync_folder(path)
         _settle(path, saved, names, optional)
     clean(path.parent, path.name)
 
@@ -117,16 +117,16 @@ def create(path: Path, names: Sequence[str], write: Write) -> bool:
     with _new_folder(path) as temporary:
         write(lambda name: temporary / name)
         for name in names:
-            _sync(temporary / name)
+            sync(temporary / name)
         temporary.chmod(0o755)
-        _sync_folder(temporary)
+        sync_folder(temporary)
         try:
             os.rename(temporary, path)
         except OSError:
             if path.exists():
                 return False
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
         return True
 
 
@@ -140,9 +140,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{new_id()}.tmp")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -153,7 +153,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         while True:
             made = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-            stack.enter_context(_lock(made))
+            stack.enter_context(locked(made))
             if made.exists():  # nobody took it for a dead writer's before it was locked
                 break
         stack.callback(shutil.rmtree, made, ignore_errors=True)
@@ -172,7 +172,7 @@ def _settle(folder: Path, saved: str, names: Sequence[str], optional: Sequence[s
         if known or _PARTIAL.fullmatch(file.name) or file.name in set(optional) - set(names):
             with contextlib.suppress(OSError):
                 file.unlink()
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def clean(folder: Path, name: str | None = None) -> None:
@@ -182,8 +182,8 @@ def clean(folder: Path, name: str | None = None) -> None:
     written = re.compile(rf"\.{own}\.[0-9a-f]{{32}}\.tmp")
     for item in folder.iterdir():
         if made.fullmatch(item.name) and item.is_dir() and not item.is_symlink():
-            with contextlib.suppress(OSError), _lock(item, wait=False) as locked:
-                if locked or time.time() - item.stat().st_mtime > _SECONDS:
+            with contextlib.suppress(OSError), locked(item, wait=False) as held:
+                if held or time.time() - item.stat().st_mtime > _SECONDS:
                     shutil.rmtree(item, ignore_errors=True)
         elif written.fullmatch(item.name):
             with contextlib.suppress(OSError):
@@ -192,29 +192,35 @@ def clean(folder: Path, name: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Keep other writers out; whether that worked. A process that dies lets go."""
+def locked(folder: Path, *, wait: bool = True) -> Iterator[bool | None]:
+    """Keep other writers out; whether that worked, None where there are no locks. A process that dies lets go."""
     if fcntl is None:
-        yield False
+        yield None
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
+        held: bool | None = True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            locked = True
-        except OSError:  # held, or a file system without locks
-            locked = False
-        yield locked
+        except BlockingIOError:
+            held = False
+        except OSError:  # a file system without locks
+            held = None
+        yield held
     finally:
         os.close(handle)
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb+") as opened:
-        os.fsync(opened.fileno())
+def sync(file: Path) -> None:
+    """What was written to a file is kept through a loss of power."""
+    handle = os.open(file, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # it may be one that is not to be written
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Names that were given are kept through a loss of power, on systems where folders can be opened."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -24,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -520,19 +520,20 @@ class Result:
     slowest: float = 0.0
 
 
-def one(seeds: Seeds, seed: int, number: int, limit: float) -> tuple[str, str]:
+def one(seeds: Any, seed: int, number: int, limit: float, kind: str, read: Kind) -> tuple[str, str]:
     """Read one damaged file: its kind, and ``ok``, ``refused`` or what went wrong."""
     rng = random.Random(f"{seed}-{number}")
-    kind = list(KINDS)[number % len(KINDS)]
     folder = Path(tempfile.mkdtemp(dir=seeds.folder))
 
     def stop(*_: Any) -> None:
         raise TooSlow
 
     signal.signal(signal.SIGPROF, stop)
+    signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_PROF, limit)
+    signal.setitimer(signal.ITIMER_REAL, 10 * limit)  # a pipe that nobody writes to takes no processor time
     try:
-        KINDS[kind](seeds, rng, folder)
+        read(seeds, rng, folder)
         return kind, "ok"
     except FxgrowError as error:
         return kind, "refused" if str(error).strip() else "an error without words"
@@ -543,16 +544,35 @@ def one(seeds: Seeds, seed: int, number: int, limit: float) -> tuple[str, str]:
         return kind, f"{type(error).__name__}: {str(error)[:200]} at {place.filename}:{place.lineno}"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run(files: int, seed: int, *, limit: float = 20.0, only: int | None = None, verbose: bool = False) -> Result:
-    """Read so many damaged files, in processes of their own, so that one that dies is one failure."""
+def run(
+    files: int,
+    seed: int,
+    *,
+    limit: float = 20.0,
+    only: int | None = None,
+    verbose: bool = False,
+    kinds: dict[str, Kind] | None = None,
+    good: Callable[[Path], Any] | None = None,
+    turns: Sequence[str] = (),
+) -> Result:
+    """Read so many damaged files, in processes of their own, so that one that dies is one failure.
+
+    Args:
+        kinds: by name, each of which damages a file and reads it; those of fxgrow's own files if None.
+        good: makes what they damage.
+        turns: their names in the order in which they come again and again; each once if none.
+    """
+    kinds = KINDS if kinds is None else kinds
+    turns = list(turns or kinds)
     torch.set_num_threads(1)
     result = Result()
     with tempfile.TemporaryDirectory(prefix="fxgrow-fuzz-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        seeds = Seeds(Path(folder))
+        seeds = (good or Seeds)(Path(folder))
         number, last = (only, only + 1) if only is not None else (0, files)
         while number < last:
             reading, writing = os.pipe()
@@ -563,7 +583,7 @@ def run(files: int, seed: int, *, limit: float = 20.0, only: int | None = None, 
                 try:
                     for n in range(number, last):
                         start = time.process_time()
-                        kind, what = one(seeds, seed, n, limit)
+                        kind, what = one(seeds, seed, n, limit, turns[n % len(turns)], kinds[turns[n % len(turns)]])
                         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                         if peak - base > 1 << 20:
                             what = f"took {(peak - base) >> 10} MiB ({what})"
@@ -579,35 +599,37 @@ def run(files: int, seed: int, *, limit: float = 20.0, only: int | None = None, 
                     n, kind, what, seconds, peak = json.loads(line)
                     number = n + 1
                     result.peak, result.slowest = max(result.peak, peak << 10), max(result.slowest, seconds)
-                    good = what in ("ok", "refused")
-                    result.outcomes[f"{kind} {what}" if good else f"{kind} failed"] += 1
+                    right = what in ("ok", "refused")
+                    result.outcomes[f"{kind} {what}" if right else f"{kind} failed"] += 1
                     if verbose and seconds > 3:
                         print(f"--seed {seed} --only {n}: {kind} took {seconds:.1f} s ({what})", flush=True)
-                    if not good:
+                    if not right:
                         result.failures.append(f"{kind} {n}: {what}")
                         if verbose:
                             print(f"--seed {seed} --only {n}: {kind}: {what}", flush=True)
             status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
             if status:
-                result.failures.append(f"{list(KINDS)[number % len(KINDS)]} {number}: the process died ({status})")
+                result.failures.append(f"{turns[number % len(turns)]} {number}: the process died ({status})")
                 if verbose:
                     print(f"--seed {seed} --only {number}: {result.failures[-1]}", flush=True)
                 number += 1
     return result
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def main(kinds: dict[str, Kind], good: Callable[[Path], Any], words: str | None, turns: Sequence[str] = ()) -> int:
+    """The command line: damage files of these kinds and print what came of them."""
+    parser = argparse.ArgumentParser(description=words.splitlines()[0] if words else None)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=20.0, help="seconds for one file")
     parser.add_argument("--only", type=int, help="the file of this number alone")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    result = run(arguments.files, arguments.seed, limit=arguments.limit, only=arguments.only, verbose=True)
-    for kind in KINDS:
+    how = {"limit": arguments.limit, "only": arguments.only, "verbose": True}
+    result = run(arguments.files, arguments.seed, kinds=kinds, good=good, turns=turns, **how)
+    for kind in kinds:
         counts = [result.outcomes[f"{kind} {what}"] for what in ("ok", "refused", "failed")]
-        print(f"{kind:16} {sum(counts):6} files: {counts[0]:6} read, {counts[1]:6} refused, {counts[2]:4} failed")
+        print(f"{kind:21} {sum(counts):6} files: {counts[0]:6} read, {counts[1]:6} refused, {counts[2]:4} failed")
     print(
         f"{sum(result.outcomes.values())} files in {time.perf_counter() - start:.0f} s: {len(result.failures)} failures"
         f", peak memory {result.peak / 2**20:.0f} MiB, slowest {result.slowest:.1f} s"
@@ -616,4 +638,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(KINDS, Seeds, __doc__))

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from tests import fuzz_files
+from tests import fuzz_files, fuzz_folders
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -19,6 +19,16 @@ def test_damaged_files() -> None:
         refused = result.outcomes[f"{kind} refused"]
         assert refused >= 10, f"{kind}: {refused} of 40 refused"
     assert result.peak < 2 << 30
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_damaged_checkpoints_of_other_classes() -> None:
+    how = {"kinds": fuzz_folders.KINDS, "good": fuzz_folders.Seeds, "turns": fuzz_folders.TURNS}
+    result = fuzz_files.run(190, seed=20, **how)
+    assert not result.failures, "\n".join(result.failures)
+    assert sum(result.outcomes.values()) == 190
+    for kind in fuzz_folders.KINDS:
+        assert result.outcomes[f"{kind} ok"] + result.outcomes[f"{kind} refused"] >= 10
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

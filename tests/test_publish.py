@@ -268,7 +268,7 @@ def test_a_full_disk_is_called_one(
     owner, name = {
         "safetensors": (checkpoint, "save_file"),
         "text": (Path, "write_text"),
-        "sync": (publish, "_sync"),
+        "sync": (publish, "sync"),
     }[where]
     monkeypatch.setattr(owner, name, full)
     for target in (path, tmp_path / "new"):

@@ -58,7 +58,7 @@ def grow_folder(
             folder,
             spec,
             target,
-            settings=parse_settings(settings, "--set") if settings else None,
+            settings=parse_settings(settings, "--set", nested=True) if settings else None,
             like=like,
             model_class=None if named is None else find_callable(named),
             inputs=named_inputs(inputs),

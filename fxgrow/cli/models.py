@@ -85,8 +85,11 @@ def parse_input(text: str, device: str = "cpu") -> tuple[str | None, Any]:
     return found["name"], torch.randint(limit, shape, device=device).to(dtype)
 
 
-def parse_settings(settings: Sequence[str], option: str = "--config") -> dict[str, Any]:
+def parse_settings(settings: Sequence[str], option: str = "--config", nested: bool = False) -> dict[str, Any]:
     """``key=value`` pairs; values are YAML: ``depth=4``, ``bias=false``, ``sizes=[1, 2]``.
+
+    Args:
+        nested: keys may lead into tables, ``text_config.hidden_size=64``.
 
     Raises:
         SpecError: one without ``=`` or with a value that is no YAML.
@@ -94,7 +97,7 @@ def parse_settings(settings: Sequence[str], option: str = "--config") -> dict[st
     out: dict[str, Any] = {}
     for text in settings:
         key, equals, value = text.partition("=")
-        if not equals or not key.isidentifier():
+        if not equals or not all(k.isidentifier() for k in (key.split(".") if nested else [key])):
             raise SpecError(f"{option} {text!r}: write key=value")
         out[key] = parse_yaml(value, f"{option} {text!r}")
         if isinstance(out[key], str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value.strip()):

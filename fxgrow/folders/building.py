@@ -136,7 +136,8 @@ def build(make: Make, config: Mapping[str, Any], dtypes: Mapping[str, torch.dtyp
             warnings.simplefilter("ignore")
             model = make(config)
     except Exception as error:
-        raise CheckpointError(f"the class cannot be made from {what}: {type(error).__name__}: {error}") from error
+        said = (str(error).strip().splitlines() or [""])[0][:300]
+        raise CheckpointError(f"the class cannot be made from {what}: {type(error).__name__}: {said}") from error
     for name, p in model.named_parameters():
         if dtypes.get(name, p.dtype) != p.dtype:
             p.data = torch.empty(p.shape, dtype=dtypes[name])

@@ -9,7 +9,7 @@ import copy
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ import torch
 from torch import nn
 
 from fxgrow.errors import CheckpointError, DiskError, SpecError
+from fxgrow.folders.archive import Later, records_of, save, sizes_in, tensors_in
 from fxgrow.folders.building import build, maker_of, names_of, taken_by
 from fxgrow.folders.optimizer import is_state
 from fxgrow.folders.source import Source
 from fxgrow.folders.tensorfile import Entry, disk_errors
+from fxgrow.folders.writing import check_absent
 from fxgrow.limits import bytes_in_words
 from fxgrow.publish import replacing
 
@@ -81,7 +83,7 @@ class Table:
         """Where tensors stand that are neither weights nor an optimizer's state."""
         grown = [p for p in self.weights if are_of(self.tensors(p), weights)] + self.optimizers
         rest = self.with_(dict.fromkeys(grown, LEFT_OUT))
-        return [str(k) for k, v in rest.items() if any(t.dim() > 1 for t in _tensors(v))]
+        return [str(k) for k, v in rest.items() if any(t.dim() > 1 for t in tensors_in(v))]
 
     def with_(self, new: Mapping[Place, Any]) -> Any:
         """The data with others at some places, down to which tables are copied."""
@@ -119,7 +121,7 @@ def load(file: Path) -> Any:
         CheckpointError: it cannot be read, or holds more than tensors and plain data.
     """
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        data = _loaded(file)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()
         said = next((line for line in reason if "Unsupported" in line or "GLOBAL" in line), reason[0] if reason else "")
@@ -127,8 +129,33 @@ def load(file: Path) -> Any:
             f"{file} holds more than tensors and plain data, which is not loaded ({said.strip()[:200]}): save state "
             "dicts and settings as tables"
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever damaged bytes make of a pickle
-        raise CheckpointError(f"{file} is no file of torch.save: {type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{file} is no file of torch.save, or was damaged: {type(error).__name__}: {said}"
+        ) from error
+    return data
+
+
+def _loaded(file: Path) -> Any:
+    """What ``torch.load`` makes of a file.
+
+    Its tensors stay in the file where that is an archive of theirs and nothing else: without a copy, PyTorch does not
+    look at what a record of the archive is, or how long.
+    """
+    how: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    if not zipfile.is_zipfile(file):
+        return torch.load(file, **how)
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or len({e.filename for e in entries}) < len(entries):
+        raise CheckpointError(f"{file} has entries that are compressed or twice there, which torch.save writes never")
+    data = torch.load(file, mmap=True, **how)
+    if sorted(sizes_in(data)) == sorted(r.file_size for r in records_of(file)):
+        return data
+    return torch.load(file, mmap=False, **how)
 
 
 def open_table(file: Path) -> Table:
@@ -280,36 +307,24 @@ def check_room(out: Path, data: Any) -> None:
     Raises:
         DiskError: with what to do.
     """
-    if out.exists():
-        raise DiskError(f"{out} is there already: remove it, or name another file")
+    check_absent(out, "file")
     with disk_errors(str(out)):
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
-    needed = sum({t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in _tensors(data)}.values())
+    needed = sum(sizes_in(data))
     if needed > free:
         raise DiskError(f"{out} needs {bytes_in_words(needed)}, and {bytes_in_words(free)} are free there")
 
 
-def _tensors(data: Any) -> Iterator[torch.Tensor]:
-    if isinstance(data, torch.Tensor):
-        yield data
-    elif isinstance(data, Mapping):
-        for value in data.values():
-            yield from _tensors(value)
-    elif isinstance(data, list | tuple):
-        for value in data:
-            yield from _tensors(value)
-
-
-def write(out: Path, data: Any) -> None:
-    """Write data with ``torch.save``; the file appears whole.
+def write(out: Path, data: Any, later: Later) -> None:
+    """Write data as ``torch.save`` does, a tensor at a time; the file appears whole.
 
     Raises:
         DiskError: it cannot be written; nothing is left over.
     """
     try:
-        with disk_errors(str(out)), replacing(out) as part, part.open("wb") as file:
-            torch.save(data, file)
+        with disk_errors(str(out)), replacing(out) as part:
+            save(part, data, later)
     except RuntimeError as error:  # of torch's own writer
         if isinstance(error, DiskError):
             raise

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.errors import DiskError, FxgrowError, GrowthRefused, SpecError, did_you_mean
+from fxgrow.errors import FxgrowError, GrowthRefused, SpecError, did_you_mean
 from fxgrow.folders import card, dictionary, resuming
-from fxgrow.folders.building import build
+from fxgrow.folders.archive import Later, sizes_in
+from fxgrow.folders.building import build, taken_by
 from fxgrow.folders.conversions import Pieces
 from fxgrow.folders.keys import shapes_of, why_not
 from fxgrow.folders.opened import Opened, Reader, opened
-from fxgrow.folders.optimizer import Growing, Maker, Way, grown_state, way_of
+from fxgrow.folders.optimizer import Growing, Maker, Way, grown_state, way_of, ways_of
 from fxgrow.folders.source import CONFIG, Source
 from fxgrow.folders.tensorfile import disk_errors
-from fxgrow.folders.writing import Target, Writing, copy_files, shards_of
+from fxgrow.folders.writing import Target, Writing, check_absent, copy_files, shards_of
 from fxgrow.growth import plan_growth, timed
 from fxgrow.ir.traced import Traced
 from fxgrow.landing.apply import apply, constants_held
@@ -91,12 +92,12 @@ def grow_checkpoint(
     one; it appears whole, and a run that was killed goes on where it was.
 
     A file of ``torch.save`` that holds weights, settings and an optimizer's state becomes such a file; what else it
-    holds is kept. It is made in memory and written in one go.
+    holds is kept.
 
     Args:
         folder: with ``config.json`` and ``model.safetensors``, or shards of it with their index; or a file.
         spec: as :func:`fxgrow.grow` takes it; or instead of it
-        settings: of the config, by name, with their new values; or
+        settings: of the config, by name (``text_config.hidden_size``: in a table of it), with their new values; or
         like: the ``config.json`` of a larger model of the class.
         out: the new folder, which is not there yet; beside the old one, ``-grown``, if None.
         model_class: of your own, which is made from a config's settings by name, or from an object of them; None for
@@ -131,8 +132,7 @@ def grow_checkpoint(
         raise SpecError("give one of: a spec, settings of the config, the config of a larger model")
     if policy not in POLICIES:
         raise FxgrowError(f"unknown optimizer policy {policy!r}; choose one of {', '.join(POLICIES)}")
-    if out.exists():
-        raise DiskError(f"{out} is there already: remove it, or name another {'file' if single else 'folder'}")
+    check_absent(out, "file" if single else "folder")
     if folder.resolve() in out.resolve().parents:
         raise SpecError(f"{out} is inside {folder}, whose files all go along: name a folder elsewhere")
     small = opened(folder, model_class, inputs)
@@ -171,6 +171,7 @@ def grow_checkpoint(
     reader = small.reader(program)
     targets = _targets(plan, program, grown, small.names, large)
     notes = [f"{name} was left out: the class has no place for it" for name in small.ignored]
+    notes += [f"{file.name} was left out: it holds weights of the small model" for file in source.stale]
     if table is not None and (kept := table.kept(small.source.tensors)):
         notes.append(f"kept as they are, with tensors in them: {', '.join(kept)}")
     states: dict[Any, Any] = {}
@@ -194,26 +195,31 @@ def grow_checkpoint(
         with timed(seconds, "write"):
             data = _grown_table(small, wanted, changed, states, how, targets)
             dictionary.check_room(out, data)
-            dictionary.write(out, data)
+            dictionary.write(out, data, how.later)
         return Grown(out, plan, receipt, changed, seconds)
     written, groups = small.conversions.written(large, list(targets))
     shards = shards_of(written, shard_bytes)
-    with timed(seconds, "write"):
-        key = _key(source, plan, wanted, shards)
-        writing = Writing(out, key, shards, source.metadata or {"format": "pt"})
-        made = _Made({t.name: (t, name) for t, name in targets.items()}, plan, reader)
-        _stream(writing, Pieces(small.conversions, large, groups, made), progress)
-        writing.index()
     left_out = resuming.parts_in(folder) | set(states)
-    copy_files([file for file in source.others if file not in left_out], folder, writing.part)
-    for file, state in states.items():
-        dictionary.write(writing.part / resuming.place_of(file, folder), state)
-    notes += resuming.forget_the_best(writing.part)
-    receipt = measured()
-    with disk_errors(str(out)):
-        (writing.part / CONFIG).write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        card.write(writing.part, folder.name, plan, receipt, changed)
-    writing.settle()
+    others = [file for file in source.others if file not in left_out]
+    forgotten = resuming.without_the_best(folder)
+    more = sum(file.stat().st_size for file in others) + sum(sizes_in(list(states.values())))
+    key = _key(source, plan, wanted, shards)
+    with Writing(out, key, shards, source.metadata or {"format": "pt"}, more) as writing:
+        with timed(seconds, "write"):
+            made = _Made({t.name: (t, name) for t, name in targets.items()}, plan, reader)
+            _stream(writing, Pieces(small.conversions, large, groups, made), progress)
+            writing.index()
+        copy_files(others, folder, writing.part)
+        for file, state in states.items():
+            dictionary.write(writing.part / resuming.place_of(file, folder), state, how.later)
+        if forgotten is not None:
+            notes += resuming.write_notes(writing.part, forgotten)
+        receipt = measured()
+        with disk_errors(str(out)):
+            text = json.dumps(wanted, indent=2, ensure_ascii=False)
+            (writing.part / CONFIG).write_text(text + "\n", encoding="utf-8")
+            card.write(writing.part, folder.name, plan, receipt, changed)
+        writing.settle()
     return Grown(out, plan, receipt, changed, seconds)
 
 
@@ -243,18 +249,38 @@ def _wanted(small: Opened, settings: Mapping[str, Any] | None, like: str | Path 
             raise SpecError(f"{like} is no table of settings")
         return config | found
     assert settings is not None
-    wanted = config | dict(settings)
+    wanted = config
+    for name, value in settings.items():
+        wanted = _with_setting(wanted, name.split("."), value, small.source.called)
     for name in settings:
-        if name not in config:  # which a class may have a default for
+        if "." not in name and name not in config:  # which a class may have a default for
             made = [
                 shapes_of(build(small.make, given, small.dtypes, "the config with these settings"))
                 for given in (wanted, {k: v for k, v in wanted.items() if k != name})
             ]
-            if made[0] == made[1]:
+            taken = taken_by(type(small.model))[1] or set()
+            if made[0] == made[1] and name not in taken | set(_settings(small.model, config)):
                 raise SpecError(
                     f"{small.source.called} has no {name}, and it changes nothing; {did_you_mean(name, config)}"
                 )
     return wanted
+
+
+def _with_setting(config: Mapping[str, Any], path: Sequence[str], value: Any, where: str) -> dict[str, Any]:
+    """A config with another value, which may be in a table within it: ``text_config.hidden_size``.
+
+    Raises:
+        SpecError: there is no such table, or it has no such setting.
+    """
+    head, *rest = path
+    if not rest:
+        return {**config, head: value}
+    inner = config.get(head)
+    if not isinstance(inner, Mapping):
+        raise SpecError(f"{where} has no table {head}; {did_you_mean(head, config)}")
+    if len(rest) == 1 and rest[0] not in inner:
+        raise SpecError(f"{where} has no {rest[0]} in {head}; {did_you_mean(rest[0], inner)}")
+    return {**config, head: _with_setting(inner, rest, value, where)}
 
 
 def _landed(
@@ -344,7 +370,7 @@ def _grown_table(
             continue
         reader = Reader(how.program, {m: tensors[n] for n, m in small.names.items()})
         make = _Made({t.name: (t, name) for t, name in targets.items()}, how.plan, reader)
-        made = {t.name: make(t.name) for t in targets}
+        made = {t.name: _made_later(t, make, how.later) for t in targets}
         once: dict[str, torch.Tensor] = {}
         new[place] = table.named(place, {t.name: once.setdefault(n, made[t.name]) for t, n in targets.items()})
     for place in table.settings:
@@ -353,6 +379,12 @@ def _grown_table(
             settings.update({k: wanted[k] for k in changed})
             new[place] = settings
     return table.with_(new)
+
+
+def _made_later(target: Target, make: _Made, later: Later) -> torch.Tensor:
+    """A tensor that is made when it is written, if it is large."""
+    like = torch.empty(target.shape, dtype=target.dtype)
+    return later.put_off(like, lambda: make(target.name)) if later.takes(like) else make(target.name)
 
 
 def _states(small: Opened, given: str | Path | bool, make: Maker | None) -> dict[Any, tuple[Any, str, Way]]:
@@ -372,7 +404,11 @@ def _states(small: Opened, given: str | Path | bool, make: Maker | None) -> dict
         found = {file: (resuming.state_of(file), str(file)) for file in files}
     model = small.again()  # a function of the user's may freeze some of it
     trainers = table is None and resuming.is_of_trainer(folder)
-    return {k: (state, where, way_of(state, model, make, where, trainers)) for k, (state, where) in found.items()}
+    if table is not None and len(found) > 1:
+        ways = ways_of([s for s, _ in found.values()], model, make, [where for _, where in found.values()])
+    else:
+        ways = [way_of(state, model, make, where, trainers) for state, where in found.values()]
+    return {k: (state, where, way) for (k, (state, where)), way in zip(found.items(), ways, strict=True)}
 
 
 # the weights -------------------------------------------------------------------------------------------------------

@@ -11,18 +11,21 @@ import contextlib
 import importlib
 import inspect
 import io
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxgrow.errors import CheckpointError, GrowthRefused
+from fxgrow.errors import CheckpointError, FxgrowError, GrowthRefused, reworded
+from fxgrow.folders.archive import Later
 from fxgrow.ir.traced import Traced
 from fxgrow.optim.carried import Carried, carried
 from fxgrow.optim.rates import KEY, STEPS, GroupRates
+from fxgrow.optim.state import map_state
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program
 from fxgrow.weights.moments import moment_of
@@ -42,6 +45,7 @@ _USUAL: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.Rprop,
     torch.optim.ASGD,
     torch.optim.Adafactor,
+    *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []),
 )
 #: what methods that make optimizers call a group's options, besides their own names
 _OPTIONS = {"learning_rate": "lr", "wd": "weight_decay"}
@@ -72,6 +76,7 @@ class Growing:
         small, large: the class before and after; their weights are not read.
         policy: as :func:`fxgrow.optim.carry` takes it.
         rates: learning rates per slice may stand in the grown state; only where fxgrow is imported can it be loaded.
+        later: what makes the moments when they are written.
     """
 
     small: nn.Module
@@ -81,6 +86,25 @@ class Growing:
     grown: Traced
     policy: str
     rates: bool = False
+    later: Later = field(default_factory=Later)
+
+    def state_of(self, *asked: Any) -> dict[str, Any]:
+        """A parameter's grown state, as :func:`map_state` makes it; large moments are made again when they are written.
+
+        What cannot be made is seen now, before anything is written.
+        """
+        held: dict[str, torch.Tensor] = {}
+
+        def make(key: str) -> torch.Tensor:
+            if key not in held:  # one parameter's moments at a time, which are written one after the other
+                held.update((k, made[k]) for made in [map_state(*asked)] for k in put_off)
+            return held.pop(key)
+
+        state = map_state(*asked)
+        put_off = [k for k, v in state.items() if isinstance(v, torch.Tensor) and self.later.takes(v)]
+        for key in put_off:
+            state[key] = self.later.put_off(state[key], lambda key=key: make(key))
+        return state
 
 
 def is_state(given: Any) -> bool:
@@ -118,12 +142,19 @@ def grown_state(saved: Mapping[str, Any], way: Way, how: Growing, where: str) ->
     named = {how.grown.aliases.get(n, n): n for n, _ in how.large.named_parameters()}
     new = {n: p for n, p in zip(named, how.large.parameters(), strict=True) if n in how.plan.tensors}
     group_of = {n: number for number, names in enumerate(order or ()) for n in names}
+    if group_of:  # others may hold the rest
+        new = {n: p for n, p in new.items() if named[n] in group_of}
 
     def group(name: str) -> int | None:
         """Of a parameter that the growth made of nothing."""
         return group_of.get(named[name])
 
-    content = carried(how.plan, old, new, optimizer, how.policy, newcomers=group if group_of else None)
+    try:
+        content = carried(
+            how.plan, old, new, optimizer, how.policy, newcomers=group if group_of else None, state_of=how.state_of
+        )
+    except FxgrowError as error:
+        raise reworded(error, f"{where}: {error}") from error
     kept = how.rates or any(KEY in group for group in saved["param_groups"])
     if any(content.rates) and not kept and how.policy == "exact":
         raise GrowthRefused(
@@ -262,36 +293,83 @@ def way_of(saved: Any, small: nn.Module, make: Maker | None, where: str, trainer
     Raises:
         CheckpointError: it is no state; no way fits, or several that give parameters other numbers.
     """
+    _check_state(saved, where)
+    if make is not None:
+        way = _made(make, small, f"{getattr(make, '__name__', 'the function')}()")
+        if problem := _misfit(saved, way, small):
+            raise CheckpointError(f"{where} is no state of the optimizer that {way.words} makes: {problem}")
+        return way
+    certain = [_by_names(saved, small), _by_method(saved, small), _by_trainer(saved, small) if trainers else None]
+    found = _fitting(saved, small, [way for way in certain if way is not None], _usual(saved, small), where)
+    if len(found) == 1:
+        return found[0]
+    ways = "; ".join(way.words for way in found)
+    raise CheckpointError(f"{where}: which parameter is which is not known: several ways fit ({ways}). {_ADVICE}")
+
+
+def ways_of(states: Sequence[Any], small: nn.Module, make: Maker | None, wheres: Sequence[str]) -> list[Way]:
+    """The one way of making several optimizers, each of which holds parameters of its own.
+
+    Args:
+        make: makes them all, in the order of the states.
+
+    The rest, and what it raises, as :func:`way_of`.
+    """
+    found: list[list[Way]] = []
+    for number, (saved, where) in enumerate(zip(states, wheres, strict=True)):
+        _check_state(saved, where)
+        part = number, len(states)
+        if make is not None:
+            certain = [_made(make, small, f"{getattr(make, '__name__', 'the function')}()", part)]
+        else:
+            certain = [w for w in (_by_names(saved, small), _by_method(saved, small, part)) if w is not None]
+        usual = iter(()) if make is not None else _parts(saved, small)
+        found.append(_fitting(saved, small, certain, usual, where))
+    choices = [ways for ways in itertools.product(*found) if _disjoint(ways)]
+    if len(choices) == 1:
+        return list(choices[0])
+    what = "several ways fit" if choices else "those that fit hold the same parameters"
+    ways = "; ".join(f"{where}: {' or '.join(w.words for w in fit)}" for where, fit in zip(wheres, found, strict=True))
+    raise CheckpointError(f"which parameter is which is not known: {what} ({ways}). {_ADVICE}")
+
+
+def _disjoint(ways: Sequence[Way]) -> bool:
+    names = [n for way in ways for group in way.layout for n in group]
+    return len(names) == len(set(names))
+
+
+def _check_state(saved: Any, where: str) -> None:
     if not is_state(saved):
         raise CheckpointError(f"{where} is not the state dict of an optimizer: a table of state and param_groups")
     if not all(isinstance(n, int) for group in saved["param_groups"] for n in group["params"]):
         raise CheckpointError(
             f"{where} has names for its parameters: load it into the optimizer, and save its state_dict()"
         )
-    if make is not None:
-        way = _made(make, small, f"{getattr(make, '__name__', 'the function')}()")
-        if problem := _misfit(saved, way, small):
-            raise CheckpointError(f"{where} is no state of the optimizer that {way.words} makes: {problem}")
-        return way
+
+
+def _fitting(
+    saved: Mapping[str, Any], small: nn.Module, certain: Sequence[Way], usual: Iterator[Way], where: str
+) -> list[Way]:
+    """The first of the ways that are certain which fits; or else the usual ones that do, those with one layout once.
+
+    Raises:
+        CheckpointError: none fits.
+    """
     tried: list[tuple[Way, str]] = []
-    for certain in (_by_names(saved, small), _by_method(saved, small), _by_trainer(saved, small) if trainers else None):
-        if certain is not None:
-            problem = _misfit(saved, certain, small)
-            if not problem:
-                return certain
-            tried.append((certain, problem))
+    for way in certain:
+        problem = _misfit(saved, way, small)
+        if not problem:
+            return [way]
+        tried.append((way, problem))
     found: list[Way] = []
-    for way in _usual(saved, small):
+    for way in usual:
         problem = _misfit(saved, way, small)
         if problem:
             tried.append((way, problem))
         elif not any(way.layout == other.layout for other in found):
             found.append(way)
-    if len(found) == 1:
-        return found[0]
     if found:
-        ways = "; ".join(way.words for way in found)
-        raise CheckpointError(f"{where}: which parameter is which is not known: several ways fit ({ways}). {_ADVICE}")
+        return found
     problems = {problem: way.words for way, problem in reversed(tried)}
     said = "; ".join(f"{words}: {problem}" for problem, words in list(problems.items())[::-1][:4])
     raise CheckpointError(f"{where}: which parameter is which is not known: no way fits ({said}). {_ADVICE}")
@@ -310,9 +388,9 @@ def _misfit(saved: Mapping[str, Any], way: Way, model: nn.Module) -> str:
     for number, name in zip(numbers, (n for names in way.layout for n in names), strict=True):
         entries = saved["state"].get(number, {})
         for key, value in entries.items():
-            if not isinstance(value, torch.Tensor) or value.dim() == 0:
-                continue
             moment = moment_of(way.kind, key, entries)
+            if not isinstance(value, torch.Tensor) or (value.dim() == 0 and moment is None):
+                continue
             if value.dim() != parameters[name].dim() if moment is None else moment.count:
                 continue  # says nothing; where it cannot be grown, that is said when it is
             shape = parameters[name].shape if moment is None else moment.shape(parameters[name].shape)
@@ -325,8 +403,11 @@ def _listed(sizes: Sequence[int]) -> str:
     return " and ".join(map(str, sizes))
 
 
-def _made(make: Maker, small: nn.Module, words: str) -> Way:
+def _made(make: Maker, small: nn.Module, words: str, part: tuple[int, int] = (0, 1)) -> Way:
     """What a function makes.
+
+    Args:
+        part: which of how many optimizers is meant.
 
     Raises:
         CheckpointError: it fails, or makes something else.
@@ -339,6 +420,13 @@ def _made(make: Maker, small: nn.Module, words: str) -> Way:
                 made = make(model)
         except Exception as error:
             raise CheckpointError(f"{words} fails: {type(error).__name__}: {error}") from error
+        number, count = part
+        several = list(made.values()) if isinstance(made, Mapping) else made
+        if count > 1 and isinstance(several, list | tuple):
+            if len(several) != count:
+                raise CheckpointError(f"{words} makes {len(several)} optimizers, and there are {count} states")
+            made = several[number]
+            made = made["optimizer"] if isinstance(made, Mapping) and "optimizer" in made else made
         if not isinstance(made, torch.optim.Optimizer):
             raise CheckpointError(f"{words} makes a {type(made).__name__}, which is no torch.optim.Optimizer")
         return made
@@ -374,7 +462,7 @@ def _after_dots(name: str) -> Iterator[int]:
     return (i + 1 for i, c in enumerate(name) if c == ".")
 
 
-def _by_method(saved: Mapping[str, Any], small: nn.Module) -> Way | None:
+def _by_method(saved: Mapping[str, Any], small: nn.Module, part: tuple[int, int] = (0, 1)) -> Way | None:
     """The class's own ``configure_optimizers``, called with what the groups say.
 
     Raises:
@@ -399,12 +487,14 @@ def _by_method(saved: Mapping[str, Any], small: nn.Module) -> Way | None:
 
     def make(model: nn.Module) -> torch.optim.Optimizer:
         made: Any = model.configure_optimizers(**given)  # type: ignore[operator]
-        if isinstance(made, tuple | list) and made:  # as Lightning has them
+        if isinstance(made, tuple | list) and made and isinstance(made[0], tuple | list) and part[1] > 1:
+            made = made[0]  # and not the schedulers, which Lightning has beside them
+        elif isinstance(made, tuple | list) and made and part[1] == 1:  # as Lightning has them
             made = made[0][0] if isinstance(made[0], tuple | list) and len(made[0]) == 1 else made[0]
         return made["optimizer"] if isinstance(made, Mapping) and "optimizer" in made else made
 
     try:
-        return _made(make, small, called)
+        return _made(make, small, called, part)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {_ADVICE}") from error
 
@@ -426,24 +516,70 @@ def _by_trainer(saved: Mapping[str, Any], small: nn.Module) -> Way | None:
 
 def _usual(saved: Mapping[str, Any], small: nn.Module) -> Iterator[Way]:
     """The ways in which optimizers are made where nothing says how."""
-
-    def parts(*tests: Callable[[nn.Parameter], bool]) -> Callable[[nn.Module], Layout]:
-        return lambda model: [[n for n, p in model.named_parameters() if test(p)] for test in tests]
-
-    def matrix(p: nn.Parameter) -> bool:
-        return p.requires_grad and p.dim() >= 2
-
-    def vector(p: nn.Parameter) -> bool:
-        return p.requires_grad and p.dim() < 2
-
     kind = _kind_of(saved)
-    for words, of in {
-        "model.parameters()": parts(lambda _: True),
-        "model.parameters(), those that learn": parts(lambda p: p.requires_grad),
-        "matrices, then the rest": parts(matrix, vector),
-        "what is no matrix, then matrices": parts(vector, matrix),
+    for words, tests in {
+        "model.parameters()": [_any],
+        "model.parameters(), those that learn": [_learns],
+        "matrices, then the rest": [_matrix, _vector],
+        "what is no matrix, then matrices": [_vector, _matrix],
     }.items():
-        yield Way(words, of(small), of, kind)
+        yield _picked(words, tests, small, kind)
 
 
-__all__ = ["Growing", "Maker", "Way", "grown_state", "is_state", "way_of"]
+def _parts(saved: Mapping[str, Any], small: nn.Module) -> Iterator[Way]:
+    """The parameters that one of several optimizers is usually given, where nothing says so."""
+    kind = _kind_of(saved)
+    for words, tests in {
+        "matrices": [_matrix],
+        "what is no matrix": [_vector],
+        "the matrices of blocks": [_inner],
+        "all but the matrices of blocks": [_outer],
+        "all but the matrices of blocks, matrices first": [_outer_matrix, _vector],
+        "all but the matrices of blocks, matrices last": [_vector, _outer_matrix],
+    }.items():
+        yield _picked(words, tests, small, kind)
+
+
+Test = Callable[[nn.Parameter, bool], bool]
+
+
+def _picked(words: str, tests: Sequence[Test], small: nn.Module, kind: type[torch.optim.Optimizer]) -> Way:
+    """A way that has a group for each test of a parameter, and of whether it is in a list of blocks."""
+
+    def of(model: nn.Module) -> Layout:
+        lists = [f"{n}." for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+        inside = {n: n.startswith(tuple(lists)) for n, _ in model.named_parameters()}
+        return [[n for n, p in model.named_parameters() if test(p, inside[n])] for test in tests]
+
+    return Way(words, of(small), of, kind)
+
+
+def _any(_: nn.Parameter, __: bool) -> bool:
+    return True
+
+
+def _learns(p: nn.Parameter, _: bool) -> bool:
+    return p.requires_grad
+
+
+def _matrix(p: nn.Parameter, _: bool) -> bool:
+    return p.requires_grad and p.dim() >= 2
+
+
+def _vector(p: nn.Parameter, _: bool) -> bool:
+    return p.requires_grad and p.dim() < 2
+
+
+def _inner(p: nn.Parameter, inside: bool) -> bool:
+    return _matrix(p, inside) and inside
+
+
+def _outer(p: nn.Parameter, inside: bool) -> bool:
+    return p.requires_grad and not _inner(p, inside)
+
+
+def _outer_matrix(p: nn.Parameter, inside: bool) -> bool:
+    return _matrix(p, inside) and not inside
+
+
+__all__ = ["Growing", "Maker", "Way", "grown_state", "is_state", "way_of", "ways_of"]

@@ -70,22 +70,28 @@ def place_of(file: Path, folder: Path) -> Path:
     return place.with_suffix(".pt") if place.suffix == ".safetensors" else place
 
 
-def forget_the_best(folder: Path) -> list[str]:
-    """Take from a Trainer's notes what the small model's best checkpoint is.
+def without_the_best(folder: Path) -> str | None:
+    """A Trainer's notes without what the small model's best checkpoint is; None where there are none, or name none.
 
     At the end of a run it is loaded into the model, whose blocks may have other numbers by now.
 
-    Returns:
-        What is to be said of it.
+    Raises:
+        CheckpointError: they cannot be read.
     """
     file = folder / _NOTES
     if not file.is_file():
-        return []
+        return None
     notes = read_json(file, finite=False)
+    if not isinstance(notes, dict):
+        raise CheckpointError(f"{file} is no table of a Trainer's notes: remove it, or put the right one there")
     best = ("best_metric", "best_model_checkpoint", "best_global_step")
-    if not isinstance(notes, dict) or all(notes.get(key) is None for key in best):
-        return []
-    text = json.dumps(notes | {key: None for key in best if key in notes}, indent=2, sort_keys=True)
-    with disk_errors(str(file)):
-        file.write_text(text + "\n", encoding="utf-8")
+    if all(notes.get(key) is None for key in best):
+        return None
+    return json.dumps(notes | {key: None for key in best if key in notes}, indent=2, sort_keys=True) + "\n"
+
+
+def write_notes(folder: Path, text: str) -> list[str]:
+    """Write a Trainer's notes into a folder; returns what is to be said of it."""
+    with disk_errors(str(folder / _NOTES)):
+        (folder / _NOTES).write_text(text, encoding="utf-8")
     return [f"{_NOTES} names no best checkpoint any more: it is of the small model"]

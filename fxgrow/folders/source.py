@@ -11,6 +11,11 @@ from fxgrow.errors import CheckpointError
 from fxgrow.folders.tensorfile import Entry, entries
 from fxgrow.reading import read_json
 
+#: names of files that hold a model's weights: those that are not read are of the small model, whose folder this is
+_WEIGHTS = (
+    *("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json"),
+    *("tf_model*.h5", "flax_model*.msgpack", "consolidated*.safetensors", "consolidated*.pth", "*.gguf"),
+)
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 
@@ -40,9 +45,15 @@ class Source:
         self.called = self.called or str(self.folder / CONFIG)
 
     @property
+    def stale(self) -> list[Path]:
+        """Files that hold weights by their names, and are not read: of other formats, or left over."""
+        found = {f for pattern in _WEIGHTS for f in self.folder.glob(pattern) if f.is_file()}
+        return sorted(f for f in found if f.name not in self.weights)
+
+    @property
     def others(self) -> list[Path]:
         """Files that are neither config nor weights: tokenizer, generation config, licence."""
-        own = {self.folder / name for name in (*self.weights, CONFIG)}
+        own = {self.folder / name for name in (*self.weights, CONFIG)} | set(self.stale)
         return sorted(f for f in self.folder.rglob("*") if f.is_file() and f not in own)
 
 
@@ -59,6 +70,8 @@ def open_folder(folder: Path) -> Source:
     config = read_json(folder / CONFIG, finite=False)
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / CONFIG} is no table of settings")
+    if (folder / INDEX).is_file() and (folder / SINGLE).is_file():
+        raise CheckpointError(f"{folder} has {INDEX} and {SINGLE}: which one holds the weights? Remove the other")
     if (folder / INDEX).is_file():
         return _sharded(folder, config)
     if (folder / SINGLE).is_file():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,16 +155,15 @@ def disk_errors(what: str) -> Iterator[None]:
         raise DiskError(f"{what} cannot be written: {error.strerror or error}") from error
 
 
+def write_bytes(file: IO[bytes], data: bytes | memoryview) -> None:
+    """Append bytes: all of them, which a file without a buffer need not do in one go."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
 def write_tensor(file: IO[bytes], tensor: torch.Tensor) -> None:
     """Append a tensor's bytes."""
     data = tensor.detach().contiguous()
     if data.numel():
-        view = data.reshape(-1).view(torch.uint8).numpy().data
-        while view:
-            view = view[file.write(view) :]
-
-
-def finish(file: IO[bytes]) -> None:
-    """See to it that what was written survives a loss of power."""
-    file.flush()
-    os.fsync(file.fileno())
+        write_bytes(file, data.reshape(-1).view(torch.uint8).numpy().data)

@@ -6,23 +6,32 @@ asked for something else, or of a source that has changed, begins anew.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
 
 import torch
 
-from fxgrow.errors import DiskError
-from fxgrow.folders.tensorfile import disk_errors, finish, header_of, write_tensor
+from fxgrow.errors import DiskError, ExactnessError, GrowthRefused
+from fxgrow.folders.tensorfile import disk_errors, header_of, write_bytes, write_tensor
 from fxgrow.limits import bytes_in_words
+from fxgrow.publish import locked, sync, sync_folder
 
-JOURNAL = "growing.json"
+JOURNAL = ".growing"
 #: tensors that wait to be written, in bytes, before the next is read
-_WAITING = 64 * 2**20
+_WAITING = 128 * 2**20
+#: bytes that are written before the disk is told to take them
+_UNSYNCED = 128 * 2**20
+#: files that are whole and not on the disk yet
+_OPEN = 2
 
 
 @dataclass(frozen=True)
@@ -64,30 +73,66 @@ class Writing:
     Args:
         out: where it goes when it is whole.
         key: says what is written of what: a run with the same goes on.
+        more: bytes that go into the folder beside the weights.
 
     Raises:
-        DiskError: it is there already, there is no room, or it cannot be written.
+        DiskError: it is there already, there is no room, it cannot be written, or another run is writing it.
     """
 
-    def __init__(self, out: Path, key: str, shards: Sequence[Sequence[Target]], metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, out: Path, key: str, shards: Sequence[Sequence[Target]], metadata: Mapping[str, str], more: int = 0
+    ) -> None:
         self.out, self.shards, self.metadata = out, shards, metadata
         self.part = out.with_name(f".{out.name}.growing")
         self.files = names_of(len(shards))
-        if out.exists():
-            raise DiskError(f"{out} is there already: remove it, or name another folder")
-        with disk_errors(str(self.part)):
-            journal = self.part / JOURNAL
-            if self.part.exists() and not (journal.is_file() and journal.read_text() == key):
-                shutil.rmtree(self.part)
+        check_absent(out, "folder")
+        with contextlib.ExitStack() as stack, disk_errors(str(self.part)):
+            if os.path.lexists(self.part) and (self.part.is_symlink() or not self.part.is_dir()):
+                raise DiskError(f"{self.part} is in the way, and is no folder that a run left: remove it")
             self.part.mkdir(parents=True, exist_ok=True)
+            if not stack.enter_context(locked(self.part, wait=False)):
+                raise DiskError(f"{self.part} is being written by another run: wait for it, or name another folder")
+            self.done = self._left(key)
+            needed = sum(t.bytes for shard in shards for t in shard) - self.bytes_done + more
+            free = shutil.disk_usage(self.part).free
+            if needed > free:
+                if not self.done:
+                    shutil.rmtree(self.part)
+                raise DiskError(
+                    f"{out} needs {bytes_in_words(needed)}, and {bytes_in_words(free)} are free there: nothing was "
+                    "written"
+                )
+            self._stack = stack.pop_all()
+
+    def _left(self, key: str) -> list[str]:
+        """The files that an earlier run of the same wrote whole; whatever else it left is removed."""
+        journal = self.part / JOURNAL
+        goes_on = _is_file(journal) and journal.stat().st_size == len(key) and journal.read_bytes() == key.encode()
+        done = []
+        for item in sorted(self.part.iterdir()):
+            if goes_on and item.name == JOURNAL:
+                continue
+            if goes_on and item.name in self.files and self._is_whole(item):
+                done.append(item.name)
+            elif item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item)
+            else:
+                item.unlink()
+        if not goes_on:
             journal.write_text(key)
-        self.done = [file for file in self.files if (self.part / file).is_file()]
-        needed = sum(t.bytes for shard in shards for t in shard) - self.bytes_done
-        free = shutil.disk_usage(self.part).free
-        if needed > free:
-            raise DiskError(
-                f"{out} needs {bytes_in_words(needed)}, and {bytes_in_words(free)} are free there: nothing was written"
-            )
+        return done
+
+    def _is_whole(self, file: Path) -> bool:
+        """Whether a file has the header and the size that it is to have."""
+        shard = self.shards[self.files.index(file.name)]
+        header = self._header(shard)
+        if not _is_file(file) or file.stat().st_size != len(header) + sum(t.bytes for t in shard):
+            return False
+        with file.open("rb") as opened:
+            return opened.read(len(header)) == header
+
+    def _header(self, shard: Sequence[Target]) -> bytes:
+        return header_of([(t.name, t.dtype, t.shape) for t in shard], self.metadata)
 
     @property
     def bytes_done(self) -> int:
@@ -96,41 +141,63 @@ class Writing:
     def write(self, make: Callable[[Sequence[Target]], Iterable[torch.Tensor]], wrote: Callable[[int], None]) -> None:
         """Write what is missing; ``make`` yields the tensors of a file in their order.
 
+        One thread makes tensors, one writes them, one waits for the disk: files that are written are brought there
+        while the next ones are made.
+
         Raises:
             DiskError: a file cannot be written. The files that are whole stay for the next run.
         """
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as disk:
+            ending: list[tuple[str, Future[None]]] = []
             for file, shard in zip(self.files, self.shards, strict=True):
                 if file not in self.done:
                     with disk_errors(f"{self.out} ({file})"):
-                        self._write(file, shard, make(shard), pool, wrote)
-                    self.done.append(file)
+                        ending.append((file, self._write(file, shard, make(shard), writer, disk, wrote)))
+                while len(ending) > _OPEN or (ending and file == self.files[-1]):
+                    self._ended(*ending.pop(0))
+
+    def _ended(self, file: str, end: Future[None]) -> None:
+        with disk_errors(f"{self.out} ({file})"):
+            end.result()
+        self.done.append(file)
 
     def _write(
         self,
         file: str,
         shard: Sequence[Target],
         tensors: Iterable[torch.Tensor],
-        pool: ThreadPoolExecutor,
+        writer: ThreadPoolExecutor,
+        disk: ThreadPoolExecutor,
         wrote: Callable[[int], None],
-    ) -> None:
+    ) -> Future[None]:
+        """Write a file; returns what ends when it is on the disk under its name."""
         part = self.part / f"{file}.part"
-        waiting: list[tuple[int, Future[None]]] = []
-        with part.open("wb") as opened:
-            opened.write(header_of([(t.name, t.dtype, t.shape) for t in shard], self.metadata))
+        waiting: list[tuple[int, Future[Any]]] = []
+        syncing: Future[None] | None = None
+        unsynced = 0
+        opened = part.open("xb", buffering=0)
+        try:
+            waiting.append((0, writer.submit(write_bytes, opened, self._header(shard))))
             for target, tensor in zip(shard, tensors, strict=True):
                 assert (tuple(tensor.shape), tensor.dtype) == (target.shape, target.dtype), target
-                waiting.append((target.bytes, pool.submit(write_tensor, opened, tensor)))
+                waiting.append((target.bytes, writer.submit(write_tensor, opened, tensor)))
                 del tensor
                 while waiting and (sum(n for n, _ in waiting) > _WAITING or waiting[0][1].done()):
                     size, one = waiting.pop(0)
                     one.result()
                     wrote(size)
+                    unsynced += size
+                if unsynced > _UNSYNCED and (syncing is None or syncing.done()):
+                    syncing, unsynced = disk.submit(os.fsync, opened.fileno()), 0
             for size, one in waiting:
                 one.result()
                 wrote(size)
-            finish(opened)
-        part.rename(self.part / file)
+        except BaseException:
+            for _, one in waiting:
+                one.cancel()
+            writer.submit(opened.close)
+            raise
+        return disk.submit(_end, opened, part, self.part / file)
 
     def index(self) -> None:
         """The index of several files."""
@@ -144,8 +211,52 @@ class Writing:
     def settle(self) -> None:
         """Move the folder, which is whole, to its place."""
         with disk_errors(str(self.out)):
+            for file in self.part.rglob("*"):
+                if file.is_file():
+                    sync(file)
+                elif file.is_dir():
+                    sync_folder(file)
+            check_absent(self.out, "folder")
             (self.part / JOURNAL).unlink()
+            sync_folder(self.part)
             self.part.rename(self.out)
+            sync_folder(self.out.parent)
+
+    def close(self) -> None:
+        """Let other runs write the folder."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """What is refused will be refused again: nothing of it is kept."""
+        if isinstance(error, GrowthRefused | ExactnessError):
+            shutil.rmtree(self.part, ignore_errors=True)
+        self.close()
+
+
+def _end(opened: IO[bytes], part: Path, file: Path) -> None:
+    """Bring a file to the disk and give it its name."""
+    with opened:
+        os.fsync(opened.fileno())
+    part.rename(file)
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def check_absent(out: Path, kind: str) -> None:
+    """See to it that nothing is where something is to be written.
+
+    Raises:
+        DiskError: with what to do.
+    """
+    if os.path.lexists(out):
+        raise DiskError(f"{out} is there already: remove it, or name another {kind}")
 
 
 def copy_files(sources: Iterable[Path], folder: Path, target: Path) -> None:

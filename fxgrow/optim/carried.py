@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,11 +63,13 @@ def carried(
     ramp: int | None = None,
     newcomers: Newcomers = None,
     handed: Collection[str] = (),
+    state_of: Callable[..., dict[str, Any]] = map_state,
 ) -> Carried:
     """Work out an optimizer's content after a growth.
 
     Args:
         handed: parameters whose waiting gradient the grown model has already.
+        state_of: makes a parameter's state as :func:`map_state` does, or what stands for it.
 
     The rest as :func:`fxgrow.optim.carry` takes it.
 
@@ -97,7 +99,7 @@ def carried(
                 there = m.parameter.grad
                 out.gradients[m.parameter] = waiting if there is None else there + waiting
             if policy != "reset" and optimizer.state.get(m.old):
-                out.state[m.parameter] = map_state(tensor, optimizer, m.old, m.parameter, policy, shared)
+                out.state[m.parameter] = state_of(tensor, optimizer, m.old, m.parameter, policy, shared)
         s = slice_of(tensor, policy)
         if s is not None:
             own.slices[m.name] = s

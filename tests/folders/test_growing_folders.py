@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from examples.gpt.model import GPT, GPTConfig
+from fxgrow import publish
 from fxgrow.cli import app
+from fxgrow.cli.models import parse_settings
 from fxgrow.errors import CheckpointError, DiskError, GrowthRefused, SpecError
 from fxgrow.folders import compare_folders, grow_checkpoint, writing
 from fxgrow.training import untied
@@ -127,6 +132,28 @@ def test_sizes_in_the_words_of_the_config(tmp_path: Path) -> None:
     assert float((logits(loaded(source)[0]) - logits(loaded(by_set.folder)[0])).abs().max()) < 1e-10
 
 
+class Wrapped(GPT):
+    """Its sizes stand in a table of its config, as a part's do in models of several parts."""
+
+    def __init__(self, text: dict[str, Any], note: str = "") -> None:
+        super().__init__(GPTConfig(**text))
+
+
+def test_sizes_in_a_table_of_the_config(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "small")
+    (source / "config.json").write_text(json.dumps({"text": dataclasses.asdict(CONFIG), "note": "kept"}))
+    how: dict[str, Any] = {"model_class": Wrapped, "inputs": {"idx": torch.randint(40, (2, 8))}}
+    for wrong, said in (("txt.n_hidden", "has no table txt; did you mean text"), ("text.n_hiden", "mean n_hidden")):
+        with pytest.raises(SpecError, match=said):
+            grow_checkpoint(source, settings={wrong: 32}, **how)
+    done = grow_checkpoint(source, settings={"text.n_hidden": 32, "text.n_layer": 3}, **how)
+    config = json.loads((done.folder / "config.json").read_text())
+    assert config == {"text": dataclasses.asdict(CONFIG) | {"n_hidden": 32, "n_layer": 3}, "note": "kept"}
+    assert done.receipt.error_float64 is not None
+    assert done.receipt.error_float64 < 1e-10
+    assert parse_settings(["text.n_hidden=32"], "--set", nested=True) == {"text.n_hidden": 32}
+
+
 def test_the_dtype_is_kept(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "small", torch.bfloat16)
     done = grow_checkpoint(source, SPECS["stream"], tmp_path / "large", model_class=GPT)
@@ -164,6 +191,89 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert {n: (done.folder / n).stat().st_mtime_ns for n in there} == there, "what was whole is not written again"
     with pytest.raises(DiskError, match="is there already"):
         run("large")
+
+
+def cut_off(source: Path, out: Path, after: int) -> Path:
+    """A growth that ends after so many tensors; the hidden folder that it leaves."""
+    left = after
+
+    def stop(done: int, total: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grow_checkpoint(source, SPECS["hidden"], out, model_class=GPT, shard_bytes=3000, progress=stop)
+    return out.with_name(f".{out.name}.growing")
+
+
+def test_what_was_left_is_looked_at(tmp_path: Path) -> None:
+    """Files that were cut short since, links and pipes are neither read nor written through; two runs take turns."""
+    source = folder_of(tmp_path / "small")
+    whole = digest(
+        grow_checkpoint(source, SPECS["hidden"], tmp_path / "whole", model_class=GPT, shard_bytes=3000).folder
+    )
+    part = cut_off(source, tmp_path / "large", 25)
+    one, two, three, *_ = sorted(part.glob("*.safetensors"))
+    (tmp_path / "mine").write_text("mine")
+    one.write_bytes(one.read_bytes()[:-8])
+    two.unlink()
+    two.symlink_to(tmp_path / "mine")
+    three.unlink()
+    os.mkfifo(three)
+    (part / "config.json").symlink_to(tmp_path / "mine")
+    with publish.locked(part), pytest.raises(DiskError, match="written by another run"):
+        grow_checkpoint(source, SPECS["hidden"], tmp_path / "large", model_class=GPT, shard_bytes=3000)
+    done = grow_checkpoint(source, SPECS["hidden"], tmp_path / "large", model_class=GPT, shard_bytes=3000)
+    assert digest(done.folder) == whole
+    assert (tmp_path / "mine").read_text() == "mine"
+    part.symlink_to(tmp_path)
+    shutil.rmtree(tmp_path / "large")
+    with pytest.raises(DiskError, match="is in the way"):
+        grow_checkpoint(source, SPECS["hidden"], tmp_path / "large", model_class=GPT)
+
+
+def test_a_shard_that_vanishes(tmp_path: Path) -> None:
+    """One error; what was written waits for the shard to be there again."""
+    source = folder_of(tmp_path / "small")
+    how: dict[str, Any] = {"model_class": GPT, "shard_bytes": 3000}
+    whole = digest(grow_checkpoint(source, SPECS["hidden"], tmp_path / "whole", **how).folder)
+    shard, away = source / "model-00002-of-00002.safetensors", tmp_path / "away"
+
+    def take(done: int, total: int) -> None:
+        if done > total / 2 and shard.exists():
+            shard.rename(away)
+
+    with pytest.raises(CheckpointError, match=f"{shard.name} cannot be read: .*No such file"):
+        grow_checkpoint(source, SPECS["hidden"], tmp_path / "large", progress=take, **how)
+    assert not (tmp_path / "large").exists()
+    there = len(list((tmp_path / ".large.growing").glob("*.safetensors")))
+    assert there
+    away.rename(shard)
+    assert digest(grow_checkpoint(source, SPECS["hidden"], tmp_path / "large", **how).folder) == whole
+
+
+def test_free_space_is_that_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder_of(tmp_path / "small")
+    (source / "tokenizer" / "large.bin").write_bytes(bytes(2 * 10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=900_000))
+    with pytest.raises(DiskError, match=r"needs 1\.\d MiB, and 878\.9 KiB are free there: nothing was written"):
+        grow_checkpoint(source, SPECS["hidden"], tmp_path / "large", model_class=GPT)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
+
+
+def test_weights_that_are_left_over_stay_behind(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "small")
+    for name in ("model-00001-of-00005.safetensors", "pytorch_model.bin"):
+        (source / name).write_bytes(b"of an earlier save")
+    done = grow_checkpoint(source, SPECS["hidden"], tmp_path / "large", model_class=GPT, shard_bytes=3000)
+    loaded(done.folder)
+    assert not (done.folder / "pytorch_model.bin").exists()
+    assert sum("was left out: it holds weights of the small model" in note for note in done.receipt.notes) == 2
+    (source / "model.safetensors").write_bytes(b"of an earlier save")
+    with pytest.raises(CheckpointError, match="which one holds the weights"):
+        grow_checkpoint(source, SPECS["hidden"], tmp_path / "larger", model_class=GPT)
 
 
 def test_another_growth_does_not_go_on_from_what_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +388,7 @@ def test_weights_that_are_not_numbers_are_refused_and_nothing_appears(tmp_path: 
     save_file(tensors, file)
     with pytest.raises(GrowthRefused, match="NaN or infinite"):
         grow_checkpoint(source, SPECS["stream"], tmp_path / "large", model_class=GPT)
-    assert not (tmp_path / "large").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
 
 
 def test_two_folders_are_compared_as_functions(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import re
 import runpy
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from examples.gpt.model import GPT, GPTConfig
 from examples.nanogpt.model import GPT as NanoGPT
 from fxgrow import cli
 from fxgrow.errors import CheckpointError, DiskError, FxgrowError, GrowthRefused, SpecError
-from fxgrow.folders import grow_checkpoint
+from fxgrow.folders import archive, grow_checkpoint
+from fxgrow.folders.archive import Later, save
 from fxgrow.ir.packing import pack
 from fxgrow.optim.rates import KEY
 
@@ -353,6 +356,125 @@ def test_files_of_lightnings_shape(tmp_path: Path) -> None:
     own = again.configure_optimizers()[0][0]
     own.load_state_dict(larger["optimizer_states"][0])
     assert all(own.state[p]["momentum_buffer"].shape == p.shape for p in again.parameters())
+
+
+class Shifted(nn.Module):
+    """A setting of its moves no shape."""
+
+    def __init__(self, width: int = 4, hidden: int = 8, shift: int = 0) -> None:
+        super().__init__()
+        self.shift = shift
+        self.layers = nn.Sequential(nn.Embedding(7, width), nn.Linear(width, hidden), nn.Linear(hidden, 3))
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.layers(idx + self.shift))
+
+
+def test_a_setting_that_the_file_lacks_and_the_class_knows(tmp_path: Path) -> None:
+    torch.save({"model": Shifted().state_dict(), "args": {"width": 4}}, tmp_path / "small.pt")
+    how: dict[str, Any] = {"model_class": Shifted, "inputs": {"idx": torch.arange(6).reshape(2, 3)}}
+    grow_checkpoint(tmp_path / "small.pt", settings={"hidden": 16, "shift": 0}, **how)
+    assert torch.load(tmp_path / "small-grown.pt")["args"] == {"width": 4, "hidden": 16, "shift": 0}
+    with pytest.raises(GrowthRefused):
+        grow_checkpoint(tmp_path / "small.pt", out=tmp_path / "no.pt", settings={"hidden": 16, "shift": 1}, **how)
+    with pytest.raises(SpecError, match="has no shifted"):
+        grow_checkpoint(tmp_path / "small.pt", out=tmp_path / "no.pt", settings={"hidden": 16, "shifted": 1}, **how)
+
+
+# several optimizers -------------------------------------------------------------------------------------------------
+
+
+def halves(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices of blocks, AdamW for the rest, as they are used together."""
+    inner = [p for n, p in model.named_parameters() if ".h." in n and p.dim() == 2]
+    rest = [p for n, p in model.named_parameters() if not (".h." in n and p.dim() == 2)]
+    return {"muon": torch.optim.Muon(inner, lr=1e-2), "adamw": torch.optim.AdamW(rest, lr=1e-2)}
+
+
+def stepped(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    made = halves(model)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for optimizer in made.values():
+        optimizer.step()
+    return made
+
+
+@pytest.mark.parametrize("where", ["names", "list", "table"])
+def test_several_optimizers(tmp_path: Path, where: str) -> None:
+    model, _ = trained()
+    made = stepped(model)
+    states = {name: optimizer.state_dict() for name, optimizer in made.items()}
+    more: dict[str, Any] = {f"optimizer_{name}": state for name, state in states.items()}
+    more = {"names": more, "list": {"optimizers": list(states.values())}, "table": {"optimizers": states}}[where]
+    data = {"model": model.state_dict(), "args": dataclasses.asdict(CONFIG), **more}
+    torch.save(data, tmp_path / "small.pt")
+    named = halves if where == "list" else None
+    spec = [*HIDDEN, *DEPTH]
+    how: dict[str, Any] = {"model_class": GPT, "policy": "copy", "verify": False, "make_optimizer": named}
+    grow_checkpoint(tmp_path / "small.pt", spec, tmp_path / "large.pt", **how)
+    large, grown = loaded(tmp_path / "large.pt")
+    assert list(grown) == list(data)
+    found = grown["optimizers"] if where != "names" else {n: grown[f"optimizer_{n}"] for n in states}
+    found = dict(zip(states, found, strict=True)) if where == "list" else found
+    growth = fxgrow.grow(model, spec, (torch.randint(40, (2, 8)),), verify=False)
+    growth.apply_(model)
+    growth.carry_(list(made.values()), "copy")
+    for name, optimizer in halves(large).items():
+        optimizer.load_state_dict(found[name])
+        expected = [made[name].state.get(p, {}) for p in halves(model)[name].param_groups[0]["params"]]
+        got = [optimizer.state.get(p, {}) for p in optimizer.param_groups[0]["params"]]
+        assert same(list(map(dict, got)), list(map(dict, expected)))
+
+
+def test_several_optimizers_that_do_not_fit(tmp_path: Path) -> None:
+    model, _ = trained()
+    states = [o.state_dict() for o in stepped(model).values()]
+    for several, said in (
+        (states[:1] * 2, "hold the same parameters"),
+        ([states[0], {**states[1], "x": 1}, states[0]], "same"),
+    ):
+        data = {"model": model.state_dict(), "args": dataclasses.asdict(CONFIG), "optimizers": several}
+        torch.save(data, tmp_path / "small.pt")
+        with pytest.raises(CheckpointError, match=said):
+            grow_checkpoint(tmp_path / "small.pt", HIDDEN, tmp_path / "large.pt", model_class=GPT)
+
+
+# a tensor at a time -------------------------------------------------------------------------------------------------
+
+
+def test_an_archive_is_written_a_tensor_at_a_time(tmp_path: Path) -> None:
+    """What PyTorch and Python's own reader of archives find is what torch.save would have written."""
+    large, other = torch.randn(300, 400), torch.randn(200, 500, dtype=torch.bfloat16)
+    later, made = Later(), []
+
+    def make(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        made.append(name)
+        return tensor
+
+    one, two = later.put_off(large, lambda: make("one", large)), later.put_off(other, lambda: make("two", other))
+    table = collections.OrderedDict(x=one, small=torch.ones(3), tied=one)
+    table._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
+    data = {"model": table, "state": {0: {"m": two, "step": torch.tensor(3.0)}, 1: {"m": other[10:20]}}, "n": (2, [])}
+    save(tmp_path / "a.pt", data, later)
+    assert made == ["one", "two"]
+    found = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert same(found["model"], {"x": large, "small": torch.ones(3), "tied": large})
+    assert found["model"]["x"].data_ptr() == found["model"]["tied"].data_ptr()
+    assert found["model"]._metadata == {"": {"version": 1}}
+    assert same(found["state"], {0: {"m": other, "step": torch.tensor(3.0)}, 1: {"m": other[10:20]}})
+    assert zipfile.ZipFile(tmp_path / "a.pt").testzip() is None
+    save(tmp_path / "b.pt", {"odd": torch.eye(3).to_sparse(), "x": one}, later)  # tensors within a tensor
+    assert torch.equal(torch.load(tmp_path / "b.pt")["x"], large)
+
+
+def test_large_moments_are_made_when_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trained()
+    file = saved(tmp_path / "small.pt", model, optimizer)
+    for name, size in (("whole", 1 << 30), ("large", 1)):
+        monkeypatch.setattr(archive, "_SMALL", size)
+        grow_checkpoint(file, SEVERAL, tmp_path / f"{name}.pt", model_class=GPT, verify=False)
+    assert same(*(torch.load(tmp_path / f"{name}.pt") for name in ("whole", "large")))
 
 
 # files that are none ------------------------------------------------------------------------------------------------
