@@ -5,6 +5,7 @@ speedup_naive: seconds of `torch.cat` and `randn_like`, over those of `materiali
 peak_over_destination: resident memory above the source at its highest, over the bytes of the destination.
 The JSON has these per row and, under `details`, the size and the same ratios in processor seconds, all threads together
 (`_cpu`): for machines busy with other things.
+--isa takes the kernels of another level than the processor's best: AVX2 can be measured where there is AVX-512.
 The weight is 4096 x 1024, unless --quick; an eighth of its rows for the torch backend, which is slow.
 """
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks import common
-from fxgrow.kernels import DimMap, Noise, backends, materialise
+from fxgrow.kernels import DimMap, Noise, backends, builder, materialise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCALE = 0.05
@@ -107,7 +109,10 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--case", action="append", help="only these cases; may be repeated")
     parser.add_argument("--dtype", action="append", help="only these dtypes; may be repeated")
     parser.add_argument("--backend", action="append", help="only these backends; may be repeated")
+    parser.add_argument("--isa", choices=list(builder.LEVELS), help="the CPU kernels of this level, not the best")
     options = parser.parse_args(argv)
+    if options.isa:
+        os.environ[builder.VARIABLE] = options.isa
     count = common.threads(options)
     torch.set_num_threads(count)
     rows, columns = (512, 256) if options.quick else (4096, 1024)
@@ -157,6 +162,6 @@ def run(argv: list[str]) -> int:
         verdicts.append(common.verdict("peak over destination", max(r["peak_over_destination"] for r in ours), 1.05))
     rows_out = [{c: r[c] for c in COLUMNS} for r in results]
     details = [{c: v for c, v in r.items() if c not in COLUMNS[4:]} for r in results]
-    environment = common.environment(count)
+    environment = common.environment(count) | {"isa": builder.level()}
     common.save(options.json, {"environment": environment, "rows": rows_out, "details": details, "verdicts": verdicts})
     return 0

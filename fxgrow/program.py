@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fxgrow import kernels
 from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.relate import analyse
 from fxgrow.ir import trees
@@ -66,6 +67,8 @@ def capture(
         CaptureError: the model cannot be exported; the message carries PyTorch's reason and the source line.
     """
     inner = innermost(model) if isinstance(model, nn.Module) else model
+    if isinstance(inner, nn.Module) and any(p.device.type == "cpu" for p in inner.parameters()):
+        kernels.get_ready()  # while the model is traced
     with plainly(inner), as_plain(inner) as plain:
         if plain is not None:
             args, kwargs, calls = trees.map_tensors(torch.Tensor.cpu, (args, kwargs, calls))

@@ -5,6 +5,7 @@ from fxgrow.kernels.interface import materialise, materialise_many
 from fxgrow.kernels.job import NoiseTooSmall
 from fxgrow.kernels.maps import FILL_CONSTANT, FILL_MEAN, FILL_RANDOM, FILL_ZERO, DimMap, Noise
 from fxgrow.kernels.memory import release, unreadable
+from fxgrow.kernels.native import get_ready
 from fxgrow.kernels.prepare import Sums
 from fxgrow.kernels.tables import continue_band, continue_line, continue_waves
 
@@ -22,6 +23,7 @@ __all__ = [
     "continue_band",
     "continue_line",
     "continue_waves",
+    "get_ready",
     "materialise",
     "materialise_many",
     "release",

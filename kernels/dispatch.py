@@ -89,8 +89,9 @@ def run(job: Job, out: Tensor, backend: str | None, fresh: bool) -> None:
             _warn_once(f"growing on the GPU with plain torch, which is slower: {missing}")
     elif forced == "cpu" or (forced is None and out.device.type == "cpu"):
         try:
-            native.run(job, out, fresh)
-            return
+            if forced or native.sooner(out.numel()):
+                native.run(job, out, fresh)
+                return
         except native.Unsupported:
             pass
         except native.NoCompiler as error:
@@ -104,7 +105,7 @@ def run_many(jobs: list[tuple[Job, Tensor]], backend: str | None, fresh: list[bo
     """Fill many destinations; the small ones of the CPU backend in one call."""
     small: list[int] = []
     chosen = backend or os.environ.get(VARIABLE) or None
-    if chosen in (None, "cpu") and native.available() is None:
+    if chosen in (None, "cpu") and native.is_there():
         small = [k for k, (_, out) in enumerate(jobs) if out.device.type == "cpu" and out.numel() < native.ALONE]
         try:
             native.run_many([jobs[k] for k in small])

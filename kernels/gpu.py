@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxgrow.kernels.builder import cache_folder
 from fxgrow.kernels.job import FLOATS, Job
 from fxgrow.kernels.maps import FILL_MEAN, FILL_RANDOM, FILL_ZERO, OLD, Dim, DimMap, Noise, cuts_of
-from fxgrow.kernels.native import Loop, cache_folder, loops, mean_layout
+from fxgrow.kernels.native import Loop, loops, mean_layout
 from fxgrow.kernels.philox import DISTRIBUTIONS, UNIT
 from fxgrow.kernels.prepare import prepare
 from fxgrow.publish import replacing

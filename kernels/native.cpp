@@ -8,8 +8,12 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
+#include <limits>
+#include <memory>
+#include <new>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -18,8 +22,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
-#ifdef _OPENMP
-#include <omp.h>
+#if __has_include(<pthread.h>)
+#include <pthread.h>
+#define THREADS
 #endif
 
 namespace {
@@ -122,38 +127,88 @@ inline void philox_quad(u32* out, u64 quad, u32 node, u32 purpose, u32 k0, u32 k
   out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-inline float bits_float(u32 u) {
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
+// ---- vectors: as wide as the processor's registers ----
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 64;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 32;
+#else
+constexpr int WIDTH = 16;
+#endif
+#define VECTOR(type, bytes) type __attribute__((vector_size(bytes), may_alias))
+typedef VECTOR(float, WIDTH) VF;
+typedef VECTOR(double, WIDTH) VD;
+typedef VECTOR(u32, WIDTH) VU;
+typedef VECTOR(int32_t, WIDTH) VI;
+typedef VECTOR(u64, WIDTH) VL;
+typedef VECTOR(u16, WIDTH / 2) VH;        // one for each lane of VU
+typedef VECTOR(float, WIDTH / 2) VFHalf;  // one for each lane of VD
+
+template <class V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
 }
-inline u32 float_bits(float f) {
-  u32 u;
-  std::memcpy(&u, &f, 4);
-  return u;
+template <class V>
+inline void store(void* to, const V& v) {
+  std::memcpy(to, &v, sizeof(V));
 }
 
-inline double bits_double(u64 u) {
-  double f;
-  std::memcpy(&f, &u, 8);
-  return f;
-}
-inline u64 double_bits(double f) {
-  u64 u;
-  std::memcpy(&u, &f, 8);
-  return u;
+// Past the caches, to a place that is aligned to the vector.
+template <class V>
+inline void stream(void* to, const V& v) {
+#if defined(__AVX512F__)
+  if (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), load<__m512i>(&v));
+#endif
+#if defined(__AVX2__)
+  if (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), load<__m256i>(&v));
+  if (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(to), load<__m128i>(&v));
+#endif
+  store(to, v);
 }
 
-inline float log_unit(float y) {  // Cephes logf on (0, 1]
-  u32 bits = float_bits(y);
-  float exponent = float(i64(int(bits >> 23) - 126) == 0 ? 0 : int(bits >> 23) - 126);
-  float m = bits_float((bits & 0x007FFFFFu) | 0x3F000000u);
-  const bool low = m < 0.70710677f;
+#if defined(__AVX512F__)
+inline __m512i byte_draws(__m512i words) {
+#if defined(__AVX512VNNI__)
+  const __m512i sum = _mm512_dpbusd_epi32(_mm512_set1_epi32(-510), words, _mm512_set1_epi8(1));
+#else
+  const __m512i pairs = _mm512_maddubs_epi16(words, _mm512_set1_epi8(1));
+  const __m512i sum = _mm512_add_epi32(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)), _mm512_set1_epi32(-510));
+#endif
+  return _mm512_castps_si512(_mm512_cvtepi32_ps(sum));
+}
+#elif defined(__AVX2__)
+inline __m256i byte_draws(__m256i words) {
+  const __m256i pairs = _mm256_maddubs_epi16(words, _mm256_set1_epi8(1));
+  const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), _mm256_set1_epi32(-510));
+  return _mm256_castps_si256(_mm256_cvtepi32_ps(sum));
+}
+#endif
+
+inline VF as_float(VI v) { return __builtin_convertvector(v, VF); }
+
+inline VF root(VF v) {
+#if defined(__AVX512F__)
+  return VF(_mm512_sqrt_ps(__m512(v)));
+#elif defined(__AVX2__)
+  return VF(_mm256_sqrt_ps(__m256(v)));
+#else
+  for (int i = 0; i < WIDTH / 4; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+inline VF log_unit(VF y) {  // Cephes logf on (0, 1]
+  const VU bits = VU(y);
+  VF exponent = as_float(VI(bits >> 23) - 126);
+  VF m = VF((bits & 0x007FFFFFu) | 0x3F000000u);
+  const VI low = m < 0.70710677f;
   exponent = low ? exponent - 1.0f : exponent;
   m = (low ? m + m : m) - 1.0f;
-  const float z = m * m;
-  float p = 7.0376836292e-2f;
-  p = p * m + -1.1514610310e-1f;
+  const VF z = m * m;
+  VF p = m * 7.0376836292e-2f + -1.1514610310e-1f;
   p = p * m + 1.1676998740e-1f;
   p = p * m + -1.2420140846e-1f;
   p = p * m + 1.4249322787e-1f;
@@ -167,18 +222,16 @@ inline float log_unit(float y) {  // Cephes logf on (0, 1]
   return (m + p) + exponent * 0.693359375f;
 }
 
-template <int DISTRIBUTION>
-inline float draw(u32 word) {
-  if (DISTRIBUTION == 0) {
-    const u32 pairs = (word & 0x00FF00FFu) + ((word >> 8) & 0x00FF00FFu);
-    return float(int((pairs & 0xFFFFu) + (pairs >> 16)) - 510);
+inline VF draw(i64 distribution, VU word) {
+  if (distribution == 0) {
+    const VU pairs = (word & 0x00FF00FFu) + ((word >> 8) & 0x00FF00FFu);
+    return as_float(VI((pairs & 0xFFFFu) + (pairs >> 16)) - 510);
   }
-  if (DISTRIBUTION == 2) return 1.0f - float(int(word >> 31)) * 2.0f;
-  const float x = float(int((word >> 8) * 2u) + (1 - (1 << 24))) * 0x1p-24f;
-  const float w = -log_unit((1.0f - x) * (1.0f + x));
-  const float c = w - 2.5f, t = std::sqrt(w) - 3.0f;
-  float p = 2.81022636e-08f;
-  p = p * c + 3.43273939e-07f;
+  if (distribution == 2) return 1.0f - as_float(VI(word >> 31)) * 2.0f;
+  const VF x = as_float(VI((word >> 8) * 2u) + (1 - (1 << 24))) * 0x1p-24f;
+  const VF w = -log_unit((1.0f - x) * (1.0f + x));
+  const VF c = w - 2.5f, t = root(w) - 3.0f;
+  VF p = c * 2.81022636e-08f + 3.43273939e-07f;
   p = p * c + -3.5233877e-06f;
   p = p * c + -4.39150654e-06f;
   p = p * c + 0.00021858087f;
@@ -186,8 +239,7 @@ inline float draw(u32 word) {
   p = p * c + -0.00417768164f;
   p = p * c + 0.246640727f;
   p = p * c + 1.50140941f;
-  float q = -0.000200214257f;
-  q = q * t + 0.000100950558f;
+  VF q = t * -0.000200214257f + 0.000100950558f;
   q = q * t + 0.00134934322f;
   q = q * t + -0.00367342844f;
   q = q * t + 0.00573950773f;
@@ -198,209 +250,244 @@ inline float draw(u32 word) {
   return (w < 5.0f ? p : q) * x;
 }
 
+// Quads of four 32-bit words in 64-bit lanes: a 32-bit product needs no masking, and what is in the upper halves is
+// never read.
 #if defined(__AVX512F__)
-inline __m512i byte_draws(__m512i words) {
-#if defined(__AVX512VNNI__)
-  const __m512i sum = _mm512_dpbusd_epi32(_mm512_set1_epi32(-510), words, _mm512_set1_epi8(1));
-#else
-  const __m512i mask = _mm512_set1_epi32(0x00FF00FF);
-  const __m512i pairs = _mm512_add_epi32(_mm512_and_si512(words, mask), _mm512_and_si512(_mm512_srli_epi32(words, 8), mask));
-  const __m512i low = _mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF));
-  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(low, _mm512_srli_epi32(pairs, 16)), _mm512_set1_epi32(-510));
-#endif
-  return _mm512_castps_si512(_mm512_cvtepi32_ps(sum));
+using Words = __m512i;
+constexpr int FLIGHT = 4;  // vectors in flight: hides the latency of the multiplier
+inline Words all(u64 w) { return _mm512_set1_epi64(i64(w)); }
+inline Words times(Words a, Words b) { return _mm512_mul_epu32(a, b); }
+inline Words high(Words a) { return _mm512_srli_epi64(a, 32); }
+inline Words exclusive(Words a, Words b, Words c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+inline Words exclusive(Words a, Words b) { return _mm512_xor_si512(a, b); }
+inline Words from(u64 quad) { return _mm512_add_epi64(all(quad), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)); }
+inline Words together(Words low, Words high) { return _mm512_mask_blend_epi32(0xAAAA, low, _mm512_slli_epi64(high, 32)); }
+inline void in_order(Words even, Words odd, Words& x, Words& y) {
+  x = _mm512_permutex2var_epi64(even, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), odd);
+  y = _mm512_permutex2var_epi64(even, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), odd);
 }
+inline Words low_pairs(Words a, Words b) { return _mm512_unpacklo_epi64(a, b); }
+inline Words high_pairs(Words a, Words b) { return _mm512_unpackhi_epi64(a, b); }
+#elif defined(__AVX2__)
+using Words = __m256i;
+constexpr int FLIGHT = 4;
+inline Words all(u64 w) { return _mm256_set1_epi64x(i64(w)); }
+inline Words times(Words a, Words b) { return _mm256_mul_epu32(a, b); }
+inline Words high(Words a) { return _mm256_srli_epi64(a, 32); }
+inline Words exclusive(Words a, Words b, Words c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+inline Words exclusive(Words a, Words b) { return _mm256_xor_si256(a, b); }
+inline Words from(u64 quad) { return _mm256_add_epi64(all(quad), _mm256_setr_epi64x(0, 1, 2, 3)); }
+inline Words together(Words low, Words high) { return _mm256_blend_epi32(low, _mm256_slli_epi64(high, 32), 0xAA); }
+inline void in_order(Words even, Words odd, Words& x, Words& y) {
+  x = _mm256_permute2x128_si256(even, odd, 0x20);
+  y = _mm256_permute2x128_si256(even, odd, 0x31);
+}
+inline Words low_pairs(Words a, Words b) { return _mm256_unpacklo_epi64(a, b); }
+inline Words high_pairs(Words a, Words b) { return _mm256_unpackhi_epi64(a, b); }
 #endif
 
 // The words of values [linear, linear + count), or, with BYTES, the float draws `sum of bytes - 510` made of them.
 // out has room for count + SLACK. Returns where the first one lies.
 constexpr int SLACK = 192;
+#define EACH(i, count) _Pragma("GCC unroll 10") for (int i = 0; i < count; ++i)  // in registers
 template <bool BYTES>
 const u32* generate(u32* out, u64 linear, int count, u32 node, u32 purpose, const u32* key) {
   u64 quad = linear >> 2;
   const int lane = int(linear & 3), quads = (lane + count + 3) >> 2;
   int i = 0;
-#if defined(__AVX512F__)
-  // 64-bit lanes: the 32-bit product needs no masking, and garbage in the upper halves is never read
-  const __m512i m0 = _mm512_set1_epi64(M0), m1 = _mm512_set1_epi64(M1);
-  const __m512i order_lo = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), order_hi = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  constexpr int V = 4;  // vectors in flight: hides the latency of the multiplier
-  for (; i < quads; i += 8 * V) {
-    __m512i c0[V], c1[V], c2[V], c3[V];
-    for (int v = 0; v < V; ++v) {
-      c0[v] = _mm512_add_epi64(_mm512_set1_epi64(i64(quad + i + 8 * v)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
-      c1[v] = _mm512_srli_epi64(c0[v], 32);
-      c2[v] = _mm512_set1_epi64(node);
-      c3[v] = _mm512_set1_epi64(purpose);
-    }
-    u32 k0 = key[0], k1 = key[1];
-    for (int r = 0; r < 10; ++r) {
-      const __m512i kk0 = _mm512_set1_epi64(k0), kk1 = _mm512_set1_epi64(k1);
-      for (int v = 0; v < V; ++v) {
-        const __m512i p0 = _mm512_mul_epu32(c0[v], m0), p1 = _mm512_mul_epu32(c2[v], m1);
-        c0[v] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1[v], kk0, 0x96);
-        c2[v] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3[v], kk1, 0x96);
+#if defined(__AVX2__)
+  constexpr int STEP = WIDTH / 8 * FLIGHT;
+  if (quad >> 32 == (quad + u64(quads) + STEP) >> 32) {
+    u64 k[20];
+    for (int r = 0; r < 10; ++r) k[2 * r] = key[0] + u32(r) * W0, k[2 * r + 1] = key[1] + u32(r) * W1;
+    // The second word of the counter, the node and the purpose are the same for all: so is half of the first two rounds.
+    const u64 p = u64(node) * M1, q = u64(u32(p >> 32) ^ u32(quad >> 32) ^ u32(k[0])) * M0;
+    const Words m0 = all(M0), m1 = all(M1), low_p = all(p), low_q = all(q);
+    const Words key_1 = all(purpose ^ k[1]), key_3 = all((q >> 32) ^ k[3]);
+    for (; i < quads; i += STEP) {
+      Words c0[FLIGHT], c1[FLIGHT], c2[FLIGHT], c3[FLIGHT];
+      EACH(v, FLIGHT) {
+        const Words p0 = times(from(quad + i + WIDTH / 8 * v), m0);
+        const Words p1 = times(exclusive(high(p0), key_1), m1);
+        c0[v] = exclusive(high(p1), low_p, all(k[2]));
         c1[v] = p1;
-        c3[v] = p0;
+        c2[v] = exclusive(p0, key_3);
+        c3[v] = low_q;
       }
-      k0 += W0;
-      k1 += W1;
-    }
-    for (int v = 0; v < V; ++v) {
-      const __m512i a = _mm512_mask_blend_epi32(0xAAAA, c0[v], _mm512_slli_epi64(c1[v], 32));
-      const __m512i b = _mm512_mask_blend_epi32(0xAAAA, c2[v], _mm512_slli_epi64(c3[v], 32));
-      const __m512i even = _mm512_unpacklo_epi64(a, b), odd = _mm512_unpackhi_epi64(a, b);
-      __m512i x = _mm512_permutex2var_epi64(even, order_lo, odd), y = _mm512_permutex2var_epi64(even, order_hi, odd);
-      if (BYTES) x = byte_draws(x), y = byte_draws(y);
-      _mm512_storeu_si512(out + 4 * (i + 8 * v), x);
-      _mm512_storeu_si512(out + 4 * (i + 8 * v) + 16, y);
+      EACH(r, 8) {
+        EACH(v, FLIGHT) {
+          const Words p0 = times(c0[v], m0), p1 = times(c2[v], m1);
+          c0[v] = exclusive(high(p1), c1[v], all(k[2 * r + 4]));
+          c2[v] = exclusive(high(p0), c3[v], all(k[2 * r + 5]));
+          c1[v] = p1;
+          c3[v] = p0;
+        }
+      }
+      EACH(v, FLIGHT) {
+        const Words a = together(c0[v], c1[v]), b = together(c2[v], c3[v]);
+        Words x, y;
+        in_order(low_pairs(a, b), high_pairs(a, b), x, y);
+        if (BYTES) x = byte_draws(x), y = byte_draws(y);
+        u32* to = out + 4 * (i + WIDTH / 8 * v);
+        store(to, x);
+        store(to + WIDTH / 4, y);
+      }
     }
   }
-#elif defined(__AVX2__)
-  const __m256i m0 = _mm256_set1_epi64x(M0), m1 = _mm256_set1_epi64x(M1);
-  constexpr int V = 2;
-  for (; i < quads; i += 4 * V) {
-    __m256i c0[V], c1[V], c2[V], c3[V];
-    for (int v = 0; v < V; ++v) {
-      c0[v] = _mm256_add_epi64(_mm256_set1_epi64x(i64(quad + i + 4 * v)), _mm256_setr_epi64x(0, 1, 2, 3));
-      c1[v] = _mm256_srli_epi64(c0[v], 32);
-      c2[v] = _mm256_set1_epi64x(node);
-      c3[v] = _mm256_set1_epi64x(purpose);
-    }
-    u32 k0 = key[0], k1 = key[1];
-    for (int r = 0; r < 10; ++r) {
-      const __m256i kk0 = _mm256_set1_epi64x(k0), kk1 = _mm256_set1_epi64x(k1);
-      for (int v = 0; v < V; ++v) {
-        const __m256i p0 = _mm256_mul_epu32(c0[v], m0), p1 = _mm256_mul_epu32(c2[v], m1);
-        c0[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1[v]), kk0);
-        c2[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3[v]), kk1);
-        c1[v] = p1;
-        c3[v] = p0;
-      }
-      k0 += W0;
-      k1 += W1;
-    }
-    for (int v = 0; v < V; ++v) {
-      const __m256i a = _mm256_blend_epi32(c0[v], _mm256_slli_epi64(c1[v], 32), 0xAA);
-      const __m256i b = _mm256_blend_epi32(c2[v], _mm256_slli_epi64(c3[v], 32), 0xAA);
-      const __m256i even = _mm256_unpacklo_epi64(a, b), odd = _mm256_unpackhi_epi64(a, b);
-      _mm256_storeu_si256((__m256i*)(out + 4 * (i + 4 * v)), _mm256_permute2x128_si256(even, odd, 0x20));
-      _mm256_storeu_si256((__m256i*)(out + 4 * (i + 4 * v) + 8), _mm256_permute2x128_si256(even, odd, 0x31));
-    }
-  }
-#else
+#endif
+  const int rest = 4 * i;
   for (; i < quads; ++i) philox_quad(out + 4 * i, quad + i, node, purpose, key[0], key[1]);
-#endif
-#if !defined(__AVX512F__)
   if (BYTES)
-    for (int k = 0; k < 4 * quads; ++k) out[k] = float_bits(draw<0>(out[k]));
-#endif
+    for (int w = rest; w < 4 * quads; w += WIDTH / 4) store(out + w, draw(0, load<VU>(out + w)));
   return out + lane;
 }
 
-// The float draws of values [linear, linear + count).
+// The float draws of values [linear, linear + count); what follows them, to the end of the last vector, can be read.
 const float* draws(u32* out, i64 distribution, u64 linear, int count, u32 node, u32 purpose, const u32* key) {
   if (distribution == 0) return reinterpret_cast<const float*>(generate<true>(out, linear, count, node, purpose, key));
   u32* w = const_cast<u32*>(generate<false>(out, linear, count, node, purpose, key));
   if (distribution == 1)
-    for (int i = 0; i < count; ++i) w[i] = float_bits(draw<1>(w[i]));
+    for (int i = 0; i < count; i += WIDTH / 4) store(w + i, draw(1, load<VU>(w + i)));
   else
-    for (int i = 0; i < count; ++i) w[i] = float_bits(draw<2>(w[i]));
+    for (int i = 0; i < count; i += WIDTH / 4) store(w + i, draw(2, load<VU>(w + i)));
   return reinterpret_cast<const float*>(w);
 }
 
 float draw_one(i64 distribution, u64 linear, u32 node, u32 purpose, const u32* key) {
   u32 quad[4];
   philox_quad(quad, linear >> 2, node, purpose, key[0], key[1]);
-  const u32 w = quad[linear & 3];
-  return distribution == 0 ? draw<0>(w) : distribution == 1 ? draw<1>(w) : draw<2>(w);
+  return draw(distribution, VU{} + quad[linear & 3])[0];
 }
 
-// ---- element types: the value v in the compute type, rounded to the type, and its bits ----
+// ---- element types: a vector of values in the compute type, rounded to the type, and their bits ----
 
-struct AsF32 {
-  using compute = float;
-  using bits = u32;
-  static constexpr u32 SIGN = 0x80000000u;
-  static inline u32 bits_compute(float v) { return float_bits(v); }
-  static inline float load_compute(u32 b) { return bits_float(b); }
-  static inline float round(float v) { return v; }
-  static inline float round_finite(float v) { return v; }
-  static inline u32 store(float v) { return float_bits(v); }
-  static inline float load(u32 b) { return bits_float(b); }
+template <class Compute, class Bits, class Vector>
+struct Wide {  // computed in itself
+  using C = Compute;
+  using B = Bits;
+  using V = Vector;
+  static constexpr int LANES = WIDTH / int(sizeof(C));
+  static inline V load(const B* from) { return ::load<V>(from); }
+  static inline void store(B* to, V v) { ::store(to, v); }
+  static inline void stream(B* to, V v) { ::stream(to, v); }
+  static inline V round(V v) { return v; }
+  static inline V round_finite(V v) { return v; }
 };
-struct AsF64 {
-  using compute = double;
-  using bits = u64;
-  static constexpr u64 SIGN = 0x8000000000000000ull;
-  static inline u64 bits_compute(double v) { return double_bits(v); }
-  static inline double load_compute(u64 b) { return bits_double(b); }
-  static inline double round(double v) { return v; }
-  static inline double round_finite(double v) { return v; }
-  static inline u64 store(double v) { return double_bits(v); }
-  static inline double load(u64 b) { return bits_double(b); }
+struct AsF32 : Wide<float, u32, VF> {
+  static inline V noise(const float* raw) { return ::load<VF>(raw); }
+  static inline V sign(V v) { return V(VU(v) & 0x80000000u); }
+  static inline V flip(V v, V bits) { return V(VU(v) ^ VU(bits)); }
+  template <class Mask>
+  static inline V where(Mask mask, V v) { return V(VU(mask) & VU(v)); }
 };
-struct AsBF16 {
-  using compute = float;
-  using bits = u16;
-  static constexpr u32 SIGN = 0x80000000u;
-  static inline u32 bits_compute(float v) { return float_bits(v); }
-  static inline float load_compute(u32 b) { return bits_float(b); }
-  static inline float round(float v) { return v != v ? bits_float(0x7FC00000u) : round_finite(v); }
-  static inline float round_finite(float v) {
-    const u32 u = float_bits(v);
-    return bits_float((u + 0x7FFFu + ((u >> 16) & 1u)) & 0xFFFF0000u);
-  }
-  static inline u16 store(float rounded) { return u16(float_bits(rounded) >> 16); }
-  static inline float load(u16 b) { return bits_float(u32(b) << 16); }
+struct AsF64 : Wide<double, u64, VD> {
+  static inline V noise(const float* raw) { return __builtin_convertvector(::load<VFHalf>(raw), VD); }
+  static inline V sign(V v) { return V(VL(v) & 0x8000000000000000ull); }
+  static inline V flip(V v, V bits) { return V(VL(v) ^ VL(bits)); }
+  template <class Mask>
+  static inline V where(Mask mask, V v) { return V(VL(mask) & VL(v)); }
 };
-struct AsF16 {
-  using compute = float;
-  using bits = u16;
-  static constexpr u32 SIGN = 0x80000000u;
-  static inline u32 bits_compute(float v) { return float_bits(v); }
-  static inline float load_compute(u32 b) { return bits_float(b); }
-  static inline float round(float v) {
-    const u32 u = float_bits(v), sign = u & 0x80000000u, a = u & 0x7FFFFFFFu;
-    const u32 r = (a + 0xFFFu + ((a >> 13) & 1u)) & 0xFFFFE000u;
-    const float small = (bits_float(a) + 0.5f) - 0.5f;  // multiples of 2^-24
-    u32 m = a < 0x38800000u ? float_bits(small) : r;
-    m = m >= 0x47800000u ? 0x7F800000u : m;
-    m = a > 0x7F800000u ? 0x7FC00000u : m;
-    return bits_float(m | sign);
+
+inline VH low_halves(VU v) {  // of values below 2^16
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return VH(_mm_packus_epi32(_mm256_castsi256_si128(__m256i(v)), _mm256_extracti128_si256(__m256i(v), 1)));
+#else
+  return __builtin_convertvector(v, VH);
+#endif
+}
+
+struct AsBF16 : AsF32 {
+  using B = u16;
+  static inline V round(V v) { return v == v ? round_finite(v) : V(VU{} + 0x7FC00000u); }
+  static inline V round_finite(V v) {
+    const VU u = VU(v);
+    return V((u + (((u >> 16) & 1u) + 0x7FFFu)) & 0xFFFF0000u);
   }
-  static inline float round_finite(float v) {  // of v >= 0 below infinity
-    const u32 a = float_bits(v);
-    const u32 r = (a + 0xFFFu + ((a >> 13) & 1u)) & 0xFFFFE000u;
-    const float small = (v + 0.5f) - 0.5f;
-    return a < 0x38800000u ? small : bits_float(r);
+  static inline VH half(V rounded) { return low_halves(VU(rounded) >> 16); }
+  static inline void store(B* to, V rounded) { ::store(to, half(rounded)); }
+  static inline void stream(B* to, V rounded) { ::stream(to, half(rounded)); }
+  static inline V load(const B* from) { return V(__builtin_convertvector(::load<VH>(from), VU) << 16); }
+};
+
+// The conversions of the processor are those of IEEE 754 and torch's. NaNs become the one that torch makes of them.
+struct AsF16 : AsF32 {
+  using B = u16;
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__F16C__))
+#if defined(__AVX512F__)
+  static inline VH narrow(V v) { return VH(_mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+  static inline V widen(VH h) { return V(_mm512_cvtph_ps(__m256i(h))); }
+#else
+  static inline VH narrow(V v) { return VH(_mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT)); }
+  static inline V widen(VH h) { return V(_mm256_cvtph_ps(__m128i(h))); }
+#endif
+  static inline V round(V v) { return v == v ? widen(narrow(v)) : V((VU(v) & 0x80000000u) | 0x7FC00000u); }
+  static inline V round_finite(V v) { return widen(narrow(v)); }
+  static inline void store(B* to, V rounded) { ::store(to, narrow(rounded)); }
+  static inline void stream(B* to, V rounded) { ::stream(to, narrow(rounded)); }
+  static inline V load(const B* from) { return widen(::load<VH>(from)); }
+#else
+  static inline V round(V v) {
+    const VU u = VU(v), sign = u & 0x80000000u, a = u & 0x7FFFFFFFu;
+    const VU r = (a + 0xFFFu + ((a >> 13) & 1u)) & 0xFFFFE000u;
+    const VF small = (VF(a) + 0.5f) - 0.5f;  // multiples of 2^-24
+    VU m = a < 0x38800000u ? VU(small) : r;
+    m = m >= 0x47800000u ? VU{} + 0x7F800000u : m;
+    m = a > 0x7F800000u ? VU{} + 0x7FC00000u : m;
+    return V(m | sign);
   }
-  static inline u16 store(float rounded) {
-    const u32 u = float_bits(rounded), sign = (u >> 16) & 0x8000u, a = u & 0x7FFFFFFFu;
-    const u32 small = float_bits(bits_float(a) + 0.5f) - 0x3F000000u;
-    u32 m = a < 0x38800000u ? small : (a >> 13) - (112u << 10);
-    m = a >= 0x7F800000u ? (a > 0x7F800000u ? 0x7E00u : 0x7C00u) : m;
-    return u16(m | sign);
+  static inline V round_finite(V v) {  // of v >= 0 below infinity
+    const VU a = VU(v);
+    const VU r = (a + 0xFFFu + ((a >> 13) & 1u)) & 0xFFFFE000u;
+    return a < 0x38800000u ? (v + 0.5f) - 0.5f : V(r);
   }
-  static inline float load(u16 b) {
-    const u32 a = u32(b & 0x7FFFu), sign = u32(b & 0x8000u) << 16;
-    const u32 normal = (a << 13) + (112u << 23);
-    const float small = bits_float((a << 13) + (113u << 23)) - bits_float(113u << 23);
-    u32 m = a < 0x0400u ? float_bits(small) : normal;
+  static inline void store(B* to, V rounded) {
+    const VU u = VU(rounded), sign = (u >> 16) & 0x8000u, a = u & 0x7FFFFFFFu;
+    const VU small = VU(VF(a) + 0.5f) - 0x3F000000u;
+    VU m = a < 0x38800000u ? small : (a >> 13) - (112u << 10);
+    m = a >= 0x7F800000u ? (a > 0x7F800000u ? VU{} + 0x7E00u : VU{} + 0x7C00u) : m;
+    ::store(to, low_halves(m | sign));
+  }
+  static inline void stream(B* to, V rounded) { store(to, rounded); }
+  static inline V load(const B* from) {
+    const VU h = __builtin_convertvector(::load<VH>(from), VU), a = h & 0x7FFFu, sign = (h & 0x8000u) << 16;
+    const VU normal = (a << 13) + (112u << 23);
+    const VF small = VF((a << 13) + (113u << 23)) - VF(VU{} + (113u << 23));
+    VU m = a < 0x0400u ? VU(small) : normal;
     m = a >= 0x7C00u ? normal + (112u << 23) : m;
-    return bits_float(m | sign);
+    return V(m | sign);
   }
+#endif
 };
 
+// Values that lie apart, side by side.
+template <class B>
+void gather(B* to, const B* from, i64 stride, const i64* units, int count) {
+  if (units)
+    for (int i = 0; i < count; ++i) to[i] = from[units[i] * stride];
+  else
+    for (int i = 0; i < count; ++i) to[i] = from[i * stride];
+}
+
+// A strip of values of type S in compute type C. Strips are read and written in whole vectors, up to the end of STRIP.
 template <class S, class C>
 void load_strip(C* x, const void* source, i64 at, i64 stride, const i64* units, int count) {
-  const typename S::bits* s = static_cast<const typename S::bits*>(source) + at;
-  if (units)
-    for (int i = 0; i < count; ++i) x[i] = C(S::load(s[units[i] * stride]));
-  else if (stride == 1)
-    for (int i = 0; i < count; ++i) x[i] = C(S::load(s[i]));
-  else
-    for (int i = 0; i < count; ++i) x[i] = C(S::load(s[i * stride]));
+  using B = typename S::B;
+  constexpr int LANES = S::LANES;
+  const B* s = static_cast<const B*>(source) + at;
+  alignas(64) B side_by_side[STRIP];
+  if (units || stride != 1) gather(side_by_side, s, stride, units, count), s = side_by_side;
+  int i = 0;
+  for (; i < count; i += LANES) {
+    if (i + LANES > count && s != side_by_side) {  // the source may end here
+      std::memcpy(side_by_side, s + i, size_t(count - i) * sizeof(B));
+      s = side_by_side - i;
+    }
+    const typename S::V v = S::load(s + i);
+    if (sizeof(C) == sizeof(typename S::C))
+      store(x + i, v);
+    else
+      for (int k = 0; k < LANES; ++k) x[i + k] = C(v[k]);
+  }
 }
 
 template <class C>
@@ -453,6 +540,37 @@ struct Row {                // one destination row
 
 inline int rank(u8 code) { return code == ZERO ? 0 : code == CONSTANT ? 1 : code == MEAN ? 2 : code == RANDOM ? 3 : 4; }
 
+// a0 b0 a1 b1 …
+template <class B>
+inline void weave(B* to, const B* a, const B* b, int count) {
+  for (int k = 0; k < count; ++k) to[2 * k] = a[k], to[2 * k + 1] = b[k];
+}
+#if defined(__AVX2__)
+template <class B, class Low, class High>
+inline void weave_256(B* to, const B* a, const B* b, int count, Low low, High high) {
+  constexpr int LANES = 32 / int(sizeof(B));
+  int k = 0;
+  for (; k + LANES <= count; k += LANES) {
+    const __m256i x = load<__m256i>(a + k), y = load<__m256i>(b + k), l = low(x, y), h = high(x, y);
+    store(to + 2 * k, _mm256_permute2x128_si256(l, h, 0x20));
+    store(to + 2 * k + LANES, _mm256_permute2x128_si256(l, h, 0x31));
+  }
+  for (; k < count; ++k) to[2 * k] = a[k], to[2 * k + 1] = b[k];
+}
+inline void weave(u16* to, const u16* a, const u16* b, int count) {
+  weave_256(to, a, b, count, [](__m256i x, __m256i y) { return _mm256_unpacklo_epi16(x, y); },
+            [](__m256i x, __m256i y) { return _mm256_unpackhi_epi16(x, y); });
+}
+inline void weave(u32* to, const u32* a, const u32* b, int count) {
+  weave_256(to, a, b, count, [](__m256i x, __m256i y) { return _mm256_unpacklo_epi32(x, y); },
+            [](__m256i x, __m256i y) { return _mm256_unpackhi_epi32(x, y); });
+}
+inline void weave(u64* to, const u64* a, const u64* b, int count) {
+  weave_256(to, a, b, count, [](__m256i x, __m256i y) { return _mm256_unpacklo_epi64(x, y); },
+            [](__m256i x, __m256i y) { return _mm256_unpackhi_epi64(x, y); });
+}
+#endif
+
 // Leaves of one strip: (leaves, count) bits, ready to be stored to the columns of a segment in several rows.
 template <class B>
 void store_leaves(B* target, const B* const* leaf, const Segment& s, i64 a, int count, bool stream, B* scratch) {
@@ -478,7 +596,7 @@ void store_leaves(B* target, const B* const* leaf, const Segment& s, i64 a, int 
     for (int i = 0; i < count;) {  // scratch holds one strip
       const int part = std::min<int>(count - i, STRIP / int(n));
       if (n == 2)
-        for (int k = 0; k < part; ++k) scratch[2 * k] = l0[i + k], scratch[2 * k + 1] = l1[i + k];
+        weave(scratch, l0 + i, l1 + i, part);
       else
         for (i64 r = 0; r < n; ++r)
           for (int k = 0; k < part; ++k) scratch[k * n + r] = leaf[r][i + k];
@@ -492,28 +610,70 @@ void store_leaves(B* target, const B* const* leaf, const Segment& s, i64 a, int 
       for (int i = 0; i < count; ++i) target[s.base[r] + (a + i) * s.step] = leaf[r][i];
 }
 
+// Memory in whole vectors that can be read past what was asked for.
+template <class X>
+class Buffer {
+  X* data_ = nullptr;
+  size_t size_ = 0;
+
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  X* reserve(size_t size) {
+    if (size > size_) {
+      std::free(data_);
+      const size_t bytes = (size * sizeof(X) + 2 * 64 - 1) / 64 * 64;
+      data_ = static_cast<X*>(aligned_alloc(64, bytes));
+      if (!data_) throw std::bad_alloc();
+      std::memset(static_cast<void*>(data_), 0, bytes);
+      size_ = size;
+    }
+    return data_;
+  }
+  X* data() const { return data_; }
+};
+
+// What makes the strips of a destination: one for each thread.
+struct Maker {
+  virtual ~Maker() = default;
+  // One strip of one segment, for all rows of an outer group that get the same values, or for one row.
+  virtual void strip(const Row& row, const Row* rows, i64 row_count, const Segment& s, i64 a, int count, i64 outer_group) = 0;
+  // Independent noise on a finished stretch of a row.
+  virtual void independent(const Row&, bool, i64, i64) {}
+};
+
 template <class T>
-class Machine {
-  using C = typename T::compute;
-  using B = typename T::bits;
+class Machine : public Maker {
+  using C = typename T::C;
+  using B = typename T::B;
+  using V = typename T::V;
+  static constexpr int LANES = T::LANES;
   const Task& t;
-  std::vector<C> values_;    // (leaves, STRIP)
-  std::vector<B> stored_;    // (leaves, STRIP)
-  std::vector<u32> words_;
-  std::vector<u32> wide_;
+  Buffer<C> values_;    // (leaves, STRIP)
+  Buffer<B> stored_;    // (leaves, STRIP)
+  Buffer<u32> words_;
+  Buffer<u32> wide_;
   std::vector<const B*> pointers_;
+  std::vector<const B*> repeated_;
   alignas(64) C base_[STRIP];
   alignas(64) float gathered_[STRIP];
   alignas(64) B scratch_[STRIP];
   alignas(64) C leans_[STRIP];
 
  public:
-  explicit Machine(const Task& task) : t(task), words_(STRIP + SLACK) {}
+  explicit Machine(const Task& task) : t(task) {
+    words_.reserve(STRIP + SLACK);
+    std::memset(base_, 0, sizeof(base_));
+    std::memset(gathered_, 0, sizeof(gathered_));
+    std::memset(leans_, 0, sizeof(leans_));
+  }
 
+ private:
   void reserve(i64 leaves) {
     if (i64(pointers_.size()) < leaves) {
-      values_.resize(size_t(leaves) * STRIP + 16);
-      stored_.resize(size_t(leaves) * STRIP + 64);
+      values_.reserve(size_t(leaves) * STRIP);
+      stored_.reserve(size_t(leaves) * STRIP);
       pointers_.resize(size_t(leaves));
       for (i64 r = 0; r < leaves; ++r) pointers_[size_t(r)] = stored_.data() + r * STRIP;
     }
@@ -524,7 +684,7 @@ class Machine {
     i64 lo = units[0], hi = units[0];
     for (int i = 1; i < count; ++i) lo = std::min(lo, units[i]), hi = std::max(hi, units[i]);
     if (hi - lo < WIDE && hi - lo < 16 * i64(count)) {
-      wide_.resize(WIDE + SLACK);
+      wide_.reserve(WIDE + SLACK);
       const float* all = draws(wide_.data(), distribution, linear + u64(lo), int(hi - lo + 1), node, purpose, key);
       for (int i = 0; i < count; ++i) gathered_[i] = all[units[i] - lo];
     } else {
@@ -539,14 +699,13 @@ class Machine {
     const i64* units = s.units ? s.units + a : nullptr;
     const i64 first = s.units ? 0 : s.first + a;
     if (code == ZERO || code == CONSTANT) {
-      const C value = code == ZERO ? C(0) : T::round(C(t.constant));
+      const C value = code == ZERO ? C(0) : T::round(V{} + C(t.constant))[0];
       std::fill_n(base_, count, value);
       return;
     }
     if (code == RANDOM) {
       const float* raw = noise(0, row.virtual_linear + u64(first), units, count, 0, RANDOM_FILL, t.random_key);
-      const C amplitude = C(t.random_amplitude);
-      for (int i = 0; i < count; ++i) base_[i] = T::round(C(raw[i]) * amplitude);
+      scaled(base_, raw, C(t.random_amplitude), count);
       return;
     }
     if (code == MEAN) {
@@ -569,9 +728,14 @@ class Machine {
         for (int i = 0; i < count; ++i) base_[i] *= factor;
       }
     }
-    // source values of the destination's own type are rounded already
-    if (code == MEAN || t.source_type != t.target_type || s.scale || row.factor != 1)
-      for (int i = 0; i < count; ++i) base_[i] = T::round(base_[i]);
+    // source values of the destination's own type are rounded already, NaNs of float16 apart
+    if (code == MEAN || t.source_type != t.target_type || s.scale || row.factor != 1 || t.target_type == F16)
+      for (int i = 0; i < count; i += LANES) store(base_ + i, T::round(load<V>(base_ + i)));
+  }
+
+  // raw noise times an amplitude, rounded to the destination type
+  static void scaled(C* to, const float* raw, C amplitude, int count) {
+    for (int i = 0; i < count; i += LANES) store(to + i, T::round(T::noise(raw + i) * amplitude));
   }
 
   const Cuts* cuts(i64 leaves) const {
@@ -584,100 +748,132 @@ class Machine {
   void cut(i64 shape, const double* lean, i64 lean_row, i64 lean_step, u64 linear, const i64* units, int count) {
     const Cuts* c = cuts(shape);
     C* v = values_.data();
-    for (int i = 0; i < count; ++i) v[i] = std::fabs(base_[i]);
+    for (int i = 0; i < count; i += LANES) {
+      const V x = load<V>(base_ + i);
+      store(v + i, T::flip(x, T::sign(x)));
+    }
     for (i64 k = 0; k + 1 < shape; ++k) {
       C* left = v + c->lo[k] * STRIP;
       C* right = v + c->mid[k] * STRIP;
       const double* g = lean + k * lean_row;
       if (lean_step)
         for (int i = 0; i < count; ++i) leans_[i] = C(g[i]);
-      const C spread = C(c->spread[k]);
+      const C spread = C(c->spread[k]), one = C(g[0]), *leans = leans_, *x = base_;
       const bool even = !lean_step && g[0] == 0;
-      if (t.tree_noise) {
-        const float* raw = noise(t.distribution, linear, units, count, u32(c->node[k]), SPLIT, t.noise_key);
-        const C *x = base_, *leans = leans_;
-        if (even)
-          halve(left, right, count, [=](int i, C) { return flip(C(raw[i]) * spread, x[i]); });
-        else if (lean_step)
-          halve(left, right, count, [=](int i, C w) { return leans[i] * w + flip(C(raw[i]) * spread, x[i]); });
-        else
-          halve(left, right, count, [=, l = C(g[0])](int i, C w) { return l * w + flip(C(raw[i]) * spread, x[i]); });
-      } else if (lean_step) {
-        const C* leans = leans_;
-        halve(left, right, count, [=](int i, C w) { return leans[i] * w; });
-      } else {
-        halve(left, right, count, [l = C(g[0])](int, C w) { return l * w; });
-      }
+      const float* raw =
+          t.tree_noise ? noise(t.distribution, linear, units, count, u32(c->node[k]), SPLIT, t.noise_key) : nullptr;
+      const auto e = [=](int i) { return T::flip(T::noise(raw + i) * spread, T::sign(load<V>(x + i))); };
+      if (raw && even) halve(left, right, count, [=](int i, V) { return e(i); });
+      else if (raw && lean_step) halve(left, right, count, [=](int i, V w) { return load<V>(leans + i) * w + e(i); });
+      else if (raw) halve(left, right, count, [=](int i, V w) { return one * w + e(i); });
+      else if (lean_step) halve(left, right, count, [=](int i, V w) { return load<V>(leans + i) * w; });
+      else halve(left, right, count, [=](int, V w) { return one * w; });
     }
     for (i64 r = 0; r < shape; ++r) {
       C* leaf = v + r * STRIP;
-      for (int i = 0; i < count; ++i) leaf[i] = std::copysign(leaf[i], base_[i]);
+      for (int i = 0; i < count; i += LANES)
+        store(leaf + i, T::flip(load<V>(leaf + i), T::sign(load<V>(base_ + i))));
     }
   }
 
-  // e with its sign turned where `sign` is negative
-  static inline C flip(C e, C sign) { return T::load_compute(T::bits_compute(e) ^ (T::bits_compute(sign) & T::SIGN)); }
+  // big = rn(w/2 + |m|), at most w; w - big is exact. Signs are put on both.
+  static inline void halves(V w, V m, V sign, V& left, V& right) {
+    constexpr C MOST = std::numeric_limits<C>::max();
+    V big = T::round_finite(w * C(0.5) + T::flip(m, T::sign(m)));
+    big = big < w ? big : w;
+    const V small = w - (big < MOST ? big : V{} + MOST);  // of infinity, infinity
+    const V other = T::where(m < C(0), T::flip(big, small));
+    left = T::flip(T::flip(big, sign), other);
+    right = T::flip(T::flip(small, sign), other);
+  }
+
+  // left, right = the halves of left
+  template <class F>
+  static inline void halve(C* left, C* right, int count, F lean) {
+    for (int i = 0; i < count; i += LANES) {
+      const V w = load<V>(left + i);
+      V l, r;
+      halves(w, lean(i, w), V{}, l, r);
+      store(left + i, l);
+      store(right + i, r);
+    }
+  }
 
   // The commonest cut, fused: even pairs, straight to their bits.
   template <bool NOISE>
   void pair(u64 linear, const i64* units, const Cuts* c, int count) {
-    const C spread = C(c->spread[0]);
-    const float* __restrict raw =
-        NOISE ? noise(t.distribution, linear, units, count, u32(c->node[0]), SPLIT, t.noise_key) : nullptr;
-    B* __restrict left = stored_.data();
-    B* __restrict right = stored_.data() + STRIP;
-    const C* __restrict base = base_;
-    constexpr C INF = C(INFINITY);
-    for (int i = 0; i < count; ++i) {
-      const C x = base[i], w = std::fabs(x);
-      const C m = NOISE ? flip(C(raw[i]) * spread, x) : C(0);
-      C big = T::round_finite(w * C(0.5) + std::fabs(m));
-      big = big < w ? big : w;
-      C small = w - big;
-      small = w < INF ? small : w;
-      const bool swap = m < 0;
-      left[i] = T::store(std::copysign(swap ? small : big, x));
-      right[i] = T::store(std::copysign(swap ? big : small, x));
+    const float* raw = NOISE ? raw_of(linear, units, c, count) : nullptr;
+    pair_to<NOISE>(raw, C(c->spread[0]), 0, count, [this](int i, V l, V r) {
+      T::store(stored_.data() + i, l);
+      T::store(stored_.data() + STRIP + i, r);
+    });
+  }
+
+  // The same with noise, and to where they go: stores between the arithmetic, not after it, do not make it wait. Each
+  // half to `copies` places, all aligned to lines of the cache.
+  void stream_pair(u64 linear, const i64* units, const Cuts* c, int count, B* const* left, B* const* right, i64 copies) {
+    const float* raw = raw_of(linear, units, c, count);
+    const int whole = count / LANES * LANES;
+    pair_to<true>(raw, C(c->spread[0]), 0, whole, [=](int i, V l, V r) {
+      for (i64 k = 0; k < copies; ++k) T::stream(left[k] + i, l), T::stream(right[k] + i, r);
+    });
+    if (whole == count) return;
+    pair_to<true>(raw, C(c->spread[0]), whole, count, [this](int i, V l, V r) {
+      T::store(stored_.data() + i, l);
+      T::store(stored_.data() + STRIP + i, r);
+    });
+    const size_t bytes = size_t(count - whole) * sizeof(B);
+    for (i64 k = 0; k < copies; ++k) {
+      std::memcpy(left[k] + whole, stored_.data() + whole, bytes);
+      std::memcpy(right[k] + whole, stored_.data() + STRIP + whole, bytes);
     }
   }
 
-  // left, right = the halves of left: big = rn(w/2 + |m|), at most w; w - big is exact
-  template <class F>
-  static inline void halve(C* __restrict left, C* __restrict right, int count, F lean) {
-    constexpr C INF = C(INFINITY);
-    for (int i = 0; i < count; ++i) {
-      const C w = left[i], m = lean(i, w);
-      C big = T::round_finite(w * C(0.5) + std::fabs(m));
-      big = big < w ? big : w;
-      C small = w - big;
-      small = w < INF ? small : w;
-      const bool swap = m < 0;
-      left[i] = swap ? small : big;
-      right[i] = swap ? big : small;
+  const float* raw_of(u64 linear, const i64* units, const Cuts* c, int count) {
+    return noise(t.distribution, linear, units, count, u32(c->node[0]), SPLIT, t.noise_key);
+  }
+
+  template <bool NOISE, class F>
+  void pair_to(const float* raw, C spread, int from, int to, F put) {
+    for (int i = from; i < to; i += LANES) {
+      const V x = load<V>(base_ + i), sign = T::sign(x);
+      V l, r;
+      halves(T::flip(x, sign), NOISE ? T::flip(T::noise(raw + i) * spread, sign) : V{}, sign, l, r);
+      put(i, l, r);
     }
+  }
+
+  // Whether a strip of a segment goes to runs of columns that all begin with a line of the cache: where, of each leaf.
+  bool lines(B* row, const Segment& s, i64 a, int count, B** at) const {
+    if (!t.stream || s.scatter || s.step != 1 || s.leaves > 4 || count < 64) return false;
+    for (i64 r = 0; r < s.leaves; ++r) {
+      at[r] = row + s.base[r] + a;
+      if (s.base[r] < 0 || reinterpret_cast<uintptr_t>(at[r]) & 63) return false;
+    }
+    return true;
   }
 
   void convert(B* to, const C* from, int count) {
-    for (int i = 0; i < count; ++i) to[i] = T::store(from[i]);
+    for (int i = 0; i < count; i += LANES) T::store(to + i, load<V>(from + i));
   }
 
   void pairs(i64 leaves, u64 linear, const i64* units, int count) {
-    const C amplitude = C(t.pair_amplitude);
     for (i64 r = 0; r < leaves; ++r) std::fill_n(values_.data() + r * STRIP, count, C(0));
     for (i64 k = 0; k < leaves / 2; ++k) {
       const float* raw = noise(t.distribution, linear, units, count, u32(k + 1), PAIR, t.noise_key);
       C* plus = values_.data() + 2 * k * STRIP;
       C* minus = plus + STRIP;
-      for (int i = 0; i < count; ++i) {
-        const C z = T::round(C(raw[i]) * amplitude);
-        plus[i] = z;
-        minus[i] = -z;
-      }
+      scaled(plus, raw, C(t.pair_amplitude), count);
+      for (int i = 0; i < count; ++i) minus[i] = -plus[i];
     }
   }
 
-  // One strip of one segment, for all rows of an outer group that get the same values, or for one row.
-  void strip(const Row& row, const Row* rows, i64 row_count, const Segment& s, i64 a, int count, i64 outer_group) {
+  void repeat(i64 leaves, const B* strip) {
+    if (i64(repeated_.size()) < leaves || repeated_[0] != strip) repeated_.assign(size_t(leaves), strip);
+  }
+
+ public:
+  void strip(const Row& row, const Row* rows, i64 row_count, const Segment& s, i64 a, int count, i64 outer_group) override {
     B* target = static_cast<B*>(t.target);
     base(row, s, a, count);
     const i64* units = s.units ? s.units + a : nullptr;
@@ -692,6 +888,11 @@ class Machine {
       // noise goes by destination column; then the segment is one destination run
       const u64 linear = row.split_linear + u64(t.column_offset + (s.scatter ? 0 : s.base[0] + a));
       const bool addressed = t.tree_noise || paired;
+      B *left[4], *right[4];
+      if (even && t.tree_noise && here == 2 && row_count == 1 &&
+          lines(target + rows[0].target + o.entry[from + (o.leaf[from] != 0)] * o.target_stride, s, a, count, left) &&
+          lines(target + rows[0].target + o.entry[from + (o.leaf[from] == 0)] * o.target_stride, s, a, count, right))
+        return stream_pair(linear, nullptr, cuts(2), count, left, right, s.leaves);
       if (paired) pairs(leaves, linear, nullptr, count);
       else if (even && t.tree_noise) pair<true>(linear, nullptr, cuts(2), count);
       else if (even) pair<false>(0, nullptr, cuts(2), count);
@@ -713,6 +914,9 @@ class Machine {
     } else if (s.split && leaves == 2 && !s.lean_step && s.lean[0] == 0) {
       reserve(2);
       const u64 linear = row.split_linear + u64(units ? 0 : s.first + a);
+      B* at[4];
+      if (t.tree_noise && row_count == 1 && lines(target + rows[0].target, s, a, count, at))
+        return stream_pair(linear, units, cuts(2), count, at, at + 1, 1);
       if (t.tree_noise) pair<true>(linear, units, cuts(2), count);
       else pair<false>(linear, units, cuts(2), count);
       for (i64 k = 0; k < row_count; ++k)
@@ -735,31 +939,26 @@ class Machine {
       store_leaves(target + rows[k].target, pointers_.data(), s, a, count, t.stream, scratch_);
   }
 
-  // Independent noise on a finished stretch of a row.
-  void independent(const Row& row, bool row_copy, i64 from, i64 to) {
+  void independent(const Row& row, bool row_copy, i64 from, i64 to) override {
     B* x = static_cast<B*>(t.target) + row.target;
     const C amplitude = C(t.independent_amplitude);
     for (i64 c = from; c < to; c += STRIP) {
       const int count = int(std::min<i64>(STRIP, to - c));
       const float* raw = draws(words_.data(), t.distribution, row.target_linear + u64(t.column_offset + c), count, 0,
                                INDEPENDENT, t.noise_key);
+      std::memcpy(scratch_, x + c, size_t(count) * sizeof(B));
+      for (int i = 0; i < count; i += LANES)
+        T::store(scratch_ + i, T::round(T::load(scratch_ + i) + T::noise(raw + i) * amplitude));
       for (int i = 0; i < count; ++i)
-        if (row_copy || (t.column_copy && t.column_copy[c + i]))
-          x[c + i] = T::store(T::round(T::load(x[c + i]) + C(raw[i]) * amplitude));
+        if (row_copy || (t.column_copy && t.column_copy[c + i])) x[c + i] = scratch_[i];
     }
-  }
-
- private:
-  std::vector<const B*> repeated_;
-  void repeat(i64 leaves, const B* strip) {
-    if (i64(repeated_.size()) < leaves || repeated_[0] != strip) repeated_.assign(size_t(leaves), strip);
   }
 };
 
 // Bits as they are: no computing, any type of 1, 2, 4, 8 or 16 bytes.
 struct Bits16 { u64 a, b; };
 template <class B>
-class Copier {
+class Copier : public Maker {
   const Task& t;
   std::vector<const B*> repeated_;
   alignas(64) B strip_[STRIP];
@@ -767,18 +966,16 @@ class Copier {
 
  public:
   explicit Copier(const Task& task) : t(task) {}
-  void strip(const Row& row, const Row* rows, i64 row_count, const Segment& s, i64 a, int count, i64) {
+  void strip(const Row& row, const Row* rows, i64 row_count, const Segment& s, i64 a, int count, i64) override {
     const u8 code = rank(row.code) <= rank(u8(s.code)) ? row.code : u8(s.code);
     const B* from = strip_;
     if (code == OLD) {
       const B* source = static_cast<const B*>(t.source) + row.source;
       const i64 stride = t.column_source_stride;
-      if (s.units)
-        for (int i = 0; i < count; ++i) strip_[i] = source[s.units[a + i] * stride];
-      else if (stride == 1)
-        from = source + s.first + a;
-      else
-        for (int i = 0; i < count; ++i) strip_[i] = source[(s.first + a + i) * stride];
+      const i64* units = s.units ? s.units + a : nullptr;
+      const B* first = source + (units ? 0 : (s.first + a) * stride);
+      if (!units && stride == 1) from = first;
+      else gather(strip_, first, stride, units, count);
     } else {
       B value;
       std::memset(&value, 0, sizeof(B));
@@ -789,7 +986,6 @@ class Copier {
     for (i64 k = 0; k < row_count; ++k)
       store_leaves(static_cast<B*>(t.target) + rows[k].target, repeated_.data(), s, a, count, t.stream, scratch_);
   }
-  void independent(const Row&, bool, i64, i64) {}
 };
 
 // Rows of the outer group (g0, g1, g2); a group that is split contributes one pseudo-entry, its leaves come later.
@@ -833,8 +1029,58 @@ void enumerate(const Task& t, const i64* group, i64 split_group, std::vector<Row
       }
 }
 
-template <class M>
-void run(const Task& t) {
+Maker* maker(const Task& t) {
+  switch (t.item_bytes) {
+    case 0: break;
+    case 1: return new Copier<u8>(t);
+    case 2: return new Copier<u16>(t);
+    case 4: return new Copier<u32>(t);
+    case 8: return new Copier<u64>(t);
+    case 16: return new Copier<Bits16>(t);
+    default: return nullptr;
+  }
+  switch (t.target_type) {
+    case F32: return new Machine<AsF32>(t);
+    case BF16: return new Machine<AsBF16>(t);
+    case F16: return new Machine<AsF16>(t);
+    case F64: return new Machine<AsF64>(t);
+    default: return nullptr;
+  }
+}
+
+// The floating-point mode of C while it lives: no subnormal value is taken for zero, whatever the process asked for.
+struct Exactly {
+#if defined(__x86_64__)
+  unsigned before = _mm_getcsr();
+  Exactly() { _mm_setcsr(0x1F80); }
+  ~Exactly() { _mm_setcsr(before); }
+#endif
+};
+
+// Call work() on so many threads at once, this one among them; where one does not start, the others do its part. They
+// live for one call: a pool would not survive fork().
+template <class F>
+void on_threads(i64 count, F work) {
+#ifdef THREADS
+  std::vector<pthread_t> started;
+  started.reserve(size_t(count));
+  const auto entry = [](void* f) -> void* {
+    (*static_cast<F*>(f))();
+    return nullptr;
+  };
+  for (i64 k = 1; k < count; ++k) {
+    pthread_t id;
+    if (pthread_create(&id, nullptr, entry, &work)) break;
+    started.push_back(id);
+  }
+  work();
+  for (pthread_t id : started) pthread_join(id, nullptr);
+#else
+  work();
+#endif
+}
+
+int run(const Task& t) {
   i64 groups[3] = {1, 1, 1}, total = 1;
   bool scaled = false;
   for (int d = 0; d < t.rows_outer; ++d) {
@@ -847,18 +1093,28 @@ void run(const Task& t) {
   std::vector<i64> strips(size_t(t.segments) + 1, 0);
   for (i64 s = 0; s < t.segments; ++s) strips[size_t(s) + 1] = strips[size_t(s)] + (t.segment[s].count + STRIP - 1) / STRIP;
   const i64 per_row = strips.back();
-  if (per_row == 0 || total == 0) return;
+  if (per_row == 0 || total == 0) return 0;
   i64 chunks = 1;  // pieces of a row that different threads may take
   if (!t.independent && total < 8 * t.threads) chunks = std::min(per_row, (8 * t.threads + total - 1) / total);
   const i64 tasks = total * chunks;
   const i64 grain = std::max<i64>(1, std::min<i64>(tasks / (8 * t.threads), (1 << 16) / std::max<i64>(1, per_row * STRIP / chunks) + 1));
-#pragma omp parallel num_threads(int(t.threads)) if (t.threads > 1)
-  {
-    M machine(t);
+  std::atomic<i64> next{0};
+  std::atomic<int> status{0};
+  const auto work = [&] {
+    const Exactly mode;
+    std::unique_ptr<Maker> machine(maker(t));
+    if (!machine) {
+      status = 2;
+      return;
+    }
     std::vector<Row> rows;
     std::vector<u8> copies;
-#pragma omp for schedule(dynamic, grain)
-    for (i64 task = 0; task < tasks; ++task) {
+    for (i64 task = 0, end = 0;; ++task) {
+      if (task == end) {
+        task = next.fetch_add(grain);
+        end = std::min(tasks, task + grain);
+        if (task >= tasks || status) break;
+      }
       const i64 chunk = task % chunks;
       i64 rest = task / chunks, group[3];
       for (int d = 2; d >= 0; --d) group[d] = rest % groups[d], rest /= groups[d];
@@ -877,11 +1133,11 @@ void run(const Task& t) {
           const Segment& segment = t.segment[s];
           const i64 a = (at - strips[size_t(s)]) * STRIP;
           const int n = int(std::min<i64>(STRIP, segment.count - a));
-          machine.strip(rows[size_t(r)], &rows[size_t(r)], same ? count : 1, segment, a, n, split_group);
+          machine->strip(rows[size_t(r)], &rows[size_t(r)], same ? count : 1, segment, a, n, split_group);
         }
       }
       if (t.independent && split_group < 0)
-        for (i64 r = 0; r < count; ++r) machine.independent(rows[size_t(r)], copies[size_t(r)] != 0, 0, t.columns);
+        for (i64 r = 0; r < count; ++r) machine->independent(rows[size_t(r)], copies[size_t(r)] != 0, 0, t.columns);
       if (t.independent && split_group >= 0) {
         const Outer& o = t.outer[t.split_outer];
         for (i64 e = o.start[split_group]; e < o.start[split_group + 1]; ++e)
@@ -889,14 +1145,22 @@ void run(const Task& t) {
             Row row = rows[size_t(r)];
             row.target += o.entry[e] * o.target_stride;
             row.target_linear += u64(o.entry[e] + o.offset) * u64(o.target_linear);
-            machine.independent(row, copies[size_t(r)] || (o.copy && o.copy[o.entry[e]]), 0, t.columns);
+            machine->independent(row, copies[size_t(r)] || (o.copy && o.copy[o.entry[e]]), 0, t.columns);
           }
       }
     }
 #if defined(__x86_64__)
     if (t.stream) _mm_sfence();
 #endif
-  }
+  };
+  on_threads(std::min(t.threads, (tasks + grain - 1) / grain), [&] {
+    try {
+      work();
+    } catch (...) {
+      status = 1;
+    }
+  });
+  return status;
 }
 
 }  // namespace
@@ -905,23 +1169,10 @@ extern "C" {
 
 int fxgrow_abi() { return int(sizeof(Task)) * 10000 + int(sizeof(Segment)) * 100 + int(sizeof(Outer)) % 100; }
 
+// 0, 1 without memory, 2 for a type that is not known
 int fxgrow_run(const Task* t) {
   try {
-    switch (t->item_bytes) {
-      case 1: run<Copier<u8>>(*t); return 0;
-      case 2: run<Copier<u16>>(*t); return 0;
-      case 4: run<Copier<u32>>(*t); return 0;
-      case 8: run<Copier<u64>>(*t); return 0;
-      case 16: run<Copier<Bits16>>(*t); return 0;
-      default: break;
-    }
-    switch (t->target_type) {
-      case F32: run<Machine<AsF32>>(*t); return 0;
-      case BF16: run<Machine<AsBF16>>(*t); return 0;
-      case F16: run<Machine<AsF16>>(*t); return 0;
-      case F64: run<Machine<AsF64>>(*t); return 0;
-      default: return 2;
-    }
+    return run(*t);
   } catch (...) {
     return 1;
   }
@@ -929,9 +1180,16 @@ int fxgrow_run(const Task* t) {
 
 // Many small tensors, each on one thread.
 int fxgrow_run_many(const Task* tasks, i64 count, i64 threads) {
-  int status = 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(int(threads)) reduction(| : status) if (threads > 1 && count > 1)
-  for (i64 k = 0; k < count; ++k) status |= fxgrow_run(tasks + k);
+  std::atomic<i64> next{0};
+  std::atomic<int> status{0};
+  try {
+    on_threads(std::min(threads, count), [&] {
+      for (i64 k = next++; k < count; k = next++)
+        if (const int s = fxgrow_run(tasks + k)) status = s;
+    });
+  } catch (...) {
+    return 1;
+  }
   return status;
 }
 
@@ -959,25 +1217,31 @@ i64 fxgrow_take_pages(void* start, i64 bytes, i64 want_huge, double dear, double
   std::atomic<bool> works{true};
   const uintptr_t first = lo / size;
   const i64 regions = i64((hi - 1) / size - first) + 1;
-#pragma omp parallel num_threads(int(threads)) if (threads > 1 && regions > 8)
-  while (works) {
-    const i64 region = next++;
-    if (region >= regions) break;
-    const uintptr_t from = std::max(lo, (first + uintptr_t(region)) * size);
-    const uintptr_t to = std::min(hi, (first + uintptr_t(region) + 1) * size);
-    int was = mode;
-    const double before = now();
-    if (madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_WRITE)) works = false;  // before Linux 5.14
-    const bool whole = to - from == size, huge = was == HUGE || was == HUGE_AFTER_ALL;
-    if (whole && huge) huge_bytes += i64(size);
-    if (!whole || (was != HUGE && was != SMALL_AFTER_DEAR)) continue;
-    if (now() - before <= (huge ? dear : dear_small)) {
-      slow = 0;
-    } else if (huge || ++slow == 2) {
-      slow = 0;
-      if (mode.compare_exchange_strong(was, huge ? SMALL_AFTER_DEAR : HUGE_AFTER_ALL))
-        advise(huge ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+  const auto work = [&] {
+    while (works) {
+      const i64 region = next++;
+      if (region >= regions) break;
+      const uintptr_t from = std::max(lo, (first + uintptr_t(region)) * size);
+      const uintptr_t to = std::min(hi, (first + uintptr_t(region) + 1) * size);
+      int was = mode;
+      const double before = now();
+      if (madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_WRITE)) works = false;  // before Linux 5.14
+      const bool whole = to - from == size, huge = was == HUGE || was == HUGE_AFTER_ALL;
+      if (whole && huge) huge_bytes += i64(size);
+      if (!whole || (was != HUGE && was != SMALL_AFTER_DEAR)) continue;
+      if (now() - before <= (huge ? dear : dear_small)) {
+        slow = 0;
+      } else if (huge || ++slow == 2) {
+        slow = 0;
+        if (mode.compare_exchange_strong(was, huge ? SMALL_AFTER_DEAR : HUGE_AFTER_ALL))
+          advise(huge ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+      }
     }
+  };
+  try {
+    on_threads(regions > 8 ? threads : 1, work);
+  } catch (...) {
+    return 0;
   }
   return works ? i64(huge_bytes) : 0;
 #else

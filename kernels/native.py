@@ -1,20 +1,19 @@
-"""The CPU backend: `native.cpp`, built on first use, and the tables it reads.
+"""The CPU backend: `native.cpp`, built where no library of it is found, and the tables it reads.
 
-The library is built once per source, compiler and processor into a user cache (``FXGROW_CACHE``, else
-``$XDG_CACHE_HOME/fxgrow``), under a temporary name and renamed, so that processes that build at once do not disturb
-each other. Nothing is built at import.
+Nothing is built at import. `get_ready` starts a build in the background where one is needed; until it has ended, the
+torch backend, which makes the same bits, does what is not worth waiting for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shlex
-import shutil
 import subprocess
+import sys
+import threading
+import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,27 +23,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxgrow.kernels import builder
+from fxgrow.kernels.builder import NoCompiler
 from fxgrow.kernels.job import FLOATS, Job
 from fxgrow.kernels.maps import FILL_MEAN, OLD, Bytes, Dim, Floats, Ints, Tree, cuts_of
 from fxgrow.kernels.philox import DISTRIBUTIONS, UNIT
-from fxgrow.publish import replacing
 
-FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-fPIC",
-    "-shared",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-w",
-]
 HUGE = 4 << 20  # bytes; fresh destinations from here on ask for huge pages
 DEAR = (8e-4, 2e-3)  # CPU seconds that 2 MiB may take: as a huge page, as small ones after huge ones were dear
 PATIENCE = (64 << 20, 1 << 30)  # bytes of destinations with small pages before huge ones are tried again; at most
 FRESH = 1 << 20  # bytes; the pages of smaller fresh destinations come by faults, if they are new at all
 STREAM = 1 << 20  # bytes; smaller destinations are left in the cache for whoever reads them next
-ALONE = 1 << 15  # elements; smaller tensors are not worth a second thread
+ALONE = 1 << 15  # elements; smaller tensors share one call
+SHARE = 1 << 16  # elements that are worth a thread of their own: one costs about 20 microseconds
+BUILD = 8.0  # seconds that a build usually takes
+TORCH = 1e-7  # seconds an element costs the torch backend, with noise
 EXPAND = 64  # trailing elements of an ungrown dim (a convolution's kernel) that are folded into the columns
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -106,90 +99,144 @@ class _Task(ctypes.Structure):
 _ABI = ctypes.sizeof(_Task) * 10000 + ctypes.sizeof(_Segment) * 100 + ctypes.sizeof(_Outer) % 100
 
 
-class NoCompiler(RuntimeError):
-    """The CPU backend cannot be built here; the message says why."""
-
-
-def cache_folder() -> Path:
-    """Where built libraries are kept."""
-    if folder := os.environ.get("FXGROW_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxgrow"
-
-
-def _compiler() -> list[str]:
-    named = os.environ.get("CXX")
-    for candidate in [named] if named else ["g++", "clang++", "c++"]:
-        command = shlex.split(candidate)
-        if command and shutil.which(command[0]):
-            return command
-    raise NoCompiler(f"no C++ compiler: {named or 'g++, clang++ and c++ are'} not found on PATH (set CXX to name one)")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    except OSError:
-        return platform.processor()
-
-
-def library() -> ctypes.CDLL:
-    """The built library.
-
-    Raises:
-        NoCompiler: there is no compiler, it fails, or the cache cannot be written; tried once a process.
-    """
-    found = _library()
-    if isinstance(found, NoCompiler):
-        raise found.with_traceback(None)
-    return found
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | NoCompiler:
-    try:
-        return _load()
-    except NoCompiler as error:
-        return error
-
-
-def _load() -> ctypes.CDLL:
-    source = Path(__file__).with_name("native.cpp")
-    compiler = _compiler()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [source.read_text(), " ".join([*compiler, *FLAGS]), version, _processor(), platform.machine()]
-    name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:20]}.so"
-    try:
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            _build(compiler, source, folder / name)
-        loaded = ctypes.CDLL(str(folder / name))
-    except OSError as error:
-        raise NoCompiler(f"the built library cannot be kept or loaded: {error}") from error
+def _open(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
     loaded.fxgrow_run.argtypes = [ctypes.POINTER(_Task)]
     loaded.fxgrow_run_many.argtypes = [ctypes.POINTER(_Task), ctypes.c_int64, ctypes.c_int64]
     loaded.fxgrow_take_pages.argtypes = [_ptr, _int, _int, _float, _float, _int]
     loaded.fxgrow_take_pages.restype = _int
     if loaded.fxgrow_abi() != _ABI:
-        raise NoCompiler(f"structures of another layout than expected ({loaded.fxgrow_abi()} against {_ABI})")
+        raise OSError(f"{path}: structures of another layout than expected ({loaded.fxgrow_abi()} against {_ABI})")
     return loaded
 
 
-def _build(compiler: list[str], source: Path, target: Path) -> None:
-    # not every compiler knows these, and clang may come without OpenMP
-    native = ["-march=native", "-mprefer-vector-width=512"]
-    with replacing(target) as made:
-        for extra in ([*native, "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-fopenmp"], native, []):
-            command = [*compiler, *FLAGS, *extra, str(source), "-o", str(made)]
-            try:
-                result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-            except subprocess.TimeoutExpired as error:
-                raise NoCompiler(f"{compiler[0]} took longer than five minutes") from error
-            if result.returncode == 0:
+class _Library:
+    """The library of this process: looked for, built, loaded and, where that cannot be, why not; each once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._found: ctypes.CDLL | NoCompiler | None = None
+        self._level = ""
+        self._target: Path | None = None  # of the build
+        self._build: subprocess.Popen[str] | None = None
+        self._process = 0  # that started it: a child of fork() cannot ask how it went
+        self._began = 0.0
+
+    def get_ready(self, background: bool = True) -> None:
+        """Look for the library, and start to build it where there is none. Does not wait, and raises nothing."""
+        with self._lock:
+            if self._found is not None or self._target is not None:
                 return
-        raise NoCompiler(f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}")
+            try:
+                self._level = builder.level()
+                if self._look():
+                    return
+                builder.compiler()
+                self._target = builder.writable(self._level)
+                self._began = time.monotonic()
+                if background and sys.executable:
+                    self._build, self._process = builder.start(self._level, self._target), os.getpid()
+            except NoCompiler as error:
+                self._found = error
+            except OSError as error:
+                self._found = NoCompiler(f"the library cannot be built: {error}")
+
+    def _look(self) -> bool:
+        """Load what lies in one of the places for it."""
+        for path in builder.candidates(self._level):
+            if path.exists():
+                with contextlib.suppress(OSError):  # of another system, or damaged
+                    self._found = _open(path)
+                    return True
+        return False
+
+    def finish(self) -> None:
+        """Wait until it is there, or is known not to come."""
+        with self._lock:
+            self.get_ready(background=False)
+            if self._found is not None:
+                return
+            assert self._target is not None
+            try:
+                if not self._ended():
+                    builder.build(self._level, self._target)  # waits for one that is being built
+                    self._settle("")
+            except NoCompiler as error:
+                self._found = error
+            except OSError as error:
+                self._found = NoCompiler(f"the built library cannot be kept or loaded: {error}")
+
+    def _ended(self) -> bool:
+        """Whether the process that builds has ended; then it is known how."""
+        if self._build is None or self._process != os.getpid() or self._build.poll() is None:
+            return False
+        assert self._build.stderr is not None
+        with self._build.stderr as stream:
+            self._settle(stream.read().strip())
+        self._build = None
+        return True
+
+    def _settle(self, why: str) -> None:
+        assert self._target is not None
+        try:
+            self._found = _open(self._target)
+        except OSError as error:
+            self._found = NoCompiler(why or f"the built library cannot be kept or loaded: {error}")
+
+    def found(self) -> ctypes.CDLL | NoCompiler | None:
+        """It, or why there is none, or None while it is being built."""
+        with self._lock:
+            self.get_ready()
+            if self._found is None and self._target is not None and not self._ended() and self._target.exists():
+                self._settle("")  # whoever built it
+            return self._found
+
+    def rest(self) -> float:
+        """Seconds that the build may still take."""
+        return max(BUILD - (time.monotonic() - self._began), 0.5)
+
+
+_library = _Library()
+
+
+def get_ready() -> None:
+    """Have the library built in the background, in a process of its own, where there is none: for later calls.
+
+    Returns at once, and says nothing where that cannot be: what needs the library then does.
+    """
+    if os.environ.get("FXGROW_KERNELS", "cpu") == "cpu":
+        _library.get_ready()
+
+
+def library() -> ctypes.CDLL:
+    """The built library, waited for.
+
+    Raises:
+        NoCompiler: there is no compiler, it fails, or the library cannot be kept; tried once a process.
+    """
+    _library.finish()
+    found = _library.found()
+    if isinstance(found, NoCompiler):
+        raise found.with_traceback(None)
+    assert found is not None
+    return found
+
+
+def is_there() -> bool:
+    """Whether the library is there now."""
+    return isinstance(_library.found(), ctypes.CDLL)
+
+
+def sooner(elements: int) -> bool:
+    """Whether so many elements are made sooner here than by the torch backend, waiting for the library included.
+
+    Raises:
+        NoCompiler: there is none and there will be none.
+    """
+    found = _library.found()
+    if isinstance(found, NoCompiler):
+        raise found.with_traceback(None)
+    return found is not None or elements * TORCH > _library.rest()
 
 
 class HugePages:
@@ -697,7 +744,7 @@ def task_of(job: Job, out: Tensor) -> tuple[_Task, list[Any]]:
         task.mean_stride[places][:] = strides[:-1] + [0] * (4 - len(strides)) + strides[-1:]
     size = out.numel() * out.element_size()
     task.stream = int(size >= STREAM and not job.independent)
-    task.threads = 1 if out.numel() < ALONE else torch.get_num_threads()
+    task.threads = max(1, min(torch.get_num_threads(), out.numel() // SHARE))
     return task, [*keep, segments, table_of_cuts, later, job]
 
 
