@@ -43,33 +43,39 @@ def train(
     fxgrow train examples.gpt.train:task --out out/run --hyper steps=300
     fxgrow train examples.gpt.train:task --out out/run --resume
     fxgrow train examples.gpt.train:task --schedule mine.yaml --dry-run
+    torchrun --nproc-per-node 2 -m fxgrow train examples.gpt.train:task --out out/run --hyper accumulation=4
     """
     import torch
 
     from fxgrow import training
     from fxgrow.cli.models import call, parse_settings
+    from fxgrow.ranks import together
 
-    made = call(task, parse_settings(config or ()))
-    if not isinstance(made, training.Task):
-        raise SpecError(f"{task!r} returned a {type(made).__name__}, not a fxgrow.training.Task")
-    changes = parse_settings(hyper or (), "--hyper")
-    made = dataclasses.replace(made, hyper=training.hyper_of(changes, made.hyper, "--hyper"))
-    if schedule is not None:
-        made = dataclasses.replace(made, schedule=schedule)
-    if threads:
-        torch.set_num_threads(threads)
-    console = out()
-    if dry_run:
-        console.print(str(training.planned(training.begin(made, Path()))), highlight=False, soft_wrap=True)
-        return
-    if out_ is None:
-        raise SpecError("give --out, the folder for log and checkpoints, or --dry-run")
-    try:
-        run = training.train(made, out_, resume=resume, overwrite=overwrite, stop_at=stop_at, console=console)
-    except KeyboardInterrupt:
-        say().print(f"interrupted; go on with --resume --out {out_}", soft_wrap=True)
-        raise typer.Exit(130) from None
-    if run.step < made.hyper.steps:
-        console.print(f"stopped after {run.step} steps; go on with --resume --out {out_}", soft_wrap=True)
-    else:
-        console.print(f"{run.step} steps, validation loss {run.val_loss:.4f}; log and checkpoints in {out_}")
+    with training.launched() as first:
+        with together("the task"):
+            made = call(task, parse_settings(config or ()))
+            if not isinstance(made, training.Task):
+                raise SpecError(f"{task!r} returned a {type(made).__name__}, not a fxgrow.training.Task")
+            changes = parse_settings(hyper or (), "--hyper")
+            made = dataclasses.replace(made, hyper=training.hyper_of(changes, made.hyper, "--hyper"))
+            if schedule is not None:
+                made = dataclasses.replace(made, schedule=schedule)
+            if out_ is None and not dry_run:
+                raise SpecError("give --out, the folder for log and checkpoints, or --dry-run")
+        if threads:
+            torch.set_num_threads(threads)
+        console = out()
+        console.quiet = not first
+        if dry_run or out_ is None:
+            console.print(str(training.planned(training.begin(made, Path()))), highlight=False, soft_wrap=True)
+            return
+        try:
+            run = training.train(made, out_, resume=resume, overwrite=overwrite, stop_at=stop_at, console=console)
+        except KeyboardInterrupt:
+            if first:
+                say().print(f"interrupted; go on with --resume --out {out_}", soft_wrap=True)
+            raise typer.Exit(130) from None
+        if run.step < made.hyper.steps:
+            console.print(f"stopped after {run.step} steps; go on with --resume --out {out_}", soft_wrap=True)
+        else:
+            console.print(f"{run.step} steps, validation loss {run.val_loss:.4f}; log and checkpoints in {out_}")

@@ -32,6 +32,7 @@ from fxgrow.training.display import describe, describe_action, describe_growth, 
 from fxgrow.training.hyper import Hyper, base_rate, hyper_of
 from fxgrow.training.log import Log, action_line, growth_line, read_log, standing
 from fxgrow.training.loop import compiled, due, evaluate, train
+from fxgrow.training.parallel import Parallel, launched
 from fxgrow.training.run import Run, shapes
 from fxgrow.training.task import Batch, Task, adamw, first_numel, model_loss, whole_batch
 
@@ -40,6 +41,7 @@ __all__ = [
     "Copies",
     "Hyper",
     "Log",
+    "Parallel",
     "Run",
     "Task",
     "action_line",
@@ -59,6 +61,7 @@ __all__ = [
     "growth_line",
     "human",
     "hyper_of",
+    "launched",
     "load_model",
     "model_loss",
     "newest",

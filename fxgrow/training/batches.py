@@ -16,6 +16,11 @@ def seeded(seed: int, split: str, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def sow(seed: int, number: int) -> None:
+    """Seed what a training micro-batch draws besides its data (dropout), whichever rank computes it, and when."""
+    torch.manual_seed(seeded(seed, "step", number).initial_seed())
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """A micro-batch with its tensors on a device, nested ones too."""
     moved: Batch = trees.map_tensors(lambda x: x.to(device), batch)

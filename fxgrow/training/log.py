@@ -58,6 +58,19 @@ class Log:
             tracker.close()
 
 
+class Silent(Log):
+    """The log of a rank that leaves it to the first one."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def lines_until(lines: list[str], step: int) -> int:
     """How many lines a log had at the checkpoint of a step, that checkpoint's own included."""
     for number in range(len(lines), 0, -1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,15 +18,19 @@ from torch import nn
 from fxgrow.compile import compile_regions
 from fxgrow.errors import DiskError, FxgrowError
 from fxgrow.ir.flops import flops_of
+from fxgrow.ir.replicas import innermost
 from fxgrow.ir.running import in_mode
+from fxgrow.ranks import agree, answering, shared, together
 from fxgrow.schedule import Grow
 from fxgrow.scheduler import ActionResult
 from fxgrow.scheduler.progress import whole
+from fxgrow.training.batches import sow
 from fxgrow.training.begin import begin, planned
 from fxgrow.training.checkpoints import newest, restore, save
 from fxgrow.training.copies import Copies
 from fxgrow.training.display import describe, describe_action, describe_growth, human, progress_bar
-from fxgrow.training.log import Log, action_line, growth_line, standing
+from fxgrow.training.log import Log, Silent, action_line, growth_line, standing
+from fxgrow.training.parallel import Parallel
 from fxgrow.training.run import Run
 from fxgrow.training.task import Batch, Task, loss_of
 
@@ -57,36 +62,35 @@ def train(
     Raises:
         FxgrowError: a growth was refused, a checkpoint does not fit, ``out`` holds a run that is neither resumed nor
             overwritten, or the loss stopped being finite.
+        RankError: on all ranks, where they are several: one of them failed, or has ended.
     """
     hyper, out, console = task.hyper, Path(out), console or Console()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise DiskError(f"the folder of the run cannot be made: {error}") from error
-    if (out / "log.jsonl").is_file() and not (resume or overwrite):
-        raise FxgrowError(f"{out} holds a run already: resume it, overwrite it, or choose another folder")
-    run = begin(task, out, before=lambda action: look(action))
-    scheduler, batch = run.scheduler, run.batch
-    resumed = resume and (out / "checkpoints" / "latest").is_file()
-    if resumed:
-        restore(run)
-    else:  # an earlier run's checkpoint in this folder must not be taken for one of this run
-        try:
-            (out / "checkpoints" / "latest").unlink(missing_ok=True)
-        except OSError as error:
-            raise DiskError(f"{out} is no folder of a run: {error}") from error
-    if scheduler.next is not None:  # a mistake in the schedule shows now, not at its step
-        timeline = planned(run)
-        console.print(f"planned: {' → '.join(map(human, timeline.parameters))} parameters", highlight=False)
-    eval_batches = [batch("val", number) for number in range(hyper.eval_batches)]
-    log = Log(out / "log.jsonl", resumed=run if resumed else None)
-    forward = compiled(run.model) if hyper.compile and run.flops_per_batch else run.model
+    parallel = Parallel.here(task.ddp)
+    console = console if parallel.first else Console(quiet=True)
+    with together("the start of the run", parallel.group):
+        run, resumed = started_run(task, out, resume, overwrite, parallel, lambda action: look(action))
+        scheduler, batch = run.scheduler, run.batch
+        sizes = [run.accumulation]
+        if scheduler.next is not None:  # a mistake in the schedule shows now, not at its step
+            timeline = planned(run)
+            sizes += [row.sizes.accumulation for row in timeline.rows]
+            console.print(f"planned: {' → '.join(map(human, timeline.parameters))} parameters", highlight=False)
+        parallel.check(min(sizes), hyper.device)
+        eval_batches = [batch("val", number) for number in range(hyper.eval_batches)]
+        log = Log(out / "log.jsonl", resumed=run if resumed else None) if parallel.first else Silent()
+    if hyper.compile and run.flops_per_batch:
+        compiled(run.model)
+    forward = parallel.shared_by_all(run.model)
     metrics, loss_before = dict[str, float](), math.nan
     started = time.perf_counter() - run.seconds
 
+    def evaluated() -> float:
+        """The loss on the same batches every time."""
+        parallel.same_buffers(run.model)
+        return evaluate(task, run.model, eval_batches, parallel)
+
     def measured() -> dict[str, float]:
-        """Evaluate, on the same batches every time."""
-        run.val_loss, run.evaluated = evaluate(task, forward, eval_batches), run.step
+        run.val_loss, run.evaluated = evaluated(), run.step
         found = {"val_loss": run.val_loss}
         if run.losses:
             found["train_loss"] = run.loss_sum / run.losses
@@ -100,11 +104,13 @@ def train(
         """Measure the loss before a growth, unless it was just measured: the model that has it is what grows."""
         nonlocal loss_before
         if isinstance(action, Grow):
-            loss_before = metrics["val_loss"] if metrics else evaluate(task, forward, eval_batches)
+            loss_before = metrics["val_loss"] if metrics else evaluated()
 
     def checkpoint() -> None:
-        run.log_lines = log.lines + 1
-        log.write("checkpoint", step=run.step, path=str(save(run).relative_to(out)))
+        with together("the checkpoint", parallel.group):
+            if parallel.first:
+                run.log_lines = log.lines + 1
+                log.write("checkpoint", step=run.step, path=str(save(run).relative_to(out)))
 
     if log.lines < (run.log_lines or 0):  # the process ended between the checkpoint and its line
         log.write("checkpoint", step=run.step, path=f"checkpoints/{newest(out)}")
@@ -119,7 +125,7 @@ def train(
             # What the schedule says: grow, or change how the run goes on. A growth must not move the loss.
             epoch = None if task.epoch_tokens is None else run.tokens / task.epoch_tokens
             reported = metrics if run.step else {}  # before the first step there is no training loss to watch
-            while done := due(run, log, epoch, reported):
+            while done := due(run, forward, log, epoch, reported):
                 run.ended = False
                 if done.error or done.growth is None:
                     line = action_line(run, done)
@@ -132,9 +138,9 @@ def train(
                     elif done.op == "checkpoint" and not done.error:
                         checkpoint()
                     continue
-                run.model, run.optimizer = done.module.train(), done.optimizer
-                forward = run.model
-                metrics = {**metrics, "val_loss": evaluate(task, forward, eval_batches)}
+                forward, run.optimizer = done.module.train(), done.optimizer
+                run.model = innermost(forward)
+                metrics = {**metrics, "val_loss": evaluated()}
                 run.val_loss, run.flops_per_batch = metrics["val_loss"], 0
                 run.copies = Copies.of(run.model)
                 run.seconds = time.perf_counter() - started
@@ -158,21 +164,29 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group.get("lr_scale", 1.0)
                 optimizer.zero_grad(set_to_none=True)
-            step_loss = 0.0
-            for _ in range(accumulation):
-                data = batch("train", run.batches)
+            own, found = parallel.own(accumulation), dict[int, tuple[float, int]]()
+            for number in own:
+                data = batch("train", run.batches + number)
+                sow(hyper.seed, run.batches + number)
                 # The first micro-batch of every module is counted, and compiled after it: compiled code hides its ops.
                 counting = run.flops_per_batch == 0
-                with flops_of(run.model) if counting else contextlib.nullcontext() as counter:
+                with contextlib.ExitStack() as around:
+                    counter = around.enter_context(flops_of(run.model)) if counting else None
+                    around.enter_context(parallel.gathering(forward, last=number == own[-1]))
+                    around.enter_context(answering(parallel.group))
                     loss = loss_of(task, forward, data)
-                    (loss / accumulation).backward()
+                    (loss / (accumulation / parallel.ranks)).backward()
                 if counter is not None:
                     run.flops_per_batch = counter.get_total_flops()
-                    forward = compiled(run.model) if hyper.compile else run.model
-                step_loss += loss.item() / accumulation
-                run.batches += 1
-                run.tokens += whole(task.tokens(data), "tokens(batch)")
-                run.flops += run.flops_per_batch
+                    if hyper.compile:
+                        compiled(run.model)
+                found[number] = loss.item() / accumulation, whole(task.tokens(data), "tokens(batch)")
+            for each in shared(f"step {run.step}", found.copy, parallel.group):
+                found |= each
+            step_loss = sum(found[number][0] for number in range(accumulation))
+            run.batches += accumulation
+            run.tokens += sum(tokens for _, tokens in found.values())
+            run.flops += run.flops_per_batch * accumulation
             parameters = [p for p in run.model.parameters() if p.grad is not None]
             norm = float(nn.utils.clip_grad_norm_(parameters, hyper.clip if hyper.clip > 0 else math.inf))
             if not (math.isfinite(step_loss) and math.isfinite(norm)):
@@ -198,21 +212,55 @@ def train(
     return run
 
 
-def due(run: Run, log: Log, epoch: float | None, metrics: Mapping[str, float]) -> ActionResult | None:
-    """The action that falls due, carried out; one that is refused is logged before the run ends with it."""
+def started_run(
+    task: Task, out: Path, resume: bool, overwrite: bool, parallel: Parallel, before: Callable[[Any], None]
+) -> tuple[Run, bool]:
+    """A run at its start or at its newest checkpoint, and whether it is that; see :func:`train`."""
     try:
-        return run.scheduler.step(
-            run.model, run.optimizer, step=run.step, tokens=run.tokens, epoch=epoch, metrics=metrics
-        )
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise DiskError(f"the folder of the run cannot be made: {error}") from error
+    if (out / "log.jsonl").is_file() and not (resume or overwrite):
+        raise FxgrowError(f"{out} holds a run already: resume it, overwrite it, or choose another folder")
+    run = begin(task, out, before=before)
+    resumed = resume and (out / "checkpoints" / "latest").is_file()
+    agree("the newest checkpoint in the run's folder", newest(out) if resumed else "none", parallel.group)
+    if resumed:
+        restore(run)
+    elif parallel.first:  # an earlier run's checkpoint in this folder must not be taken for one of this run
+        try:
+            (out / "checkpoints" / "latest").unlink(missing_ok=True)
+        except OSError as error:
+            raise DiskError(f"{out} is no folder of a run: {error}") from error
+    return run, resumed
+
+
+def due(run: Run, model: nn.Module, log: Log, epoch: float | None, metrics: Mapping[str, float]) -> ActionResult | None:
+    """The action that falls due, carried out; one that is refused is logged before the run ends with it.
+
+    Args:
+        model: the run's, as all ranks share it.
+    """
+    try:
+        return run.scheduler.step(model, run.optimizer, step=run.step, tokens=run.tokens, epoch=epoch, metrics=metrics)
     except FxgrowError as error:
         log.write("refused", **standing(run), error=str(error))
         raise
 
 
-def evaluate(task: Task, model: nn.Module, batches: list[Batch]) -> float:
-    """Mean loss over ``batches`` in eval mode, summed in float64; the model's mode is put back."""
+def evaluate(task: Task, model: nn.Module, batches: list[Batch], parallel: Parallel | None = None) -> float:
+    """Mean loss over ``batches`` in eval mode, summed in float64; the model's mode is put back.
+
+    Args:
+        parallel: ranks that take their parts of the batches; the sum is the same.
+    """
+    parallel = parallel or Parallel()
+
+    def own() -> list[float]:
+        return [loss_of(task, model, batches[number]).item() for number in parallel.own(len(batches))]
+
     with in_mode(model, False), torch.no_grad():
-        return math.fsum(loss_of(task, model, batch).item() for batch in batches) / len(batches)
+        return math.fsum(itertools.chain(*shared("the evaluation", own, parallel.group))) / len(batches)
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -78,6 +78,8 @@ class Task:
     """Grow the model itself; False for a class that cannot compute what it grows to: see :class:`GrowthScheduler`."""
     verify: Any = "auto"
     """Passed to :func:`fxgrow.grow`."""
+    ddp: Mapping[str, Any] = field(default_factory=dict)
+    """Over several ranks: options of ``DistributedDataParallel``, such as ``find_unused_parameters``."""
     name: str = "run"
 
 
