@@ -17,8 +17,8 @@ from fxgrow.compile import blocks_of, compile_regions
 from fxgrow.growth import grow
 from fxgrow.ir import trees
 from fxgrow.ir.compiled import as_written, structures
-from fxgrow.ir.modules import uncompiled
 from fxgrow.ir.rehearsal import blocks_called, real, settings, stand_in, take, without_weights
+from fxgrow.ir.replicas import innermost
 
 
 class Ahead:
@@ -92,7 +92,7 @@ def compile_ahead(
     calls_given = dict(calls or {})
     cast = {d: torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
     more = (spec, args, dict(kwargs or {}), calls_given, in_place, options, cast, settings())
-    inner = uncompiled(model)
+    inner = innermost(model)
     with as_written(inner):
         return Ahead(without_weights(inner, more))
 

@@ -7,7 +7,7 @@ import hashlib
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
@@ -591,7 +591,7 @@ def grow(
         replicas = holding(model.parameters.values())
     group = ranks_of(model) if isinstance(model, nn.Module) and is_distributed(model) else group_of(replicas)
     check_replicas(replicas)
-    with together("the growth", group), plainly(model) if isinstance(model, nn.Module) else nullcontext():
+    with together("the growth", group), plainly(model):
         growth = _grow(model, spec, args, kwargs, **how, group=group, ignored=ignored_by(replicas))
     growth.group = group
     return growth

@@ -14,6 +14,7 @@ from torch import nn
 from fxgrow import kernels
 from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.relate import analyse
+from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
 from fxgrow.ir.libraries import twins_of
 from fxgrow.ir.plain import as_plain
@@ -66,8 +67,10 @@ def capture(
     Raises:
         CaptureError: the model cannot be exported; the message carries PyTorch's reason and the source line.
     """
-    inner = innermost(model) if isinstance(model, nn.Module) else model
-    if isinstance(inner, nn.Module) and any(p.device.type == "cpu" for p in inner.parameters()):
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"capture needs an nn.Module, got {type(model).__name__}")
+    inner = innermost(model)
+    if any(p.device.type == "cpu" for p in inner.parameters()):
         kernels.get_ready()  # while the model is traced
     with plainly(inner), as_plain(inner) as plain:
         if plain is not None:

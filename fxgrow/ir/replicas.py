@@ -86,20 +86,20 @@ def group_of(replicas: Iterable[DistributedDataParallel]) -> Group:
 
 
 @contextmanager
-def plainly(model: nn.Module) -> Iterator[None]:
-    """Let parts of a model compute what they do on one rank: for a trace, in which no rank waits for another.
+def plainly(model: Any) -> Iterator[None]:
+    """Let parts of a module compute what they do on one rank: for a trace, in which no rank waits for another.
 
     A DDP inside calls its module, and a SyncBatchNorm takes the statistics of its own batch.
     """
     changed: list[nn.Module] = []
     try:
-        for part in model.modules():
+        for part in model.modules() if isinstance(model, nn.Module) else ():
             if "forward" in vars(part):
                 continue
             if isinstance(part, DistributedDataParallel):
                 vars(part)["forward"] = functools.partial(_call_inside, part)
             elif isinstance(part, nn.SyncBatchNorm):
-                vars(part)["forward"] = functools.partial(nn.BatchNorm2d.forward, part)  # type: ignore[arg-type]
+                vars(part)["forward"] = functools.partial(nn.BatchNorm2d.forward, part)
             else:
                 continue
             changed.append(part)
@@ -109,7 +109,7 @@ def plainly(model: nn.Module) -> Iterator[None]:
             vars(part).pop("forward", None)
 
 
-def _call_inside(ddp: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _call_inside(ddp: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
     return ddp.module(*args, **kwargs)
 
 

@@ -105,7 +105,9 @@ def apply(
     living, replicas = Living(innermost(model)), around(model)
     check_replicas(replicas)
     old, ignored = named_tensors(living.model), ignored_by(replicas)
-    ignored |= {id(tensors[n]) for n, t in plan.tensors.items() if n in tensors and id(old.get(t.source)) in ignored}
+    ignored |= {
+        id(tensors[n]) for n, t in plan.tensors.items() if n in tensors and id(old.get(t.source or "")) in ignored
+    }
 
     def begun() -> _Applying:
         return _Applying(living, plan, before, grown, tensors, held)

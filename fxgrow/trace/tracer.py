@@ -43,8 +43,6 @@ def trace(
         CaptureError: the model cannot be exported; the message carries PyTorch's reason and the source line.
     """
     start = time.perf_counter()
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"capture needs an nn.Module, got {type(model).__name__}")
     if isinstance(args, torch.Tensor):
         raise CaptureError("args must be a tuple of inputs, got a tensor: write (x,)")
     wanted = as_calls(args, kwargs, calls)
