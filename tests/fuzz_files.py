@@ -531,7 +531,7 @@ def one(seeds: Any, seed: int, number: int, limit: float, kind: str, read: Kind)
     signal.signal(signal.SIGPROF, stop)
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_PROF, limit)
-    signal.setitimer(signal.ITIMER_REAL, 10 * limit)  # a pipe that nobody writes to takes no processor time
+    signal.setitimer(signal.ITIMER_REAL, 30 * limit)  # a pipe that nobody writes to takes no processor time
     try:
         read(seeds, rng, folder)
         return kind, "ok"

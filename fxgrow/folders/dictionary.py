@@ -42,6 +42,9 @@ class Loaded(Entry):
 
     tensor: torch.Tensor
 
+    def ahead(self) -> None:
+        """It is there."""
+
     def read(self) -> torch.Tensor:
         """The tensor."""
         return self.tensor

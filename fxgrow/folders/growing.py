@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ from fxgrow.verify.receipt import Receipt
 from fxgrow.weights.materialise import check_finite, materialise_all, materialise_tensor
 
 SHARD_BYTES = 5 * 10**9
+#: tensors that the system is told to read while one is made
+_AHEAD = 2
 Progress = Callable[[int, int], None]
 
 
@@ -206,8 +209,9 @@ def grow_checkpoint(
     key = _key(source, plan, wanted, shards)
     with Writing(out, key, shards, source.metadata or {"format": "pt"}, more) as writing:
         with timed(seconds, "write"):
-            made = _Made({t.name: (t, name) for t, name in targets.items()}, plan, reader)
-            _stream(writing, Pieces(small.conversions, large, groups, made), progress)
+            with ThreadPoolExecutor(1) as ahead:
+                made = _Made({t.name: (t, name) for t, name in targets.items()}, plan, reader, ahead)
+                _stream(writing, Pieces(small.conversions, large, groups, made), progress)
             writing.index()
         copy_files(others, folder, writing.part)
         for file, state in states.items():
@@ -464,15 +468,30 @@ class _Made:
     """The grown tensors by the names that they are written under.
 
     Args:
-        targets: by that name, with the plan's.
+        targets: by that name, with the plan's, in the order in which they are asked for.
+        ahead: has the system read what is asked for next.
     """
 
-    def __init__(self, targets: Mapping[str, tuple[Target, str]], plan: GrowthPlan, reader: Reader) -> None:
-        self._targets, self._plan, self._reader = targets, plan, reader
+    def __init__(
+        self,
+        targets: Mapping[str, tuple[Target, str]],
+        plan: GrowthPlan,
+        reader: Reader,
+        ahead: ThreadPoolExecutor | None = None,
+    ) -> None:
+        self._targets, self._plan, self._reader, self._ahead = targets, plan, reader, ahead
+        self._order = list(targets)
+        self._place = {n: i for i, n in enumerate(self._order)}
 
     def __call__(self, written: str) -> torch.Tensor:
         target, name = self._targets[written]
         tensor = self._plan.tensors[name]
+        if self._ahead is not None:
+            place = self._place[written]
+            for following in self._order[place + 1 : place + 1 + _AHEAD]:
+                source = self._plan.tensors[self._targets[following][1]].source
+                if source is not None and source != tensor.source:
+                    self._ahead.submit(self._reader.ahead, source)
         source = None if tensor.source is None else self._reader(tensor.source)
         if source is not None:
             check_finite({tensor.source or name: source})

@@ -15,6 +15,7 @@ from fxgrow.folders.building import Make, build, example_of, maker_of, names_of,
 from fxgrow.folders.conversions import Conversions, Stored
 from fxgrow.folders.dictionary import Table, open_table, source_of
 from fxgrow.folders.source import Source, open_folder
+from fxgrow.folders.tensorfile import Entry
 from fxgrow.ir.traced import Traced
 from fxgrow.program import Program, capture
 
@@ -122,6 +123,7 @@ class Reader:
         self.program = program
         self.stored = {program.aliases.get(n, n): e for n, e in stored.items()}
         self._last: tuple[str, torch.Tensor] | None = None
+        self._told: set[str] = set()
 
     def __call__(self, name: str) -> torch.Tensor:
         name = self.program.aliases.get(name, name)
@@ -131,6 +133,14 @@ class Reader:
             self._last = None  # one at a time
             self._last = name, self.stored[name].read()
         return self._last[1]
+
+    def ahead(self, name: str) -> None:
+        """Have the system read a tensor that will be asked for, once."""
+        name = self.program.aliases.get(name, name)
+        entry = self.stored.get(name)
+        if isinstance(entry, Entry) and name not in self._told:
+            self._told.add(name)
+            entry.ahead()
 
     def table(self, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A dict of some of the program's tensors that reads those in files when they are asked for."""

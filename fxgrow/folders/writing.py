@@ -26,7 +26,7 @@ from fxgrow.limits import bytes_in_words
 from fxgrow.publish import locked, sync, sync_folder
 
 JOURNAL = ".growing"
-#: tensors that wait to be written, in bytes, before the next is read
+#: tensors that wait to be written behind the one that is, in bytes, before the next is read
 _WAITING = 128 * 2**20
 #: bytes that are written before the disk is told to take them
 _UNSYNCED = 128 * 2**20
@@ -182,13 +182,13 @@ class Writing:
                 assert (tuple(tensor.shape), tensor.dtype) == (target.shape, target.dtype), target
                 waiting.append((target.bytes, writer.submit(write_tensor, opened, tensor)))
                 del tensor
-                while waiting and (sum(n for n, _ in waiting) > _WAITING or waiting[0][1].done()):
+                while waiting and (waiting[0][1].done() or sum(n for n, _ in waiting[1:]) > _WAITING):
                     size, one = waiting.pop(0)
                     one.result()
                     wrote(size)
                     unsynced += size
                 if unsynced > _UNSYNCED and (syncing is None or syncing.done()):
-                    syncing, unsynced = disk.submit(os.fsync, opened.fileno()), 0
+                    syncing, unsynced = disk.submit(_begin, opened), 0
             for size, one in waiting:
                 one.result()
                 wrote(size)
@@ -236,6 +236,12 @@ class Writing:
         if isinstance(error, GrowthRefused | ExactnessError):
             shutil.rmtree(self.part, ignore_errors=True)
         self.close()
+
+
+def _begin(opened: IO[bytes]) -> None:
+    """Have the system bring what was written to the disk, and do not wait for it."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _end(opened: IO[bytes], part: Path, file: Path) -> None:
