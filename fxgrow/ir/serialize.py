@@ -324,7 +324,7 @@ def graph_from_json(entries: Iterable[Mapping[str, Any]]) -> fx.Graph:
             input=_identifier(entry["input"], where) if "input" in entry else None,
         )
         nodes[name] = node
-    if not nodes or next(reversed(graph.nodes)).op != "output" or sum(n.op == "output" for n in graph.nodes) != 1:
+    if not nodes or next(iter(reversed(graph.nodes))).op != "output" or sum(n.op == "output" for n in graph.nodes) != 1:
         raise CheckpointError("the stored graph does not end in one output")
     try:
         graph.lint()

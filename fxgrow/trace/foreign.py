@@ -27,11 +27,16 @@ _LOCK = threading.Lock()
 _RUNNING: list[Any] = []  # by capture that runs now, what ``apply`` was before the first of them
 
 
+#: those of custom_op, which a graph keeps; and what holds a checkpoint's inputs, of which nothing is computed
+_KEPT = ("torch._library", "torch.utils.checkpoint._NoopSaveInputs")
+
+
 def _watched(original: Any) -> Any:
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         used = _USED.get()
-        if used is not None and not cls.__module__.startswith("torch._library"):  # of custom_op, which a graph keeps
-            used.add(f"{cls.__module__}.{cls.__qualname__}")
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        if used is not None and not name.startswith(_KEPT):
+            used.add(name)
         return original.__get__(None, cls)(*args, **kwargs)  # a classmethod, written in C from torch 2.14 on
 
     return classmethod(apply)
