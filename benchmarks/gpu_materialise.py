@@ -8,6 +8,7 @@ the time over that of `copy_` of the destination's bytes; `speedup_naive` is tha
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,17 @@ from benchmarks.materialise import DTYPES, SCALE, cases, naive
 from fxgrow.kernels import DimMap, Noise, gpu, materialise
 
 
-def seconds(call: Callable[[], Any], rounds: int) -> float:
-    """Median seconds of a call on the current GPU, by events."""
-    for _ in range(3):
+def seconds(call: Callable[[], Any], rounds: int, device: str | torch.device = "cuda") -> float:
+    """Median seconds of a call: on the current GPU by events, on the CPU by the clock."""
+    for _ in range(min(3, rounds)):
         call()
     times = []
+    if torch.device(device).type != "cuda":
+        for _ in range(rounds):
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -38,18 +45,25 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.cpu().view(width), b.cpu().view(width))
 
 
-def measure(name: str, dims: list[DimMap | None], x: torch.Tensor, noise: str, rounds: int) -> dict[str, Any]:
+def measure(
+    name: str,
+    dims: list[DimMap | None],
+    x: torch.Tensor,
+    noise: str,
+    rounds: int,
+    device: str | torch.device = "cuda",
+) -> dict[str, Any]:
     how = None if noise == "none" else Noise("antisymmetric", SCALE, distribution=noise)  # type: ignore[arg-type]
-    here = x.to("cuda")
+    here = x.to(device)
     out = materialise(here, dims, noise=how, backend="triton")
     equal = same_bits(out, materialise(x, dims, noise=how))
     lo = [n // 3 for n in out.shape]
     shard = materialise(here, dims, noise=how, backend="triton", offset=lo, local_shape=[n // 2 for n in out.shape])
     equal &= same_bits(shard, out[tuple(slice(a, a + n) for a, n in zip(lo, shard.shape, strict=True))].contiguous())
     other = torch.ones_like(out)
-    copy = seconds(lambda: out.copy_(other), rounds)
-    ours = seconds(lambda: materialise(here, dims, noise=how, backend="triton", out=out), rounds)
-    slow = seconds(lambda: naive(here, dims, how is not None), rounds)
+    copy = seconds(lambda: out.copy_(other), rounds, device)
+    ours = seconds(lambda: materialise(here, dims, noise=how, backend="triton", out=out), rounds, device)
+    slow = seconds(lambda: naive(here, dims, how is not None), rounds, device)
     moved = out.numel() * out.element_size() + here.numel() * here.element_size()
     return {
         "case": name,

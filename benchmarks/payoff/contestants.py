@@ -63,6 +63,8 @@ def _rates(large: float) -> dict[str, float]:
 SCALES = {
     "cpu": Scale("cpu", "cpu", 64, 32, _four(4, 8, 8), 2e12, _rates(8e-3)),
     "gpu": Scale("gpu", "cuda", 256, 64, _four(12, 16, 64), 1e18, _rates(1e-3), warmup=300),
+    # a glance in two minutes, one seed: for `gpu_check`
+    "gpu check": Scale("gpu check", "cuda", 256, 32, _four(12, 8, 64), 4e14, _rates(1e-3), warmup=50, seeds=1),
     # does it run at all: for the tests
     "quick": Scale("quick", "cpu", 16, 4, _four(4, 8, 4), 6e8, _rates(8e-3), warmup=4, window=6, seeds=2),
 }
