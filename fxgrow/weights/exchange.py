@@ -122,6 +122,12 @@ def _runs(index: Index, start: int, stop: int, most: int) -> list[_Run]:
     return out
 
 
+def needed(indices: Sequence[Index], shape: Sequence[int], target: Rectangle, whole: set[int]) -> Rectangle:
+    """The rectangle of an old tensor that a rectangle of a grown one is made of; see :func:`pieces`."""
+    spans = [_needed(i, a, a + n, d in whole, shape[d]) for d, a, n, i in _dims(target, indices)]
+    return Rectangle(tuple(a for a, _ in spans), tuple(b - a for a, b in spans))
+
+
 class Part(NamedTuple):
     """What one rank holds of a rectangle that another needs."""
 
@@ -261,4 +267,4 @@ def _device(local: torch.Tensor, layout: Layout) -> torch.device:
     return local.device if local.device.type == layout.device else torch.device(layout.device)
 
 
-__all__ = ["Part", "Piece", "Traffic", "fetched", "holders", "pieces"]
+__all__ = ["Part", "Piece", "Traffic", "fetched", "holders", "needed", "pieces"]

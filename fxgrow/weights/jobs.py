@@ -12,7 +12,7 @@ import torch
 
 from fxgrow import kernels
 from fxgrow.ir.dtypes import is_fine
-from fxgrow.plan import Stage, TensorPlan
+from fxgrow.plan import FILL_RANDOM, Stage, TensorPlan
 from fxgrow.weights.moments import Moment
 
 
@@ -79,9 +79,8 @@ def stage_job(
     # the dim whose copies must add up exactly: the last one with shares
     closing = next((i for i in reversed(range(len(maps))) if (m := maps[i]) is not None and m.closes), None)
     spread = 0.0
-    needs_spread = stage.random_std is None and (
-        stage.paired or any(d is not None and d.fill is not None for d in dims)
-    )
+    drawn = any(d is not None and d.fill is not None and bool((d.fill[d.index < 0] == FILL_RANDOM).any()) for d in dims)
+    needs_spread = stage.random_std is None and (stage.paired or drawn)
     noise = stage.noise
     fine = is_fine(source_dtype)
     if (needs_spread or (noise is not None and noise.relative)) and math.prod(source_shape) > 1 and fine:
