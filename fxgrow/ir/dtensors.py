@@ -120,6 +120,25 @@ class Layout(NamedTuple):
         return values
 
 
+class Rows(NamedTuple):
+    """The layout that FSDP gives parameters where nothing else is said: rows, divided among so many ranks."""
+
+    count: int
+
+    def rectangles(self, shape: Sequence[int]) -> dict[int, Rectangle]:
+        """Which part of a tensor of that shape each rank holds."""
+        chunk = -(-shape[0] // self.count)
+        starts = [min(rank * chunk, shape[0]) for rank in range(self.count)]
+        rest = tuple(shape[1:])
+        return {
+            rank: Rectangle((a, *(0,) * len(rest)), (min(chunk, shape[0] - a), *rest)) for rank, a in enumerate(starts)
+        }
+
+    def sharded_dims(self, shape: Sequence[int]) -> set[int]:
+        """Dims of which no rank need hold the whole."""
+        return {0} if shape else set()
+
+
 def _strided(placement: Any) -> bool:
     return type(placement).__name__ == "_StridedShard"
 
@@ -148,4 +167,4 @@ def whole_of(tensor: Any) -> torch.Tensor:
     return gathered
 
 
-__all__ = ["Layout", "Rectangle", "is_sharded", "local_of", "sharded_as", "whole_of"]
+__all__ = ["Layout", "Rectangle", "Rows", "is_sharded", "local_of", "sharded_as", "whole_of"]

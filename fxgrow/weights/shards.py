@@ -13,7 +13,7 @@ import torch
 
 from fxgrow import kernels
 from fxgrow.errors import GrowthRefused
-from fxgrow.ir.dtensors import Layout, Rectangle, local_of, sharded_as
+from fxgrow.ir.dtensors import Layout, Rectangle, Rows, local_of, sharded_as
 from fxgrow.plan import FILL_MEAN, Stage, TensorPlan
 from fxgrow.weights.exchange import Index, Piece, Traffic, fetched, pieces
 from fxgrow.weights.jobs import TensorJob, initial, keyed_stages, moment_job, shifted, stage_job
@@ -103,13 +103,15 @@ def check_layout(name: str, layout: Layout, dtype: torch.dtype) -> None:
         raise GrowthRefused(f"cannot grow {name} where it is, shard by shard: {why}")
 
 
-def count_traffic(plan: TensorPlan, shape: Sequence[int], layout: Layout, itemsize: int, traffic: Traffic) -> None:
+def count_traffic(
+    plan: TensorPlan, shape: Sequence[int], layout: Layout | Rows, itemsize: int, traffic: Traffic
+) -> None:
     """Add the bytes that a tensor's growth sends between ranks, without sending any.
 
     Args:
         shape: of the old tensor.
     """
-    if plan.source is None or plan.zero:
+    if plan.source is None or plan.zero or not len(shape):
         return
     for stage in plan.stages or [plan]:
         dims = stage.dims or [None] * len(shape)
@@ -140,7 +142,7 @@ def _wanted(
     whole: set[int],
     shape: Sequence[int],
     targets: Mapping[int, Rectangle],
-    layout: Layout,
+    layout: Layout | Rows,
     itemsize: int,
 ) -> dict[int, list[Piece]]:
     split = layout.sharded_dims(shape)
