@@ -3,7 +3,7 @@
 from fxgrow.optim.carry import carry, carry_
 from fxgrow.optim.clipping import clip_grad_norm_
 from fxgrow.optim.policies import POLICIES, check_optimizer
-from fxgrow.optim.rates import slice_rates
+from fxgrow.optim.rates import load_rates_state, rates_state, slice_rates
 from fxgrow.weights.moments import (
     ELEMENTWISE,
     KINDS,
@@ -25,7 +25,9 @@ __all__ = [
     "carry_",
     "clip_grad_norm_",
     "check_optimizer",
+    "load_rates_state",
     "moment_of",
+    "rates_state",
     "register_elementwise",
     "register_state",
     "register_tiled",

@@ -39,7 +39,9 @@ __all__ = [
     "Slice",
     "SliceRates",
     "all_rates",
+    "load_rates_state",
     "norm_factors",
+    "rates_state",
     "slice_rates",
     "write_rates",
 ]
@@ -95,6 +97,30 @@ def write_rates(optimizer: torch.optim.Optimizer, rates: Sequence[SliceRates], n
         group.pop(KEY, None)
         group.pop(STEPS, None)
         group.update(entries)
+
+
+def rates_state(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The per-slice rates of an optimizer as plain data that JSON can hold, one entry for each growth.
+
+    For checkpoints that do not keep what stands in parameter groups beside hyper-parameters:
+    ``torch.distributed.checkpoint`` leaves out of a new optimizer whatever its own groups do not have.
+    """
+    return [rates.state_dict() for rates in all_rates(optimizer)]
+
+
+def load_rates_state(optimizer: torch.optim.Optimizer, state: Sequence[Mapping[str, Any]], model: nn.Module) -> None:
+    """Put what :func:`rates_state` gave into the groups of another optimizer over the same model.
+
+    Raises:
+        FxgrowError: it is of tensors that the model does not have, or has in other shapes.
+    """
+    rates = [SliceRates.from_state_dict(each) for each in state]
+    named = dict(model.named_parameters())
+    for name, s in ((name, s) for r in rates for name, s in r.slices.items()):
+        if name not in named or not s.fits(named[name].shape):
+            has = f"of shape {tuple(named[name].shape)}" if name in named else "not there"
+            raise FxgrowError(f"these per-slice learning rates are of another model: {name} is {has} in this one")
+    write_rates(optimizer, rates, {id(p): n for n, p in named.items()})
 
 
 class _Applied:

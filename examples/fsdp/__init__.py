@@ -1,0 +1,1 @@
+"""FSDP2 by hand, with growth in the loop."""
