@@ -245,12 +245,22 @@ def _model(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Mod
     return model
 
 
+def _tables(data: Any) -> Iterator[dict[Any, Any]]:
+    """The tables in data, whatever they are called."""
+    if isinstance(data, dict):
+        yield data
+        for value in data.values():
+            yield from _tables(value)
+
+
 def _loaded(path: Path) -> nn.Module:
     """As a user loads it, without fxgrow."""
     if path.is_file():
         data = torch.load(path, weights_only=True)
-        prefix = "_orig_mod." if all(n.startswith("_orig_mod.") for n in data["model"]) else ""
-        return _model(data["model_args"], {n.removeprefix(prefix): t for n, t in data["model"].items()})
+        weights = next(t for t in _tables(data) if t and all(isinstance(v, torch.Tensor) for v in t.values()))
+        settings = next(t for t in _tables(data) if set(CONFIG) <= set(t))
+        prefix = "_orig_mod." if all(n.startswith("_orig_mod.") for n in weights) else ""
+        return _model(settings, {n.removeprefix(prefix): t for n, t in weights.items()})
     tensors: dict[str, torch.Tensor] = {}
     if (path / INDEX).is_file():
         for name in set(json.loads((path / INDEX).read_bytes())["weight_map"].values()):
@@ -262,11 +272,11 @@ def _loaded(path: Path) -> nn.Module:
 
 def _steps(path: Path) -> bool:
     """Whether a training script goes on from a file."""
-    data = torch.load(path, weights_only=True)
     model = _loaded(path)
     try:
+        state = next(t for t in _tables(torch.load(path, weights_only=True)) if "param_groups" in t)
         optimizer = torch.optim.AdamW(model.parameters())
-        optimizer.load_state_dict(data["optimizer"])
+        optimizer.load_state_dict(state)
         model(IDX).sum().backward()
         optimizer.step()
     except Exception:  # of a state that is none
@@ -278,7 +288,15 @@ def _computes_the_same(small: Path, large: Path) -> None:
     """Hold both against each other."""
     try:
         model = _loaded(small)
-    except (SafetensorError, RuntimeError, TypeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        TypeError,
+        KeyError,
+        ValueError,
+        StopIteration,
+        pickle.UnpicklingError,
+    ) as error:
         raise AssertionError(f"grown, though it cannot be loaded: {type(error).__name__}: {error}") from error
     one, two = model(IDX).detach(), _loaded(large)(IDX).detach()
     assert torch.equal(one, two) or float((one - two).abs().max()) <= 1e-10 * float(one.abs().max()), "not the same"

@@ -109,7 +109,8 @@ def entries(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise CheckpointError(f"the header of {file} is not UTF-8 text: {error.reason}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"the header of {file} is no table of tensors")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"the header of {file} has metadata that are no text")
     out = {name: _entry(file, name, given, 8 + length) for name, given in header.items()}
