@@ -61,8 +61,9 @@ def holding(parameters: Iterable[torch.Tensor]) -> list[DistributedDataParallel]
     if not (dist.is_available() and dist.is_initialized()):
         return []
     wanted = set(map(id, parameters))
-    every = (o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel) and "module" in o._modules)
-    return [o for o in every if any(id(p) in wanted for p in o.parameters())]
+    every = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    made = [o for o in every if "module" in vars(o).get("_modules", ())]  # not one that is being unpickled
+    return [o for o in made if any(id(p) in wanted for p in o.parameters())]
 
 
 def group_of(replicas: Iterable[DistributedDataParallel]) -> Group:
