@@ -61,9 +61,9 @@ def _mean_table(job: Job, over: tuple[int, ...]) -> Tensor:
 
 
 class Sums(NamedTuple):
-    """What averages are made of: entries of a tensor, their sum, and that of their squares."""
+    """What averages are made of: the number of a tensor's entries, their sum, and that of their squares."""
 
-    count: float
+    entries: float
     total: float
     squares: float
 
@@ -81,15 +81,15 @@ class Sums(NamedTuple):
     @property
     def deviation(self) -> float:
         """Standard deviation, rounded to ten bits so that the order of summation cannot show."""
-        if not self.count:
+        if not self.entries:
             return 0.0
-        variance = max(self.squares / self.count - (self.total / self.count) ** 2, 0.0)
+        variance = max(self.squares / self.entries - (self.total / self.entries) ** 2, 0.0)
         return _rounded(math.sqrt(variance), 10) if math.isfinite(variance) else 0.0
 
     @property
     def mean(self) -> float:
         """Rounded to sixteen bits, likewise."""
-        return _rounded(self.total / self.count, 16) if self.count else 0.0
+        return _rounded(self.total / self.entries, 16) if self.entries else 0.0
 
 
 def _rounded(value: float, bits: int) -> float:

@@ -489,9 +489,9 @@ class _Made:
         if self._ahead is not None:
             place = self._place[written]
             for following in self._order[place + 1 : place + 1 + _AHEAD]:
-                source = self._plan.tensors[self._targets[following][1]].source
-                if source is not None and source != tensor.source:
-                    self._ahead.submit(self._reader.ahead, source)
+                coming = self._plan.tensors[self._targets[following][1]].source
+                if coming is not None and coming != tensor.source:
+                    self._ahead.submit(self._reader.ahead, coming)
         source = None if tensor.source is None else self._reader(tensor.source)
         if source is not None:
             check_finite({tensor.source or name: source})

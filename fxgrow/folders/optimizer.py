@@ -8,6 +8,7 @@ way, over the grown class, says where each parameter has to stand for the script
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import io
@@ -103,7 +104,7 @@ class Growing:
         state = map_state(*asked)
         put_off = [k for k, v in state.items() if isinstance(v, torch.Tensor) and self.later.takes(v)]
         for key in put_off:
-            state[key] = self.later.put_off(state[key], lambda key=key: make(key))
+            state[key] = self.later.put_off(state[key], functools.partial(make, key))
         return state
 
 
@@ -517,26 +518,28 @@ def _by_trainer(saved: Mapping[str, Any], small: nn.Module) -> Way | None:
 def _usual(saved: Mapping[str, Any], small: nn.Module) -> Iterator[Way]:
     """The ways in which optimizers are made where nothing says how."""
     kind = _kind_of(saved)
-    for words, tests in {
+    ways: dict[str, list[Test]] = {
         "model.parameters()": [_any],
         "model.parameters(), those that learn": [_learns],
         "matrices, then the rest": [_matrix, _vector],
         "what is no matrix, then matrices": [_vector, _matrix],
-    }.items():
+    }
+    for words, tests in ways.items():
         yield _picked(words, tests, small, kind)
 
 
 def _parts(saved: Mapping[str, Any], small: nn.Module) -> Iterator[Way]:
     """The parameters that one of several optimizers is usually given, where nothing says so."""
     kind = _kind_of(saved)
-    for words, tests in {
+    parts: dict[str, list[Test]] = {
         "matrices": [_matrix],
         "what is no matrix": [_vector],
         "the matrices of blocks": [_inner],
         "all but the matrices of blocks": [_outer],
         "all but the matrices of blocks, matrices first": [_outer_matrix, _vector],
         "all but the matrices of blocks, matrices last": [_vector, _outer_matrix],
-    }.items():
+    }
+    for words, tests in parts.items():
         yield _picked(words, tests, small, kind)
 
 

@@ -157,7 +157,7 @@ def _call_of(name: str) -> Callable[..., Any]:
     """
 
     def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return module._call_impl(*args, **kwargs)
 
     own = f"{name}_{next(_numbers)}"
     call.__code__ = call.__code__.replace(co_name=own)

@@ -123,12 +123,12 @@ class Layout(NamedTuple):
 class Rows(NamedTuple):
     """The layout that FSDP gives parameters where nothing else is said: rows, divided among so many ranks."""
 
-    count: int
+    ranks: int
 
     def rectangles(self, shape: Sequence[int]) -> dict[int, Rectangle]:
         """Which part of a tensor of that shape each rank holds."""
-        chunk = -(-shape[0] // self.count)
-        starts = [min(rank * chunk, shape[0]) for rank in range(self.count)]
+        chunk = -(-shape[0] // self.ranks)
+        starts = [min(rank * chunk, shape[0]) for rank in range(self.ranks)]
         rest = tuple(shape[1:])
         return {
             rank: Rectangle((a, *(0,) * len(rest)), (min(chunk, shape[0] - a), *rest)) for rank, a in enumerate(starts)

@@ -72,8 +72,13 @@ class Slice:
             spans = enumerate(zip(vectors, mine.start, mine.shape, strict=True)) if vectors else ()
             return [v if v is None or i == whole else v[a : a + n] for i, (v, a, n) in spans]
 
-        parts = {k: cut(getattr(self, k)) for k in ("value", "gradient", "newborn", "copies")}
-        return replace(self, **parts)
+        return replace(
+            self,
+            value=cut(self.value),
+            gradient=cut(self.gradient),
+            newborn=cut(self.newborn),
+            copies=cut(self.copies),
+        )
 
     def grown(self, plan: TensorPlan) -> Slice:
         """The same factors after a growth of the parameter: copies have their unit's, newborn entries none."""

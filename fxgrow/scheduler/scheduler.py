@@ -389,12 +389,9 @@ class GrowthScheduler:
         """Compile the growth that comes next, if that is wanted and not begun."""
         place, action = self._ahead.coming(self.schedule, self._next())
         if action is not None:
-            self._ahead.start(
-                place,
-                lambda: compile_ahead(
-                    model, action.spec, *self._inputs(), **self._ways(), in_place=self._in_place, **self._ahead.options
-                ),
-            )
+            args, kwargs = self._inputs()
+            options: dict[str, Any] = {**self._ways(), "in_place": self._in_place, **self._ahead.options}
+            self._ahead.start(place, lambda: compile_ahead(model, action.spec, args, kwargs, **options))
 
     def _act(self, result: ActionResult) -> ActionResult:
         action, sizes = result.action, self._sizes

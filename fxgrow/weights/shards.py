@@ -7,6 +7,7 @@ process makes. No rank ever has a whole tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import torch
 from fxgrow import kernels
 from fxgrow.errors import GrowthRefused
 from fxgrow.ir.dtensors import Layout, Rectangle, Rows, local_of, sharded_as
-from fxgrow.plan import FILL_MEAN, Stage, TensorPlan
+from fxgrow.plan import FILL_MEAN, DimPlan, Stage, TensorPlan
 from fxgrow.weights.exchange import Index, Piece, Traffic, fetched, pieces
 from fxgrow.weights.jobs import TensorJob, initial, keyed_stages, moment_job, shifted, stage_job
 from fxgrow.weights.moments import Moment
@@ -122,17 +123,17 @@ def count_traffic(
         shape = after
 
 
-def _maps(stage: Stage, source: torch.Tensor) -> Sequence[object]:
+def _maps(stage: Stage, source: torch.Tensor) -> Sequence[DimPlan | None]:
     return stage.dims or [None] * source.dim()
 
 
-def _indices(dims: Sequence[object]) -> tuple[list[Index], set[int]]:
+def _indices(dims: Sequence[DimPlan | None]) -> tuple[list[Index], set[int]]:
     """Per dim the old entry of each new one; and the dims along which averages are taken."""
-    indices = [None if d is None else d.index for d in dims]  # type: ignore[attr-defined]
+    indices = [None if d is None else d.index for d in dims]
     means = {
         i
         for i, d in enumerate(dims)
-        if d is not None and d.fill is not None and bool((d.fill[d.index < 0] == FILL_MEAN).any())  # type: ignore[attr-defined]
+        if d is not None and d.fill is not None and bool((d.fill[d.index < 0] == FILL_MEAN).any())
     }
     return indices, means
 
@@ -154,7 +155,7 @@ def _wanted(
 
 def _made(
     job: TensorJob,
-    dims: Sequence[object],
+    dims: Sequence[DimPlan | None],
     source: torch.Tensor,
     layout: Layout,
     shape: Sequence[int],
@@ -192,7 +193,7 @@ def _begun(plan: TensorPlan, mine: Rectangle, dtype: torch.dtype, device: torch.
     stages = keyed_stages(plan)
     for number, (stage, key) in enumerate(stages):
         job = stage_job(stage, key, dtype, made.shape, lambda given=made: kernels.Sums.of(given))  # type: ignore[misc]
-        last = {"offset": mine.start, "local_shape": mine.shape} if number == len(stages) - 1 else {}
+        last: dict[str, Any] = {"offset": mine.start, "local_shape": mine.shape} if number + 1 == len(stages) else {}
         made = kernels.materialise(made, job.dims, dtype=dtype, **last, **job.options)
     return made
 
