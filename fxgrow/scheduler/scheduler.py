@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from fxgrow.ahead import compile_ahead
 from fxgrow.errors import FxgrowError, RankError, SpecError
 from fxgrow.growth import Growth, grow
+from fxgrow.ir.plain import is_distributed
 from fxgrow.ir.replicas import around, check_replicas, following, group_of, innermost, rewrapped, within
 from fxgrow.optim.members import Newcomers
 from fxgrow.optim.newborn import Frozen, Part
@@ -51,6 +52,7 @@ from fxgrow.scheduler.standing import Done, Sizes, learning_rate, rate_factor, r
 from fxgrow.scheduler.state import read, written
 from fxgrow.scheduler.steering import Steering
 from fxgrow.scheduler.timeline import DryRun, Timeline
+from fxgrow.sharded.sharding import ranks_of
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
@@ -344,7 +346,7 @@ class GrowthScheduler:
             RankError: on all ranks of a model in ``DistributedDataParallel``, where one of them would not do the same.
         """
         _check_passed(model, optimizer)
-        group = group_of(within(model))
+        group = ranks_of(innermost(model)) if is_distributed(innermost(model)) else group_of(within(model))
         step, now = whole(step, "step"), amount(seconds, "seconds")
         now = self._clock() if now is None else now
         progress = Progress(step, amount(tokens, "tokens"), amount(epoch, "epoch"), now, named(metrics))
@@ -481,7 +483,7 @@ class GrowthScheduler:
             made = [grown.carry(o, policy.policy, **given) for o in optimizers]
             optimizer = made if isinstance(optimizer, Sequence) else made[0] if made else None
         self._growth = grown
-        after = sum(p.numel() for p in grown.module.parameters())
+        after = sum(p.numel() for p in grown.program.parameters.values())
         return replace(
             result,
             module=module,

@@ -284,6 +284,22 @@ def adapters(mesh: Any) -> dict[str, Any]:
     return {"error": error, "sharded": bool(named) and set(named.values()) == {DTensor}}
 
 
+def by_schedule(mesh: Any) -> dict[str, Any]:
+    """A plateau that one rank alone would see: the ranks' mean decides, and all grow at the same step."""
+    model: Any = fully_shard(small_gpt(), mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    event = {"trigger": {"below": {"metric": "loss", "value": 2.0}}, "operations": WIDE[:1]}
+    scheduler = fxgrow.GrowthScheduler({"events": [event]}, args=tokens())
+    grown = []
+    for number in range(3):
+        step(model, optimizer, number, 0, 1)
+        mine = 1.5 if mesh.get_rank() == 0 or number == 2 else 3.0  # the mean is 2.25, and 1.5 in the end
+        result = scheduler.step(model, optimizer, step=number, metrics={"loss": mine})
+        grown.append(result is not None)
+    step(model, optimizer, 4, 0, 1)
+    return {"grown": grown, "hidden": model.transformer.h[0].mlp.c_fc.weight.shape[0]}
+
+
 def disagreeing(rank: int) -> dict[str, Any]:
     model: Any = small_gpt()
     fully_shard(model)
@@ -297,9 +313,9 @@ def disagreeing(rank: int) -> dict[str, Any]:
 
 def ways(rank: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2,))
-    return {f.__name__: f(mesh) for f in (with_options, refused_and_undone, waiting, tensor_parallel, adapters)} | {
-        "disagreeing": disagreeing(rank)
-    }
+    return {
+        f.__name__: f(mesh) for f in (with_options, refused_and_undone, waiting, tensor_parallel, adapters, by_schedule)
+    } | {"disagreeing": disagreeing(rank)}
 
 
 def test_what_a_model_is_sharded_with_goes_on_and_what_is_refused_leaves_it_alone() -> None:
@@ -319,5 +335,6 @@ def test_what_a_model_is_sharded_with_goes_on_and_what_is_refused_leaves_it_alon
         assert found["tensor_parallel"]["measured"] < 1e-12
         assert found["tensor_parallel"]["shapes"] == [(16, 8), (8, 16)]
         assert found["adapters"] == {"error": 0.0, "sharded": True}
+        assert found["by_schedule"] == {"grown": [False, False, True], "hidden": 256}
         assert found["disagreeing"]["spec"].startswith("RankError: the spec is not the same on all ranks")
         assert "rank 1 of 2 failed: the model holds NaN" in found["disagreeing"]["one refuses"]
