@@ -328,8 +328,8 @@ NONE = [
     "- the kernels' bits, in Triton's interpreter (`tests/kernels/test_kernel_triton.py`);",
     "- registers, spills and access widths of their machine code, compiled ahead of time for sm_80, sm_90, sm_100,",
     "  gfx942 and gfx950 (`python -m benchmarks machine_code`, [docs/kernels.md](../kernels.md));",
-    "- every part of the check at a tiny size on the CPU (`bash benchmarks/gpu_check.sh --rehearse`), with torch 2.11,",
-    "  Triton 3.6 and Python 3.12. Triton 3.6's interpreter wants numpy before 2.4.",
+    "- the parts of the check at a tiny size on the CPU (`gpu_check.sh --rehearse`; what needs CUDA is left out",
+    "  there), each by itself, on torch 2.11, Triton 3.6 and Python 3.12; Triton's interpreter fails with numpy 2.5.5.",
     "",
 ]
 

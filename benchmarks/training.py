@@ -54,7 +54,12 @@ def run(argv: list[str]) -> int:
 
     failed = 0
     if not options.report_only:
+        before = kept["environment"].get("cpu", "")
         kept["environment"] = {k: v for k, v in common.environment(1).items() if k not in ("load", "system")}
+        if before and kept["environment"]["cpu"] not in before:  # it does not fit one sitting, nor one machine
+            kept["environment"]["cpu"] = f"{before}; {kept['environment']['cpu']}"
+        elif before:
+            kept["environment"]["cpu"] = before
         if options.seconds or not kept["seconds"]:
             kept["seconds"] = common.isolated("benchmarks.training:step_seconds", {"scale": scale.name})
         names = options.contestants or [contestant.name for contestant in CONTESTANTS]
