@@ -47,7 +47,7 @@ from fxgrow.passes.constants import remaining
 from fxgrow.passes.state import State, run_operation
 from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program, capture
-from fxgrow.ranks import ALONE, Group, agree, agree_by_name, gathered, size, together
+from fxgrow.ranks import ALONE, Group, agree, agree_by_name, answering, gathered, size, together
 from fxgrow.sharded.applying import Applied, apply_shards
 from fxgrow.sharded.sharding import Gathered, Sharding, ranks_of
 from fxgrow.spec import GrowthSpec
@@ -414,7 +414,9 @@ class ShardedGrowth(Growth):
                 raise
             return living
 
-        applied = apply_shards(inner, self.plan, before, self.program, self._held, self.sharding, self.traffic, settled)
+        how = (before, self.program, self._held, self.sharding, self.traffic, settled)
+        with answering(self.group):
+            applied = apply_shards(inner, self.plan, *how)
         named = inner.named_parameters(remove_duplicate=False)
         self._grown = {self.program.aliases.get(n, n): weakref.ref(p) for n, p in named}
         return applied
@@ -430,7 +432,8 @@ class ShardedGrowth(Growth):
             old = [p for _, ref in self._source if (p := ref()) is not None]
             check_optimizer(several, policy or self.policy, ramp=options.get("ramp"), parameters=old)
             check_plan(self.plan, policy or self.policy, several, self.source_names())
-        return super().carry_(optimizer, policy, **options)
+        with answering(self.group):
+            return super().carry_(optimizer, policy, **options)
 
     def apply_to_copy_(self, copy: nn.Module) -> nn.Module:
         """Not of a sharded model.
@@ -741,7 +744,8 @@ def _grow_shards(
         same = [dataclasses.replace(c, args=a, kwargs=k) for c, (a, k) in zip(program.calls, examples, strict=True)]
         weights: Any = Gathered(parameters)
         own = dataclasses.replace(program, parameters=weights, calls=same)
-        receipt = verify_streamed(own, grown_program, plan)
+        with answering(group):
+            receipt = verify_streamed(own, grown_program, plan)
     receipt.params_before, receipt.params_after = plan.parameters_before, plan.parameters_after
     receipt.seconds = {**seconds, **receipt.seconds}
     receipt.constants = [str(c) for c in plan.constants]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -338,3 +341,70 @@ def test_what_a_model_is_sharded_with_goes_on_and_what_is_refused_leaves_it_alon
         assert found["by_schedule"] == {"grown": [False, False, True], "hidden": 256}
         assert found["disagreeing"]["spec"].startswith("RankError: the spec is not the same on all ranks")
         assert "rank 1 of 2 failed: the model holds NaN" in found["disagreeing"]["one refuses"]
+
+
+def dying(rank: int) -> str:
+    """The second rank is killed while shards are sent."""
+    model: Any = small_gpt()
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(model, optimizer, 0, 0, 1)
+    growth, before = fxgrow.grow(model, WIDE, tokens(), verify=False), list(model.parameters())
+    sent = torch.distributed.batch_isend_irecv
+    left = [4]
+
+    def sending(operations: Any) -> Any:
+        left[0] -= 1
+        if rank == 1 and not left[0]:
+            os._exit(9)
+        return sent(operations)
+
+    torch.distributed.batch_isend_irecv = sending
+    found = said(lambda: growth.apply_(model))
+    same = all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    return f"{found} {same}"
+
+
+def test_a_rank_that_dies_in_a_growth_is_one_error_and_leaves_the_model_as_it_was() -> None:
+    first, second = run_ranks(2, dying)
+    assert second is None
+    assert first.startswith("RankError: another of the 2 ranks has ended, or does not answer")
+    assert first.endswith(" True")
+
+
+def peak() -> int:
+    """Bytes that this process held at most since the last call."""
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def measured(rank: int) -> dict[str, int]:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(2048, 4096, bias=False), nn.Linear(4096, 2048, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.down(torch.relu(self.up(x)))
+            return out
+
+    model: Any = Wide()
+    fully_shard(model)
+    x = torch.randn(2, 2048)
+    growth = fxgrow.grow(model, [{"op": "widen", "axis": "*/hidden", "factor": 2, **NOISE}], (x,), verify=False)
+    gc.collect()
+    peak()
+    before = peak()
+    growth.apply_(model)
+    new = sum(local_of(p).nbytes for p in model.parameters())
+    return {"more": peak() - before, "new": new, "largest": growth.traffic.largest, "whole": model.up.weight.nbytes}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_a_rank_holds_its_old_and_new_shards_and_one_slice_and_never_a_whole_parameter() -> None:
+    for found in run_ranks(2, measured):
+        assert found["whole"] == 64 << 20
+        assert found["new"] == 64 << 20  # of two such parameters, half each
+        # FSDP keeps shards padded, so that one is made, and copied there, after the other
+        assert found["more"] < found["new"] + found["largest"] + (40 << 20), found
