@@ -269,24 +269,25 @@ def wrap(model: nn.Module, wrappings: Iterable[Wrapping]) -> None:
                 setattr(state, attribute, [model.get_submodule(p)._get_fsdp_state() for p in paths])  # type: ignore[operator]
 
 
-def fill(model: nn.Module, make: Callable[[str, torch.Tensor, torch.device], torch.Tensor]) -> None:
+def fill(model: nn.Module, make: Callable[[str, torch.Tensor, torch.Tensor], None]) -> None:
     """Give the sharded parameters of a model their values.
 
     Args:
-        make: from a name, a ``DTensor`` on meta and a device to this rank's shard there, a plain tensor.
+        make: given a name, a ``DTensor`` on meta and a plain tensor, which it fills with this rank's shard.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     for state in _states(model):
         for group in _groups(state):
             for held in group.fsdp_params:
                 place = held.sharded_param
-                local = make(names[id(place)], place, torch.device("cpu") if held.offload_to_cpu else held.device)
+                local = place.to_local()  # on meta
                 dim = held.fsdp_placement.dim
-                padded = local.new_zeros(held.padded_sharded_param_size)  # as FSDP keeps it: shards of equal sizes
+                where = "cpu" if held.offload_to_cpu else held.device
+                padded = local.new_zeros(held.padded_sharded_param_size, device=where)  # as FSDP keeps it: all alike
                 if held.pin_memory:
                     padded = padded.pin_memory()
                 own = padded.narrow(dim, 0, local.shape[dim] if local.numel() else 0)
-                own.copy_(local.view_as(own))
+                make(names[id(place)], place, own)
                 parameter = nn.Parameter(held.to_sharded_dtensor(own), requires_grad=place.requires_grad)
                 share_hooks(place, parameter)
                 held._sharded_param_data = padded.view(-1)

@@ -126,10 +126,10 @@ def _shard_again(
     _hook_again(model, plain, living.origins)
     wrap(model, wrappings)
 
-    def make(name: str, place: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def make(name: str, place: torch.Tensor, out: torch.Tensor) -> None:
         tensor = plan.tensors[canonical[name]]
         source = None if tensor.source is None else old[tensor.source]
-        return materialise_shard(tensor, source, place, dtype=place.dtype, device=device, traffic=traffic)
+        materialise_shard(tensor, source, place, dtype=place.dtype, out=out, traffic=traffic)
 
     fill(model, make)
 

@@ -34,7 +34,7 @@ def materialise_shard(
     like: torch.Tensor,
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
+    out: torch.Tensor | None = None,
     traffic: Traffic | None = None,
 ) -> torch.Tensor:
     """This rank's shard of a grown tensor; a collective operation.
@@ -44,10 +44,10 @@ def materialise_shard(
         source: the old one, a ``DTensor``; None where the plan has none.
         like: a ``DTensor`` that lies as the result is to, of any shape.
         dtype: of the result; the source's where None.
-        device: of the result; that of the source's shard where None.
+        out: written to and returned, if given; of that dtype, on any device.
 
     Returns:
-        A plain tensor.
+        A plain tensor, on the device of the source's shard where ``out`` is not given.
 
     Raises:
         GrowthRefused: numbers that are complex, or a layout that is neither shards nor copies.
@@ -55,25 +55,33 @@ def materialise_shard(
     layout, me = Layout.of(like), Layout.of(like).me
     mine = layout.rectangles(plan.shape)[me]
     dtype = dtype or (like.dtype if source is None else source.dtype)
-    device = device or local_of(like if source is None else source).device
+    device = local_of(like if source is None else source).device if out is None else out.device
     check_layout(plan.source or "the new tensor", layout if source is None else Layout.of(source), dtype)
     if plan.zero:
-        return torch.full(mine.shape, plan.level, dtype=dtype, device=device)
+        return _put(torch.full(mine.shape, plan.level, dtype=dtype, device=device), out)
     if plan.continuation is not None:
         raise GrowthRefused(
             f"{plan.source} is sharded, and goes on in a pattern that is made of the whole of it: leave it out of what "
             "is sharded (ignored_params), or make it a buffer"
         )
     if plan.init is not None:
-        return shifted(_begun(plan, mine, dtype, device), plan.shift)
+        return _put(shifted(_begun(plan, mine, dtype, device), plan.shift), out)
     assert source is not None
-    for stage, key in keyed_stages(plan):
-        given = source
+    stages = keyed_stages(plan)
+    local = local_of(source)
+    for number, (stage, key) in enumerate(stages):
+        given, last = source, number == len(stages) - 1
         job = stage_job(stage, key, given.dtype, given.shape, lambda given=given: sums_of(given))  # type: ignore[misc]
         shape = [n if d is None else d.size for n, d in zip(given.shape, _maps(stage, given), strict=True)]
-        local = _made(job, _maps(stage, given), given, layout, shape, dtype, traffic)
-        source = sharded_as(like, local, shape)
-    return shifted(local_of(source).to(device), plan.shift)
+        there = out if last and out is not None and out.device == local.device else None
+        local = _made(job, _maps(stage, given), given, layout, shape, dtype, traffic, there)
+        if not last:
+            source = sharded_as(like, local, shape)
+    return _put(shifted(local, plan.shift), out)
+
+
+def _put(made: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    return made if out is None or made is out else out.copy_(made)
 
 
 def materialise_moment_shard(
@@ -161,6 +169,7 @@ def _made(
     shape: Sequence[int],
     dtype: torch.dtype,
     traffic: Traffic | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """This rank's part of one growth of a sharded tensor."""
     indices, whole = _indices(dims)
@@ -168,7 +177,8 @@ def _made(
     targets = layout.rectangles(shape)
     wanted = _wanted(indices, whole, source.shape, targets, old, local.element_size())
     mine = targets[layout.me]
-    out = torch.empty(mine.shape, dtype=dtype, device=local.device)
+    if out is None:
+        out = torch.empty(mine.shape, dtype=dtype, device=local.device)
     for piece, part in fetched(local, old, old.rectangles(source.shape), wanted, traffic):
         kernels.materialise(
             part,
