@@ -8,8 +8,9 @@ import torch
 
 from fxgrow.kernels import native
 from fxgrow.plan import DimPlan, TensorPlan
-from fxgrow.weights import materialise
-from fxgrow.weights.materialise import _map, materialise_moment, materialise_tensor
+from fxgrow.weights import jobs
+from fxgrow.weights.jobs import _map
+from fxgrow.weights.materialise import materialise_moment, materialise_tensor
 
 
 def _twice(n: int, split: float | None = None) -> DimPlan:
@@ -18,7 +19,7 @@ def _twice(n: int, split: float | None = None) -> DimPlan:
 
 
 def test_dims_that_grow_alike_share_their_tables() -> None:
-    def of(dim: DimPlan) -> materialise._Map:
+    def of(dim: DimPlan) -> jobs._Map:
         return _map(dim.index, dim.split, dim.fill)
 
     assert of(_twice(6, 0.5)) is of(_twice(6, 0.5))
@@ -30,7 +31,7 @@ def test_dims_that_grow_alike_share_their_tables() -> None:
 def test_moments_share_the_tables_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = TensorPlan(source="w", shape=[12], dims=[_twice(6)])
     materialise_tensor(plan, torch.ones(6))
-    monkeypatch.setattr(materialise, "_Map", None)  # nothing is made anew
+    monkeypatch.setattr(jobs, "_Map", None)  # nothing is made anew
     grown = materialise_moment(plan, torch.arange(6.0), "gradient", scale_gradients=True)
     assert torch.equal(grown, torch.arange(6.0).repeat(2))
 
