@@ -483,7 +483,7 @@ class GrowthScheduler:
             made = [grown.carry(o, policy.policy, **given) for o in optimizers]
             optimizer = made if isinstance(optimizer, Sequence) else made[0] if made else None
         self._growth = grown
-        after = sum(p.numel() for p in grown.program.parameters.values())
+        after = sum(p.numel() for p in innermost(module).parameters())
         return replace(
             result,
             module=module,

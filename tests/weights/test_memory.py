@@ -329,8 +329,7 @@ def test_nothing_ends_the_process(tmp_path: Path) -> None:
         "view ran",
         "program ran",
         "program again refused GrowthRefused",
-        *(f"{name} refused {error}" for name, error in [("sharded", "CaptureError"), ("unsharded", "GrowthRefused")]),
-        "sharded grown refused CaptureError",
+        *(f"{name} ran" for name in ("sharded", "unsharded", "sharded grown")),  # shard by shard
         "sharded saved refused CheckpointError",
-        "dtensor refused CaptureError",
+        "dtensor ran",
     ]
