@@ -109,7 +109,6 @@ def test_a_run_goes_on_to_where_it_went(folder: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(folder / "run", tmp_path / "run"))
     run = formats.run(out, resume=True)
     assert run.step == 12 and [each.op for each in done_in(run)] == ["grow", "learning_rate", "accumulation"]
-    # to the bit with these versions' own dropout masks; since then every micro-batch has a seed of its own for them
-    assert run.val_loss == pytest.approx(expected["val_loss"], rel=1e-2)
+    assert run.val_loss == pytest.approx(expected["val_loss"], rel=1e-9)
     total = sum(float(p.detach().abs().sum()) for p in run.model.parameters())
-    assert total == pytest.approx(expected["sum"], rel=1e-2)
+    assert total == pytest.approx(expected["sum"], rel=1e-9)

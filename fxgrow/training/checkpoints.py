@@ -88,7 +88,7 @@ def _save(run: Run) -> Path:
 
 _COUNTERS = (
     *("step", "batches", "tokens", "flops", "flops_per_batch", "seconds", "loss_sum", "losses"),
-    *("evaluated", "ended", "log_lines"),
+    *("evaluated", "ended", "log_lines", "sown"),
 )
 
 
@@ -110,6 +110,7 @@ class _Saved(BaseModel):
     evaluated: int = Field(-1, ge=-1)
     ended: bool = False
     log_lines: int | None = Field(None, ge=0)
+    sown: bool = False
     val_loss: float | None
     scheduler: dict[str, Any]
     copies: dict[str, Any] = Field(default_factory=lambda: {"pairs": [], "zeros": []})

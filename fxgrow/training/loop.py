@@ -167,7 +167,8 @@ def train(
             own, found = parallel.own(accumulation), dict[int, tuple[float, int]]()
             for number in own:
                 data = batch("train", run.batches + number)
-                sow(hyper.seed, run.batches + number)
+                if run.sown:
+                    sow(hyper.seed, run.batches + number)
                 # The first micro-batch of every module is counted, and compiled after it: compiled code hides its ops.
                 counting = run.flops_per_batch == 0
                 with contextlib.ExitStack() as around:
@@ -227,6 +228,7 @@ def started_run(
     agree("the newest checkpoint in the run's folder", newest(out) if resumed else "none", parallel.group)
     if resumed:
         restore(run)
+        run.sown |= parallel.ranks > 1  # no rank draws what the others do
     elif parallel.first:  # an earlier run's checkpoint in this folder must not be taken for one of this run
         try:
             (out / "checkpoints" / "latest").unlink(missing_ok=True)

@@ -50,6 +50,8 @@ class Run:
     """Shapes of the model as it is at the start; in place, it is the one that grows."""
     log_lines: int | None = 0
     """Lines of the log when the last checkpoint was made, its own included; None where it does not say (0.1)."""
+    sown: bool = True
+    """What a micro-batch draws besides its data has a seed of its own. A run that began without goes on without."""
 
     def __post_init__(self) -> None:
         self.original = shapes(self.model)
