@@ -217,20 +217,26 @@ class Growth:
             raise
 
     def _apply(self, model: nn.Module) -> Living:
+        def land() -> Living:
+            if self._before is None:
+                raise FxgrowError("this growth was not made by fxgrow.grow, so that there is no model to apply it to")
+            self._check_source(innermost(model))
+            return apply(model, self.plan, self._before, self.program, self.program.tensors, self._held)
+
+        living = self._landed(land)
+        renew(model)
+        return living
+
+    def _landed(self, land: Callable[[], Living]) -> Living:
+        """A model that was grown in place on all ranks; where one of them cannot, it is as it was on all."""
         living: Living | None = None
         try:
             with together("apply_", self.group):
-                if self._before is None:
-                    raise FxgrowError(
-                        "this growth was not made by fxgrow.grow, so that there is no model to apply it to"
-                    )
-                self._check_source(innermost(model))
-                living = apply(model, self.plan, self._before, self.program, self.program.tensors, self._held)
+                living = land()
         except BaseException:
-            if living is not None:  # another rank could not
+            if living is not None:
                 living.undo()
             raise
-        renew(model)
         return living
 
     def apply_to_copy_(self, copy: nn.Module) -> nn.Module:
@@ -388,13 +394,21 @@ class ShardedGrowth(Growth):
         self.traffic = sharding.traffic(plan, before)
         self._grown: dict[str, weakref.ref[nn.Parameter]] | None = None
 
-    def __getattribute__(self, name: str) -> Any:
-        if name == "module":
-            raise FxgrowError(
-                "the model is sharded, so that no process holds a grown module of its own: growth.apply_(model) grows "
-                "the model itself, each rank its shards"
-            )
-        return super().__getattribute__(name)
+    @property
+    def module(self) -> fx.GraphModule:  # type: ignore[override]
+        """None.
+
+        Raises:
+            FxgrowError: always.
+        """
+        raise FxgrowError(
+            "the model is sharded, so that no process holds a grown module of its own: growth.apply_(model) grows the "
+            "model itself, each rank its shards"
+        )
+
+    @module.setter
+    def module(self, module: None) -> None:
+        """There is none to be kept."""
 
     def _apply(self, model: nn.Module) -> Applied:  # type: ignore[override]
         inner, before = innermost(model), self._before
@@ -403,22 +417,12 @@ class ShardedGrowth(Growth):
             reshard(inner)  # a forward without a backward leaves gathered parameters
             self._check_source(inner)
 
-        def settled(land: Callable[[], Living]) -> Living:
-            living: Living | None = None
-            try:
-                with together("apply_", self.group):
-                    living = land()
-            except BaseException:
-                if living is not None:  # another rank could not
-                    living.undo()
-                raise
-            return living
-
-        how = (before, self.program, self._held, self.sharding, self.traffic, settled)
+        how = (before, self.program, self._held, self.sharding, self.traffic, self._landed)
         with answering(self.group):
             applied = apply_shards(inner, self.plan, *how)
         named = inner.named_parameters(remove_duplicate=False)
         self._grown = {self.program.aliases.get(n, n): weakref.ref(p) for n, p in named}
+        renew(model)
         return applied
 
     def carry_(self, optimizer: Optimizers, policy: str | None = None, **options: Any) -> Optimizers:
@@ -626,13 +630,6 @@ def _grow(
     if optimizer is not None:
         parameters = model.parameters.values() if isinstance(model, Program) else model.parameters()
         check_optimizer(optimizer, policy, ramp=ramp, parameters=parameters)  # type: ignore[arg-type]
-    if isinstance(model, nn.Module) and is_distributed(model):
-        if consume or like is not None:
-            raise FxgrowError(
-                f"{'consume' if consume else 'like'} is not for sharded models: growth.apply_ frees shards"
-            )
-        how: dict[str, Any] = {"calls": calls, "verify": verify, "optimizer": optimizer, "policy": policy}
-        return _grow_shards(model, spec, args, kwargs, **how, program=program, group=group)
     seconds: dict[str, float] = {}
     parsed = GrowthSpec.parse(spec)
     agree("the spec", parsed.to_dict(), group)
@@ -640,6 +637,13 @@ def _grow(
         raise SpecError(f"verify={verify!r} is none of {', '.join(map(repr, get_args(Verify)))} and False")
     if consume and verify not in (False, "auto"):
         raise SpecError("consume=True frees the original, so that there is nothing to verify against; use verify=False")
+    if isinstance(model, nn.Module) and is_distributed(model):
+        if consume or like is not None:
+            raise FxgrowError(
+                f"{'consume' if consume else 'like'} is not for sharded models: growth.apply_ frees shards"
+            )
+        how: dict[str, Any] = {"calls": calls, "verify": verify, "optimizer": optimizer, "policy": policy}
+        return _grow_shards(model, parsed, args, kwargs, **how, program=program, group=group)
     with timed(seconds, "capture"):
         if program is None:
             program = model if isinstance(model, Program) else capture(model, args, kwargs, calls=calls)
@@ -699,14 +703,19 @@ def _check_alike(program: Program, plan: GrowthPlan, group: Group, ignored: Coll
     """
     if size(group) == 1:
         return
-    agree("the plan", hashlib.blake2b(plan.to_json().encode(), digest_size=8).hexdigest(), group)
+    _agree_on(plan, group)
     own = {n: checksum(p) for n, p in program.parameters.items() if id(p) not in ignored and not p.is_meta}
     agree_by_name("the parameter", own, group)
 
 
+def _agree_on(plan: GrowthPlan, group: Group) -> None:
+    if size(group) > 1:
+        agree("the plan", hashlib.blake2b(plan.to_json().encode(), digest_size=8).hexdigest(), group)
+
+
 def _grow_shards(
     model: nn.Module,
-    spec: Any,
+    spec: GrowthSpec,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
     *,
@@ -719,8 +728,6 @@ def _grow_shards(
 ) -> ShardedGrowth:
     """:func:`_grow` of a sharded model: planned on every rank, and measured with one tensor gathered at a time."""
     seconds: dict[str, float] = {}
-    parsed = GrowthSpec.parse(spec)
-    agree("the spec", parsed.to_dict(), group)
     sharding = Sharding.of(model)
     parameters = dict(model.named_parameters(remove_duplicate=True))
     with timed(seconds, "capture"):
@@ -729,13 +736,13 @@ def _grow_shards(
     check_unfrozen(parameters)
     check_finite(parameters)
     with timed(seconds, "analyse and plan"):
-        plan, grown_program = plan_growth(program, parsed)
+        plan, grown_program = plan_growth(program, spec)
     sharding.check(plan, program)
     if optimizer is not None:
         check_plan(plan, policy, optimizer, {id(p): n for n, p in parameters.items()})
     with as_plain(model):
         held = constants_held(model, program)
-    agree("the plan", hashlib.blake2b(plan.to_json().encode(), digest_size=8).hexdigest(), group)
+    _agree_on(plan, group)
     if verify is False:
         receipt = Receipt(exactness=plan.exactness, notes=["not measured: verification was switched off"])
     else:

@@ -78,6 +78,10 @@ class Sums(NamedTuple):
             squares += float(wide.dot(wide))
         return cls(float(tensor.numel()), total, squares)
 
+    def plus(self, other: Sums) -> Sums:
+        """Those of both tensors together."""
+        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+
     @property
     def deviation(self) -> float:
         """Standard deviation, rounded to ten bits so that the order of summation cannot show."""

@@ -93,6 +93,10 @@ class Layout(NamedTuple):
         places = at.reshape(-1, self.mesh.mesh.dim()).tolist()
         return {rank: self._rectangle(shape, place) for rank, place in zip(self.ranks, places, strict=True)}
 
+    def own(self, shape: Sequence[int]) -> Rectangle:
+        """Which part of a tensor of that shape this rank holds."""
+        return self._rectangle(shape, self.mesh.get_coordinate())
+
     def _rectangle(self, shape: Sequence[int], place: Sequence[int]) -> Rectangle:
         """Split as ``torch.chunk`` splits; what shards the shards of a later dim of the mesh comes after that one."""
         start, size = [0] * len(shape), list(shape)

@@ -65,8 +65,7 @@ class Slice:
         """
         if not is_sharded(tensor):
             return self
-        layout = Layout.of(tensor)
-        mine = layout.rectangles(tensor.shape)[layout.me]
+        mine = Layout.of(tensor).own(tensor.shape)
 
         def cut(vectors: Vectors) -> Vectors:
             spans = enumerate(zip(vectors, mine.start, mine.shape, strict=True)) if vectors else ()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.ir.dtensors import Layout, sharded_as
+from fxgrow.ir.dtensors import Layout, Rectangle, sharded_as
 from fxgrow.ir.fsdp import Managed, Wrapping, fill, wrap
-from fxgrow.ir.modules import set_tensor, share_hooks, uncompiled
+from fxgrow.ir.modules import set_tensor, share_hooks
 from fxgrow.ir.plain import Plain
 from fxgrow.ir.traced import Traced
 from fxgrow.landing.apply import apply
@@ -56,16 +56,14 @@ def apply_shards(
     Raises:
         GrowthRefused: the class cannot compute the grown function; the model is as it was.
     """
-    inner = uncompiled(model)
-    plain = Plain(inner)
-    old: dict[str, Any] = dict(plain.parameters)
+    plain = Plain(model)
     try:
-        living = settled(lambda: apply(inner, plan, before, grown, _tensors(plan, before, grown, plain), held))
+        living = settled(lambda: apply(model, plan, before, grown, _tensors(plan, before, grown, plain), held))
     except BaseException:
         plain.undo()
         raise
     try:
-        _shard_again(inner, plan, grown, plain, living, sharding, old, traffic)
+        _shard_again(model, plan, grown, plain, living, sharding, traffic)
     except BaseException:
         living.undo()
         plain.undo()
@@ -97,9 +95,9 @@ def _shard_again(
     plain: Plain,
     living: Living,
     sharding: Sharding,
-    old: Mapping[str, nn.Parameter],
     traffic: Traffic,
 ) -> None:
+    old: dict[str, Any] = plain.parameters
     canonical = {n: grown.aliases.get(n, n) for n, _ in model.named_parameters(remove_duplicate=False)}
     sources = {n: plan.tensors[c].source for n, c in canonical.items()}
     wrappings = _moved(model, sharding, living.origins, sources)
@@ -120,8 +118,8 @@ def _shard_again(
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         own_buffer = plain.buffers.get(plan.tensors[grown.aliases.get(name, name)].source or "")
         if own_buffer is not None and type(own_buffer) is not torch.Tensor:
-            mine = Layout.of(own_buffer).rectangles(buffer.shape)[Layout.of(own_buffer).me]
-            part = buffer[tuple(slice(a, a + n) for a, n in zip(mine.start, mine.shape, strict=True))]
+            mine = Layout.of(own_buffer).own(buffer.shape)
+            part = buffer[mine.within(Rectangle.whole(buffer.shape))]
             _put(model, name, sharded_as(own_buffer, part.contiguous(), buffer.shape))
     _hook_again(model, plain, living.origins)
     wrap(model, wrappings)
@@ -172,7 +170,7 @@ def _on_meta(p: nn.Parameter, managed: Managed, own: torch.Tensor | None) -> nn.
     place = torch.empty(p.shape, dtype=p.dtype, device="meta")
     if managed.mesh is not None:
         layout = Layout(managed.mesh, tuple(managed.placements))
-        local = torch.empty(layout.rectangles(p.shape)[layout.me].shape, dtype=p.dtype, device="meta")
+        local = torch.empty(layout.own(p.shape).shape, dtype=p.dtype, device="meta")
         place = sharded_as(own, local, p.shape, layout)
     out = nn.Parameter(place, requires_grad=p.requires_grad)
     share_hooks(p, out)

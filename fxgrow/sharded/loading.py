@@ -24,13 +24,14 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from fxgrow import kernels
 from fxgrow.errors import CheckpointError
 from fxgrow.ir.dtensors import Layout, Rectangle, is_sharded, local_of
-from fxgrow.plan import FILL_MEAN, FILL_RANDOM, DimPlan, GrowthPlan, Stage, TensorPlan
+from fxgrow.plan import FILL_MEAN, DimPlan, GrowthPlan, TensorPlan
 from fxgrow.ranks import gathered
 from fxgrow.weights.exchange import Piece, needed, pieces
-from fxgrow.weights.jobs import TensorJob, keyed_stages, moment_job, shifted, stage_job
+from fxgrow.weights.jobs import TensorJob, filled, keyed_stages, moment_job, needs_sums, shifted, stage_job
 from fxgrow.weights.moments import MOMENTS, Moment
 
 _EVERY = torch.optim.Optimizer
+_NOTHING = kernels.Sums(0.0, 0.0, 0.0)
 
 
 class _Found(NamedTuple):
@@ -87,8 +88,7 @@ class GrowthLoadPlanner(dcp.DefaultLoadPlanner):
         own = {name: tuple(sums) for name, sums in summing.sums.items()}
         for each in gathered(own) if dist.is_initialized() else [own]:
             for name, sums in each.items():
-                before = self._sums.get(name, (0.0, 0.0, 0.0))
-                self._sums[name] = kernels.Sums(*(a + b for a, b in zip(before, sums, strict=True)))
+                self._sums[name] = self._sums.get(name, _NOTHING).plus(kernels.Sums(*sums))
 
     # names
 
@@ -144,10 +144,7 @@ class GrowthLoadPlanner(dcp.DefaultLoadPlanner):
 
     def _reads(self, fqn: str, value: torch.Tensor, found: _Found, metadata: Metadata) -> Iterator[ReadItem]:
         tensor, local = found.plan, local_of(value)
-        mine = Rectangle.whole(value.shape)
-        if is_sharded(value):
-            layout = Layout.of(value)
-            mine = layout.rectangles(value.shape)[layout.me]
+        mine = Layout.of(value).own(value.shape) if is_sharded(value) else Rectangle.whole(value.shape)
         if list(value.shape) != list(tensor.shape):
             raise CheckpointError(f"{fqn} is {list(value.shape)} in the state dict, {list(tensor.shape)} in the plan")
         if tensor.zero or not found.source:
@@ -156,7 +153,7 @@ class GrowthLoadPlanner(dcp.DefaultLoadPlanner):
                 return
             raise CheckpointError(f"{fqn} is made of nothing: initialise it, and leave it out of what is loaded")
         stages = [] if found.moment is not None else [stage for stage, _ in keyed_stages(tensor)]
-        if any(_needs_sums(stage) for stage in stages[1:]) or tensor.continuation is not None:
+        if any(needs_sums(stage, stage.dims) for stage in stages[1:]) or tensor.continuation is not None:
             raise CheckpointError(
                 f"{fqn} grows in several steps, one of which needs averages of what the one before makes, or goes on "
                 "in a pattern: that is not done while reading. Load the small model, and grow it"
@@ -168,7 +165,7 @@ class GrowthLoadPlanner(dcp.DefaultLoadPlanner):
         shape, all_dims = list(stored.size), set(range(len(stored.size)))
         if any(i is not None and len(i) and i.max() >= n for i, n in zip(indices, shape, strict=True)):
             raise CheckpointError(f"{found.source} is {shape} in the checkpoint, smaller than the plan has it")
-        whole = {d for stage in stages for d in _averaged(stage)}
+        whole = {d for stage in stages for d in filled(stage.dims, FILL_MEAN)}
         dtype = stored.properties.dtype
         cut = pieces(indices, shape, mine, split=all_dims, whole=whole, itemsize=dtype.itemsize)
         for number, piece in enumerate(cut):
@@ -239,7 +236,7 @@ class GrowthLoadPlanner(dcp.DefaultLoadPlanner):
         made = [target]  # the last first
         for (stage, _, dims), shape in zip(stages[:0:-1], shapes[-2:0:-1], strict=True):
             indices = [None if d is None else d.index for d in dims]
-            made.append(needed(indices, shape, made[-1], _averaged(stage)))
+            made.append(needed(indices, shape, made[-1], filled(stage.dims, FILL_MEAN)))
         return [
             (stage_job(s, key, reading.source.dtype, reading.whole, lambda: self._sums_of(found.source)), dims, there)
             for (s, key, dims), there in zip(stages, reversed(made), strict=True)
@@ -302,8 +299,8 @@ class _SumsPlanner(dcp.DefaultLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         name, _ = _key(read_item)
-        before, own = self.sums.get(name, (0.0, 0.0, 0.0)), kernels.Sums.of(self._held.pop(_key(read_item)))
-        self.sums[name] = kernels.Sums(*(a + b for a, b in zip(before, own, strict=True)))
+        own = kernels.Sums.of(self._held.pop(_key(read_item)))
+        self.sums[name] = self.sums.get(name, _NOTHING).plus(own)
 
 
 def _checked(metadata: Metadata | None) -> Metadata:
@@ -340,25 +337,10 @@ def _pickled(value: Any) -> io.BytesIO:
     return out
 
 
-def _averaged(tensor: Stage) -> set[int]:
-    """Dims along which newborn entries are averages of the old ones."""
-    return {
-        i
-        for i, d in enumerate(tensor.dims)
-        if d is not None and d.fill is not None and bool((d.fill[d.index < 0] == FILL_MEAN).any())
-    }
-
-
 def _relative(tensor: TensorPlan) -> bool:
     """Whether a tensor's growth, or that of its moments, needs averages of the whole of it."""
     born = any(d is not None and bool((d.index < 0).any()) for d in tensor.dims)
-    return born or any(_needs_sums(stage) for stage in tensor.stages or [tensor])
-
-
-def _needs_sums(stage: Stage) -> bool:
-    drawn = any(d is not None and d.fill is not None and FILL_RANDOM in d.fill[d.index < 0] for d in stage.dims)
-    relative = stage.noise is not None and stage.noise.relative
-    return relative or (stage.random_std is None and (stage.paired or drawn))
+    return born or any(needs_sums(stage, stage.dims) for stage in tensor.stages or [tensor])
 
 
 __all__ = ["GrowthLoadPlanner"]

@@ -12,7 +12,7 @@ import torch
 
 from fxgrow import kernels
 from fxgrow.ir.dtypes import is_fine
-from fxgrow.plan import FILL_RANDOM, Stage, TensorPlan
+from fxgrow.plan import FILL_RANDOM, DimPlan, Stage, TensorPlan
 from fxgrow.weights.moments import Moment
 
 
@@ -79,11 +79,9 @@ def stage_job(
     # the dim whose copies must add up exactly: the last one with shares
     closing = next((i for i in reversed(range(len(maps))) if (m := maps[i]) is not None and m.closes), None)
     spread = 0.0
-    drawn = any(d is not None and d.fill is not None and bool((d.fill[d.index < 0] == FILL_RANDOM).any()) for d in dims)
-    needs_spread = stage.random_std is None and (stage.paired or drawn)
     noise = stage.noise
     fine = is_fine(source_dtype)
-    if (needs_spread or (noise is not None and noise.relative)) and math.prod(source_shape) > 1 and fine:
+    if needs_sums(stage, dims) and math.prod(source_shape) > 1 and fine:
         spread = sums().deviation
     random_std = stage.random_std if stage.random_std is not None else spread
     kernel_noise = None
@@ -109,6 +107,17 @@ def stage_job(
     return TensorJob(
         [None if m is None else m.split if i == closing else m.scaled for i, m in enumerate(maps)], options
     )
+
+
+def needs_sums(stage: Stage, dims: Sequence[DimPlan | None]) -> bool:
+    """Whether a growth is relative to the spread of the whole tensor that it begins with."""
+    relative = stage.noise is not None and stage.noise.relative
+    return relative or (stage.random_std is None and (stage.paired or bool(filled(dims, FILL_RANDOM))))
+
+
+def filled(dims: Sequence[DimPlan | None], code: int) -> set[int]:
+    """The dims that have newborn entries with a fill code."""
+    return {i for i, d in enumerate(dims) if d is not None and d.fill is not None and code in d.fill[d.index < 0]}
 
 
 def keyed_stages(plan: TensorPlan) -> list[tuple[Stage, int]]:

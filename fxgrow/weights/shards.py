@@ -17,7 +17,7 @@ from fxgrow.errors import GrowthRefused
 from fxgrow.ir.dtensors import Layout, Rectangle, Rows, local_of, sharded_as
 from fxgrow.plan import FILL_MEAN, DimPlan, Stage, TensorPlan
 from fxgrow.weights.exchange import Index, Piece, Traffic, fetched, pieces
-from fxgrow.weights.jobs import TensorJob, initial, keyed_stages, moment_job, shifted, stage_job
+from fxgrow.weights.jobs import TensorJob, filled, initial, keyed_stages, moment_job, shifted, stage_job
 from fxgrow.weights.moments import Moment
 
 
@@ -52,8 +52,8 @@ def materialise_shard(
     Raises:
         GrowthRefused: numbers that are complex, or a layout that is neither shards nor copies.
     """
-    layout, me = Layout.of(like), Layout.of(like).me
-    mine = layout.rectangles(plan.shape)[me]
+    layout = Layout.of(like)
+    mine = layout.own(plan.shape)
     dtype = dtype or (like.dtype if source is None else source.dtype)
     device = local_of(like if source is None else source).device if out is None else out.device
     check_layout(plan.source or "the new tensor", layout if source is None else Layout.of(source), dtype)
@@ -137,13 +137,7 @@ def _maps(stage: Stage, source: torch.Tensor) -> Sequence[DimPlan | None]:
 
 def _indices(dims: Sequence[DimPlan | None]) -> tuple[list[Index], set[int]]:
     """Per dim the old entry of each new one; and the dims along which averages are taken."""
-    indices = [None if d is None else d.index for d in dims]
-    means = {
-        i
-        for i, d in enumerate(dims)
-        if d is not None and d.fill is not None and bool((d.fill[d.index < 0] == FILL_MEAN).any())
-    }
-    return indices, means
+    return [None if d is None else d.index for d in dims], filled(dims, FILL_MEAN)
 
 
 def _wanted(
@@ -210,8 +204,7 @@ def _begun(plan: TensorPlan, mine: Rectangle, dtype: torch.dtype, device: torch.
 
 def local_entries(index: np.ndarray, tensor: torch.Tensor, dim: int) -> np.ndarray:
     """Those of some entries of one dim that this rank's shard holds, counted from its own first."""
-    layout = Layout.of(tensor)
-    mine = layout.rectangles(tensor.shape)[layout.me]
+    mine = Layout.of(tensor).own(tensor.shape)
     first, size = mine.start[dim], mine.shape[dim]
     inside: np.ndarray = index[(index >= first) & (index < first + size)] - first
     return inside
