@@ -395,7 +395,7 @@ class ShardedGrowth(Growth):
         self._grown: dict[str, weakref.ref[nn.Parameter]] | None = None
 
     @property
-    def module(self) -> fx.GraphModule:  # type: ignore[override]
+    def module(self) -> fx.GraphModule:
         """None.
 
         Raises:
@@ -407,7 +407,7 @@ class ShardedGrowth(Growth):
         )
 
     @module.setter
-    def module(self, module: None) -> None:
+    def module(self, module: fx.GraphModule) -> None:
         """There is none to be kept."""
 
     def _apply(self, model: nn.Module) -> Applied:  # type: ignore[override]
