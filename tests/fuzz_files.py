@@ -425,6 +425,38 @@ def weights(seeds: Seeds, rng: random.Random, folder: Path) -> Any:
     return load_weights(module, path)
 
 
+def taken_away(target: Path) -> bytes:
+    """Remove a file, a link or a folder, and return what the file held."""
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    held = target.read_bytes() if target.is_file() else b""
+    target.unlink(missing_ok=True)
+    return held
+
+
+def stood_in(target: Path, what: str, source: Path) -> bool:
+    """Put something that is no such file in a file's place; whether ``what`` is one of these things.
+
+    Args:
+        source: what a link leads to.
+    """
+    if what == "empty":
+        target.touch()
+    elif what == "folder":
+        target.mkdir()
+    elif what == "link":
+        target.symlink_to(source)
+    elif what == "loop":
+        target.symlink_to(target.name)
+    elif what == "dangling":
+        target.symlink_to("/nowhere/" + target.name)
+    elif what == "pipe":
+        os.mkfifo(target)
+    else:
+        return False
+    return True
+
+
 def whole_folder(seeds: Seeds, rng: random.Random, folder: Path) -> Any:
     """Files lost, exchanged, turned into folders, links and pipes; then loaded, and saved over."""
     path = Path(shutil.copytree(seeds.checkpoint, folder / "checkpoint"))
@@ -432,26 +464,11 @@ def whole_folder(seeds: Seeds, rng: random.Random, folder: Path) -> Any:
     for _ in range(rng.choice([1, 1, 2])):
         name, other = rng.choice(names), rng.choice(names)
         target = path / name
-        change = rng.choice(
-            ["lose", "empty", "folder", "link", "loop", "dangling", "pipe", "exchange", "copy", "versioned"]
-        )
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        held = target.read_bytes() if target.is_file() else b""
-        target.unlink(missing_ok=True)
-        if change == "empty":
-            target.touch()
-        elif change == "folder":
-            target.mkdir()
-        elif change == "link":
-            target.symlink_to(seeds.checkpoint / other)
-        elif change == "loop":
-            target.symlink_to(name)
-        elif change == "dangling":
-            target.symlink_to("/nowhere/" + name)
-        elif change == "pipe":
-            os.mkfifo(target)
-        elif change == "exchange" and (path / other).is_file():
+        change = rng.choice(FOLDER)
+        held = taken_away(target)
+        if stood_in(target, change, seeds.checkpoint / other):
+            continue
+        if change == "exchange" and (path / other).is_file():
             target.write_bytes((path / other).read_bytes())
             (path / other).unlink()  # it may be a link to the seed
             (path / other).write_bytes(held)

@@ -577,6 +577,10 @@ def resumed(seeds: Seeds, rng: random.Random, folder: Path) -> Case:
     return Case(place, RESUMED)
 
 
+#: changes of a folder that leave the files in it as they are
+BESIDE = ("stale", "round", "deep", "notes")
+
+
 def whole_folder(seeds: Seeds, rng: random.Random, folder: Path) -> Case:
     """Files lost, exchanged, turned into folders, links and pipes; others that are in the way."""
     place = Path(shutil.copytree(rng.choice([seeds.single, seeds.sharded]), folder / "in"))
@@ -584,26 +588,15 @@ def whole_folder(seeds: Seeds, rng: random.Random, folder: Path) -> Case:
     for _ in range(rng.choice([1, 1, 2])):
         name, other = rng.choice(names), rng.choice(names)
         target = place / name
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        held = target.read_bytes() if target.is_file() else b""
-        what = rng.choice([*fuzz_files.FOLDER, "outside", "stale", "round", "deep", "notes"])
-        if what not in ("stale", "round", "deep", "notes"):
-            target.unlink(missing_ok=True)
-        if what == "empty":
-            target.touch()
-        elif what == "folder":
-            target.mkdir()
-        elif what == "link":
-            target.symlink_to(seeds.sharded / other)
-        elif what == "outside":
+        what = rng.choice([*fuzz_files.FOLDER, "outside", *BESIDE])
+        if what in BESIDE:
+            held = target.read_bytes() if target.is_file() else b""
+        else:
+            held = fuzz_files.taken_away(target)
+        if fuzz_files.stood_in(target, what, seeds.sharded / other):
+            continue
+        if what == "outside":
             target.symlink_to(folder / "elsewhere" / rng.choice(["kept.txt", "model.safetensors"]))
-        elif what == "loop":
-            target.symlink_to(name)
-        elif what == "dangling":
-            target.symlink_to("/nowhere/" + name)
-        elif what == "pipe":
-            os.mkfifo(target)
         elif what in ("exchange", "copy") and (place / other).is_file():
             target.write_bytes((place / other).read_bytes())
         elif what == "versioned":

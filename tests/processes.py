@@ -73,3 +73,12 @@ def _run(rank: int, count: int, folder: str, end: Any, function: Callable[..., A
     finally:
         end.close()
         os._exit(0)  # never back into the caller's stack
+
+
+def said(function: Callable[[], Any]) -> str:
+    """What a function raises, with its class; "" where it raises nothing."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

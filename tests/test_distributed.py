@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fxgrow
 from fxgrow.ranks import gathered
-from tests.processes import run_ranks
+from tests.processes import run_ranks, said
 
 HIDDEN = {"op": "widen", "axis": "*/hidden", "factor": 2, "noise": {"scale": 0.1}}
 DEEPER = {"op": "deepen", "stack": "blocks", "by": 1}
@@ -126,14 +126,6 @@ def in_parts(trained: Trained) -> list[Any]:
 @functools.cache
 def one_process(run: Callable[[Trained], list[Any]]) -> list[Any]:
     return run(Trained())
-
-
-def said(function: Callable[[], Any]) -> str:
-    try:
-        function()
-    except fxgrow.FxgrowError as error:
-        return f"{type(error).__name__}: {error}".partition("\n")[0]
-    return ""
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

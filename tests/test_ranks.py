@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,16 +10,7 @@ import torch.distributed as dist
 
 from fxgrow.errors import FxgrowError, GrowthRefused, RankError, SpecError
 from fxgrow.ranks import ALONE, agree, agree_by_name, gathered, shared, size, together
-from tests.processes import run_ranks
-
-
-def said(function: Callable[[], Any]) -> str:
-    """What a function raises, with its class."""
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+from tests.processes import run_ranks, said
 
 
 def raising(error: Exception | None) -> None:

@@ -301,7 +301,7 @@ def way_of(saved: Any, small: nn.Module, make: Maker | None, where: str, trainer
             raise CheckpointError(f"{where} is no state of the optimizer that {way.words} makes: {problem}")
         return way
     certain = [_by_names(saved, small), _by_method(saved, small), _by_trainer(saved, small) if trainers else None]
-    found = _fitting(saved, small, [way for way in certain if way is not None], _usual(saved, small), where)
+    found = _fitting(saved, small, [way for way in certain if way is not None], _ways(_WHOLE, saved, small), where)
     if len(found) == 1:
         return found[0]
     ways = "; ".join(way.words for way in found)
@@ -324,7 +324,7 @@ def ways_of(states: Sequence[Any], small: nn.Module, make: Maker | None, wheres:
             certain = [_made(make, small, f"{getattr(make, '__name__', 'the function')}()", part)]
         else:
             certain = [w for w in (_by_names(saved, small), _by_method(saved, small, part)) if w is not None]
-        usual = iter(()) if make is not None else _parts(saved, small)
+        usual = iter(()) if make is not None else _ways(_PARTS, saved, small)
         found.append(_fitting(saved, small, certain, usual, where))
     choices = [ways for ways in itertools.product(*found) if _disjoint(ways)]
     if len(choices) == 1:
@@ -515,35 +515,14 @@ def _by_trainer(saved: Mapping[str, Any], small: nn.Module) -> Way | None:
         return None
 
 
-def _usual(saved: Mapping[str, Any], small: nn.Module) -> Iterator[Way]:
-    """The ways in which optimizers are made where nothing says how."""
-    kind = _kind_of(saved)
-    ways: dict[str, list[Test]] = {
-        "model.parameters()": [_any],
-        "model.parameters(), those that learn": [_learns],
-        "matrices, then the rest": [_matrix, _vector],
-        "what is no matrix, then matrices": [_vector, _matrix],
-    }
-    for words, tests in ways.items():
-        yield _picked(words, tests, small, kind)
-
-
-def _parts(saved: Mapping[str, Any], small: nn.Module) -> Iterator[Way]:
-    """The parameters that one of several optimizers is usually given, where nothing says so."""
-    kind = _kind_of(saved)
-    parts: dict[str, list[Test]] = {
-        "matrices": [_matrix],
-        "what is no matrix": [_vector],
-        "the matrices of blocks": [_inner],
-        "all but the matrices of blocks": [_outer],
-        "all but the matrices of blocks, matrices first": [_outer_matrix, _vector],
-        "all but the matrices of blocks, matrices last": [_vector, _outer_matrix],
-    }
-    for words, tests in parts.items():
-        yield _picked(words, tests, small, kind)
-
-
 Test = Callable[[nn.Parameter, bool], bool]
+
+
+def _ways(table: Mapping[str, Sequence[Test]], saved: Mapping[str, Any], small: nn.Module) -> Iterator[Way]:
+    """Ways by their words and tests; each is worked out when it is asked for."""
+    kind = _kind_of(saved)
+    for words, tests in table.items():
+        yield _picked(words, tests, small, kind)
 
 
 def _picked(words: str, tests: Sequence[Test], small: nn.Module, kind: type[torch.optim.Optimizer]) -> Way:
@@ -584,5 +563,22 @@ def _outer(p: nn.Parameter, inside: bool) -> bool:
 def _outer_matrix(p: nn.Parameter, inside: bool) -> bool:
     return _matrix(p, inside) and not inside
 
+
+#: the ways in which optimizers are made where nothing says how
+_WHOLE: dict[str, list[Test]] = {
+    "model.parameters()": [_any],
+    "model.parameters(), those that learn": [_learns],
+    "matrices, then the rest": [_matrix, _vector],
+    "what is no matrix, then matrices": [_vector, _matrix],
+}
+#: the parameters that one of several optimizers is usually given, where nothing says so
+_PARTS: dict[str, list[Test]] = {
+    "matrices": [_matrix],
+    "what is no matrix": [_vector],
+    "the matrices of blocks": [_inner],
+    "all but the matrices of blocks": [_outer],
+    "all but the matrices of blocks, matrices first": [_outer_matrix, _vector],
+    "all but the matrices of blocks, matrices last": [_vector, _outer_matrix],
+}
 
 __all__ = ["Growing", "Maker", "Way", "grown_state", "is_state", "way_of", "ways_of"]

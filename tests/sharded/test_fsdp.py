@@ -18,10 +18,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import fxgrow
 import fxgrow.optim
-from fxgrow.errors import FxgrowError
 from fxgrow.ir.dtensors import Layout, Rectangle, local_of
 from tests.models import small_gpt, tokens
-from tests.processes import run_ranks
+from tests.processes import run_ranks, said
 
 NOISE = {"noise": {"scale": 0.1, "relative": True}}
 WIDE: list[dict[str, Any]] = [
@@ -154,14 +153,6 @@ class Hidden(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.down(torch.relu(self.up(x)))
         return out
-
-
-def said(function: Callable[[], Any]) -> str:
-    try:
-        function()
-    except FxgrowError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
