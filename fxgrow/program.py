@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from fxgrow.ir.libraries import twins_of
 from fxgrow.ir.plain import as_plain
 from fxgrow.ir.replicas import innermost, plainly
 from fxgrow.ir.traced import Traced
+from fxgrow.trace.foreign import without_values
 from fxgrow.trace.tracer import trace
 
 
@@ -72,8 +74,9 @@ def capture(
     inner = innermost(model)
     if any(p.device.type == "cpu" for p in inner.parameters()):
         kernels.get_ready()  # while the model is traced
-    with plainly(inner), as_plain(inner) as plain:
+    with plainly(inner), as_plain(inner) as plain, contextlib.ExitStack() as around:
         if plain is not None:
+            around.enter_context(without_values())
             args, kwargs, calls = trees.map_tensors(torch.Tensor.cpu, (args, kwargs, calls))
         program = Program.of(trace(inner, args, kwargs, calls=calls, dynamic=dynamic))
         program.twins = twins_of(inner)

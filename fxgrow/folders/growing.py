@@ -38,6 +38,7 @@ from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program, capture
 from fxgrow.reading import read_json
 from fxgrow.spec import GrowthSpec
+from fxgrow.trace.foreign import without_values
 from fxgrow.verify.failures import Failures
 from fxgrow.verify.float64 import Float64
 from fxgrow.verify.inputs import Inputs
@@ -70,6 +71,7 @@ class Grown:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@without_values()
 def grow_checkpoint(
     folder: str | Path,
     spec: Any = None,

@@ -18,6 +18,7 @@ from fxgrow.folders.source import Source, open_folder
 from fxgrow.folders.tensorfile import Entry
 from fxgrow.ir.traced import Traced
 from fxgrow.program import Program, capture
+from fxgrow.trace.foreign import without_values
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Opened:
         """The class made anew: the model may have been grown meanwhile."""
         return build(self.make, self.source.config, self.dtypes, self.source.called)
 
+    @without_values()
     def capture(self) -> Program:
         return capture(self.model, (), self.inputs)
 

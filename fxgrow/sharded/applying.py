@@ -18,6 +18,7 @@ from fxgrow.landing.apply import apply
 from fxgrow.landing.living import Living
 from fxgrow.plan import GrowthPlan
 from fxgrow.sharded.sharding import Sharding
+from fxgrow.trace.foreign import without_values
 from fxgrow.weights.exchange import Traffic
 from fxgrow.weights.materialise import materialise_tensor
 from fxgrow.weights.shards import materialise_shard
@@ -58,7 +59,8 @@ def apply_shards(
     """
     plain = Plain(model)
     try:
-        living = settled(lambda: apply(model, plan, before, grown, _tensors(plan, before, grown, plain), held))
+        with without_values():
+            living = settled(lambda: apply(model, plan, before, grown, _tensors(plan, before, grown, plain), held))
     except BaseException:
         plain.undo()
         raise

@@ -66,6 +66,20 @@ def custom_backwards() -> Iterator[set[str]]:
                 function.apply = before
 
 
+#: whether parameters are memory that nobody has written
+_VALUELESS: ContextVar[bool] = ContextVar("fxgrow_valueless", default=False)
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Parameters stand for shapes inside: what is read of them, in a trace that has to measure, is no evidence."""
+    token = _VALUELESS.set(True)
+    try:
+        yield
+    finally:
+        _VALUELESS.reset(token)
+
+
 def check_backward(
     model: nn.Module,
     exported: torch.export.ExportedProgram,
@@ -76,11 +90,12 @@ def check_backward(
     """Refuse custom backwards, unless the gradients of the graph measure the same as the model's.
 
     Raises:
-        CaptureError: they differ, or cannot be measured (meta tensors, reentrant checkpoints).
+        CaptureError: they differ, or cannot be measured (parameters without values, reentrant checkpoints).
     """
     names = ", ".join(sorted(used))
     checkpoint = any("CheckpointFunction" in n for n in used)
-    if not checkpoint and not any(t.is_meta for t in trees.tree_leaves([list(model.parameters()), args])):
+    valued = not (_VALUELESS.get() or any(t.is_meta for t in trees.tree_leaves([list(model.parameters()), args])))
+    if not checkpoint and valued:
         worst = max(_backward_error(model, exported, (args, kwargs), scale) for scale in (1.0, 8.0))
         if worst <= 1e-4:
             warnings.warn(

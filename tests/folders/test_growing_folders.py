@@ -21,7 +21,7 @@ from examples.gpt.model import GPT, GPTConfig
 from fxgrow import publish
 from fxgrow.cli import app
 from fxgrow.cli.models import parse_settings
-from fxgrow.errors import CheckpointError, DiskError, GrowthRefused, SpecError
+from fxgrow.errors import CaptureError, CheckpointError, DiskError, GrowthRefused, SpecError
 from fxgrow.folders import compare_folders, grow_checkpoint, writing
 from fxgrow.training import untied
 
@@ -447,3 +447,28 @@ def test_ties_that_are_none_in_the_files_are_refused(tmp_path: Path) -> None:
             with pytest.raises(CheckpointError, match=r"other values as .* than as .*, which GPT ties"):
                 grow_checkpoint(source, SPECS["hidden"], tmp_path / "larger", model_class=GPT)
     assert not (tmp_path / "larger").exists()
+
+
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return -gradients[0]
+
+
+class Reversed(GPT):
+    """Its backward is not that of its forward, which no weights of zero show."""
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
+        logits, loss = super().forward(idx, targets)
+        return _Turned.apply(logits), loss
+
+
+def test_a_backward_is_not_measured_on_weights_that_nobody_wrote(tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "small")
+    with pytest.raises(CaptureError, match=r"custom autograd function .*_Turned"):
+        grow_checkpoint(source, SPECS["hidden"], tmp_path / "large", model_class=Reversed)
+    assert not (tmp_path / "large").exists()

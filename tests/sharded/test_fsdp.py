@@ -294,11 +294,32 @@ def by_schedule(mesh: Any) -> dict[str, Any]:
     return {"grown": grown, "hidden": model.transformer.h[0].mlp.c_fc.weight.shape[0]}
 
 
+class _Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return -gradients[0]
+
+
+class Reversed(Hidden):
+    """Its backward is not that of its forward, which no weights of zero show."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = _Turned.apply(super().forward(x))
+        return out
+
+
 def disagreeing(rank: int) -> dict[str, Any]:
     model: Any = small_gpt()
     fully_shard(model)
     other = [{**WIDE[0], "factor": 2 + rank}]
     found = {"spec": said(lambda: fxgrow.grow(model, other, tokens(), verify=False))}
+    reversed_: Any = fully_shard(Reversed())
+    widened = {"op": "widen", "axis": "*/hidden", "factor": 2}
+    found["backward"] = said(lambda: fxgrow.grow(reversed_, widened, (torch.randn(3, 8),), verify=False))
     if rank == 1:
         with torch.no_grad():
             local_of(model.lm_head.weight)[0, 0] = float("nan")
@@ -332,6 +353,7 @@ def test_what_a_model_is_sharded_with_goes_on_and_what_is_refused_leaves_it_alon
         assert found["by_schedule"] == {"grown": [False, False, True], "hidden": 256}
         assert found["disagreeing"]["spec"].startswith("RankError: the spec is not the same on all ranks")
         assert "rank 1 of 2 failed: the model holds NaN" in found["disagreeing"]["one refuses"]
+        assert "custom autograd function" in found["disagreeing"]["backward"]
 
 
 def dying(rank: int) -> str:
