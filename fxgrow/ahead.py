@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.compile import blocks_of, compile_regions
+from fxgrow.compile import blocks_of, compile_regions, numbers_of
 from fxgrow.growth import grow
 from fxgrow.ir import trees
 from fxgrow.ir.compiled import as_written, structures
@@ -129,8 +129,7 @@ def rehearse(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """
     device = next((t.device for t in trees.tensors_in((args, dict(kwargs)))), torch.device("cpu"))
     found = blocks_of(module) or [("", module)]
-    places = [path.rpartition(".")[2] for path, _ in found]
-    keys = structures([b for _, b in found], [int(p) if p.isdigit() else None for p in places])
+    keys = structures([b for _, b in found], numbers_of(found))
     known = {id(b): key for (_, b), key in zip(found, keys, strict=True)}
     seen = set()
     for call in blocks_called(module, [b for _, b in found], args, kwargs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +48,12 @@ def _blocks_in(module: nn.Module, prefix: str) -> tuple[list[tuple[str, nn.Modul
     return out, repeats
 
 
+def numbers_of(blocks: Sequence[tuple[str, nn.Module]]) -> list[int | None]:
+    """The place of each block in its stack, None where it has none."""
+    places = [path.rpartition(".")[2] for path, _ in blocks]
+    return [int(p) if p.isdigit() else None for p in places]
+
+
 def compile_regions(module: Module, *, checkpoint: bool = False, **options: Any) -> Module:
     """Compile every block by itself, in place; a module without blocks is compiled whole.
 
@@ -65,8 +71,7 @@ def compile_regions(module: Module, *, checkpoint: bool = False, **options: Any)
     inner = innermost(module)
     blocks = blocks_of(inner) or [("", inner)]
     wanted = Options(dict(options), checkpoint)
-    places = [path.rpartition(".")[2] for path, _ in blocks]
-    share([b for _, b in blocks], [int(p) if p.isdigit() else None for p in places], wanted)
+    share([b for _, b in blocks], numbers_of(blocks), wanted)
     return module
 
 
@@ -92,4 +97,4 @@ def package(
         raise FxgrowError(f"{type(module).__name__} cannot be packaged: {type(error).__name__}: {reason}") from error
 
 
-__all__ = ["as_written", "blocks_of", "compile_regions", "package", "renew"]
+__all__ = ["as_written", "blocks_of", "compile_regions", "numbers_of", "package", "renew"]

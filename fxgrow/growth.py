@@ -30,7 +30,7 @@ from fxgrow.ir.modules import version_of
 from fxgrow.ir.nodes import info_of
 from fxgrow.ir.plain import as_plain, is_distributed
 from fxgrow.ir.provenance import Cast, provenance_of, remember
-from fxgrow.ir.replicas import around, check_replicas, group_of, holding, ignored_by, innermost, plainly
+from fxgrow.ir.replicas import around, check_replicas, holding, ignored_by, innermost, plainly
 from fxgrow.ir.traced import Traced, program_of
 from fxgrow.landing.apply import apply, constants_held
 from fxgrow.landing.copies import grown_tensors
@@ -49,7 +49,7 @@ from fxgrow.plan import GrowthPlan
 from fxgrow.program import Program, capture
 from fxgrow.ranks import ALONE, Group, agree, agree_by_name, answering, gathered, size, together
 from fxgrow.sharded.applying import Applied, apply_shards
-from fxgrow.sharded.sharding import Gathered, Sharding, ranks_of
+from fxgrow.sharded.sharding import Gathered, Sharding, group_around
 from fxgrow.spec import GrowthSpec
 from fxgrow.verify.execute import drops_out
 from fxgrow.verify.receipt import Receipt
@@ -596,7 +596,7 @@ def grow(
         model, replicas = innermost(model), around(model)
     elif isinstance(model, Program):
         replicas = holding(model.parameters.values())
-    group = ranks_of(model) if isinstance(model, nn.Module) and is_distributed(model) else group_of(replicas)
+    group = group_around(model, replicas)
     check_replicas(replicas)
     with together("the growth", group), plainly(model):
         growth = _grow(model, spec, args, kwargs, **how, group=group, ignored=ignored_by(replicas))

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
+
+from fxgrow.warn import warn
 
 GROUPS = ("fxgrow.operations", "fxgrow.passes", "fxgrow.rules")
 #: our own modules that know the classes of another library, by its name
@@ -66,7 +67,7 @@ def load_plugins(group: str, use: Callable[[Any], Any] | None = None) -> None:
             elif callable(found):
                 found()
         except (Exception, SystemExit) as error:  # whatever somebody's import does
-            warnings.warn(f"plug-in {entry.name} = {entry.value} of {group} cannot be loaded: {error!r}", stacklevel=2)
+            warn(f"plug-in {entry.name} = {entry.value} of {group} cannot be loaded: {error!r}")
 
 
 def load_companions() -> None:

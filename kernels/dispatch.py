@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from fxgrow.kernels import gpu, native, reference
 from fxgrow.kernels.job import Job
+from fxgrow.warn import warn
 
 NAMES = ("torch", "cpu", "triton")
 VARIABLE = "FXGROW_KERNELS"
@@ -57,7 +57,7 @@ _warned: set[str] = set()
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+        warn(message, RuntimeWarning)
 
 
 def run(job: Job, out: Tensor, backend: str | None, fresh: bool) -> None:

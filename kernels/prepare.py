@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from fxgrow.kernels.maps import (
 from fxgrow.kernels.memory import unreadable
 from fxgrow.kernels.philox import key_words
 from fxgrow.kernels.reference import halving_sum, random_means
+from fxgrow.warn import warn
 
 
 def mean_tables(job: Job) -> dict[int, Tensor]:
@@ -112,11 +112,10 @@ def _warn_if_too_small(source: Tensor, noise: Noise, dtype: torch.dtype, shares:
     ulp = torch.finfo(dtype).eps * torch.exp2((torch.frexp(half).exponent - 1).to(torch.float64))
     same = float(torch.erf(ulp / 2 / (noise.scale * math.sqrt(2))).mean())
     if same > 0.25:
-        warnings.warn(
+        warn(
             f"noise of standard deviation {noise.scale:.3g} is below the resolution of {dtype}: about {same:.0%} of "
             "the copies stay identical. Use a larger scale, or grow in float32 and convert afterwards.",
             NoiseTooSmall,
-            stacklevel=4,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +22,7 @@ from fxgrow.plugins import load_plugins
 from fxgrow.rules.annotation import flat_dims
 from fxgrow.rules.base import rule_of
 from fxgrow.rules.forms import Opaque
+from fxgrow.warn import warn
 
 _warned: set[str] = set()
 
@@ -72,25 +72,23 @@ def analyse(program: Traced) -> Axes:
             except Conflict as conflict:
                 env[node] = Opaque(f"fxgrow cannot relate its dims ({conflict})").relate(ctx)
             except Exception as error:  # a call that the rule was not written for is no reason to give up on the model
-                warnings.warn(
+                warn(
                     f"the rule for {name} fails ({type(error).__name__}: {error}) at {ctx.source or 'unknown line'}: "
-                    "a bug in the rule; the axes it touches are frozen",
-                    stacklevel=3,
+                    "a bug in the rule; the axes it touches are frozen"
                 )
                 env[node] = Opaque(f"fxgrow's rule for {name} does not fit this call").relate(ctx)
             ctx.freeze_unseen(rule)
             env[node] = _specialised(ctx, node, env[node])
             wrong = _wrong_result(node, env[node])
             if wrong:
-                warnings.warn(f"{wrong}: a bug in the rule; the axes it touches are frozen", stacklevel=3)
+                warn(f"{wrong}: a bug in the rule; the axes it touches are frozen")
                 env[node] = Opaque(f"fxgrow's rule for {name} does not fit this call").relate(ctx)
     for name, places in unknown.items():
         if name not in _warned:
             _warned.add(name)
-            warnings.warn(
+            warn(
                 f"no rule for {name} (at {places[0] or 'unknown line'}); the axes it touches are frozen. "
-                f"If it is element-wise: fxgrow.register_rule({name!r}, fxgrow.rules.Pointwise())",
-                stacklevel=3,
+                f"If it is element-wise: fxgrow.register_rule({name!r}, fxgrow.rules.Pointwise())"
             )
     axes = Axes.of(program, env, unknown, ctx.freezes, ctx.contractions)
     return replace(axes, by_name=MappingProxyType(name_axes(axes, unifier)))

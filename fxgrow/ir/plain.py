@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fxgrow.ir.dtensors import is_sharded, whole_of
@@ -19,6 +20,8 @@ from fxgrow.ir.modules import set_tensor
 
 def is_distributed(model: nn.Module) -> bool:
     """Whether a model holds shards, or gathers its parameters when it runs: FSDP2, or tensor parallelism."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
     return any(map(is_fsdp, model.modules())) or any(map(is_sharded, (*model.parameters(), *model.buffers())))
 
 

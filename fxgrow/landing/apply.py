@@ -46,6 +46,7 @@ from fxgrow.landing.sizes import KeptSizes
 from fxgrow.landing.ties import tied_with
 from fxgrow.landing.told import settings_held, told, unread
 from fxgrow.plan import GrowthPlan
+from fxgrow.warn import warn
 
 #: second traces of one model; every one but the last has found a number that differs
 _MOST = 10
@@ -381,10 +382,9 @@ class _Applying:
             if not self.lands():
                 self.living.undo(mark)
             elif now != old:
-                warnings.warn(
+                warn(
                     f"{kind.__name__}.{name} is {old}, as a size was that has grown, and stays so: no "
-                    f"captured call reads it. If other methods do, and mean that size, set it to {now}",
-                    stacklevel=7,
+                    f"captured call reads it. If other methods do, and mean that size, set it to {now}"
                 )
 
     def lands(self) -> bool:
@@ -402,7 +402,7 @@ class _Applying:
         """Say what a checkpoint of the model would not bring back, and what may be stale in it."""
         found = told(self.living.model, self.plan, self.before, self.grown, builders, held, blocks)
         for said in (*found, *self.told):
-            warnings.warn(said, stacklevel=6)
+            warn(said)
 
     # words
 

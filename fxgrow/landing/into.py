@@ -6,7 +6,6 @@ to compute the same. Then its modules take the grown tensors as they are, so tha
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -23,6 +22,7 @@ from fxgrow.landing.retrace import retrace
 from fxgrow.plan import CloneBlock, GrowthPlan
 from fxgrow.program import Program
 from fxgrow.verify.outputs import relative_errors
+from fxgrow.warn import warn
 
 #: what a run may differ by, relatively, though the graphs are equal: rounding in the model's own dtype
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -61,7 +61,7 @@ def into(
             f"the buffer {unsaved[0]} of the larger {name} is not in its state dict, and holds other values now than "
             "the class computes: save it with the weights, else a model that loads them computes something else"
         )
-        warnings.warn(notes[-1], stacklevel=3)
+        warn(notes[-1])
     _exchange(model, tensors)
     for ddp in replicas:
         follow(ddp)

@@ -63,13 +63,13 @@ def carried(
     ramp: int | None = None,
     newcomers: Newcomers = None,
     handed: Collection[str] = (),
-    state_of: Callable[..., dict[str, Any]] = map_state,
+    state_of: Callable[..., dict[str, Any]] | None = None,
 ) -> Carried:
     """Work out an optimizer's content after a growth.
 
     Args:
         handed: parameters whose waiting gradient the grown model has already.
-        state_of: makes a parameter's state as :func:`map_state` does, or what stands for it.
+        state_of: makes a parameter's state, or what stands for it; None: :func:`map_state`.
 
     The rest as :func:`fxgrow.optim.carry` takes it.
 
@@ -77,6 +77,7 @@ def carried(
         FxgrowError: see there; nothing has been changed.
     """
     check_options(warmup=warmup, peak=peak, ramp=ramp, newcomers=newcomers)
+    state_of = map_state if state_of is None else state_of
     warmup, peak, ramp = int(warmup), float(peak), None if ramp is None else int(ramp)  # numpy's could not be loaded
     plans = plan.tensors
     out = Carried(members_of(optimizer, names, new, plans, newcomers))

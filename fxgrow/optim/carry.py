@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -26,6 +25,7 @@ from fxgrow.optim.members import Newcomers
 from fxgrow.optim.rates import KEY, STEPS, slice_rates
 from fxgrow.optim.wrappers import check_nothing_else, unwrapped
 from fxgrow.plan import GrowthPlan
+from fxgrow.warn import warn
 
 
 def carry(
@@ -223,9 +223,8 @@ def _construct(optimizer: torch.optim.Optimizer, members: list[list[nn.Parameter
 def _warn_of_what_stays(optimizer: torch.optim.Optimizer) -> None:
     """What holds on to the old optimizer goes on without a word, and without effect."""
     if is_scheduled(optimizer):
-        warnings.warn(
+        warn(
             "a learning-rate scheduler drives the optimizer that was carried over a growth, and goes on with the old "
             "one, without effect on the new: use growth.carry_(optimizer), which keeps the object, or set "
-            "`scheduler.optimizer = new_optimizer`",
-            stacklevel=4,
+            "`scheduler.optimizer = new_optimizer`"
         )

@@ -10,7 +10,6 @@ its own adjustment to the shape; its weight decay stays.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from fxgrow.errors import FxgrowError
 from fxgrow.optim.slices import Slice
 from fxgrow.plan import TensorPlan
+from fxgrow.warn import warn
 from fxgrow.weights.moments import is_elementwise, is_tiled, steps_like
 
 
@@ -73,10 +73,9 @@ def check_whole(optimizer: torch.optim.Optimizer, plans: Mapping[str, TensorPlan
 def warn_of_muon(optimizer: torch.optim.Optimizer) -> None:
     """Say how exact ``exact`` is."""
     if is_muon(optimizer):
-        warnings.warn(
+        warn(
             "Muon follows under policy 'exact' to the accuracy of its own bfloat16 iteration: up to some percent of a "
-            "step (7.4 % of one matrix's was measured), and not to that of the weights",
-            stacklevel=5,
+            "step (7.4 % of one matrix's was measured), and not to that of the weights"
         )
 
 

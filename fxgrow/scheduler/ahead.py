@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from fxgrow.ahead import Ahead
 from fxgrow.schedule import Grow, LoraMerge, Schedule
+from fxgrow.warn import warn
 
 Place = tuple[int, int]
 
@@ -50,7 +50,7 @@ class AheadOfSchedule:
         try:
             self.running = begin()
         except Exception as error:  # whatever pickling the user's model raises
-            warnings.warn(f"the next growth is not compiled ahead: {type(error).__name__}: {error}", stacklevel=4)
+            warn(f"the next growth is not compiled ahead: {type(error).__name__}: {error}")
 
     def stop(self) -> None:
         """End the process, done or not: what it has compiled stays in the cache."""
@@ -60,7 +60,7 @@ class AheadOfSchedule:
         if not running.wait(0):
             running.stop()
         elif running.error:
-            warnings.warn(f"the growth was not compiled ahead: {running.error}", stacklevel=4)
+            warn(f"the growth was not compiled ahead: {running.error}")
 
 
 __all__ = ["AheadOfSchedule"]

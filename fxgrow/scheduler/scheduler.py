@@ -14,8 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from fxgrow.ahead import compile_ahead
 from fxgrow.errors import FxgrowError, RankError, SpecError
 from fxgrow.growth import Growth, grow
-from fxgrow.ir.plain import is_distributed
-from fxgrow.ir.replicas import around, check_replicas, following, group_of, innermost, rewrapped, within
+from fxgrow.ir.replicas import around, check_replicas, following, innermost, rewrapped, within
 from fxgrow.optim.members import Newcomers
 from fxgrow.optim.newborn import Frozen, Part
 from fxgrow.optim.wrappers import unwrapped
@@ -52,7 +51,7 @@ from fxgrow.scheduler.standing import Done, Sizes, learning_rate, rate_factor, r
 from fxgrow.scheduler.state import read, written
 from fxgrow.scheduler.steering import Steering
 from fxgrow.scheduler.timeline import DryRun, Timeline
-from fxgrow.sharded.sharding import ranks_of
+from fxgrow.sharded.sharding import group_around
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
@@ -346,7 +345,7 @@ class GrowthScheduler:
             RankError: on all ranks of a model in ``DistributedDataParallel``, where one of them would not do the same.
         """
         _check_passed(model, optimizer)
-        group = ranks_of(innermost(model)) if is_distributed(innermost(model)) else group_of(within(model))
+        group = group_around(innermost(model), within(model))
         step, now = whole(step, "step"), amount(seconds, "seconds")
         now = self._clock() if now is None else now
         progress = Progress(step, amount(tokens, "tokens"), amount(epoch, "epoch"), now, named(metrics))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fxgrow.errors import CaptureError, GrowthRefused
 from fxgrow.ir.dtensors import Layout, is_sharded, whole_of
 from fxgrow.ir.fsdp import Managed, Wrapping, wrappings_of
+from fxgrow.ir.plain import is_distributed
+from fxgrow.ir.replicas import group_of
 from fxgrow.ir.traced import Traced
 from fxgrow.plan import GrowthPlan
 from fxgrow.ranks import Group, size
@@ -106,6 +109,18 @@ def ranks_of(model: nn.Module) -> Group:
     return largest.mesh.get_group()
 
 
+def group_around(model: object, replicas: Iterable[DistributedDataParallel]) -> Group:
+    """The ranks that change a model together: those that hold its shards, or copies of it.
+
+    Args:
+        replicas: what holds the copies.
+
+    Raises:
+        FxgrowError: as :func:`ranks_of`, :func:`fxgrow.ir.replicas.group_of`.
+    """
+    return ranks_of(model) if isinstance(model, nn.Module) and is_distributed(model) else group_of(replicas)
+
+
 class Gathered(Mapping[str, torch.Tensor]):
     """A model's parameters by name, each gathered when it is asked for: a collective operation."""
 
@@ -128,4 +143,4 @@ class Gathered(Mapping[str, torch.Tensor]):
         return len(self._parameters)
 
 
-__all__ = ["Gathered", "Sharding", "ranks_of"]
+__all__ = ["Gathered", "Sharding", "group_around", "ranks_of"]

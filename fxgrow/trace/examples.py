@@ -18,6 +18,7 @@ from fxgrow.ir.running import run_with
 from fxgrow.ir.traced import Call
 from fxgrow.trace.crashes import NoCrashes
 from fxgrow.trace.lines import place_of
+from fxgrow.warn import warn
 
 
 def as_calls(args: Sequence[Any], kwargs: Mapping[str, Any] | None, calls: Mapping[str, Any] | None) -> list[Call]:
@@ -51,7 +52,7 @@ def check_plain(model: nn.Module) -> None:
             )
         hooks = [h for n in ("_forward_hooks", "_forward_pre_hooks") for h in getattr(module, n).values()]
         if not all(map(is_own, hooks)) and not torch.nn.utils.parametrize.is_parametrized(module):
-            warnings.warn(f"module {name or '(root)'} has forward hooks; what they compute is traced in", stacklevel=5)
+            warn(f"module {name or '(root)'} has forward hooks; what they compute is traced in")
 
 
 def check_signature(model: nn.Module, call: Call) -> None:

@@ -28,6 +28,7 @@ from fxgrow.trace.dtypes import Dtypes
 from fxgrow.trace.foreign import Watch, check_backward, check_ops, custom_backwards, in_words
 from fxgrow.trace.lines import place_of, source_line, user_line
 from fxgrow.trace.modes import Flags, align
+from fxgrow.warn import warn
 
 
 def export_less(
@@ -177,10 +178,9 @@ def _export(
                 f"{type(model).__name__} returns a {left_out.pop()}, which PyTorch cannot take apart into tensors; "
                 "return a tuple, list or dict of them, or register the class (torch.export.register_dataclass)"
             )
-        warnings.warn(
+        warn(
             f"{type(model).__name__} returns a {', a '.join(sorted(left_out))}, which PyTorch cannot take apart: the "
-            "grown module returns None in its place. Register the class with pytree to keep it",
-            stacklevel=7,
+            "grown module returns None in its place. Register the class with pytree to keep it"
         )
     return exported, flags, dtypes.asked
 

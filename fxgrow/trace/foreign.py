@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -18,6 +17,7 @@ from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
 from fxgrow.ir.ops import HigherOrderOperator, OpOverload
 from fxgrow.ir.running import run_with
+from fxgrow.warn import warn
 
 # custom autograd functions -------------------------------------------------------------------------------------------
 
@@ -98,10 +98,9 @@ def check_backward(
     if not checkpoint and valued:
         worst = max(_backward_error(model, exported, (args, kwargs), scale) for scale in (1.0, 8.0))
         if worst <= 1e-4:
-            warnings.warn(
+            warn(
                 f"the model calls the custom autograd function {names}; its backward is replaced by that of its "
-                f"forward, whose gradients differ by {worst:.1e} on the example inputs",
-                stacklevel=4,
+                f"forward, whose gradients differ by {worst:.1e} on the example inputs"
             )
             return
     hint = (

@@ -11,7 +11,6 @@ kept.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from fxgrow.rules.base import implied_arguments
 from fxgrow.trace.examples import as_calls, check_example, check_plain, check_signature, strange_dtypes
 from fxgrow.trace.export import export_calls, export_less
 from fxgrow.trace.graph import Trace, traced_from
+from fxgrow.warn import warn
 from fxgrow.weights.materialise import check_readable
 
 
@@ -65,7 +65,7 @@ def trace(
         for call in wanted:
             check_example(model, call)
         exported, how = export_less(model, wanted, dynamic, error)
-        warnings.warn(f"{str(error).partition(chr(10))[0]}; {how}", stacklevel=3)
+        warn(f"{str(error).partition(chr(10))[0]}; {how}")
     traces: list[Trace] = []
     served: list[Call] = []
     reasons: list[str] = []
