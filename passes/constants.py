@@ -130,6 +130,7 @@ def _others(state: State) -> dict[fx.Node, tuple[str, float | None, float | None
             factor = node.args[1]
             divides = op_name(node.target) == "aten.div.Tensor_mode"
             out[node] = ("other", None, 1 / factor if divides else factor)
+            continue
         for argument, own in info.numbers:
             value = _value(state, node, argument)
             if value != own:

@@ -17,7 +17,7 @@ from torch import fx
 from fxgrow.emit.blocks import Region, block_regions, stacks_in_line
 from fxgrow.errors import GrowthRefused, Refusal, SpecError
 from fxgrow.ir.memory import Memory, writes
-from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of
+from fxgrow.ir.nodes import NodeInfo, info_of, meta_like, meta_of, meta_of_copy
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.ir.stacks import block_path, children_of, stack_name, stacks_of
 from fxgrow.ir.traced import Traced
@@ -463,7 +463,7 @@ def clone_region(graph: fx.Graph, change: CloneBlock, region: Region, regions: l
 
 
 def _renamed_meta(node: fx.Node, renamed: Callable[[str], str]) -> dict[str, Any]:
-    return meta_like(node, module_path=renamed(info_of(node).module_path))
+    return meta_of_copy(node, module_path=renamed(info_of(node).module_path))
 
 
 # tensors ----------------------------------------------------------------------------------------------------------

@@ -66,5 +66,13 @@ def meta_of(val: Any, info: NodeInfo = _NOTHING) -> dict[str, Any]:
 
 
 def meta_like(node: fx.Node, **changes: Any) -> dict[str, Any]:
-    """Metadata of a new node that is in the place of another, with some fields of what is known of it changed."""
+    """Metadata of another op in the place of one, with some fields of what is known of that changed.
+
+    What growth did to the one's own arguments is not the other's.
+    """
+    return meta_of_copy(node, **{"rescale": False, "numbers": (), **changes})
+
+
+def meta_of_copy(node: fx.Node, **changes: Any) -> dict[str, Any]:
+    """Metadata of the same op at another place, with some fields of what is known of it changed."""
     return {**node.meta, _KEY: info_of(node)._replace(**changes)}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fxgrow
 from fxgrow.errors import FxgrowError
 from fxgrow.growth import plan_growth
+from fxgrow.ir.nodes import info_of
 from fxgrow.passes.constants import fold, remaining
 from fxgrow.passes.state import State, run_operation
 from fxgrow.spec import GrowthSpec, Widen
@@ -114,6 +115,19 @@ class Attending(nn.Module):
 
 TOKENS = torch.arange(14).view(2, 7) % 11
 HEADS = [widen("./head_dim")]
+
+
+class Unscaled(nn.Module):
+    """A norm without weights, and no product after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Linear(3, 8), nn.RMSNorm(8, eps=1e-5, elementwise_affine=False)
+        self.b = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(torch.tanh(self.norm(self.a(x))))
+        return out
 
 
 def made(make: Callable[[], nn.Module]) -> nn.Module:
@@ -545,3 +559,22 @@ def test_plans_round_trip_with_their_constants() -> None:
     assert again.constants == plan.constants and len(plan.constants) == 2
     tensors = dict(materialise_all(again, program.tensor))
     assert tensors["q.weight"].shape == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        widen("a.weight:0", 1.5),
+        {"op": "insert", "after": "norm", "layer": "linear"},
+        {"op": "lora", "modules": "*", "rank": 2},
+    ],
+)
+def test_what_was_left_at_one_op_is_not_taken_for_others(later: dict[str, Any]) -> None:
+    model = made(Unscaled)
+    x = torch.randn(3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    first = fxgrow.grow(model, {"op": "widen", "axis": "a.weight:0", "by": 2}, (x,))
+    assert [c.argument for c in first.plan.constants] == ["other"]
+    second = fxgrow.grow(first.program, [later, {"op": "widen", "axis": "a.weight:0", "by": 3}])
+    assert torch.allclose(second.module(x), model(x), rtol=0, atol=1e-12)
+    scaled = [n for n in second.program.graph.nodes if info_of(n).rescale]
+    assert all("mul" in str(n.target) and type(n.args[1]) is float for n in scaled)
