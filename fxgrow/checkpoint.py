@@ -461,6 +461,17 @@ def read_tensors(
     Raises:
         CheckpointError: it is missing, damaged, or not of the save that its manifest is of.
     """
+    return {name: tensor.clone() for name, tensor in mapped_tensors(path, device, manifest).items()}
+
+
+def mapped_tensors(
+    path: Path, device: str | torch.device = "cpu", manifest: Manifest | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of a file, on the CPU as they lie in it: what nobody looks at is not read. Not to be written to.
+
+    Raises:
+        CheckpointError: as :func:`read_tensors`.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
@@ -471,7 +482,7 @@ def read_tensors(
                     f"{path} is of another save than its manifest; to use other weights, give them to the loaded "
                     "module with fxgrow.checkpoint.load_weights"
                 )
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, RuntimeError, AssertionError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -594,6 +594,7 @@ def grow(
     replicas = []
     if isinstance(model, nn.Module):
         model, replicas = innermost(model), around(model)
+        reshard(model)
     elif isinstance(model, Program):
         replicas = holding(model.parameters.values())
     group = group_around(model, replicas)
@@ -737,6 +738,9 @@ def _grow_shards(
     check_finite(parameters)
     with timed(seconds, "analyse and plan"):
         plan, grown_program = plan_growth(program, spec)
+    for tensor in plan.tensors.values():
+        if tensor.init is not None:
+            tensor.device = "cpu"  # shapes stood for what is beside it; a rank makes its shard where its others are
     sharding.check(plan, program)
     if optimizer is not None:
         check_plan(plan, policy, optimizer, {id(p): n for n, p in parameters.items()})

@@ -67,7 +67,11 @@ def train(
         console = out()
         console.quiet = not first
         if dry_run or out_ is None:
-            console.print(str(training.planned(training.begin(made, Path()))), highlight=False, soft_wrap=True)
+            console.print(
+                str(training.planned(training.begin(made, Path(), None, training.Parallel.here(made)))),
+                highlight=False,
+                soft_wrap=True,
+            )
             return
         try:
             run = training.train(made, out_, resume=resume, overwrite=overwrite, stop_at=stop_at, console=console)

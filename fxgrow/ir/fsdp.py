@@ -71,6 +71,22 @@ class Wrapping:
     prefetch: dict[str, list[str]] = field(default_factory=dict)
 
 
+def mesh_of_all(device: str, ranks: int) -> Any:
+    """The mesh of all ranks, in one dim; a collective operation.
+
+    Args:
+        device: its type.
+    """
+    return importlib.import_module("torch.distributed.device_mesh").init_device_mesh(device, (ranks,))
+
+
+def shard_parts(model: nn.Module, parts: Iterable[nn.Module], mesh: Any) -> None:
+    """Call ``fully_shard`` for parts of a model, each a group of its own, and for what is left of it."""
+    fully_shard: Any = importlib.import_module("torch.distributed.fsdp").fully_shard
+    for part in (*parts, model):
+        fully_shard(part, mesh=mesh)
+
+
 def wrappings_of(model: nn.Module) -> list[Wrapping]:
     """The calls of ``fully_shard`` that made a model what it is, in the order in which to repeat them.
 
@@ -306,4 +322,7 @@ def _states(model: nn.Module) -> Iterator[Any]:
                 yield state
 
 
-__all__ = ["Managed", "Stripped", "Wrapping", "fill", "is_fsdp", "reshard", "wrap", "wrappings_of"]
+__all__ = [
+    *("Managed", "Stripped", "Wrapping", "fill", "is_fsdp", "mesh_of_all", "reshard", "shard_parts", "wrap"),
+    "wrappings_of",
+]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxgrow.ir.values import decode_value, encode_value
@@ -14,7 +13,7 @@ _MARK = "$"
 
 
 def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Nested data as JSON; tensors go to ``tensors`` under their path, and a reference takes their place.
+    """Nested data as JSON; tensors go to ``tensors`` under their path, as they are, and a reference takes their place.
 
     Raises:
         CheckpointError: a value of a kind that cannot be stored.
@@ -23,7 +22,7 @@ def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     def refer(part: Any, where: str) -> tuple[str, str] | None:
         if not isinstance(part, Tensor):
             return None
-        tensors[where] = part.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[where] = part.detach()
         return "tensor", where
 
     return encode_value(value, path, refer, _MARK)

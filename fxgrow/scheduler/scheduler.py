@@ -14,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 from fxgrow.ahead import compile_ahead
 from fxgrow.errors import FxgrowError, RankError, SpecError
 from fxgrow.growth import Growth, grow
+from fxgrow.ir.fsdp import reshard
+from fxgrow.ir.plain import is_distributed
 from fxgrow.ir.replicas import around, check_replicas, following, innermost, rewrapped, within
 from fxgrow.optim.members import Newcomers
 from fxgrow.optim.newborn import Frozen, Part
@@ -51,7 +53,7 @@ from fxgrow.scheduler.standing import Done, Sizes, learning_rate, rate_factor, r
 from fxgrow.scheduler.state import read, written
 from fxgrow.scheduler.steering import Steering
 from fxgrow.scheduler.timeline import DryRun, Timeline
-from fxgrow.sharded.sharding import group_around
+from fxgrow.sharded.sharding import Sharding, group_around
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 
@@ -398,9 +400,10 @@ class GrowthScheduler:
         action, sizes = result.action, self._sizes
         if self._steers and _sets_rate(action) and _rate(action, result.optimizer) is None:
             raise SpecError(f"events.{result.event}: {_UNKNOWN_RATE}")
+        model = innermost(result.module)
+        reshard(model)  # an evaluation leaves parameters gathered, which are not those that train
         if isinstance(action, Grow):
             return self._grow(result, verify=self._verify, consume=self._consume)
-        model = innermost(result.module)
         with following(list(model.parameters())):
             before, after = self._change(action, model, result.optimizer, result.step)
         changed = sizes.after(action, f"events.{result.event}")
@@ -516,10 +519,12 @@ class GrowthScheduler:
         """
         _check_passed(model, optimizer)
         plain = innermost(model)
+        reshard(plain)
         check_replicas(around(model))
         base = None if base is None else _called(base)
         program = capture(plain, *self._inputs(), **self._ways())
-        run = DryRun(program, plain, _several(optimizer), base, self._first, self.done, self._in_place)
+        sharding = Sharding.of(plain) if is_distributed(plain) else None
+        run = DryRun(program, plain, _several(optimizer), base, self._first, self.done, self._in_place, sharding)
         if self._growth is not None:
             run.has_grown, made = True, self._growth.plan
             only = all(step.op == "lora" for step in made.steps)

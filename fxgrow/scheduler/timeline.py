@@ -41,6 +41,7 @@ from fxgrow.schedule import (
 from fxgrow.scheduler.acting import PARTS, check_part, set_dropout, set_weight_decay
 from fxgrow.scheduler.adapters import VOCABULARY, in_vocabulary, matches
 from fxgrow.scheduler.standing import Done, Sizes, learning_rate, sizes_after
+from fxgrow.sharded.sharding import Sharding
 from fxgrow.spec import GrowthSpec, Lora
 
 
@@ -113,6 +114,7 @@ class DryRun:
         optimizers: that train it; none for a schedule that is looked at by itself.
         base: the loop's own learning rate.
         first, done: the batch at the start, and what has been done.
+        sharding: of a model of which each rank holds shards.
     """
 
     program: Program
@@ -122,6 +124,7 @@ class DryRun:
     first: Sizes
     done: list[Done]
     in_place: bool = True
+    sharding: Sharding | None = None
     operations: list[Any] = field(default_factory=list)
     grown: Program | None = None  # so far
     plan: GrowthPlan | None = None  # of what has grown here so far
@@ -190,6 +193,8 @@ class DryRun:
         elif isinstance(action, Freeze | Unfreeze) and action.what in PARTS:
             freezing = isinstance(action, Freeze)
             check_part(action.what, freezing, self.has_grown, self.held)
+            if self.sharding is not None:
+                raise SpecError(f"{action.op}: {action.what}: the model is sharded; freeze parameters by their names")
             if freezing and self.made is not None and not self.made & self.grown.parameters.keys():
                 raise SpecError(f"freeze: {action.what}: {NOTHING_NEW}")
             self.held, self.still = action.what if freezing else "", None
@@ -272,6 +277,8 @@ class DryRun:
         assert self.grown is not None
         start, last = self.grown, self.plan
         plan, sized = self._planned()
+        if self.sharding is not None:
+            self.sharding.check(plan, self.program)
         only = all(isinstance(o, Lora) for o in action.spec.operations)
         self.has_grown, self.made = True, set(self.grown.parameters) - start.parameters.keys() if only else None
         if self.optimizers:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.ir.dtensors import Layout, Rectangle, sharded_as
+from fxgrow.ir.dtensors import Layout, Rectangle, local_of, sharded_as
 from fxgrow.ir.fsdp import Managed, Wrapping, fill, wrap
 from fxgrow.ir.modules import set_tensor, share_hooks
 from fxgrow.ir.plain import Plain
@@ -114,6 +114,10 @@ def _shard_again(
             elif own is not None and sources[name] in sharding.layouts:
                 shard = sharded_as(own, materialise_shard(tensor, own, own, traffic=traffic), tensor.shape)
                 places[canonical[name]] = nn.Parameter(shard, requires_grad=p.requires_grad)
+            elif own is None:  # made of nothing, and nobody shards it
+                beside = next((local_of(t).device for t in old.values()), torch.device("cpu"))
+                made = materialise_tensor(tensor, None, dtype=p.dtype).to(beside)
+                places[canonical[name]] = nn.Parameter(made, requires_grad=p.requires_grad)
             else:
                 continue
         _put(model, name, places[canonical[name]])

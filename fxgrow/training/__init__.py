@@ -34,7 +34,7 @@ from fxgrow.training.log import Log, action_line, growth_line, read_log, standin
 from fxgrow.training.loop import compiled, due, evaluate, train
 from fxgrow.training.parallel import Parallel, launched
 from fxgrow.training.run import Run, shapes
-from fxgrow.training.task import Batch, Task, adamw, first_numel, model_loss, whole_batch
+from fxgrow.training.task import Batch, Task, adamw, first_numel, model_loss, shard_blocks, whole_batch
 
 __all__ = [
     "Batch",
@@ -73,6 +73,7 @@ __all__ = [
     "save",
     "seeded",
     "shapes",
+    "shard_blocks",
     "standing",
     "to_device",
     "train",

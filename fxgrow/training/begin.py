@@ -12,15 +12,17 @@ from fxgrow.errors import SpecError
 from fxgrow.schedule import BatchSize, Schedule, SequenceLength
 from fxgrow.scheduler import GrowthScheduler, Timeline
 from fxgrow.training.hyper import Hyper, base_rate
+from fxgrow.training.parallel import Parallel
 from fxgrow.training.run import Run
 from fxgrow.training.task import Task, checked
 
 
-def begin(task: Task, out: Path, before: Callable[[Any], None] | None = None) -> Run:
+def begin(task: Task, out: Path, before: Callable[[Any], None] | None = None, parallel: Parallel | None = None) -> Run:
     """The run before its first step. Its model is the task's.
 
     Args:
         before: see :class:`~fxgrow.GrowthScheduler`.
+        parallel: this rank among several.
 
     Raises:
         SpecError: the schedule is wrong, or changes a size that the task does not draw by; or something of the task is
@@ -35,6 +37,7 @@ def begin(task: Task, out: Path, before: Callable[[Any], None] | None = None) ->
         task.model.to(hyper.device).train()
     except (RuntimeError, AssertionError) as error:
         raise SpecError(f"the model cannot be on the device {hyper.device!r}: {error}") from error
+    (parallel or Parallel()).take(task.model, hyper.device)
     scheduler = GrowthScheduler(
         schedule_of(task),
         args=lambda: task.example(run.batch("train", 0)),

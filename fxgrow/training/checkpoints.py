@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -14,46 +14,56 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxgrow.checkpoint import read_tensors
+from fxgrow.checkpoint import mapped_tensors
 from fxgrow.errors import CheckpointError, DiskError
+from fxgrow.ir.dtensors import is_sharded
 from fxgrow.ir.packing import pack, unpack
 from fxgrow.optim.rates import all_rates
 from fxgrow.publish import clean, create, replacing
+from fxgrow.ranks import ALONE, Group
 from fxgrow.reading import first_problem, read_json, read_text
 from fxgrow.training.copies import Copies
-from fxgrow.training.optimizer_state import check_optimizer_state
+from fxgrow.training.optimizer_state import check_optimizer_state, placed
 from fxgrow.training.run import Run
+from fxgrow.training.tensors import in_order, laid_as, wholes, write
 from fxgrow.version import __version__
 
 
-def save(run: Run) -> Path:
+def save(run: Run, group: Group = ALONE, *, first: bool = True) -> Path | None:
     """Write a checkpoint of ``run`` and make it the newest; a crash at any moment leaves a complete one behind.
 
+    Tensors are written one after the other, and where ranks hold shards of them, each is gathered for that.
+
+    Args:
+        group: the ranks that train it, all of which call.
+        first: whether this one writes; the others give their shards.
+
     Returns:
-        The checkpoint's folder.
+        The checkpoint's folder; None where another rank writes it.
 
     Raises:
         DiskError: it cannot be written; the newest is the one before.
+        RankError: another rank has ended.
     """
+    state, files = _pictured(run)
+    values = wholes((t for tensors in files.values() for t in tensors.values()), group, first)
     try:
-        return _save(run)
+        return _written(run, state, files, values) if first else None
     except (OSError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise DiskError(f"the checkpoint after {run.step} steps cannot be written in {run.out}: {error}") from error
+    finally:
+        for _ in values:  # the other ranks give all of theirs, whatever has become of this one
+            pass
 
 
-def _save(run: Run) -> Path:
-    folder = run.out / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    clean(folder)
-    number = 0
-    while (target := folder / f"step-{run.step:08d}.{number}").exists():
-        number += 1
-    model_tensors, aliases = untied(run.model.state_dict())
+def _pictured(run: Run) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What a checkpoint holds: plain data, and the tensors of each file; the same names and shapes on every rank."""
+    own = run.model.state_dict(keep_vars=True)
+    aliases = ties(own)
     optimizer_tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
     if torch.device(run.task.hyper.device).type == "cuda":
         optimizer_tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -70,13 +80,26 @@ def _save(run: Run) -> Path:
         "optimizer": pack(_optimizer_states(run), "optimizer", optimizer_tensors),
         "hyper": asdict(run.task.hyper),
     }
+    model_tensors = {name: tensor for name, tensor in own.items() if name not in aliases}
+    return state, {_MODEL: in_order(model_tensors), _OPTIMIZER: in_order(optimizer_tensors)}
 
-    def write(place: Callable[[str], Path]) -> None:
-        save_file(model_tensors, place("model.safetensors"))
-        save_file(optimizer_tensors, place("optimizer.safetensors"))
-        place("state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
 
-    if not create(target, ["model.safetensors", "optimizer.safetensors", "state.json"], write):
+def _written(
+    run: Run, state: dict[str, Any], files: Mapping[str, Mapping[str, Tensor]], values: Iterator[Tensor]
+) -> Path:
+    folder = run.out / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    clean(folder)
+    number = 0
+    while (target := folder / f"step-{run.step:08d}.{number}").exists():
+        number += 1
+
+    def write_all(place: Callable[[str], Path]) -> None:
+        for name, tensors in files.items():
+            write(place(name), tensors, values)
+        place(_STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+    if not create(target, [*files, _STATE], write_all):
         raise CheckpointError(f"{target} has appeared meanwhile: another run writes into this folder")
     with replacing(folder / "latest") as pointer:
         pointer.write_text(target.name, encoding="utf-8")
@@ -86,6 +109,7 @@ def _save(run: Run) -> Path:
     return target
 
 
+_MODEL, _OPTIMIZER, _STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _COUNTERS = (
     *("step", "batches", "tokens", "flops", "flops_per_batch", "seconds", "loss_sum", "losses"),
     *("evaluated", "ended", "log_lines", "sown"),
@@ -123,14 +147,15 @@ class _Saved(BaseModel):
 def restore(run: Run) -> None:
     """Bring a fresh ``run`` to its newest checkpoint: replay what was done, then load every tensor, strictly.
 
+    Where ranks hold shards of the model, each reads its own, however many ranks there were when it was saved.
+
     Raises:
         CheckpointError: something is missing, superfluous, or of another shape or dtype. The run is not usable then.
         SpecError: the schedule's past is not this run's.
     """
     path = run.out / "checkpoints" / newest(run.out)
-    state = _read_state(path / "state.json")
-    model_tensors = read_tensors(path / "model.safetensors")
-    optimizer_tensors = read_tensors(path / "optimizer.safetensors")
+    state = _read_state(path / _STATE)
+    model_tensors, optimizer_tensors = mapped_tensors(path / _MODEL), mapped_tensors(path / _OPTIMIZER)
     compare(state.original, run.original, f"checkpoint {path}: the original model")
     run.scheduler.load_state_dict(state.scheduler)
     run.model, optimizer = run.scheduler.replay(run.model, run.optimizer)
@@ -168,7 +193,7 @@ def _load_optimizers(run: Run, saved: Any) -> None:
         raise ValueError(f"this run has {len(run.optimizers)} optimizers, and it has not")
     for state, optimizer in zip(states, run.optimizers, strict=True):
         check_optimizer_state(state, optimizer)
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict({**state, "state": placed(state, optimizer)})
         all_rates(optimizer)  # reads what stands in the groups
 
 
@@ -207,17 +232,24 @@ def _set_random_state(tensors: Mapping[str, Tensor]) -> None:
 
 def untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors as safetensors wants them, each once; and for the other names of tied ones, whose alias they are."""
+    aliases = ties(tensors)
+    contiguous = torch.contiguous_format
+    kept = {n: t.detach().cpu().clone(memory_format=contiguous) for n, t in tensors.items() if n not in aliases}
+    return kept, aliases
+
+
+def ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of tensors that are one, all names but the first, and that one."""
     seen: dict[Any, str] = {}
-    kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        key: Any = id(tensor)  # the same on every rank, as memory is not: a rank's shard may be empty
+        if not is_sharded(tensor):
+            key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
         owner = seen.setdefault(key, name) if tensor.numel() else name
         if owner != name:
             aliases[name] = owner
-        else:
-            kept[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return kept, aliases
+    return aliases
 
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], what: str) -> None:
@@ -229,7 +261,8 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor], aliases: Mapping
         {name: [*tensor.shape, str(tensor.dtype)] for name, tensor in own.items()},
         what,
     )
-    model.load_state_dict(every, strict=True)
+    sharded = {name: laid_as(every[name], tensor) for name, tensor in own.items() if is_sharded(tensor)}
+    model.load_state_dict({**every, **sharded}, strict=True)
 
 
 def compare(saved: Mapping[str, Any], own: Mapping[str, Any], what: str) -> None:

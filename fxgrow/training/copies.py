@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxgrow.ir.dtensors import whole_of
+from fxgrow.ir.fsdp import reshard
+
 
 @dataclass
 class Copies:
@@ -27,12 +30,16 @@ class Copies:
 
     @classmethod
     def of(cls, model: nn.Module) -> Copies:
-        """Find them in the matrices of ``model`` by comparing values, without asking the compiler."""
+        """Find them in the matrices of ``model`` by comparing values, without asking the compiler.
+
+        Of a sharded model, one matrix is gathered at a time: a collective operation.
+        """
         pairs, zeros = {}, []
+        reshard(model)
         for name, parameter in model.named_parameters():
             if parameter.dim() != 2:
                 continue
-            weight = parameter.detach().cpu()
+            weight = whole_of(parameter).cpu()
             if not weight.any():
                 zeros.append(name)
                 continue
@@ -63,7 +70,7 @@ class Copies:
         Raises:
             KeyError, ValueError, TypeError: it is none.
         """
-        found = [tensors[f"copies.{number}"].to(device).unbind() for number in range(len(data["pairs"]))]
+        found = [tensors[f"copies.{number}"].to(device, copy=True).unbind() for number in range(len(data["pairs"]))]
         pairs = zip(data["pairs"], found, strict=True)
         return cls(
             {(str(n), int(d)): (left, right) for (n, d), (left, right) in pairs}, [str(z) for z in data["zeros"]]
@@ -77,18 +84,23 @@ class Copies:
             ``apart_min``: the same for the two copies that have parted least; ``zero_max``: the largest element of the
             one of ``zeros`` that has moved least. Keys that nothing can be said of are left out.
         """
+        reshard(model)
         weights = dict(model.named_parameters())
         result: dict[str, Any] = {}
         with torch.no_grad():
             apart = [
-                (weights[name].index_select(dim, left) - weights[name].index_select(dim, right)).abs().amax(1 - dim)
+                _apart(whole_of(weights[name]), dim, left, right)
                 for (name, dim), (left, right) in self.pairs.items()
                 if name in weights  # adapters may be merged since
             ]
             if apart:
                 every = torch.cat(apart)
                 result = {"copies": every.numel(), "apart_max": float(every.max()), "apart_min": float(every.min())}
-            zeros = [float(weights[name].abs().max()) for name in self.zeros if name in weights]
+            zeros = [float(whole_of(weights[name]).abs().max()) for name in self.zeros if name in weights]
             if zeros:
                 result["zero_max"] = min(zeros)
         return result
+
+
+def _apart(weight: Tensor, dim: int, left: Tensor, right: Tensor) -> Tensor:
+    return (weight.index_select(dim, left) - weight.index_select(dim, right)).abs().amax(1 - dim)

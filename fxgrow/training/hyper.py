@@ -47,8 +47,8 @@ class Hyper:
     device: str = "cpu"
     compile_ahead: bool = False
     """With ``compile``: compile the next growth in a background process."""
-    parallel: Literal["ddp"] = "ddp"
-    """How several ranks hold the model: a copy on each (``DistributedDataParallel``)."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several ranks hold the model: a copy on each (``DistributedDataParallel``), or shards (``fully_shard``)."""
 
 
 def hyper_of(settings: dict[str, Any], start: Hyper | None = None, where: str = "hyper-parameter") -> Hyper:

@@ -17,6 +17,7 @@ from torch import nn
 
 from fxgrow.compile import compile_regions
 from fxgrow.errors import DiskError, FxgrowError
+from fxgrow.ir.dtensors import whole_of
 from fxgrow.ir.flops import flops_of
 from fxgrow.ir.replicas import innermost
 from fxgrow.ir.running import in_mode
@@ -65,7 +66,7 @@ def train(
         RankError: on all ranks, where they are several: one of them failed, or has ended.
     """
     hyper, out, console = task.hyper, Path(out), console or Console()
-    parallel = Parallel.here(task.ddp)
+    parallel = Parallel.here(task)
     console = console if parallel.first else Console(quiet=True)
     with together("the start of the run", parallel.group):
         run, resumed = started_run(task, out, resume, overwrite, parallel, lambda action: look(action))
@@ -96,7 +97,9 @@ def train(
             found["train_loss"] = run.loss_sum / run.losses
             run.loss_sum, run.losses = 0.0, 0
         run.seconds = time.perf_counter() - started
-        log.write("eval", **standing(run), **found, **run.copies.measure(run.model))
+        with answering(parallel.group):
+            apart = run.copies.measure(run.model)
+        log.write("eval", **standing(run), **found, **apart)
         console.print(describe(run, found), highlight=False)
         return found
 
@@ -108,9 +111,10 @@ def train(
 
     def checkpoint() -> None:
         with together("the checkpoint", parallel.group):
-            if parallel.first:
-                run.log_lines = log.lines + 1
-                log.write("checkpoint", step=run.step, path=str(save(run).relative_to(out)))
+            run.log_lines = log.lines + 1
+            saved = save(run, parallel.group, first=parallel.first)
+            if saved is not None:
+                log.write("checkpoint", step=run.step, path=str(saved.relative_to(out)))
 
     if log.lines < (run.log_lines or 0):  # the process ended between the checkpoint and its line
         log.write("checkpoint", step=run.step, path=f"checkpoints/{newest(out)}")
@@ -142,7 +146,8 @@ def train(
                 run.model = innermost(forward)
                 metrics = {**metrics, "val_loss": evaluated()}
                 run.val_loss, run.flops_per_batch = metrics["val_loss"], 0
-                run.copies = Copies.of(run.model)
+                with answering(parallel.group):
+                    run.copies = Copies.of(run.model)
                 run.seconds = time.perf_counter() - started
                 line = growth_line(run, done, loss_before)
                 log.write("growth", **line)
@@ -164,8 +169,8 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group.get("lr_scale", 1.0)
                 optimizer.zero_grad(set_to_none=True)
-            own, found = parallel.own(accumulation), dict[int, tuple[float, int]]()
-            for number in own:
+            turns, found = parallel.turns(accumulation), dict[int, tuple[float, int]]()
+            for turn, (number, counts) in enumerate(turns, 1):
                 data = batch("train", run.batches + number)
                 if run.sown:
                     sow(hyper.seed, run.batches + number)
@@ -173,15 +178,16 @@ def train(
                 counting = run.flops_per_batch == 0
                 with contextlib.ExitStack() as around:
                     counter = around.enter_context(flops_of(run.model)) if counting else None
-                    around.enter_context(parallel.gathering(forward, last=number == own[-1]))
+                    around.enter_context(parallel.gathering(forward, last=turn == len(turns)))
                     around.enter_context(answering(parallel.group))
                     loss = loss_of(task, forward, data)
-                    (loss / (accumulation / parallel.ranks)).backward()
+                    (loss / (accumulation / parallel.ranks) if counts else loss * 0.0).backward()
                 if counter is not None:
                     run.flops_per_batch = counter.get_total_flops()
                     if hyper.compile:
                         compiled(run.model)
-                found[number] = loss.item() / accumulation, whole(task.tokens(data), "tokens(batch)")
+                if counts:
+                    found[number] = loss.item() / accumulation, whole(task.tokens(data), "tokens(batch)")
             for each in shared(f"step {run.step}", found.copy, parallel.group):
                 found |= each
             step_loss = sum(found[number][0] for number in range(accumulation))
@@ -189,7 +195,10 @@ def train(
             run.tokens += sum(tokens for _, tokens in found.values())
             run.flops += run.flops_per_batch * accumulation
             parameters = [p for p in run.model.parameters() if p.grad is not None]
-            norm = float(nn.utils.clip_grad_norm_(parameters, hyper.clip if hyper.clip > 0 else math.inf))
+            with answering(parallel.group):
+                total = whole_of(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+                nn.utils.clip_grads_with_norm_(parameters, hyper.clip if hyper.clip > 0 else math.inf, total)
+            norm = float(total)
             if not (math.isfinite(step_loss) and math.isfinite(norm)):
                 raise FxgrowError(
                     f"after {run.step} steps the training loss is {step_loss:g} and its gradient's norm {norm:g}; no "
@@ -223,7 +232,7 @@ def started_run(
         raise DiskError(f"the folder of the run cannot be made: {error}") from error
     if (out / "log.jsonl").is_file() and not (resume or overwrite):
         raise FxgrowError(f"{out} holds a run already: resume it, overwrite it, or choose another folder")
-    run = begin(task, out, before=before)
+    run = begin(task, out, before, parallel)
     resumed = resume and (out / "checkpoints" / "latest").is_file()
     agree("the newest checkpoint in the run's folder", newest(out) if resumed else "none", parallel.group)
     if resumed:
@@ -259,7 +268,9 @@ def evaluate(task: Task, model: nn.Module, batches: list[Batch], parallel: Paral
     parallel = parallel or Parallel()
 
     def own() -> list[float]:
-        return [loss_of(task, model, batches[number]).item() for number in parallel.own(len(batches))]
+        with parallel.abreast("the evaluation"):
+            losses = [(loss_of(task, model, batches[n]).item(), counts) for n, counts in parallel.turns(len(batches))]
+        return [loss for loss, counts in losses if counts]
 
     with in_mode(model, False), torch.no_grad():
         return math.fsum(itertools.chain(*shared("the evaluation", own, parallel.group))) / len(batches)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxgrow.ir.dtensors import is_sharded
 from fxgrow.optim.rates import KEY, STEPS
+from fxgrow.training.tensors import laid_as
 
 
 def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -52,6 +54,30 @@ def check_optimizer_state(saved: Any, optimizer: torch.optim.Optimizer) -> None:
                 raise ValueError(f"{key} of parameter {number} is {str(value)[:40]!r}")
             if isinstance(value, Tensor) and not _fits(value, shape, known.get(key)):
                 raise ValueError(f"{key} of parameter {number} is {list(value.shape)}, the parameter {list(shape)}")
+
+
+def placed(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """A stored state's tensors in memory of their own, as an optimizer over shards keeps them: like its parameters.
+
+    Raises:
+        ValueError: one is not like its sharded parameter, so that nothing says how it would be sharded.
+    """
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [n for group in optimizer.state_dict()["param_groups"] for n in group["params"]]
+    parameters = dict(zip(numbers, held, strict=True))
+
+    def own(number: int, key: str, value: Any) -> Any:
+        p = parameters[number]
+        if not isinstance(value, Tensor):
+            return value
+        if not is_sharded(p) or not value.dim():
+            return value.clone()
+        if value.shape != p.shape:
+            raise ValueError(f"{key} is {list(value.shape)}, and the sharded parameter {number} {list(p.shape)}")
+        return laid_as(value, p)
+
+    state: Mapping[int, Mapping[str, Any]] = saved["state"]
+    return {n: {key: own(n, key, value) for key, value in entries.items()} for n, entries in state.items()}
 
 
 def _fits(value: Tensor, shape: torch.Size, usual: Tensor | None) -> bool:

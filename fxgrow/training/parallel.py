@@ -2,14 +2,15 @@
 
 The micro-batches of an optimizer step are numbered as in a run on one rank, and go around: number i to rank i modulo
 the number of ranks. Each is drawn by its own generator, and what is random in it has a seed of its own, so that a step
-computes the same on any number of ranks, up to the order of sums. ``DistributedDataParallel`` averages the gradients.
+computes the same on any number of ranks, up to the order of sums. ``DistributedDataParallel`` averages the gradients
+of copies of the model, :class:`Parallel`; or ``fully_shard`` those of shards, :class:`Sharded`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fxgrow.errors import FxgrowError, SpecError
-from fxgrow.ranks import ALONE, Group, answering, size
+from fxgrow.errors import FxgrowError, RankError, SpecError
+from fxgrow.ir.fsdp import mesh_of_all, wrappings_of
+from fxgrow.ranks import ALONE, Group, agree_by_name, answering, size
+from fxgrow.training.task import Task
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,22 @@ class Parallel:
     ranks: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def here(cls, options: Mapping[str, Any]) -> Parallel:
-        """This process as it was started."""
-        ranks = size()
-        return cls(dist.get_rank() if ranks > 1 else 0, ranks, options)
+    @staticmethod
+    def here(task: Task) -> Parallel:
+        """This process as it was started.
+
+        Raises:
+            SpecError: the task grows no model in place, and ranks are to hold shards of it.
+        """
+        if size() == 1:
+            return Parallel()
+        if task.hyper.parallel == "ddp":
+            return Parallel(dist.get_rank(), size(), task.ddp)
+        if not task.in_place:
+            raise SpecError(
+                "in_place=False makes a new model, which no rank has room for: parallel=fsdp grows in place"
+            )
+        return Sharded(dist.get_rank(), size(), shard=task.shard)
 
     @property
     def group(self) -> Group:
@@ -62,9 +76,17 @@ class Parallel:
         if self.ranks > 1 and torch.device(device).index is not None:
             raise SpecError(f"device {device!r} would be that of all {self.ranks} ranks: say {device.split(':')[0]!r}")
 
-    def own(self, count: int) -> range:
-        """Which of so many micro-batches are this rank's."""
-        return range(self.rank, count, self.ranks)
+    def take(self, model: nn.Module, device: str) -> None:
+        """Make a model what this rank holds of it, before it has an optimizer."""
+
+    def turns(self, count: int) -> list[tuple[int, bool]]:
+        """Which of so many micro-batches this rank runs, in their order, and whether each counts."""
+        return [(number, True) for number in range(self.rank, count, self.ranks)]
+
+    @contextlib.contextmanager
+    def abreast(self, what: str) -> Iterator[None]:
+        """Around a part of the loop in which every rank runs the model as often as the others."""
+        yield
 
     def shared_by_all(self, model: nn.Module) -> nn.Module:
         """The model as a step runs it: its gradients become those of all ranks, which begin with the first one's."""
@@ -90,6 +112,92 @@ class Parallel:
             with answering(), torch.no_grad():
                 for buffer in model.buffers():
                     dist.broadcast(buffer, 0)
+
+
+@dataclass(frozen=True)
+class Sharded(Parallel):
+    """A rank that holds shards of the model, and gathers the parameters of a block when it runs it.
+
+    So no rank runs the model alone: one that has fewer micro-batches than others runs one again, which does not count.
+
+    Attributes:
+        shard: calls ``fully_shard``, given the model and the mesh of all ranks.
+    """
+
+    shard: Callable[[nn.Module, Any], Any] | None = None
+
+    def take(self, model: nn.Module, device: str) -> None:
+        """Shard a model; all ranks begin with the first one's weights and buffers.
+
+        Raises:
+            SpecError: ``fully_shard`` does not take it, or gradients of some parameter would not be those of all ranks.
+        """
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        agree_by_name("the model's", {n: [*t.shape, str(t.dtype)] for n, t in tensors.items()})
+        with answering(), torch.no_grad():
+            for tensor in tensors.values():
+                dist.broadcast(tensor, 0)
+        before = _places(model)
+        assert self.shard is not None
+        try:
+            self.shard(model, mesh_of_all(torch.device(device).type, self.ranks))
+        except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+            raise SpecError(f"fully_shard does not take the task's model, or its shard= does not: {error}") from error
+        parted = [names for names in before if names not in _places(model)]
+        if parted:
+            raise SpecError(
+                f"{' and '.join(parted[0])} are one parameter, and sharded apart: give the task a shard= in which one "
+                "call of fully_shard has all of them"
+            )
+        managed = {n: (w, m) for w in wrappings_of(model) for n, m in w.parameters.items()}
+        for name, p in model.named_parameters():
+            if name not in managed:
+                if p.is_floating_point():
+                    raise SpecError(f"the task's shard= leaves {name} to each rank, whose gradients would be its own")
+            elif managed[name][0].options["mesh"].size() != self.ranks or managed[name][1].mesh is not None:
+                raise SpecError(
+                    f"the task's shard= does not shard {name} by fully_shard over all {self.ranks} ranks, each of "
+                    "which has micro-batches of its own"
+                )
+
+    def turns(self, count: int) -> list[tuple[int, bool]]:
+        """As many on every rank."""
+        own = super().turns(count)
+        again = own[-1][0] if own else 0
+        return own + [(again, False)] * (-(-count // self.ranks) - len(own))
+
+    def shared_by_all(self, model: nn.Module) -> nn.Module:
+        """The model itself."""
+        return model
+
+    def gathering(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients are reduced to shards at once, which wait; buffers are the first rank's, as under DDP."""
+        if last:
+            self.same_buffers(model)
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def abreast(self, what: str) -> Iterator[None]:
+        """A rank that fails ends: the others wait in an operation of the model's, where it cannot meet them.
+
+        Raises:
+            RankError: it failed, or another rank has ended.
+        """
+        try:
+            with answering():
+                yield
+        except RankError:
+            raise
+        except Exception as error:
+            raise RankError(f"{what}: rank {self.rank} of {self.ranks} failed: {error}") from error
+
+
+def _places(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return list(names.values())
 
 
 @contextlib.contextmanager
@@ -128,4 +236,4 @@ def launched() -> Iterator[bool]:
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-__all__ = ["Parallel", "launched"]
+__all__ = ["Parallel", "Sharded", "launched"]

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fxgrow.compile import blocks_of
 from fxgrow.errors import SpecError
+from fxgrow.ir.fsdp import shard_parts
 from fxgrow.training.hyper import Hyper
 
 Batch = tuple[Any, ...]
@@ -46,6 +48,24 @@ def first_numel(batch: Batch) -> int:
     return int(batch[0].numel())
 
 
+def shard_blocks(model: nn.Module, mesh: Any) -> None:
+    """``fully_shard`` each block of the model's stacks, as :func:`fxgrow.compile_regions` compiles them, and the rest.
+
+    A block that has a parameter in common with something outside of it goes with the rest.
+    """
+    blocks = [block for _, block in blocks_of(model)]
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            users[id(p)] = users.get(id(p), 0) + 1
+
+    def apart(block: nn.Module) -> bool:
+        inside = [id(p) for m in block.modules() for p in m.parameters(recurse=False)]
+        return bool(inside) and all(users[i] == inside.count(i) for i in inside)
+
+    shard_parts(model, filter(apart, blocks), mesh)
+
+
 @dataclass
 class Task:
     """What to train. Every callable is a plain function, so a task is written in one screenful."""
@@ -80,6 +100,9 @@ class Task:
     """Passed to :func:`fxgrow.grow`."""
     ddp: Mapping[str, Any] = field(default_factory=dict)
     """Over several ranks: options of ``DistributedDataParallel``, such as ``find_unused_parameters``."""
+    shard: Callable[[nn.Module, Any], Any] = shard_blocks
+    """Over several ranks with ``parallel: fsdp``: ``shard(model, mesh)`` calls ``fully_shard``, for the model itself
+    last; ``mesh`` is the one of all ranks."""
     name: str = "run"
 
 

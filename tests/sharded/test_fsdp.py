@@ -162,11 +162,13 @@ def outputs(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def grown_apart(model: nn.Module, spec: list[dict[str, Any]], optimizer: Any, policy: str = "asymmetric") -> float:
+def grown_apart(
+    model: nn.Module, spec: list[dict[str, Any]], optimizer: Any, policy: str = "asymmetric", verify: Any = False
+) -> float:
     """By how much a growth changes what a model computes."""
     x, y = tokens()
     before = outputs(model, x)
-    growth = fxgrow.grow(model, spec, (x, y), verify=False)
+    growth = fxgrow.grow(model, spec, (x, y), verify=verify)
     growth.apply_(model)
     growth.carry_(optimizer, policy)
     return float((outputs(model, x) - before).abs().max())
@@ -272,7 +274,8 @@ def adapters(mesh: Any) -> dict[str, Any]:
     model: Any = fully_shard(small_gpt(), mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters())
     step(model, optimizer, 0, 0, 1)
-    error = grown_apart(model, [{"op": "lora", "modules": "*.c_attn", "rank": 2}], optimizer)
+    adapt = [{"op": "lora", "modules": "*.c_attn", "rank": 2}]
+    error = grown_apart(model, adapt, optimizer, verify="auto")
     step(model, optimizer, 1, 0, 1)
     named = {n: type(p) for n, p in model.named_parameters() if "lora" in n}
     return {"error": error, "sharded": bool(named) and set(named.values()) == {DTensor}}
