@@ -75,7 +75,7 @@ print(kernels.materialise(torch.arange(2.0), [twice]).tolist(), "fxgrow.rules" i
     assert python(code, *packages) == "[0.0, 0.0, 1.0] False\n"
     ours = "import fxgrow.kernels, sys; print(sorted(m for m in sys.modules if m.startswith('fxgrow.')))"
     loaded = [m.strip("'\n[]") for m in python(ours).split(", ")]
-    assert {m.split(".")[1] for m in loaded} == {"kernels", "lazy", "publish", "saved", "version"}
+    assert {m.split(".")[1] for m in loaded} == {"kernels", "lazy", "publish", "saved", "version", "warn"}
 
 
 def test_there_is_one_version() -> None:
