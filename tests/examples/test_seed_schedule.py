@@ -75,7 +75,7 @@ def test_every_operation_is_in_the_log_and_no_growth_moves_the_loss(whole: tuple
     train.GPT(model.config).double().load_state_dict(model.state_dict())
 
 
-@pytest.mark.parametrize("stop", [8, 11, 15, 19])
+@pytest.mark.parametrize("stop", [11, 15])  # adapters alone learn; they fade
 def test_stopped_and_resumed_it_ends_in_the_same(whole: tuple[Run, Path], tmp_path: Path, stop: int) -> None:
     final, out = whole
     gpt(tmp_path, stop_at=stop)

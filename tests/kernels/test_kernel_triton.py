@@ -83,6 +83,8 @@ def test_general_form_equals_the_reference() -> None:
 
 
 TUNED = """
+import os
+from pathlib import Path
 timed = []
 def clock(call):
     call()
@@ -90,11 +92,24 @@ def clock(call):
     return abs(timed[-1][0] - 1024) + timed[-1][1]
 here = gpu._device_name(torch.device("cpu"))
 gpu._milliseconds, gpu.tune.__defaults__ = clock, (torch.bfloat16, True, False, 16, "cuda")
-x, dims = torch.randn(4, 16), [None, tiled(16, 32, True)]
-noise = Noise("antisymmetric", 0.1)
-check(x, dims, noise=noise)
-check(x, dims, noise=noise)
-print("ok", timed, gpu.tile_of("plain float32 noise", torch.device("cpu")))
+
+def calls():
+    x, dims, noise = torch.randn(4, 16), [None, tiled(16, 32, True)], Noise("antisymmetric", 0.1)
+    timed.clear()
+    check(x, dims, noise=noise)
+    check(x, dims, noise=noise)
+    return len(timed), gpu.tile_of("plain float32 noise", torch.device("cpu"))
+
+untuned = calls()
+os.environ["FXGROW_TUNE"] = "1"
+tuned = calls()
+Path(os.environ["FXGROW_CACHE"], "tiles.json").write_text("[1, 2")
+gpu._tuned.clear()
+print("ok", untuned[0], *tuned, *calls())
+"""
+KEPT = """
+os.environ["FXGROW_TUNE"] = "1"
+print("ok", *calls())
 """
 
 
@@ -103,14 +118,8 @@ def test_tiles_are_timed_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     as none; without the variable nothing is timed."""
     code = INTERPRETED.format(here=str(HERE)) + TUNED
     monkeypatch.setenv("FXGROW_CACHE", str(tmp_path))
-    assert interpret(code).split("]")[0] == "ok ["
-    monkeypatch.setenv("FXGROW_TUNE", "1")
-    first = interpret(code)
-    assert first.count("(") == 7
-    assert first.endswith("] (1024, 2)")
-    assert interpret(code) == "ok [] (1024, 2)"
-    (tmp_path / "tiles.json").write_text("[1, 2")
-    assert interpret(code) == first
+    assert interpret(code) == "ok 0 6 (1024, 2) 6 (1024, 2)"
+    assert interpret(code.partition("untuned = ")[0] + KEPT) == "ok 0 (1024, 2)"
 
 
 @pytest.fixture(scope="module", params=list(aot.TARGETS))
