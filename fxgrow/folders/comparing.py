@@ -14,8 +14,9 @@ from fxgrow.emit.graphs import call_graphs, clean_graph
 from fxgrow.errors import CheckpointError
 from fxgrow.folders.opened import Opened, opened
 from fxgrow.ir import trees
+from fxgrow.ir.draws import same_draws
 from fxgrow.ir.nodes import info_of
-from fxgrow.verify.execute import Runner, Tensors, same_draws
+from fxgrow.verify.execute import Runner, Tensors
 from fxgrow.verify.outputs import relative_errors
 from fxgrow.verify.rounding import difference
 from fxgrow.verify.trials import Trial, bound

@@ -27,6 +27,7 @@ from fxgrow.analysis.axes import Axes
 from fxgrow.analysis.relate import analyse
 from fxgrow.errors import GrowthRefused
 from fxgrow.ir import trees
+from fxgrow.ir.draws import same_draws
 from fxgrow.ir.dtypes import is_fine
 from fxgrow.ir.graphs import copy_graph
 from fxgrow.ir.memory import writes
@@ -234,8 +235,7 @@ def _identical(a: Tensor, b: Tensor) -> bool:
 def _execute(graph: fx.Graph, tensors: Mapping[str, Tensor], results: Sequence[str]) -> list[Tensor]:
     """Run a graph node by node."""
     env: dict[fx.Node, Any] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # an op that draws draws the same as long as its sizes are
+    with same_draws():  # an op that draws draws the same as long as its sizes are
         for node in graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 env[node] = tensors[str(node.target)].clone()

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
+from fxgrow.ir.draws import same_draws, seed
 from fxgrow.ir.ops import HigherOrderOperator, OpOverload
 from fxgrow.ir.running import run_with
 from fxgrow.warn import warn
@@ -136,13 +137,12 @@ def _output_gradients(module: nn.Module, inputs: tuple[Any, Any], scale: float) 
     trained = {n for n, p in module.named_parameters() if p.requires_grad}
     tensors = {n: (p.detach() * scale).requires_grad_(n in trained) for n, p in module.named_parameters()}
     tensors |= {n: b.detach().clone() for n, b in module.named_buffers()}
-    with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(0)
+    with same_draws(), torch.enable_grad():
         result = run_with(module, tensors, *trees.clones(inputs))
         floats = [t for t in trees.tensors_in(result) if t.requires_grad]
         if not floats:
             return {}
-        torch.manual_seed(1)
+        seed(1)
         total = sum(((t * torch.randn(t.shape).to(t)).sum() for t in floats), start=torch.zeros(()))
         names = sorted(trained)
         found = torch.autograd.grad(total, [tensors[n] for n in names], allow_unused=True)

@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from fxgrow.ir import trees
+from fxgrow.ir import draws, trees
 from fxgrow.training.task import Batch
 
 
@@ -18,7 +18,7 @@ def seeded(seed: int, split: str, number: int) -> torch.Generator:
 
 def sow(seed: int, number: int) -> None:
     """Seed what a training micro-batch draws besides its data (dropout), whichever rank computes it, and when."""
-    torch.manual_seed(seeded(seed, "step", number).initial_seed())
+    draws.seed(seeded(seed, "step", number).initial_seed())
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

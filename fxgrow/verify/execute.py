@@ -6,9 +6,8 @@ weights do not fit there all at once. What happens at a node can be watched, or 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,17 +25,6 @@ def op_of(node: fx.Node) -> str:
     """``aten.add.Tensor`` -> ``add``; empty for what is no ATen op."""
     name = str(node.target)
     return name.split(".")[1] if name.startswith("aten.") else ""
-
-
-@contextlib.contextmanager
-def same_draws() -> Iterator[None]:
-    """Draw the same random numbers every time; afterwards the generators are as they were."""
-    with torch.random.fork_rng():
-        if torch.accelerator.is_available():
-            torch.manual_seed(0)
-        else:  # manual_seed notes a stack trace for every kind of device that is not there, and keeps it
-            torch.default_generator.manual_seed(0)
-        yield
 
 
 @functools.cache

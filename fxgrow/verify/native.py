@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxgrow.ir.draws import same_draws
 from fxgrow.ir.running import attributes_kept, in_mode, plain_tensors
 from fxgrow.verify.buffers import Before, state_of, values_of
 from fxgrow.verify.differences import Differences
-from fxgrow.verify.execute import draws, same_draws
+from fxgrow.verify.execute import draws
 from fxgrow.verify.failures import Failures, first_line
 from fxgrow.verify.inputs import SLOTS, Inputs, Slot
 from fxgrow.verify.limits import native_tolerance

@@ -10,8 +10,9 @@ import torch
 
 from fxgrow.emit.graphs import call_graphs, clean_graph
 from fxgrow.ir import trees
+from fxgrow.ir.draws import same_draws
 from fxgrow.ir.traced import Traced
-from fxgrow.verify.execute import Runner, Tensors, same_draws
+from fxgrow.verify.execute import Runner, Tensors
 from fxgrow.verify.gradients import Weighed
 from fxgrow.verify.rounding import Moved
 from fxgrow.verify.trials import Round, Trial, bound

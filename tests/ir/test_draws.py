@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxgrow.verify.execute import same_draws
+from fxgrow.ir.draws import same_draws
 
 
 def test_draws_are_the_same_and_leave_no_trace() -> None:
