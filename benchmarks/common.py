@@ -205,9 +205,16 @@ class Meter:
 
 
 def side_by_side(
-    candidates: Mapping[str, Callable[[], Any]], repeats: int, *, warmup: int = 1
+    candidates: Mapping[str, Callable[..., Any]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    prepare: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """Time candidates round by round in changing order, so that a busy machine disturbs all alike.
+
+    Args:
+        prepare: for each candidate, what makes its argument anew before the clock starts; without, they take none.
 
     Returns:
         name -> {"cpu": seconds of each round, "wall": likewise}.
@@ -216,11 +223,12 @@ def side_by_side(
     out: dict[str, dict[str, list[float]]] = {n: {"cpu": [], "wall": []} for n in names}
     for _ in range(warmup):
         for n in names:
-            candidates[n]()
+            candidates[n](*((prepare[n](),) if prepare else ()))
     for r in range(repeats):
         for n in names if r % 2 == 0 else names[::-1]:
+            given = (prepare[n](),) if prepare else ()
             cpu, wall = time.process_time(), time.perf_counter()
-            candidates[n]()
+            candidates[n](*given)
             out[n]["cpu"].append(time.process_time() - cpu)
             out[n]["wall"].append(time.perf_counter() - wall)
     return out

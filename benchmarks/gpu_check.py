@@ -108,7 +108,7 @@ def speed(rehearse: bool, seconds: float) -> dict[str, Any]:
 
 def tests(rehearse: bool, seconds: float) -> dict[str, Any]:
     """pytest on the files that hold them."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_kernel_cuda.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernels/test_kernel_cuda.py"]
     done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     said = done.stdout.strip().splitlines()[-25:]
     counts = {what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", "\n".join(said[-1:]))}

@@ -1,9 +1,10 @@
 """The tests on other versions of Python and torch: an environment for each pair, one after the other.
 
-``python -m benchmarks versions --pairs 3.10:2.9.1 3.11:2.12.1`` makes a virtual environment for each pair, runs the
-tests in it from this checkout, removes it, and writes what came out into ``docs/versions.json`` and a table into
-``docs/versions.md``; pairs that were tried before stay. ``--quick`` runs a part that touches PyTorch most. A Python is
-looked for on the path and among pyenv's. One environment takes up to 7 GB while it lasts.
+``python -m benchmarks versions --quick`` makes a virtual environment for each pair of versions, runs in it the part of
+the tests that touches PyTorch most (all of them without ``--quick``), removes it, and writes what came out into
+``docs/versions.json`` and a table into ``docs/versions.md``; pairs that were tried before stay, and ``--pairs
+3.10:2.9.1`` chooses. A Python is looked for on the path and among pyenv's. uv installs where it is found, and pip
+elsewhere, which takes minutes longer. One environment takes up to 7 GB while it lasts.
 """
 
 from __future__ import annotations
@@ -16,23 +17,29 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from tests.project import settings
 
-#: what touches PyTorch most: traces, generated code, the proof, growths of living models, optimizers, compiled code
+#: what touches PyTorch most, a few minutes of two cores: traces, generated code, op schemas and guards, the proof,
+#: growths of living models, optimizers, kernels, files, compiled code, command line
 QUICK = (
-    "tests/trace",
+    "tests/trace/test_modes.py",
     "tests/emit",
     "tests/ir",
     "tests/proof",
-    "tests/landing",
-    "tests/optim",
+    "tests/landing/test_apply.py",
+    "tests/optim/test_optimizer.py",
+    "tests/kernels/test_kernel_native.py",
+    "tests/kernels/test_kernel_reference.py",
+    "tests/weights/test_shards.py",
+    "tests/test_formats.py",
+    "tests/test_face.py",
     "tests/test_compile.py",
 )
-PAIRS = ("3.10:2.9.1", "3.11:2.10.0", "3.12:2.11.0", "3.13:2.12.1", "3.13:2.14.1", "3.11:2.13.0")
+PAIRS = ("3.10:2.9.1", "3.11:2.10.0", "3.12:2.11.0", "3.13:2.12.1", "3.11:2.13.0", "3.13:2.14.1")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "expecttest", "setuptools", "wheel")
 #: kept for this long before they are given up, in seconds
 INSTALL, TESTS = 1800, 7200
@@ -55,8 +62,7 @@ def python_of(version: str) -> str | None:
 
 def requirements(torch: str) -> list[str]:
     """What an environment needs: fxgrow's own dependencies, one torch, and what runs the tests."""
-    project = tomllib.loads((common.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [f"torch=={torch}", *(d for d in project["dependencies"] if not d.startswith("torch")), *TOOLS]
+    return [f"torch=={torch}", *(d for d in settings()["project"]["dependencies"] if not d.startswith("torch")), *TOOLS]
 
 
 def attempt(pair: str, tests: list[str], folder: Path) -> dict[str, Any]:
@@ -70,7 +76,9 @@ def attempt(pair: str, tests: list[str], folder: Path) -> dict[str, Any]:
     try:
         subprocess.run([interpreter, "-m", "venv", str(home)], check=True, capture_output=True)
         own = str(home / "bin" / "python")
-        install = [own, "-m", "pip", "install", "--quiet", "--no-cache-dir", *requirements(torch)]
+        uv = shutil.which("uv")
+        install = [uv, "pip", "install", "--python", own] if uv else [own, "-m", "pip", "install"]
+        install += ["--quiet", "--no-cache-dir", *requirements(torch)]
         done = subprocess.run(install, capture_output=True, text=True, timeout=INSTALL, check=False)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr[-300:]]
@@ -84,8 +92,9 @@ def attempt(pair: str, tests: list[str], folder: Path) -> dict[str, Any]:
 
 def _run(own: str, tests: list[str]) -> dict[str, Any]:
     began = time.perf_counter()
+    # no -q beside the one in pyproject.toml: two leave out the counts
     done = subprocess.run(
-        [own, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", *tests],
+        [own, "-m", "pytest", "-n", str(os.cpu_count()), "-p", "no:cacheprovider", "-rfE", *tests],
         cwd=common.ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

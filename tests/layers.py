@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-import tomllib
 from pathlib import Path
 
-from tests import pages
+from tests import pages, project
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "CONTRIBUTING.md"
@@ -35,8 +34,7 @@ WORDS = {
 
 def layers() -> list[list[str]]:
     """The contract's layers, the highest first."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    (contract,) = [c for c in settings["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
+    (contract,) = [c for c in project.settings()["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
     return [re.split(r" [|:] ", line) for line in contract["layers"]]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 import fxgrow
 from fxgrow.lazy import read_stub
+from tests import project
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,5 +79,4 @@ print(kernels.materialise(torch.arange(2.0), [twice]).tolist(), "fxgrow.rules" i
 
 
 def test_there_is_one_version() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["version"] == fxgrow.__version__
+    assert project.settings()["project"]["version"] == fxgrow.__version__

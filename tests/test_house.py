@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import fxgrow
+from tests import project
 from tests.layers import GUIDE, picture
 
 ROOT = Path(fxgrow.__file__).parent
@@ -95,8 +95,7 @@ def test_what_is_known_of_nodes_and_modules_is_typed() -> None:
 
 
 def test_every_folder_is_installed() -> None:
-    settings = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    listed = set(settings["tool"]["setuptools"]["packages"])
+    listed = set(project.settings()["tool"]["setuptools"]["packages"])
     folders = {f.parent.relative_to(ROOT.parent) for f in FILES}
     own = {".".join(f.parts) if f.parts[0] == "fxgrow" else f"fxgrow.{'.'.join(f.parts)}" for f in folders}
     assert listed == own

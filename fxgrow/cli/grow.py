@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from fxgrow.cli.console import out, print_json, working
 from fxgrow.cli.options import Class, Config, Device, Input, Json, Model, NoSpec, Seed, Weights
 
 
-class Level(StrEnum):
+class Level(str, Enum):
     """How a growth is measured."""
 
     auto = "auto"

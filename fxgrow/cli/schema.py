@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
+from enum import Enum
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +11,7 @@ import typer
 from fxgrow.cli.console import print_json
 
 
-class Kind(StrEnum):
+class Kind(str, Enum):
     """What a schema is of."""
 
     spec = "spec"

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import fx, nn
+from typing_extensions import Self
 
 from fxgrow.emit.blocks import identifier, share_classes, split_blocks
 from fxgrow.emit.casts import cast_by, check_cast, keeping, refusal
@@ -22,7 +23,7 @@ from fxgrow.errors import CheckpointError, InputError
 from fxgrow.ir.modules import child_of, named_tensors, order_children
 from fxgrow.ir.provenance import Provenance, code_of, edited, provenance_of, remember
 from fxgrow.ir.serialize import graph_from_json, graph_to_json
-from fxgrow.ir.traced import Call, Traced, matching_calls, same_constant
+from fxgrow.ir.traced import Call, Traced, by_name, matching_calls, same_constant
 from fxgrow.ir.treespecs import check, rebuild
 
 
@@ -166,7 +167,7 @@ class CallsModule(RegeneratedModule):
             found = matching_calls(program, args, kwargs, self.training)
             if not found:
                 raise TypeError(_misfit(program, served, args, kwargs))
-            together = {**dict(zip(signature, args, strict=False)), **kwargs}
+            together = by_name(signature, args, kwargs)
             chosen = found[0]
             if len(found) > 1:  # sizes decide; where none is for them, the first says why not
                 chosen = next((n for n in found if _fits(calls[n], together)), chosen)
@@ -207,7 +208,7 @@ def _fits(call: Call, given: Mapping[str, Any]) -> bool:
 
 def _misfit(program: Traced, served: Sequence[int], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """Why no call takes these arguments: what differs from the one that comes nearest."""
-    together = {**dict(zip(program.signature, args, strict=False)), **kwargs}
+    together = by_name(program.signature, args, kwargs)
 
     def against(call: Call) -> list[str]:
         given = call.flatten(together)

@@ -16,9 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import torch
+from typing_extensions import Self
 
 from fxgrow.errors import DiskError, ExactnessError, GrowthRefused
 from fxgrow.folders.tensorfile import disk_errors, header_of, write_bytes, write_tensor

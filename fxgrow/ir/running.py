@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +51,31 @@ def plain_tensors_kept(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for tensor, copy in held:
                 tensor.copy_(copy)
+
+
+#: where ``torch.export`` refuses a forward that makes an attribute or adds to a list or dict; since torch 2.11 it warns
+_STRICT: Any = importlib.import_module("torch.export._trace") if torch.__version__ < (2, 11) else None
+_DETECT = _STRICT and _STRICT._detect_attribute_assignment
+_LOCK, _tracing = threading.Lock(), 0
+
+
+@contextlib.contextmanager
+def attributes_free() -> Iterator[None]:
+    """``torch.export`` lets a forward assign attributes, as since torch 2.11; :func:`attributes_kept` undoes it."""
+    global _tracing
+    if _STRICT is None:
+        yield
+        return
+    with _LOCK:
+        _tracing += 1
+        _STRICT._detect_attribute_assignment = contextlib.nullcontext
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _tracing -= 1
+            if not _tracing:
+                _STRICT._detect_attribute_assignment = _DETECT
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ def matching_calls(
     alone = len({c.name for c in calls}) == 1
     if len(args) > len(names):  # forward(*args)
         return asked if alone else []
-    together = {**dict(zip(names, args, strict=False)), **kwargs}
+    together = by_name(names, args, kwargs)
     found = []
     for number in asked:
         call, given = calls[number], calls[number].flatten(together)
@@ -172,6 +172,13 @@ def matching_calls(
     if alone and not found and not any(isinstance(v, torch.Tensor) for v in together.values()):
         return [n for n in asked if not calls[n].inputs]
     return found
+
+
+def by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, by the parameters' names; what is one too many is left out."""
+    given = args[: len(names)]
+    # no zip with strict=: Dynamo of torch 2.9 fails where a graph breaks while one is at hand
+    return {**{names[n]: value for n, value in enumerate(given)}, **kwargs}
 
 
 def same_constant(a: Any, b: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fxgrow.errors import CaptureError
 from fxgrow.ir import trees
 from fxgrow.ir.modules import map_tensors, named_tensors, set_tensor
 from fxgrow.ir.provenance import Cast, provenance_of
-from fxgrow.ir.traced import Traced
+from fxgrow.ir.traced import Traced, by_name
 from fxgrow.landing.retrace import retrace
 from fxgrow.program import Program
 
@@ -35,14 +35,10 @@ def recast(model: nn.Module, before: Traced, casts: Sequence[Cast]) -> Program:
     if program.asks_dtype:
         changed = set(casts[-1].values())
         for call in program.calls:
-            leaves = call.flatten(_named(program, call.args, call.kwargs)) or {}
+            leaves = call.flatten(by_name(program.signature, call.args, call.kwargs)) or {}
             given = {n: leaves[n] for n in call.inputs if isinstance(leaves.get(n), torch.Tensor)}
             call.dtypes = {n: t.dtype for n, t in given.items() if t.dtype in changed}
     return program
-
-
-def _named(program: Traced, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(program.signature, args, strict=False)), **kwargs}
 
 
 def _to(tensor: torch.Tensor, casts: Sequence[Cast]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from fxgrow.ir import trees
 from fxgrow.ir.guards import Guard, find_guards, has_mixed_sizes, settle_sizes, weigh
 from fxgrow.ir.quiet import quiet
 from fxgrow.ir.replay import BothModes
-from fxgrow.ir.running import attributes_kept, autocast_kept, in_mode, plain_tensors_kept
+from fxgrow.ir.running import attributes_free, attributes_kept, autocast_kept, in_mode, plain_tensors_kept
 from fxgrow.ir.symbolic import ON_DATA, oblivious_sizes
 from fxgrow.ir.traced import Call
 from fxgrow.ir.trail import Replica
@@ -130,6 +130,7 @@ def _export(
             quiet(),
             plain_tensors_kept(model),
             attributes_kept(model),
+            attributes_free(),
             autocast_kept(),
             _traceable_forward(model, kwargs, left_out, dtypes, replay),
             oblivious_sizes(oblivious),

@@ -121,9 +121,12 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[int, ...], list[tuple[int, ...]
     "a table whose end is cut": (
         lambda m, x: m.mlp(x[:, : m.w.shape[0]] + m.w[: x.shape[1]]),
         (2, 3, 5),
-        [(1, 12, 5), (3, 1, 5), (2, 13, 5)],
-        [],
-        "",
+        # torch before 2.10 traces a slice that is not cut, which fits fewer sizes
+        *(
+            ([(3, 1, 5)], [(1, 12, 5), (2, 13, 5)], r"takes only x\.shape\[1\] <= 11")
+            if torch.__version__ < (2, 10)
+            else ([(1, 12, 5), (3, 1, 5), (2, 13, 5)], [], "")
+        ),
     ),
 }
 
