@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from fxgrow.ir import trees
 from fxgrow.ir.compiled import as_written
@@ -54,7 +55,8 @@ def plain_tensors_kept(module: nn.Module) -> Iterator[None]:
 
 
 #: where ``torch.export`` refuses a forward that makes an attribute or adds to a list or dict; since torch 2.11 it warns
-_STRICT: Any = importlib.import_module("torch.export._trace") if torch.__version__ < (2, 11) else None
+_OLD = TorchVersion(torch.__version__) < TorchVersion("2.11")
+_STRICT: Any = importlib.import_module("torch.export._trace") if _OLD else None
 _DETECT = _STRICT and _STRICT._detect_attribute_assignment
 _LOCK, _tracing = threading.Lock(), 0
 
