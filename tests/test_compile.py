@@ -113,6 +113,19 @@ def test_many_growths_stay_compiled() -> None:
         assert backend.graphs == number
 
 
+def test_what_a_growth_hooks_on_is_in_what_was_compiled_by_hand() -> None:
+    """Dynamo does not look at hooks again, and a growth's adapters are hooks."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    net[0].compile(backend="eager")
+    x, counting = torch.randn(5, 3, dtype=torch.float64), Counting()
+    model = torch.compile(net, backend=counting)
+    before = model(x)
+    fxgrow.grow(net, [{"op": "lora", "modules": "*", "rank": 2}], (x,)).apply_(net)
+    assert torch.equal(model(x), before) and counting.graphs == 2
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
 def test_a_regenerated_module_and_a_model_compile_alike() -> None:
     model, args = small_gpt(torch.float64, n_layer=2), tokens()
     start = step(model, args)

@@ -103,6 +103,15 @@ def attach_gate(block: nn.Module, name: str, gate: nn.Parameter) -> None:
     """Give a block a gate."""
     block.register_parameter(name, gate)
     block.register_forward_hook(Gate(name), with_kwargs=True)
+    forget_compiled()
+
+
+def forget_compiled() -> None:
+    """Have what is compiled compiled again: Dynamo does not see that a module's hooks are others than they were.
+
+    (``torch._dynamo.config.skip_nnmodule_hook_guards``.) Code of before a growth would leave out what it has added.
+    """
+    torch.compiler.reset()
 
 
 def is_own(hook: Any) -> bool:
@@ -187,6 +196,7 @@ def attach(module: nn.Module, hook: LowRank, down: nn.Parameter, up: nn.Paramete
     module.register_parameter(DOWN, down)
     module.register_parameter(UP, up)
     module.register_forward_hook(hook, with_kwargs=True)
+    forget_compiled()
 
 
 def detach(module: nn.Module) -> None:
@@ -196,6 +206,7 @@ def detach(module: nn.Module) -> None:
             del module._forward_hooks[number]
             module._forward_hooks_with_kwargs.pop(number, None)
     del module._parameters[DOWN], module._parameters[UP]
+    forget_compiled()
 
 
 @torch.no_grad()
