@@ -535,14 +535,15 @@ def resumed(seeds: Seeds, rng: random.Random, folder: Path) -> Case:
     whole = [p for p in files if p.suffix == ".safetensors"]
     assert whole, "nothing was written before it was cut off"
     odd = rng.choice(files if rng.random() < 0.5 else whole)
-    changes = ["cut", "header", "exchange", "link", "folder", "lose", "journal", "extra", "all", "other", "pipe"]
-    what = rng.choice([*changes, "in the way"])
+    changes = ["cut", "header", "flip", "exchange", "link", "folder", "lose", "journal", "extra", "all", "other"]
+    what = rng.choice([*changes, "pipe", "in the way"])
     if what == "cut":
         odd.write_bytes(odd.read_bytes()[: rng.randrange(odd.stat().st_size + 1)])
-    elif what == "header":
+    elif what in ("header", "flip"):
         data = bytearray(odd.read_bytes())
         if data:
-            data[rng.randrange(min(len(data), 8 + int.from_bytes(data[:8], "little")))] ^= 1 << rng.randrange(8)
+            header = len(data) if what == "flip" else 8 + int.from_bytes(data[:8], "little")
+            data[rng.randrange(min(len(data), header))] ^= 1 << rng.randrange(8)
         odd.write_bytes(bytes(data))
     elif what == "exchange":
         odd.write_bytes(rng.choice(files).read_bytes())

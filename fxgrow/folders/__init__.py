@@ -2,8 +2,9 @@
 
 ``grow_checkpoint`` in ``growing.py`` reads from top to bottom. Its parts: :mod:`~fxgrow.folders.tensorfile` reads and
 writes the safetensors format a tensor at a time, :mod:`~fxgrow.folders.source` says what a folder holds,
-:mod:`~fxgrow.folders.building` makes the class from its config without memory for weights, and
-:mod:`~fxgrow.folders.writing` streams the grown weights. ``compare_folders`` holds two against each other.
+:mod:`~fxgrow.folders.building` makes the class from its config without memory for weights,
+:mod:`~fxgrow.folders.configs` finds and proves the grown config, and :mod:`~fxgrow.folders.writing` streams the grown
+weights. ``compare_folders`` holds two against each other.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.errors import FxgrowError, GrowthRefused, SpecError, did_you_mean
+from fxgrow.errors import FxgrowError, GrowthRefused, SpecError
 from fxgrow.folders import card, dictionary, resuming
 from fxgrow.folders.archive import Later, sizes_in
-from fxgrow.folders.building import build, taken_by
+from fxgrow.folders.configs import Configs, Larger, asked_for, wanted_of
 from fxgrow.folders.conversions import Pieces
-from fxgrow.folders.keys import shapes_of, why_not
 from fxgrow.folders.opened import Opened, Reader, opened
 from fxgrow.folders.optimizer import Growing, Maker, Way, grown_state, way_of, ways_of
 from fxgrow.folders.source import CONFIG, Source
@@ -28,15 +28,10 @@ from fxgrow.folders.tensorfile import disk_errors
 from fxgrow.folders.writing import Target, Writing, check_absent, copy_files, shards_of
 from fxgrow.growth import plan_growth, timed
 from fxgrow.ir.traced import Traced
-from fxgrow.landing.apply import apply, constants_held
-from fxgrow.landing.beside import alike
 from fxgrow.landing.between import spec_between
-from fxgrow.landing.compare import described, differences
-from fxgrow.landing.living import attributes_of
 from fxgrow.optim.policies import POLICIES
 from fxgrow.plan import GrowthPlan
-from fxgrow.program import Program, capture
-from fxgrow.reading import read_json
+from fxgrow.program import Program
 from fxgrow.spec import GrowthSpec
 from fxgrow.trace.foreign import without_values
 from fxgrow.verify.failures import Failures
@@ -47,6 +42,8 @@ from fxgrow.verify.receipt import Receipt
 from fxgrow.weights.materialise import check_finite, materialise_all, materialise_tensor
 
 SHARD_BYTES = 5 * 10**9
+#: bytes that are worth proving a config beside writing them
+_BESIDE = 2**28
 #: tensors that the system is told to read while one is made
 _AHEAD = 2
 Progress = Callable[[int, int], None]
@@ -92,9 +89,9 @@ def grow_checkpoint(
     """Grow a checkpoint that a class is made from by its config: a folder of transformers, or of a class of yours.
 
     The class is made without memory for weights, traced and grown; the config that makes the grown class is found, and
-    proved by a trace of that class. Then the weights are streamed: memory is needed for the largest tensors, not for
-    the model. The new folder has the config, the weights under the class's own names, and all other files of the old
-    one; it appears whole, and a run that was killed goes on where it was.
+    proved by a trace of that class. Meanwhile the weights are streamed: memory is needed for the largest tensors, not
+    for the model. The new folder has the config, the weights under the class's own names, and all other files of the
+    old one; it appears whole, and a run that was killed goes on where it was.
 
     A file of ``torch.save`` that holds weights, settings and an optimizer's state becomes such a file; what else it
     holds is kept.
@@ -117,12 +114,12 @@ def grow_checkpoint(
             fits the state is looked for.
         verify: compare both models in float64, an op's weights at a time.
         shard_bytes: the most that a file of weights holds.
-        progress: called with bytes written and bytes in all.
+        progress: called with bytes written and bytes in all, by the thread that writes.
 
     Raises:
         SpecError: the spec or the settings are wrong, or no example is known.
         CheckpointError: the folder or its class is.
-        GrowthRefused: what cannot be proved exact, or no config of the class computes; nothing is written then.
+        GrowthRefused: what cannot be proved exact, or no config of the class computes; nothing is left then.
         DiskError: no room, or the new folder is there already.
         ExactnessError: an exact plan measured inexact.
     """
@@ -141,95 +138,43 @@ def grow_checkpoint(
     if folder.resolve() in out.resolve().parents:
         raise SpecError(f"{out} is inside {folder}, whose files all go along: name a folder elsewhere")
     small = opened(folder, model_class, inputs)
-    source, make, model, given, table = small.source, small.make, small.model, small.inputs, small.table
     found = _states(small, optimizer, make_optimizer)
     with timed(seconds, "capture"):
         program = small.capture()
     if spec is None:
-        wanted = _wanted(small, settings, like)
+        asked = asked_for(small, wanted_of(small, settings, like))
         with timed(seconds, "capture"):
-            theirs = capture(build(make, wanted, small.dtypes, "the config with these settings"), (), given)
-        operations = spec_between(program, theirs)
+            operations = spec_between(program, asked.traced)
         if not operations:
             raise SpecError("these settings change no size: there is nothing to grow")
         with timed(seconds, "plan"):
-            plan, grown = _planned(program, GrowthSpec.parse(operations), theirs)
-        changed = {k: (source.config.get(k), v) for k, v in wanted.items() if source.config.get(k, _MISSING) != v}
+            plan, grown = _planned(program, GrowthSpec.parse(operations), asked.traced)
     else:
+        asked = None
         with timed(seconds, "plan"):
             plan, grown = _planned(program, GrowthSpec.parse(spec))
+    configs = Configs(small, program, plan, grown)
+    making = _Making(small, program, plan, grown, configs, found, policy, rates, verify, seconds)
+    candidates = configs.by_spec() if asked is None else configs.by_settings(asked)
+    refusal: FxgrowError | None = None
+    while True:
         with timed(seconds, "config"):
-            changed = _landed(model, source, program, plan, grown)
-        wanted = source.config | {k: new for k, (_, new) in changed.items()}
-    with timed(seconds, "prove"):
-        dtypes = {n: t.dtype for n, t in grown.tensors.items()}
-        dtypes |= {alias: dtypes[name] for alias, name in grown.aliases.items() if name in dtypes}
-
-        def made_of(config: Mapping[str, Any]) -> nn.Module:
-            return build(make, config, dtypes, "the grown config")
-
-        needed = {n: tuple(plan.tensors[n].shape) for n in (*grown.parameters, *grown.buffers)}
-        if lines := why_not(made_of, wanted, needed):
-            raise GrowthRefused(_no_config(type(model).__name__, lines))
-        large = made_of(wanted)
-        _prove(large, program, plan, grown, given)
-    reader = small.reader(program)
-    targets = _targets(plan, program, grown, small.names, large)
-    notes = [f"{name} was left out: the class has no place for it" for name in small.ignored]
-    notes += [f"{file.name} was left out: it holds weights of the small model" for file in source.stale]
-    if table is not None and (kept := table.kept(small.source.tensors)):
-        notes.append(f"kept as they are, with tensors in them: {', '.join(kept)}")
-    states: dict[Any, Any] = {}
-    how = Growing(small.again(), large, program, plan, grown, policy, rates)
-    with timed(seconds, "optimizer"):
-        for place, (state, where, way) in found.items():
-            states[place], said = grown_state(state, way, how, where)
-            notes += [line for line in said if line not in notes]
-
-    def measured() -> Receipt:
-        receipt = Receipt(exactness=plan.exactness, notes=["not measured: verification was switched off"])
-        if verify:
-            with timed(seconds, "verify"):
-                receipt = _verified(program, plan, grown, reader)
-        receipt.params_before, receipt.params_after = plan.parameters_before, plan.parameters_after
-        receipt.notes += notes
-        return receipt
-
-    if table is not None:
-        receipt = measured()
-        with timed(seconds, "write"):
-            data = _grown_table(small, wanted, changed, states, how, targets)
-            dictionary.check_room(out, data)
-            dictionary.write(out, data, how.later)
-        return Grown(out, plan, receipt, changed, seconds)
-    written, groups = small.conversions.written(large, list(targets))
-    shards = shards_of(written, shard_bytes)
-    left_out = resuming.parts_in(folder) | set(states)
-    others = [file for file in source.others if file not in left_out]
-    forgotten = resuming.without_the_best(folder)
-    more = sum(file.stat().st_size for file in others) + sum(sizes_in(list(states.values())))
-    key = _key(source, plan, wanted, shards)
-    with Writing(out, key, shards, source.metadata or {"format": "pt"}, more) as writing:
-        with timed(seconds, "write"):
-            with ThreadPoolExecutor(1) as ahead:
-                made = _Made({t.name: (t, name) for t, name in targets.items()}, plan, reader, ahead)
-                _stream(writing, Pieces(small.conversions, large, groups, made), progress)
-            writing.index()
-        copy_files(others, folder, writing.part)
-        for file, state in states.items():
-            dictionary.write(writing.part / resuming.place_of(file, folder), state, how.later)
-        if forgotten is not None:
-            notes += resuming.write_notes(writing.part, forgotten)
-        receipt = measured()
-        with disk_errors(str(out)):
-            text = json.dumps(wanted, indent=2, ensure_ascii=False)
-            (writing.part / CONFIG).write_text(text + "\n", encoding="utf-8")
-            card.write(writing.part, folder.name, plan, receipt, changed)
-        writing.settle()
-    return Grown(out, plan, receipt, changed, seconds)
+            larger = next(candidates, None)
+        if larger is None:
+            assert refusal is not None, "no config was tried"
+            raise refusal
+        try:
+            if small.table is not None:
+                return making.file(larger, out)
+            return making.folder(larger, out, shard_bytes, progress)
+        except FxgrowError as error:
+            if error is not larger.wrong:
+                raise
+            refusal = error
 
 
-_MISSING = object()
+class _Stopped(Exception):
+    """Nobody waits for what is written any more."""
 
 
 def _planned(program: Program, spec: GrowthSpec, like: Program | None = None) -> tuple[GrowthPlan, Program]:
@@ -239,120 +184,138 @@ def _planned(program: Program, spec: GrowthSpec, like: Program | None = None) ->
     return plan, grown
 
 
-# the config --------------------------------------------------------------------------------------------------------
+class _Making:
+    """What is made of a growth once a config may say it.
 
-
-def _wanted(small: Opened, settings: Mapping[str, Any] | None, like: str | Path | None) -> dict[str, Any]:
-    """The config that a larger model is to have.
-
-    Raises:
-        SpecError: a setting that neither the config nor the class has.
+    Args:
+        found: optimizers' states, see :func:`_states`.
+        seconds: filled in.
     """
-    config = small.source.config
-    if like is not None:
-        found = read_json(Path(like) / CONFIG if Path(like).is_dir() else Path(like), SpecError, finite=False)
-        if not isinstance(found, dict):
-            raise SpecError(f"{like} is no table of settings")
-        return config | found
-    assert settings is not None
-    wanted = config
-    for name, value in settings.items():
-        wanted = _with_setting(wanted, name.split("."), value, small.source.called)
-    for name in settings:
-        if "." not in name and name not in config:  # which a class may have a default for
-            made = [
-                shapes_of(build(small.make, given, small.dtypes, "the config with these settings"))
-                for given in (wanted, {k: v for k, v in wanted.items() if k != name})
-            ]
-            taken = taken_by(type(small.model))[1] or set()
-            if made[0] == made[1] and name not in taken | set(_settings(small.model, config)):
-                raise SpecError(
-                    f"{small.source.called} has no {name}, and it changes nothing; {did_you_mean(name, config)}"
+
+    def __init__(
+        self,
+        small: Opened,
+        program: Program,
+        plan: GrowthPlan,
+        grown: Program,
+        configs: Configs,
+        found: Mapping[Any, tuple[Any, str, Way]],
+        policy: str,
+        rates: bool,
+        verify: bool,
+        seconds: dict[str, float],
+    ) -> None:
+        self.small, self.program, self.plan, self.grown, self.configs = small, program, plan, grown, configs
+        self.found, self.policy, self.rates, self.verify, self.seconds = found, policy, rates, verify, seconds
+        self.reader = small.reader(program)
+        self.notes: list[str] = []
+
+    def file(self, larger: Larger, out: Path) -> Grown:
+        """A file of ``torch.save``; see :func:`grow_checkpoint`."""
+        table = self.small.table
+        assert table is not None
+        self.notes = self._left_out()
+        self._prove(larger)
+        if kept := table.kept(self.small.source.tensors):
+            self.notes.append(f"kept as they are, with tensors in them: {', '.join(kept)}")
+        how, states = self._states(larger)
+        receipt = self._measured()
+        with timed(self.seconds, "write"):
+            data = _grown_table(self.small, larger, states, how, self._targets(larger))
+            dictionary.check_room(out, data)
+            dictionary.write(out, data, how.later)
+        return Grown(out, self.plan, receipt, larger.changed, self.seconds)
+
+    def folder(self, larger: Larger, out: Path, shard_bytes: int, progress: Progress | None) -> Grown:
+        """A folder; see :func:`grow_checkpoint`."""
+        small, source, plan = self.small, self.small.source, self.plan
+        folder = source.folder
+        self.notes = self._left_out()
+        targets = self._targets(larger)
+        how, states = self._states(larger)
+        written, groups = small.conversions.written(larger.model, list(targets))
+        shards = shards_of(written, shard_bytes)
+        left_out = resuming.parts_in(folder) | set(states)
+        others = [file for file in source.others if file not in left_out]
+        forgotten = resuming.without_the_best(folder)
+        more = sum(file.stat().st_size for file in others) + sum(sizes_in(list(states.values())))
+        key = _key(source, plan, larger.config, shards)
+        with Writing(out, key, shards, source.metadata or {"format": "pt"}, more) as writing:
+            with ThreadPoolExecutor(1) as ahead:
+                made = _Made({t.name: (t, name) for t, name in targets.items()}, plan, self.reader, ahead)
+                self._stream(
+                    writing, Pieces(small.conversions, self.configs.again(larger), groups, made), larger, progress
                 )
-    return wanted
+            writing.index()
+            copy_files(others, folder, writing.part)
+            for file, state in states.items():
+                dictionary.write(writing.part / resuming.place_of(file, folder), state, how.later)
+            if forgotten is not None:
+                self.notes += resuming.write_notes(writing.part, forgotten)
+            receipt = self._measured()
+            with disk_errors(str(out)):
+                text = json.dumps(larger.config, indent=2, ensure_ascii=False)
+                (writing.part / CONFIG).write_text(text + "\n", encoding="utf-8")
+                card.write(writing.part, folder.name, plan, receipt, larger.changed)
+            writing.settle()
+        return Grown(out, plan, receipt, larger.changed, self.seconds)
 
+    def _stream(self, writing: Writing, pieces: Pieces, larger: Larger, progress: Progress | None) -> None:
+        """Write the weights of what is proved; where they are many, while that is done: the disk is idle meanwhile.
 
-def _with_setting(config: Mapping[str, Any], path: Sequence[str], value: Any, where: str) -> dict[str, Any]:
-    """A config with another value, which may be in a table within it: ``text_config.hidden_size``.
+        Raises:
+            FxgrowError: the config is wrong, and the hidden folder is gone; else what the writing raises.
+        """
+        beside = sum(t.bytes for shard in writing.shards for t in shard) > _BESIDE
+        if not beside:
+            self._prove(larger)
+        while True:
+            stop = threading.Event()
+            with timed(self.seconds, "write"), ThreadPoolExecutor(1) as thread:
+                streamed = thread.submit(_stream, writing, pieces, progress, stop)
+                try:
+                    if beside:
+                        self._prove(larger)
+                    self.notes += streamed.result()
+                    return
+                except BaseException as error:
+                    stop.set()
+                    if not beside or error is not larger.wrong:
+                        raise
+            beside = False
+            larger.forget()  # PyTorch's tracing patches what other threads see, too: only a trace alone says no
+            self._prove(larger)
 
-    Raises:
-        SpecError: there is no such table, or it has no such setting.
-    """
-    head, *rest = path
-    if not rest:
-        return {**config, head: value}
-    inner = config.get(head)
-    if not isinstance(inner, Mapping):
-        raise SpecError(f"{where} has no table {head}; {did_you_mean(head, config)}")
-    if len(rest) == 1 and rest[0] not in inner:
-        raise SpecError(f"{where} has no {rest[0]} in {head}; {did_you_mean(rest[0], inner)}")
-    return {**config, head: _with_setting(inner, rest, value, where)}
+    def _prove(self, larger: Larger) -> None:
+        with timed(self.seconds, "prove"):
+            self.configs.prove(larger)
 
+    def _targets(self, larger: Larger) -> dict[Target, str]:
+        return _targets(self.plan, self.program, self.grown, self.small.names, larger.model)
 
-def _landed(
-    model: nn.Module, source: Source, program: Program, plan: GrowthPlan, grown: Traced
-) -> dict[str, tuple[Any, Any]]:
-    """Grow the class, whose weights are not there: which settings of its config are others then.
+    def _left_out(self) -> list[str]:
+        out = [f"{name} was left out: the class has no place for it" for name in self.small.ignored]
+        stale = self.small.source.stale
+        return [*out, *(f"{file.name} was left out: it holds weights of the small model" for file in stale)]
 
-    Raises:
-        GrowthRefused: the class cannot compute the grown function.
-    """
-    before = _settings(model, source.config)
-    others = [name for name in plan.tensors if name not in grown.parameters]
-    tensors = dict(materialise_all(plan, program.tensor, others))
-    tensors |= {n: nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for n, p in grown.parameters.items()}
-    apply(model, plan, program.without_tensors(), grown, tensors, constants_held(model, program))
-    after = _settings(model, source.config)
-    return {k: (before.get(k), v) for k, v in after.items() if before.get(k, _MISSING) != v}
+    def _measured(self) -> Receipt:
+        receipt = Receipt(exactness=self.plan.exactness, notes=["not measured: verification was switched off"])
+        if self.verify:
+            with timed(self.seconds, "verify"):
+                receipt = _verified(self.program, self.plan, self.grown, self.reader)
+        receipt.params_before, receipt.params_after = self.plan.parameters_before, self.plan.parameters_after
+        receipt.notes += self.notes
+        return receipt
 
-
-def _settings(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model says of itself, as plain data: its config, or arguments that it keeps by their names."""
-    held: Any = getattr(model, "config", None)
-    if held is None:
-        return {k: v for k, v in attributes_of(model).items() if k in config}
-    if callable(getattr(held, "to_dict", None)):
-        return dict(json.loads(json.dumps(held.to_dict(), default=str)))
-    if dataclasses.is_dataclass(held) and not isinstance(held, type):
-        return dataclasses.asdict(held)
-    return dict(held) if isinstance(held, Mapping) else {k: v for k, v in vars(held).items() if not k.startswith("_")}
-
-
-def _no_config(name: str, lines: Sequence[str]) -> str:
-    return "\n".join(
-        [
-            f"{name}, made from the grown config, does not compute what the growth does:",
-            *(f"  {line}" for line in lines),
-            "Grow other axes with it, so that a config says the same, or use fxgrow.grow and fxgrow.save",
-        ]
-    )
-
-
-def _prove(
-    large: nn.Module,
-    program: Program,
-    plan: GrowthPlan,
-    grown: Traced,
-    inputs: Mapping[str, Any],
-) -> None:
-    """See to it that the class made from the grown config computes the grown function.
-
-    Raises:
-        GrowthRefused: it does not; the message names the numbers on both sides.
-    """
-    theirs = capture(large, (), inputs)
-    if found := differences(grown, theirs):
-        lines = [described(d, "the class") for d in found[:6]]
-        lines += [f"and {len(found) - 6} more"] if len(found) > 6 else []
-        raise GrowthRefused(_no_config(type(large).__name__, lines))
-    computed = dict(large.named_buffers())
-    unsaved = [name for name in grown.buffers if name in computed and name not in grown.persistent]
-    for name, made in materialise_all(plan, program.tensor, unsaved):
-        if not alike(made, computed[name]):
-            raise GrowthRefused(
-                f"the buffer {name} is not saved, and {type(large).__name__} computes other values for it than the "
-                "growth needs"
-            )
+    def _states(self, larger: Larger) -> tuple[Growing, dict[Any, Any]]:
+        """The optimizers' states, grown, by their places."""
+        how = Growing(self.small.again(), larger.model, self.program, self.plan, self.grown, self.policy, self.rates)
+        states: dict[Any, Any] = {}
+        with timed(self.seconds, "optimizer"):
+            for place, (state, where, way) in self.found.items():
+                states[place], said = grown_state(state, way, how, where)
+                self.notes += [line for line in said if line not in self.notes]
+        return how, states
 
 
 # one file, and optimizers ------------------------------------------------------------------------------------------
@@ -360,8 +323,7 @@ def _prove(
 
 def _grown_table(
     small: Opened,
-    wanted: Mapping[str, Any],
-    changed: Mapping[str, Any],
+    larger: Larger,
     states: Mapping[Any, Any],
     how: Growing,
     targets: Mapping[Target, str],
@@ -382,7 +344,7 @@ def _grown_table(
     for place in table.settings:
         if table.called(place) == source.called:
             settings = copy.copy(table.at(place))
-            settings.update({k: wanted[k] for k in changed})
+            settings.update({k: larger.config[k] for k in larger.changed})
             new[place] = settings
     return table.with_(new)
 
@@ -500,7 +462,9 @@ class _Made:
         return materialise_tensor(tensor, source, dtype=target.dtype)
 
 
-def _stream(writing: Writing, pieces: Pieces, progress: Progress | None) -> None:
+def _stream(writing: Writing, pieces: Pieces, progress: Progress | None, stop: threading.Event) -> list[str]:
+    """Write the weights, until told to stop; returns what is to be said of it."""
+    damaged = writing.check(stop.is_set)
     total = sum(t.bytes for shard in writing.shards for t in shard)
     done = writing.bytes_done
 
@@ -512,7 +476,15 @@ def _stream(writing: Writing, pieces: Pieces, progress: Progress | None) -> None
 
     if progress is not None:
         progress(done, total)
-    writing.write(lambda shard: pieces(t.name for t in shard), wrote)
+
+    def made(shard: Sequence[Target]) -> Iterator[torch.Tensor]:
+        for tensor in pieces(t.name for t in shard):
+            if stop.is_set():
+                raise _Stopped
+            yield tensor
+
+    writing.write(made, wrote)
+    return [f"{name} of an earlier run was damaged since, and was written again" for name in damaged]
 
 
 def _key(source: Source, plan: GrowthPlan, config: Mapping[str, Any], shards: Iterable[Sequence[Target]]) -> str:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -169,14 +169,20 @@ def disk_errors(what: str) -> Iterator[None]:
         raise DiskError(f"{what} cannot be written: {error.strerror or error}") from error
 
 
-def write_bytes(file: IO[bytes], data: bytes | memoryview) -> None:
+class Writable(Protocol):
+    """What takes bytes, and says how many it took."""
+
+    def write(self, data: memoryview, /) -> int: ...
+
+
+def write_bytes(file: Writable, data: bytes | memoryview) -> None:
     """Append bytes: all of them, which a file without a buffer need not do in one go."""
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
 
 
-def write_tensor(file: IO[bytes], tensor: torch.Tensor) -> None:
+def write_tensor(file: Writable, tensor: torch.Tensor) -> None:
     """Append a tensor's bytes."""
     data = tensor.detach().contiguous()
     if data.numel():

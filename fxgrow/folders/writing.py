@@ -1,16 +1,20 @@
 """The grown weights, streamed into a new folder: each old tensor is read once, each new one written once.
 
 The folder has another name until it is whole. A run that was killed goes on after the last whole file; one that is
-asked for something else, or of a source that has changed, begins anew.
+asked for something else, or of a source that has changed, begins anew. A journal keeps a check sum of every whole file:
+one whose bytes are others when a run goes on is written again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,12 +25,14 @@ from typing import IO, Any
 import torch
 from typing_extensions import Self
 
-from fxgrow.errors import DiskError, ExactnessError, GrowthRefused
+from fxgrow.errors import CaptureError, DiskError, ExactnessError, GrowthRefused
 from fxgrow.folders.tensorfile import disk_errors, header_of, write_bytes, write_tensor
 from fxgrow.limits import bytes_in_words
 from fxgrow.publish import locked, sync, sync_folder
 
+#: a line that says what is written of what, and one for every whole file, with the CRC-32 of its bytes
 JOURNAL = ".growing"
+_LINE = re.compile(r"([\w.-]+) ([0-9a-f]{8})")
 #: tensors that wait to be written behind the one that is, in bytes, before the next is read
 _WAITING = 128 * 2**20
 #: bytes that are written before the disk is told to take them
@@ -93,6 +99,7 @@ class Writing:
             self.part.mkdir(parents=True, exist_ok=True)
             if not stack.enter_context(locked(self.part, wait=False)):
                 raise DiskError(f"{self.part} is being written by another run: wait for it, or name another folder")
+            self.sums: dict[str, int] = {}  # of whole files
             self.done = self._left(key)
             needed = sum(t.bytes for shard in shards for t in shard) - self.bytes_done + more
             free = shutil.disk_usage(self.part).free
@@ -108,20 +115,38 @@ class Writing:
     def _left(self, key: str) -> list[str]:
         """The files that an earlier run of the same wrote whole; whatever else it left is removed."""
         journal = self.part / JOURNAL
-        goes_on = _is_file(journal) and journal.stat().st_size == len(key) and journal.read_bytes() == key.encode()
+        goes_on, self.sums = _noted(journal, key, self.files)
         done = []
         for item in sorted(self.part.iterdir()):
             if goes_on and item.name == JOURNAL:
                 continue
-            if goes_on and item.name in self.files and self._is_whole(item):
+            if goes_on and item.name in self.sums and self._is_whole(item):
                 done.append(item.name)
             elif item.is_dir() and not item.is_symlink():
                 shutil.rmtree(item)
             else:
                 item.unlink()
-        if not goes_on:
-            journal.write_text(key)
+        self.sums = {name: self.sums[name] for name in done}
+        journal.write_text(key + "".join(map(_line, self.sums.items())))
         return done
+
+    def check(self, stopped: Callable[[], bool]) -> list[str]:
+        """Read what an earlier run wrote, and remove the files whose bytes are others now; returns their names.
+
+        Args:
+            stopped: whether nobody waits for it any more.
+
+        Raises:
+            DiskError: one cannot be read.
+        """
+        damaged = []
+        for name in itertools.takewhile(lambda _: not stopped(), self.done):
+            with disk_errors(f"{self.out} ({name})"):
+                if _sum_of(self.part / name) != self.sums[name]:
+                    (self.part / name).unlink()
+                    damaged.append(name)
+        self.done = [name for name in self.done if name not in damaged]
+        return damaged
 
     def _is_whole(self, file: Path) -> bool:
         """Whether a file has the header and the size that it is to have."""
@@ -162,6 +187,14 @@ class Writing:
             end.result()
         self.done.append(file)
 
+    def _end(self, opened: _Summed, file: str) -> None:
+        """Bring a file to the disk, give it its name and note its check sum."""
+        with opened.file:
+            os.fsync(opened.file.fileno())
+        (self.part / f"{file}.part").rename(self.part / file)
+        with (self.part / JOURNAL).open("a") as journal:
+            journal.write(_line((file, opened.sum)))
+
     def _write(
         self,
         file: str,
@@ -176,7 +209,8 @@ class Writing:
         waiting: list[tuple[int, Future[Any]]] = []
         syncing: Future[None] | None = None
         unsynced = 0
-        opened = part.open("xb", buffering=0)
+        part.unlink(missing_ok=True)  # of a writing that was stopped
+        opened = _Summed(part.open("xb", buffering=0))
         try:
             waiting.append((0, writer.submit(write_bytes, opened, self._header(shard))))
             for target, tensor in zip(shard, tensors, strict=True):
@@ -189,16 +223,16 @@ class Writing:
                     wrote(size)
                     unsynced += size
                 if unsynced > _UNSYNCED and (syncing is None or syncing.done()):
-                    syncing, unsynced = disk.submit(_begin, opened), 0
+                    syncing, unsynced = disk.submit(_begin, opened.file), 0
             for size, one in waiting:
                 one.result()
                 wrote(size)
         except BaseException:
             for _, one in waiting:
                 one.cancel()
-            writer.submit(opened.close)
+            writer.submit(opened.file.close)
             raise
-        return disk.submit(_end, opened, part, self.part / file)
+        return disk.submit(self._end, opened, file)
 
     def index(self) -> None:
         """The index of several files."""
@@ -234,7 +268,7 @@ class Writing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """What is refused will be refused again: nothing of it is kept."""
-        if isinstance(error, GrowthRefused | ExactnessError):
+        if isinstance(error, GrowthRefused | ExactnessError | CaptureError):
             shutil.rmtree(self.part, ignore_errors=True)
         self.close()
 
@@ -245,11 +279,40 @@ def _begin(opened: IO[bytes]) -> None:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _end(opened: IO[bytes], part: Path, file: Path) -> None:
-    """Bring a file to the disk and give it its name."""
-    with opened:
-        os.fsync(opened.fileno())
-    part.rename(file)
+class _Summed:
+    """A file that is written, and the check sum of what was."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sum = file, 0
+
+    def write(self, data: memoryview) -> int:
+        count = self.file.write(data)
+        self.sum = zlib.crc32(data[:count], self.sum)
+        return count
+
+
+def _sum_of(file: Path) -> int:
+    """The check sum of what is on the disk."""
+    found, held = 0, memoryview(bytearray(2**24))
+    with file.open("rb", buffering=0) as opened:
+        while count := opened.readinto(held):  # type: ignore[attr-defined]
+            found = zlib.crc32(held[:count], found)
+    return found
+
+
+def _line(noted: tuple[str, int]) -> str:
+    return f"{noted[0]} {noted[1]:08x}\n"
+
+
+def _noted(journal: Path, key: str, files: Sequence[str]) -> tuple[bool, dict[str, int]]:
+    """Whether a journal is of a growth, and the check sums in it; a line that was cut off counts for nothing."""
+    if not _is_file(journal):
+        return False, {}
+    with journal.open("rb") as opened:
+        data = opened.read(len(key) + 128 * len(files))
+    first, *lines = data.decode("utf-8", "replace").splitlines(keepends=True) or [""]
+    found = {m[1]: int(m[2], 16) for line in lines if line.endswith("\n") and (m := _LINE.fullmatch(line[:-1]))}
+    return first == key, found if first == key else {}
 
 
 def _is_file(path: Path) -> bool:

@@ -24,6 +24,7 @@ from fxgrow.ir.traits import Trait, traits_of
 
 #: by node, the (path, literal) pairs in which a mode differs from the one that was traced
 Literals = dict[str, list[tuple[Any, Any]]]
+_DEVICE = torch.ops.prim.device.default
 #: from a size of an input in the graph, and in the example, to the size to run at
 Sizes = Callable[[Any, int], int]
 
@@ -181,6 +182,8 @@ class _Trail(TorchDispatchMode):
         return type(value).__name__, str(value)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:  # which PyTorch asks of every operand
+            return func(*args)
         kwargs = kwargs or {}
         before = self._digest((args, kwargs))
         out = func(*args, **kwargs)

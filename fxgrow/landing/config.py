@@ -105,7 +105,6 @@ class Builder:
         """The class with other settings on a device, parameters without values; None where it cannot be built so."""
         config = self.config if is_sealed(self.config) else copy.deepcopy(self.config)
         quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-        empty = contextlib.nullcontext() if device == "meta" else Unwritten()
         try:
             with warnings.catch_warnings(), quiet[0], quiet[1], torch.random.fork_rng(devices=[]), torch.device(device):
                 warnings.simplefilter("ignore")
@@ -113,7 +112,7 @@ class Builder:
                 others = [n for n in self.following if values and (n,) not in values]
                 if others:
                     follow(config, others)
-                with empty:
+                with Unwritten():  # not on the meta device either, where initial values take most of the time
                     return type(self.module)(**config) if self.by_name else type(self.module)(config)
         except Exception:
             return None

@@ -22,7 +22,8 @@ from fxgrow import publish
 from fxgrow.cli import app
 from fxgrow.cli.models import parse_settings
 from fxgrow.errors import CaptureError, CheckpointError, DiskError, GrowthRefused, SpecError
-from fxgrow.folders import compare_folders, grow_checkpoint, writing
+from fxgrow.folders import compare_folders, configs, grow_checkpoint, growing, writing
+from fxgrow.landing import retrace
 from fxgrow.training import untied
 
 CONFIG = GPTConfig(vocab_size=40, block_size=12, n_layer=2, n_head=2, n_embd=8, n_hidden=16, head_dim=4)
@@ -121,15 +122,53 @@ def test_the_larger_class_loads_it_and_computes_the_same(tmp_path: Path, name: s
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
 
 
-def test_sizes_in_the_words_of_the_config(tmp_path: Path) -> None:
+def test_sizes_in_the_words_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder_of(tmp_path / "small")
+    traces = counted(monkeypatch)
     by_set = grow_checkpoint(source, None, tmp_path / "set", settings={"n_hidden": 24, "n_layer": 3}, model_class=GPT)
     larger = json.loads((source / "config.json").read_text()) | {"n_hidden": 24, "n_layer": 3}
+    assert traces == ["configs"], "the trace that the sizes were read off is the proof's"
     (tmp_path / "larger.json").write_text(json.dumps(larger))
     by_like = grow_checkpoint(source, None, tmp_path / "like", like=tmp_path / "larger.json", model_class=GPT)
     assert by_set.settings == by_like.settings == {"n_hidden": (16, 24), "n_layer": (2, 3)}
     assert digest(by_set.folder) == digest(by_like.folder)
     assert float((logits(loaded(source)[0]) - logits(loaded(by_set.folder)[0])).abs().max()) < 1e-10
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which modules trace a grown class, every time."""
+    found: list[str] = []
+    for module in (configs, retrace):
+        name, before = module.__name__.rpartition(".")[2], module.capture
+        monkeypatch.setattr(module, "capture", lambda *a, _n=name, _c=before, **k: (found.append(_n), _c(*a, **k))[1])
+    return found
+
+
+class Scaled(GPT):
+    """Its logits hang on a size of its config, whatever its weights are."""
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
+        logits, loss = super().forward(idx, targets)
+        return logits.tanh() / self.config.n_hidden, loss
+
+
+def test_a_config_that_is_found_is_proved_once_and_a_wrong_one_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder_of(tmp_path / "small")
+    traces = counted(monkeypatch)
+    done = grow_checkpoint(source, SPECS["all"], tmp_path / "large", model_class=GPT, verify=False)
+    assert traces == ["configs"]
+    assert done.settings["n_embd"] == (8, 16)
+    monkeypatch.setattr(growing, "_BESIDE", 0)  # as for large folders
+    beside = grow_checkpoint(source, SPECS["all"], tmp_path / "beside", model_class=GPT, verify=False)
+    assert digest(beside.folder) == digest(done.folder)
+    assert traces == ["configs"] * 2
+    for asked in ({"spec": SPECS["hidden"]}, {"settings": {"n_hidden": 32}}):
+        with pytest.raises(GrowthRefused, match="does not compute what the growth does"):
+            grow_checkpoint(source, out=tmp_path / "larger", model_class=Scaled, shard_bytes=3000, **asked)
+    assert traces.count("configs") == 6, "a proof beside the writing is repeated alone where it fails"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["beside", "large", "small"]
 
 
 class Wrapped(GPT):
@@ -209,24 +248,32 @@ def cut_off(source: Path, out: Path, after: int) -> Path:
 
 
 def test_what_was_left_is_looked_at(tmp_path: Path) -> None:
-    """Files that were cut short since, links and pipes are neither read nor written through; two runs take turns."""
+    """Files that were cut short or damaged since, links and pipes are neither kept nor written through; runs take
+    turns.
+    """
     source = folder_of(tmp_path / "small")
     whole = digest(
         grow_checkpoint(source, SPECS["hidden"], tmp_path / "whole", model_class=GPT, shard_bytes=3000).folder
     )
     part = cut_off(source, tmp_path / "large", 25)
-    one, two, three, *_ = sorted(part.glob("*.safetensors"))
+    one, two, three, four, *_ = sorted(part.glob("*.safetensors"))
     (tmp_path / "mine").write_text("mine")
     one.write_bytes(one.read_bytes()[:-8])
     two.unlink()
     two.symlink_to(tmp_path / "mine")
     three.unlink()
     os.mkfifo(three)
+    flipped = bytearray(four.read_bytes())
+    flipped[-3] ^= 4
+    four.write_bytes(flipped)
     (part / "config.json").symlink_to(tmp_path / "mine")
     with publish.locked(part), pytest.raises(DiskError, match="written by another run"):
         grow_checkpoint(source, SPECS["hidden"], tmp_path / "large", model_class=GPT, shard_bytes=3000)
     done = grow_checkpoint(source, SPECS["hidden"], tmp_path / "large", model_class=GPT, shard_bytes=3000)
     assert digest(done.folder) == whole
+    assert [n for n in done.receipt.notes if "damaged since" in n] == [
+        f"{four.name} of an earlier run was damaged since, and was written again"
+    ]
     assert (tmp_path / "mine").read_text() == "mine"
     part.symlink_to(tmp_path)
     shutil.rmtree(tmp_path / "large")
