@@ -77,13 +77,14 @@ class GrowthLoadPlanner(dcp.DefaultLoadPlanner):
         self._sums: dict[str, kernels.Sums] = {}
         self._readings: dict[tuple[str, int], _Reading] = {}
 
-    def measure(self, reader: Any) -> None:
+    def measure(self, reader: Any, dtype: torch.dtype | None = None) -> None:
         """Read the tensors whose sums the plan needs, a part on each rank; a collective operation.
 
         Args:
             reader: the ``StorageReader`` of the checkpoint.
+            dtype: of the grown model, where it is narrower than the checkpoint's.
         """
-        summing = _SumsPlanner(self)
+        summing = _SumsPlanner(self, dtype)
         dcp.load({}, storage_reader=reader, planner=summing)
         own = {name: tuple(sums) for name, sums in summing.sums.items()}
         for each in gathered(own) if dist.is_initialized() else [own]:
@@ -169,7 +170,8 @@ class GrowthLoadPlanner(dcp.DefaultLoadPlanner):
         dtype = stored.properties.dtype
         cut = pieces(indices, shape, mine, split=all_dims, whole=whole, itemsize=dtype.itemsize)
         for number, piece in enumerate(cut):
-            reading = _Reading(piece, found, shape, local[piece.target.within(mine)], dtype)
+            # what is read is cast first: as the small model would be loaded, and grown then
+            reading = _Reading(piece, found, shape, local[piece.target.within(mine)], value.dtype)
             self._readings[fqn, number] = reading
             for chunk in stored.chunks:
                 common = Rectangle(tuple(chunk.offsets), tuple(chunk.sizes)).meet(piece.source)
@@ -273,9 +275,9 @@ class GrowthLoadPlanner(dcp.DefaultLoadPlanner):
 class _SumsPlanner(dcp.DefaultLoadPlanner):
     """Reads some tensors chunk by chunk, each on one rank, and keeps their sums."""
 
-    def __init__(self, planner: GrowthLoadPlanner) -> None:
+    def __init__(self, planner: GrowthLoadPlanner, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.planner = planner
+        self.planner, self.dtype = planner, dtype
         self.sums: dict[str, kernels.Sums] = {}
         self._held: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -290,7 +292,7 @@ class _SumsPlanner(dcp.DefaultLoadPlanner):
                 turn += 1
                 if turn % world == rank and 0 not in chunk.sizes:
                     here = Rectangle(tuple(chunk.offsets), tuple(chunk.sizes))
-                    self._held[source, number] = torch.empty(here.shape, dtype=stored.properties.dtype)
+                    self._held[source, number] = torch.empty(here.shape, dtype=self.dtype or stored.properties.dtype)
                     items.append(_read(source, number, here, source, chunk, here))
         return LoadPlan(items)
 
