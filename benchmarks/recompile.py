@@ -181,9 +181,9 @@ def run(argv: list[str]) -> int:
         ],
     )
     verdicts = []
-    if "regions" in middle and not given.quick:
-        by = middle["regions"]
-        what = f"cold compile of {depths[-1]} layers / {depths[0]} layers, regions, CPU"
+    for way in () if given.quick else [w for w in ("regions", "applied") if w in middle]:
+        by = middle[way]
+        what = f"cold compile of {depths[-1]} layers / {depths[0]} layers, {way}, CPU"
         verdicts.append(common.verdict(what, by[depths[-1]]["cpu"] / by[depths[0]]["cpu"], BOUND))
     growing = [] if given.no_growth else _growing(given.quick, threads, repeats, verdicts)
     with common.figure(given.out, "recompile") as (ax,):

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from fxgrow.ir.direct import DirectModule
 from fxgrow.ir.memory import writes
 from fxgrow.ir.nodes import NodeInfo, info_of, meta_of
 from fxgrow.ir.sizes import sizes_of
@@ -121,7 +122,7 @@ def _owned(node: fx.Node, path: str, inside: set[fx.Node], call: int) -> bool:
     return str(node.target).startswith(path + ".") and all(u in inside for u in node.users if info_of(u).call == call)
 
 
-class CheckpointedBlock(fx.GraphModule):
+class CheckpointedBlock(DirectModule):
     """A block whose activations are made again for its backward, as the original's were."""
 
     def recompile(self) -> Any:
@@ -154,7 +155,7 @@ def split_blocks(program: Traced, graph: fx.Graph, children: dict[str, nn.Module
     regions: dict[fx.Node, Region] = {}
     for region in block_regions(program, graph):
         kind = program.containers.get(region.path, "Block")
-        child = (CheckpointedBlock if is_checkpointed(region) else fx.GraphModule)(
+        child = (CheckpointedBlock if is_checkpointed(region) else DirectModule)(
             nn.Module(), fx.Graph(), class_name=identifier(kind)
         )
         child.graph = _block_graph(region)

@@ -20,6 +20,7 @@ from fxgrow.emit.casts import cast_by, check_cast, keeping, refusal
 from fxgrow.emit.checks import check_inputs
 from fxgrow.emit.graphs import call_graphs, clean_graph
 from fxgrow.errors import CheckpointError, InputError
+from fxgrow.ir.direct import DirectModule
 from fxgrow.ir.modules import child_of, named_tensors, order_children
 from fxgrow.ir.provenance import Provenance, code_of, edited, provenance_of, remember
 from fxgrow.ir.serialize import graph_from_json, graph_to_json
@@ -76,7 +77,7 @@ def regenerate(
     return module
 
 
-class RegeneratedModule(fx.GraphModule):
+class RegeneratedModule(DirectModule):
     """A GraphModule that can be pickled, though its ``meta`` holds a graph."""
 
     def __getattr__(self, name: str) -> Any:
@@ -142,7 +143,7 @@ class CallsModule(RegeneratedModule):
         cls = type(self)
         functions = [cls.forward]
         for graph in graphs[1:]:
-            helper = fx.GraphModule(nn.Module(), fx.Graph())
+            helper = DirectModule(nn.Module(), fx.Graph())
             helper.graph = graph
             functions.append(type(helper).forward)
         signature, calls = program.signature, program.calls

@@ -83,7 +83,9 @@ def test_capture_counts_both_ways(tmp_path: Path, here: list[Any]) -> None:
 def test_throughput_compares_modules_that_compute_the_same(tmp_path: Path, here: list[Any]) -> None:
     result = _run("throughput", tmp_path)
     assert all(r["difference"] < 1e-5 for r in result["runs"])
-    assert {f["name"] for f in result["figures"]} == {"tiny, eager, forward", "tiny, eager, training"}
+    wanted = [f"{m}, eager, {w}" for m in ("tiny", "tiny resnet") for w in ("forward", "training") for _ in range(2)]
+    assert [f["name"] for f in result["figures"]] == wanted
+    assert [f["module"] for f in result["figures"]] == ["regenerated", "applied"] * 4
 
 
 @pytest.mark.compile
