@@ -131,8 +131,8 @@ def one_process(run: Callable[[Trained], list[Any]]) -> list[Any]:
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "static": {"static_graph": True, "forward_sync_buffers": False},
-    "others": {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4, "find_unused_parameters": True},
 }
+OTHERS: dict[str, Any] = {"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-4, "find_unused_parameters": True}
 
 
 def together(rank: int) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def together(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, options in OPTIONS.items():
         found[name] = trajectory(Trained(lambda m, o=options: DDP(m, **o), rank, 2))
-    found["parts"] = in_parts(Trained(lambda m: DDP(m, gradient_as_bucket_view=True), rank, 2))
+    found["parts"] = in_parts(Trained(lambda m: DDP(m, **OTHERS), rank, 2))
     compiled = Trained(lambda m: torch.compile(DDP(m), backend="eager"), rank, 2)
     found["compiled"] = [*compiled.steps(2), compiled.grow(HIDDEN), *compiled.steps(3)]
     found["inside"] = inside(rank)
