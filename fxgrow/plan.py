@@ -14,6 +14,7 @@ account of it for people: its name, and its size before and after.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -200,6 +201,15 @@ class Stage(_Model):
         new = {i for i, d in enumerate(self.dims) if d is not None and bool((d.index < 0).any())}
         constant = any(d is not None and d.fill is not None and FILL_CONSTANT in d.fill for d in self.dims)
         return self.paired or self.noise is not None or constant or bool(new & set(dims)) or (bool(new) and draws)
+
+
+#: what PyTorch's own wrappers put into the names of what is inside
+_WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod"}
+
+
+def key_of(name: str) -> int:
+    """What a tensor's draws are keyed by: the same, whatever of PyTorch's own is wrapped around a part of the model."""
+    return zlib.crc32(".".join(part for part in name.split(".") if part not in _WRAPPERS).encode())
 
 
 class TensorPlan(Stage):

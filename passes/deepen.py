@@ -6,7 +6,6 @@ import contextlib
 import fnmatch
 import functools
 import itertools
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.changes import NEW, renamed_path
 from fxgrow.passes.identity import Identity, Values, at, carriers, merged, same_value, stream_outputs
 from fxgrow.passes.state import State
-from fxgrow.plan import Change, CloneBlock, Renumber, Step, TensorPlan
+from fxgrow.plan import Change, CloneBlock, Renumber, Step, TensorPlan, key_of
 from fxgrow.spec import Deepen
 
 
@@ -483,7 +482,7 @@ def _clone_tensors(
             new = block_path(clone.stack, clone.number) + name[len(old) :]
             copied = state.tensors[name].model_copy(deep=True)
             copied.fresh, copied.inserted = clone.init != "stack", clone.init == "stack"
-            copied.key = zlib.crc32(new.encode())
+            copied.key = key_of(new)
             if name in zeros[i]:
                 copied.zero, copied.level = True, zeros[i][name]
             out[new] = copied

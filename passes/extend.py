@@ -14,7 +14,6 @@ growth is refused. Where an input's length is what a table limits, everything el
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from fxgrow.ir.nodes import info_of
 from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.changes import changes_of
 from fxgrow.passes.state import State, new_size
-from fxgrow.plan import FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisGrowth, DimPlan, OutputGrowth, Step
+from fxgrow.plan import FILL_MEAN, FILL_RANDOM, FILL_ZERO, AxisGrowth, DimPlan, OutputGrowth, Step, key_of
 from fxgrow.proof.extension import ExtensionProof
 from fxgrow.proof.lookups import longest, short_dims
 from fxgrow.proof.maps import dim_plan
@@ -210,7 +209,7 @@ def _plan_rows(state: State, op: Extend, member: Member, axis: Axis, outcome: Ou
         made.fill = np.where((made.index < 0) & (made.fill == FILL_RANDOM), float(code), made.fill)
     plan.begin([i], draws=False)
     state.compose(name, i, made)
-    plan.key = zlib.crc32(name.encode())
+    plan.key = key_of(name)
     plan.last.random_seed = op.seed
     if i not in plan.appended:
         plan.appended.append(i)

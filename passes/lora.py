@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import zlib
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +18,7 @@ from fxgrow.ir.ops import bound_arguments, op_name
 from fxgrow.ir.sizes import sizes_of
 from fxgrow.passes.base import GrowthPass, register_pass
 from fxgrow.passes.state import State
-from fxgrow.plan import FILL_RANDOM, Adapt, Change, DimPlan, Step, TensorPlan
+from fxgrow.plan import FILL_RANDOM, Adapt, Change, DimPlan, Step, TensorPlan, key_of
 from fxgrow.rules.base import casts, copies
 from fxgrow.spec import Lora, Operation
 
@@ -235,7 +234,7 @@ def _add(state: State, op: Lora, name: str, wide: int, out: int, embedding: bool
             dims=[drawn if random else None, None],
             init="zeros",
             fresh=True,
-            key=zlib.crc32(full.encode()),
+            key=key_of(full),
             random_std=std,
             random_seed=op.seed,
             dtype=str(like.dtype).removeprefix("torch."),

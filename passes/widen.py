@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +27,7 @@ from fxgrow.plan import (
     Edit,
     NoisePlan,
     Step,
+    key_of,
 )
 from fxgrow.proof.growth import GrowthProof
 from fxgrow.proof.maps import dim_plan
@@ -297,7 +297,7 @@ def _plan_tensors(state: State, op: Widen, info: NamedAxis, outcome: Outcome) ->
         if op.fan_in == "random" and op.fan_out == "random" and reads and made.fill is not None:
             made.fill = np.where(made.index < 0, float(FILL_RANDOM), made.fill)
         state.compose(name, i, made)
-        plan.key = zlib.crc32(name.encode())
+        plan.key = key_of(name)
         stage = plan.last
         if growth.newborn:
             stage.random_seed = op.seed

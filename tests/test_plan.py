@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fxgrow
 from fxgrow.growth import plan_growth
-from fxgrow.plan import AxisMap, DimPlan, GrowthPlan, _decode_index, _encode_index, decode_values, encode_values
+from fxgrow.plan import AxisMap, DimPlan, GrowthPlan, _decode_index, _encode_index, decode_values, encode_values, key_of
 from fxgrow.weights.materialise import materialise_all
 from tests.models import small_gpt, tokens
 from tests.test_growth import ALL
@@ -104,3 +104,8 @@ def test_plans_chain_without_weights() -> None:
     real = fxgrow.grow(fxgrow.grow(program, ALL, verify=False).module, again, tokens(), verify=False)
     assert second.parameters_after == real.plan.parameters_after
     assert {n: t.shape for n, t in second.tensors.items()} == {n: t.shape for n, t in real.plan.tensors.items()}
+
+
+def test_draws_do_not_depend_on_what_pytorch_wraps_around_a_block() -> None:
+    inside = "h.0._checkpoint_wrapped_module.mlp._orig_mod.weight"
+    assert key_of(inside) == key_of("h.0.mlp.weight") != key_of("model.h.0.mlp.weight")

@@ -62,7 +62,7 @@ class Sharding:
             elif tensor.source is None and not tensor.shape and self.wrappings and name in self._parameters(plan):
                 raise GrowthRefused(
                     f"the growth adds {name}, a single number (a gate), and FSDP cannot shard what has no dims: "
-                    "deepen with init: identity"
+                    "deepen with init: zero"
                 )
 
     def _check_columns(self, name: str, shape: list[int], source: str) -> None:
