@@ -170,24 +170,33 @@ def _percent(parts: Sequence[float] | None) -> str:
 
 
 def _verdict(study: Study) -> list[str]:
-    """Where growing wins against both others, and where not, in a sentence a budget."""
+    """Where growing wins against both others, and where not, in a sentence a budget; and what does better than all."""
     lines = []
-    for factor in BY_NAME[DEFAULT].budgets:
-        three = [study.tuned(name, factor) for name in MAIN]
-        if all(t and len(t.rows) > 1 for t in three):
-            small, scratch, grown = three
-            assert small
-            assert scratch
-            assert grown
-            other = min(small, scratch, key=lambda t: t.mean)
-            gap = other.mean - grown.mean
-            error = math.hypot(other.spread, grown.spread) / math.sqrt(min(len(other.rows), len(grown.rows)))
-            wins = "wins against both" if gap > 2 * error else "loses" if gap < -2 * error else "is level"
-            lines.append(
-                f"- At {factor:g} × the budget growing **{wins}**: {grown.mean:.4f}, against {scratch.mean:.4f} from "
-                f"scratch and {small.mean:.4f} small only (difference to the better {gap:+.4f}, standard error "
-                f"{error:.4f})."
-            )
+    for how, alone, name in (("width", "small only", DEFAULT), ("depth", "half as deep only", "grown in depth")):
+        for factor in BY_NAME[name].budgets:
+            three = [study.tuned(each, factor) for each in (alone, "scratch", name)]
+            if all(t and len(t.rows) > 1 for t in three):
+                small, scratch, grown = three
+                assert small
+                assert scratch
+                assert grown
+                other = min(small, scratch, key=lambda t: t.mean)
+                gap = other.mean - grown.mean
+                error = math.hypot(other.spread, grown.spread) / math.sqrt(min(len(other.rows), len(grown.rows)))
+                wins = "wins against both" if gap > 2 * error else "loses" if gap < -2 * error else "is level"
+                lines.append(
+                    f"- At {factor:g} × the budget growing in {how} **{wins}**: {grown.mean:.4f}, against "
+                    f"{scratch.mean:.4f} from scratch and {small.mean:.4f} {small.name} (difference to the better "
+                    f"{gap:+.4f}, standard error {error:.4f})."
+                )
+    ends = [t for c in CONTESTANTS if len(sizes_of(c)) > 1 and (t := study.tuned(c.name))]
+    alone = [t for c in CONTESTANTS if len(sizes_of(c)) == 1 and c.start != "large" and (t := study.tuned(c.name))]
+    best = min(alone, key=lambda t: t.mean, default=None)
+    if best and ends and best.mean < min(t.mean for t in ends):
+        lines.append(
+            f"- **{best.name.capitalize()} does better than every growth**, {best.mean:.4f}: at this budget the large "
+            "size is too large, and who is free to choose need not grow to it."
+        )
     return lines
 
 
