@@ -60,7 +60,7 @@ def test_the_page_says_where_growing_wins(tmp_path: Path) -> None:
         for name, loss in (("scratch", scratch), ("small only", small), (DEFAULT, grown)):
             middle = SCALE.rates[BY_NAME[name].start]
             fill(name, {middle / 2: loss + 1, middle: loss, middle * 2: loss + 1}, rows, factor)
-    kept = {"environment": {}, "rows": rows, "seconds": {"large": 2.0, "narrow": 1.0}}
+    kept = {"environment": {}, "rows": rows, "seconds": {"large": 2.0, "narrow": 1.0, "flat": 1.0}}
     study = page.Study(kept, SCALE)
     grown = study.tuned(DEFAULT)
     assert grown is not None
@@ -73,11 +73,18 @@ def test_the_page_says_where_growing_wins(tmp_path: Path) -> None:
     assert saved[1] == pytest.approx(1 - 1 / math.sqrt(2))
     page.write(kept, SCALE, tmp_path)
     said = (tmp_path / "payoff-quick.md").read_text()
-    assert "At 0.5 × the budget growing **loses**" in said
-    assert "At 1 × the budget growing **wins against both**" in said
-    assert "At 2 × the budget growing **is level**" in said
+    assert "At 0.5 × the budget growing in width **loses**" in said
+    assert "At 1 × the budget growing in width **wins against both**" in said
+    assert "At 2 × the budget growing in width **is level**" in said
+    assert "does better" not in said
     assert "| grown in width | 0.032 | 3 | 1.5100 ± 0.0100 | 29 ± 0 % |" in said
     assert (tmp_path / "images" / "payoff-quick.png").stat().st_size > 1000
+    fill("half as deep only", {0.004: 1.8, 0.008: 1.4, 0.016: 1.8}, rows)
+    fill("grown in depth", {0.004: 1.8, 0.008: 1.6, 0.016: 1.8}, rows)
+    page.write(kept, SCALE, tmp_path)
+    said = (tmp_path / "payoff-quick.md").read_text()
+    assert "At 1 × the budget growing in depth **loses**: 1.6100, against 2.0100" in said
+    assert "**Half as deep only does better than every growth**, 1.4100" in said
 
 
 def test_sizes_follow_the_hops() -> None:
