@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fxgrow.errors import DiskError
+from fxgrow.publish import clean, replacing
 from fxgrow.scheduler import ActionResult
 from fxgrow.training.counting import count_parameters
 from fxgrow.training.run import Run
@@ -33,9 +34,10 @@ class Log:
         if resumed is not None:
             kept = kept[: lines_until(kept, resumed.step) if resumed.log_lines is None else resumed.log_lines]
         try:
-            self._file: TextIO = path.open("w", encoding="utf-8")
-            self._file.writelines(kept)
-            self._file.flush()
+            clean(path.parent, path.name)
+            with replacing(path) as new:  # a crash in between leaves the old one
+                new.write_text("".join(kept), encoding="utf-8")
+            self._file: TextIO = path.open("a", encoding="utf-8")
         except OSError as error:
             raise DiskError(f"{path} cannot be written: {error}") from error
         self.lines = len(kept)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxgrow
-from fxgrow import training
+from fxgrow import publish, training
 from fxgrow.errors import CheckpointError, DiskError, FxgrowError, SpecError
 from fxgrow.scheduler import scheduler
 from fxgrow.training import Hyper, Task, read_log
@@ -197,6 +197,21 @@ def test_a_full_disk_is_said_and_the_run_goes_on_from_where_it_was(tmp_path: Pat
         rest = run(make(hidden=64, steps=4), tmp_path / "run", resume=True)
         assert same(rest.model, run(make(hidden=64, steps=4), tmp_path / str(kept)).model)
         assert read_log(log)[-1]["event"] == "end"
+
+
+def test_a_log_that_cannot_be_rewritten_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(make(), tmp_path, stop_at=3)
+    log = (tmp_path / "log.jsonl").read_bytes()
+
+    def full(file: Path) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(publish, "sync", full)
+        with pytest.raises(DiskError, match="no space left"):
+            run(make(), tmp_path, resume=True)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+    assert run(make(), tmp_path, resume=True).step == 12
 
 
 def test_a_folder_that_is_none_is_said(tmp_path: Path) -> None:
