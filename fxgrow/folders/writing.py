@@ -295,7 +295,7 @@ def _sum_of(file: Path) -> int:
     """The check sum of what is on the disk."""
     found, held = 0, memoryview(bytearray(2**24))
     with file.open("rb", buffering=0) as opened:
-        while count := opened.readinto(held):  # type: ignore[attr-defined]
+        while count := opened.readinto(held):
             found = zlib.crc32(held[:count], found)
     return found
 

@@ -87,6 +87,7 @@ class _Ops(ast.NodeTransformer):
         if name not in self.found:
             key = ".".join(parts[2:])
             made = FUNCTIONS.get(key)
-            self.found[name] = made or functools.reduce(getattr, parts[2:], torch.ops)
+            op: Any = torch.ops
+            self.found[name] = made or functools.reduce(getattr, parts[2:], op)
         node.func = ast.copy_location(ast.Name(name, ast.Load()), node.func)
         return node
