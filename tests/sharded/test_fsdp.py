@@ -291,6 +291,7 @@ def adapters(mesh: Any) -> dict[str, Any]:
     model: Any = fully_shard(small_gpt(), mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters())
     step(model, optimizer, 0, 0, 1)
+    model.unshard()  # gathered, as an evaluation may leave it
     adapt = [{"op": "lora", "modules": "*.c_attn", "rank": 2}]
     error = grown_apart(model, adapt, optimizer, verify="auto")
     step(model, optimizer, 1, 0, 1)
