@@ -2,8 +2,8 @@
 
 A folder of so many gigabytes (a GPT in bfloat16, in shards) is grown by ``fxgrow.folders.grow_checkpoint``, its MLPs
 twice as wide, in a process of its own that is killed some times on the way and goes on. Then the result is copied by
-``cp``. Both end when the files are on the disk. The digest must be that of a run which nobody killed (``--whole``: that
-takes the time of another growth).
+``cp``. Both begin with nothing of what they read in the page cache, and end when the files are on the disk. The digest
+must be that of a run which nobody killed (``--whole``: that takes the time of another growth).
 """
 
 from __future__ import annotations
@@ -78,6 +78,16 @@ def size_of(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
+def forgotten(folder: Path) -> None:
+    """Have the system bring a folder's files to the disk, and drop them from its cache."""
+    for file in folder.iterdir():
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
 def digest(folder: Path) -> str:
     """Of the weights."""
     found = hashlib.blake2b(digest_size=16)
@@ -91,6 +101,7 @@ def digest(folder: Path) -> str:
 def grow(source: str, out: str, threads: int) -> dict[str, Any]:
     """Grow the folder in this process."""
     torch.set_num_threads(threads)
+    forgotten(Path(source))
     with common.Meter() as meter:
         done = grow_checkpoint(source, SPEC, out, model_class=GPT, verify=False, shard_bytes=SHARD)
     return {"seconds": meter.wall, "peak": meter.peak, "parts": done.seconds}
@@ -115,6 +126,7 @@ def killed(source: Path, out: Path, threads: int, kills: int, seconds: float) ->
 def copied(folder: Path, target: Path) -> float:
     """Seconds that ``cp`` takes, until the copies are on the disk. What was copied goes: disks are small."""
     target.mkdir()
+    forgotten(folder)
     seconds = 0.0
     for file in sorted(folder.iterdir()):
         start = time.perf_counter()

@@ -21,10 +21,10 @@ from fxgrow.folders import card, dictionary, resuming
 from fxgrow.folders.archive import Later, sizes_in
 from fxgrow.folders.configs import Configs, Larger, asked_for, wanted_of
 from fxgrow.folders.conversions import Pieces
-from fxgrow.folders.opened import Opened, Reader, opened
+from fxgrow.folders.opened import Ahead, Opened, Reader, opened
 from fxgrow.folders.optimizer import Growing, Maker, Way, grown_state, way_of, ways_of
 from fxgrow.folders.source import CONFIG, Source
-from fxgrow.folders.tensorfile import disk_errors
+from fxgrow.folders.tensorfile import disk_errors, into_cache
 from fxgrow.folders.writing import Target, Writing, check_absent, copy_files, shards_of
 from fxgrow.growth import plan_growth, timed
 from fxgrow.ir.traced import Traced
@@ -44,8 +44,8 @@ from fxgrow.weights.materialise import check_finite, materialise_all, materialis
 SHARD_BYTES = 5 * 10**9
 #: bytes that are worth proving a config beside writing them
 _BESIDE = 2**28
-#: tensors that the system is told to read while one is made
-_AHEAD = 2
+#: tensors among which the one that is read next is looked for
+_NEAR = 8
 Progress = Callable[[int, int], None]
 
 
@@ -138,31 +138,23 @@ def grow_checkpoint(
     if folder.resolve() in out.resolve().parents:
         raise SpecError(f"{out} is inside {folder}, whose files all go along: name a folder elsewhere")
     small = opened(folder, model_class, inputs)
-    found = _states(small, optimizer, make_optimizer)
-    with timed(seconds, "capture"):
-        program = small.capture()
-    if spec is None:
-        asked = asked_for(small, wanted_of(small, settings, like))
+    with into_cache(small.source.tensors.values()):
+        found = _states(small, optimizer, make_optimizer)
         with timed(seconds, "capture"):
-            operations = spec_between(program, asked.traced)
-        if not operations:
+            program = small.capture()
+            asked = None if spec is not None else asked_for(small, wanted_of(small, settings, like))
+            operations = spec if asked is None else spec_between(program, asked.traced)
+        if asked is not None and not operations:
             raise SpecError("these settings change no size: there is nothing to grow")
         with timed(seconds, "plan"):
-            plan, grown = _planned(program, GrowthSpec.parse(operations), asked.traced)
-    else:
-        asked = None
-        with timed(seconds, "plan"):
-            plan, grown = _planned(program, GrowthSpec.parse(spec))
-    configs = Configs(small, program, plan, grown)
-    making = _Making(small, program, plan, grown, configs, found, policy, rates, verify, seconds)
-    candidates = configs.by_spec() if asked is None else configs.by_settings(asked)
-    refusal: FxgrowError | None = None
-    while True:
+            plan, grown = _planned(program, GrowthSpec.parse(operations), None if asked is None else asked.traced)
+        configs = Configs(small, program, plan, grown)
+        candidates = configs.by_spec() if asked is None else configs.by_settings(asked)
         with timed(seconds, "config"):
             larger = next(candidates, None)
-        if larger is None:
-            assert refusal is not None, "no config was tried"
-            raise refusal
+    making = _Making(small, program, plan, grown, configs, found, policy, rates, verify, seconds)
+    refusal: FxgrowError | None = None
+    while larger is not None:
         try:
             if small.table is not None:
                 return making.file(larger, out)
@@ -171,6 +163,10 @@ def grow_checkpoint(
             if error is not larger.wrong:
                 raise
             refusal = error
+        with timed(seconds, "config"):
+            larger = next(candidates, None)
+    assert refusal is not None, "no config was tried"
+    raise refusal
 
 
 class _Stopped(Exception):
@@ -242,7 +238,7 @@ class _Making:
         key = _key(source, plan, larger.config, shards)
         with Writing(out, key, shards, source.metadata or {"format": "pt"}, more) as writing:
             with ThreadPoolExecutor(1) as ahead:
-                made = _Made({t.name: (t, name) for t, name in targets.items()}, plan, self.reader, ahead)
+                made = _Made(targets, plan, Ahead(self.reader, ahead))
                 self._stream(
                     writing, Pieces(small.conversions, self.configs.again(larger), groups, made), larger, progress
                 )
@@ -337,7 +333,7 @@ def _grown_table(
         if not dictionary.are_of(tensors, source.tensors):
             continue
         reader = Reader(how.program, {m: tensors[n] for n, m in small.names.items()})
-        make = _Made({t.name: (t, name) for t, name in targets.items()}, how.plan, reader)
+        make = _Made(targets, how.plan, reader)
         made = {t.name: _made_later(t, make, how.later) for t in targets}
         once: dict[str, torch.Tensor] = {}
         new[place] = table.named(place, {t.name: once.setdefault(n, made[t.name]) for t, n in targets.items()})
@@ -433,33 +429,26 @@ class _Made:
 
     Args:
         targets: by that name, with the plan's, in the order in which they are asked for.
-        ahead: has the system read what is asked for next.
+        read: the old tensors; an :class:`Ahead` is told what is asked for next.
     """
 
-    def __init__(
-        self,
-        targets: Mapping[str, tuple[Target, str]],
-        plan: GrowthPlan,
-        reader: Reader,
-        ahead: ThreadPoolExecutor | None = None,
-    ) -> None:
-        self._targets, self._plan, self._reader, self._ahead = targets, plan, reader, ahead
-        self._order = list(targets)
+    def __init__(self, targets: Mapping[Target, str], plan: GrowthPlan, read: Reader | Ahead) -> None:
+        self._targets = {t.name: (t, plan.tensors[name]) for t, name in targets.items()}
+        self._read = read
+        self._order = list(self._targets)
         self._place = {n: i for i, n in enumerate(self._order)}
 
     def __call__(self, written: str) -> torch.Tensor:
-        target, name = self._targets[written]
-        tensor = self._plan.tensors[name]
-        if self._ahead is not None:
-            place = self._place[written]
-            for following in self._order[place + 1 : place + 1 + _AHEAD]:
-                coming = self._plan.tensors[self._targets[following][1]].source
-                if coming is not None and coming != tensor.source:
-                    self._ahead.submit(self._reader.ahead, coming)
-        source = None if tensor.source is None else self._reader(tensor.source)
+        target, tensor = self._targets[written]
+        source = None if tensor.source is None else self._read(tensor.source)
+        if isinstance(self._read, Ahead):
+            place = self._place[written] + 1
+            sources = (self._targets[n][1].source for n in self._order[place : place + _NEAR])
+            if (coming := next((s for s in sources if s not in (None, tensor.source)), None)) is not None:
+                self._read.begin(coming)
         if source is not None:
-            check_finite({tensor.source or name: source})
-        return materialise_tensor(tensor, source, dtype=target.dtype)
+            check_finite({tensor.source or target.name: source})
+        return materialise_tensor(tensor, source, dtype=target.dtype)  # in memory of its own
 
 
 def _stream(writing: Writing, pieces: Pieces, progress: Progress | None, stop: threading.Event) -> list[str]:

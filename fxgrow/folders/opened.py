@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from fxgrow.folders.tensorfile import Entry
 from fxgrow.ir.traced import Traced
 from fxgrow.program import Program, capture
 from fxgrow.trace.foreign import without_values
+
+#: tensors that are read in vain before nothing is read ahead any more
+_MISSES = 8
 
 
 @dataclass
@@ -125,7 +129,6 @@ class Reader:
         self.program = program
         self.stored = {program.aliases.get(n, n): e for n, e in stored.items()}
         self._last: tuple[str, torch.Tensor] | None = None
-        self._told: set[str] = set()
 
     def __call__(self, name: str) -> torch.Tensor:
         name = self.program.aliases.get(name, name)
@@ -136,13 +139,11 @@ class Reader:
             self._last = name, self.stored[name].read()
         return self._last[1]
 
-    def ahead(self, name: str) -> None:
-        """Have the system read a tensor that will be asked for, once."""
+    def entry(self, name: str) -> tuple[str, Entry | None]:
+        """A tensor's name, where it has several, and its place in the files if it is one of them as it is there."""
         name = self.program.aliases.get(name, name)
-        entry = self.stored.get(name)
-        if isinstance(entry, Entry) and name not in self._told:
-            self._told.add(name)
-            entry.ahead()
+        found = self.stored.get(name)
+        return name, found if isinstance(found, Entry) else None
 
     def table(self, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A dict of some of the program's tensors that reads those in files when they are asked for."""
@@ -156,3 +157,54 @@ class _Table(dict[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._reader(name)
+
+
+class Ahead:
+    """Tensors that are asked for one after the other: while one is looked at, the next one is read.
+
+    They are read into the same memory again and again, which takes a third of the time of memory that nobody touched.
+
+    Args:
+        thread: reads.
+    """
+
+    def __init__(self, reader: Reader, thread: Executor) -> None:
+        self._reader, self._thread = reader, thread
+        self._free: list[torch.Tensor] = []
+        self._held: tuple[str, torch.Tensor, torch.Tensor] | None = None
+        self._coming: tuple[str, Future[torch.Tensor], torch.Tensor] | None = None
+        self._missed = 0
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """A tensor, which is good until another is asked for."""
+        name, entry = self._reader.entry(name)
+        if entry is None:
+            return self._reader(name)
+        if self._held is not None and self._held[0] == name:
+            return self._held[1]
+        if self._held is not None:
+            self._free.append(self._held[2])
+            self._held = None
+        coming, self._coming = self._coming, None
+        if coming is not None and coming[0] != name:  # what is asked for comes in another order
+            wait([coming[1]])
+            self._free.append(coming[2])
+            self._missed += 1
+            coming = None
+        memory = self._memory(entry) if coming is None else coming[2]
+        found = entry.read(memory) if coming is None else coming[1].result()
+        self._held = name, found, memory
+        return found
+
+    def begin(self, name: str) -> None:
+        """Read the one that is asked for next, if none is on its way."""
+        name, entry = self._reader.entry(name)
+        held = self._held is not None and self._held[0] == name
+        if entry is not None and self._coming is None and not held and self._missed <= _MISSES:
+            memory = self._memory(entry)
+            self._coming = name, self._thread.submit(entry.read, memory), memory
+
+    def _memory(self, entry: Entry) -> torch.Tensor:
+        known = self._free.pop() if self._free else None
+        fits = known is not None and known.numel() >= entry.bytes
+        return known if known is not None and fits else torch.empty(entry.bytes, dtype=torch.uint8)

@@ -10,7 +10,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from fxgrow.errors import CheckpointError, DiskError
+from fxgrow.limits import host_bytes
 from fxgrow.reading import parse_json
 
 DTYPES = {
@@ -41,6 +43,8 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: what the format's own reader takes at most
 _MOST_HEADER = 100_000_000
+#: bytes that are read at a time into the system's cache
+_EARLY = 2**28
 
 
 @dataclass(frozen=True)
@@ -60,22 +64,16 @@ class Entry:
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def ahead(self) -> None:
-        """Have the system read it into its cache, where it takes such advice."""
-        if hasattr(os, "posix_fadvise"):
-            with (
-                contextlib.suppress(OSError),
-                self.file.open("rb", buffering=0) as opened,
-            ):  # reading it says what is wrong
-                os.posix_fadvise(opened.fileno(), self.start, self.bytes, os.POSIX_FADV_WILLNEED)
-
-    def read(self) -> torch.Tensor:
+    def read(self, memory: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor, in memory of its own.
+
+        Args:
+            memory: bytes to read it into, at least as many as it has.
 
         Raises:
             CheckpointError: the file has gone, or is shorter than it was.
         """
-        held = torch.empty(self.bytes, dtype=torch.uint8)
+        held = torch.empty(self.bytes, dtype=torch.uint8) if memory is None else memory[: self.bytes]
         view = held.numpy().data
         try:
             with self.file.open("rb", buffering=0) as opened:
@@ -89,6 +87,33 @@ class Entry:
         except OSError as error:
             raise CheckpointError(f"{self.file} cannot be read: {error}") from error
         return held.view(self.dtype).reshape(self.shape) if self.bytes else torch.empty(self.shape, dtype=self.dtype)
+
+
+@contextlib.contextmanager
+def into_cache(tensors: Iterable[Entry]) -> Iterator[None]:
+    """Have the system read files into its cache while something else is done that leaves the disk idle.
+
+    At most a quarter of the memory that is free is filled so, which the system takes back where it is needed. What is
+    wrong with a file is said where it is read for its sake.
+    """
+    ended = threading.Event()
+    places = sorted((e.file, e.start, e.bytes) for e in tensors)
+
+    def read() -> None:
+        left = (host_bytes() or 0) // 4
+        memory = [bytearray(2**20)] * (_EARLY >> 20)  # the same again and again: few calls, and little memory
+        for file, start, size in places:
+            with contextlib.suppress(OSError), file.open("rb", buffering=0) as opened:
+                while size > 0 and left > 0 and not ended.is_set():
+                    count = os.preadv(opened.fileno(), memory[: -(-min(size, left) // 2**20)], start) or size
+                    start, size, left = start + count, size - count, left - count
+
+    if sum(size for _, _, size in places) > _EARLY and hasattr(os, "preadv"):
+        threading.Thread(target=read, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def entries(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:

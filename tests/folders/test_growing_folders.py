@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,6 +201,20 @@ def test_the_dtype_is_kept(tmp_path: Path) -> None:
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     small, large = loaded(source)[0], loaded(done.folder)[0]
     assert float((logits(small) - logits(large)).abs().max()) < 1e-10, "powers of two are exact in any dtype"
+
+
+def test_what_stays_as_it_is_waits_for_the_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, write = folder_of(tmp_path / "small"), writing.write_tensor
+
+    def slow(file: Any, tensor: torch.Tensor) -> None:
+        time.sleep(0.02)
+        write(file, tensor)
+
+    monkeypatch.setattr(writing, "write_tensor", slow)
+    done = grow_checkpoint(source, SPECS["depth"], tmp_path / "large", model_class=GPT, verify=False)
+    new = load_file(done.folder / "model.safetensors")
+    old = {n: t for f in sorted(source.glob("*.safetensors")) for n, t in load_file(f).items()}
+    assert all(torch.equal(new[n], t) for n, t in old.items() if ".h.1." not in n)
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
