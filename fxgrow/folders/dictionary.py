@@ -45,8 +45,8 @@ class Loaded(Entry):
     def ahead(self) -> None:
         """It is there."""
 
-    def read(self) -> torch.Tensor:
-        """The tensor."""
+    def read(self, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor itself, where it lies."""
         return self.tensor
 
 
