@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 import fxgrow
 from benchmarks import __main__ as entry
-from benchmarks import against, common, face, grow, growability
+from benchmarks import against, common, face, grow, growability, peers
 from examples.gpt.model import GPT
 from fxgrow.trace import export
 
@@ -148,3 +149,23 @@ def test_face_measures_what_a_start_costs(tmp_path: Path) -> None:
     found = face.measure(starts, {"here": common.installed(common.ROOT, tmp_path)}, repeats=1)["here"]
     assert set(found) == set(starts) and all(0 < s["cpu"][0] < 100 for s in found.values())
     assert found["--version"]["torch"] == [0.0] and found["import torch"]["torch"] == [1.0]
+
+
+def test_peers_that_are_missing_or_fail_say_so(
+    here: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "figures.json"
+    assert entry.main(["peers", "--quick", "--threads", "1", "--json", str(path), "--tasks", "grow_mlp"]) == 0
+    rows = json.loads(path.read_text())["tasks"]["grow_mlp"]
+    assert set(rows) == {"fxgrow, traced, proved, measured, in place", "gromo, GrowingMLP", "by hand"}
+    for name, row in rows.items():
+        missing = not name.startswith(("fxgrow", "by hand")) and "not installed" in row["package"]
+        assert ("why" in row) == missing and ("cpu" in row) != missing
+        assert missing or row["difference"] < 1e-5
+    assert "not installed" in capsys.readouterr().out or "gromo" in sys.modules
+
+
+def test_readme_shows_the_figures_of_the_peers() -> None:
+    shown = peers.MARKED.search(peers.README.read_text(encoding="utf-8"))
+    assert shown is not None
+    assert shown[0] == peers.table(json.loads(peers.FIGURES.read_text()))
