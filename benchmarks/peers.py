@@ -252,7 +252,8 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"| {tool} | {time} | {_outcome(row)} |")
     e = found["environment"]
     where = f"{e['cpu']}, {e['cores']} cores of which {e['threads']} used, load {e['load'][0]}"
-    lines += ["", f"Made by `bash benchmarks/peers-env.sh`: {where}, Python {e['python']}, torch {e['torch']}."]
+    where += f", Python {e['python']}, torch {e['torch']}"
+    lines += ["", f"`bash benchmarks/peers-env.sh` makes it again. Measured on: {where}."]
     return "\n".join(lines) + "\n"
 
 
